@@ -1,0 +1,51 @@
+"""Packaging of bevqat; the tools' settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "qat" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="bevqat",
+    version=VERSION,
+    description="Quantization-aware export workbench for camera bird's-eye-view detectors",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["qat", "qat.*"]),
+    package_data={"qat": ["py.typed"]},
+    install_requires=[
+        "torch>=2.4",
+        "timm>=1.0",
+        "pytorch-quantization==2.1.3",
+        "onnx>=1.16",
+        "onnxsim>=0.4.36",
+        "onnxruntime>=1.18",
+        "openvino>=2025.0",
+        "nuscenes-devkit>=1.2",
+        "numpy<2",
+        "numba>=0.60",
+        "embreex>=4.4",
+        "rich>=13",
+        "PyYAML>=6",
+        "omegaconf>=2.3",
+    ],
+    extras_require={
+        "tensorrt": ["tensorrt", "cuda-bindings"],
+        "gpu": ["onnxruntime-gpu"],
+        "mmdet3d": ["mmengine>=0.10.7", "mmcv>=2.0.0,<2.2.0", "mmdet>=3.2.0", "mmdet3d>=1.4.0"],
+        "bevfusion": ["torchpack"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["bevqat = qat.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
