@@ -1,0 +1,14 @@
+"""Generated driving scenes in the nuScenes v1.0 schema.
+
+rig        the sensors and where they are mounted
+catalogue  the meshes and sizes of the ten detection classes
+world      a street: what stands and moves where, at a given time
+cast       ray casting with Embree
+shade      light, weather and textures: rays' hits to an image
+tables     the 13 nuScenes tables
+generate   the loop over scenes, sensors and keyframes
+"""
+
+from qat.data.synth.generate import SynthOptions, generate
+
+__all__ = ["SynthOptions", "generate"]

@@ -1,0 +1,439 @@
+"""Writes generated scenes: the loop over scenes, keyframes and sensors."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qat.core.errors import UserError
+from qat.core.files import atomic_directory, atomic_path, read_json, write_json
+from qat.data.synth.cast import Caster
+from qat.data.synth.catalogue import CLASSES, GROUND, LAMP
+from qat.data.synth.rig import LIDAR_MAX_RANGE, Camera, Rig, lidar_rays
+from qat.data.synth.shade import Light, shade
+from qat.data.synth.tables import SENSORS, TABLES, Record, link, rotation_to_list, token, vocabulary
+from qat.data.synth.world import World, sample_world
+
+KEYFRAME_PERIOD = 0.5  # seconds: nuScenes annotates at 2 Hz
+START_MICROSECONDS = 1_700_000_000_000_000
+ANNOTATION_RANGE = 80.0  # metres from the ego car
+MAP_METRES, MAP_PIXELS_PER_METRE = 300, 10
+VERSION = "v1.0-synth"
+# The part of a class's projected box that its mesh covers when nothing hides it (rounded, over views from all sides).
+FILL = {"bicycle": 0.35, "motorcycle": 0.5, "pedestrian": 0.5, "traffic_cone": 0.5, "construction_vehicle": 0.5}
+
+
+@dataclass(frozen=True)
+class SynthOptions:
+    """What `generate` writes.
+
+    width, height: native image size in pixels. azimuths: lidar columns a revolution (32 beams each). sweeps:
+    lidar revolutions between two keyframes that are not annotated. splits: split name → number of scenes, in order.
+    """
+
+    scenes: int
+    seed: int = 0
+    keyframes: int = 20
+    width: int = 400
+    height: int = 225
+    azimuths: int = 360
+    sweeps: int = 4
+    jpeg_quality: int = 75
+    splits: dict[str, int] = field(default_factory=dict)
+
+    def checked(self) -> SynthOptions:
+        """Raises `UserError` for values that make no data set; fills the default splits."""
+        for name, low in (("scenes", 1), ("keyframes", 1), ("width", 64), ("height", 36), ("azimuths", 16), ("sweeps", 0)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name}: found {getattr(self, name)}, expected at least {low}")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise UserError(f"--jpeg-quality: found {self.jpeg_quality}, expected 1 to 100")
+        splits = self.splits
+        if not splits:
+            held_out = max(1, self.scenes // 5) if self.scenes > 1 else 0
+            splits = {"synth_train": self.scenes - held_out, "synth_val": held_out}
+        from nuscenes.utils.splits import is_predefined_split
+
+        for name in splits:
+            if is_predefined_split(name):
+                raise UserError(f"--splits: {name!r} is one of nuScenes' own splits, which the devkit ties to its own scenes; choose another name")
+        if sum(splits.values()) != self.scenes:
+            raise UserError(f"--splits: counts add up to {sum(splits.values())}, expected --scenes {self.scenes}")
+        return SynthOptions(**{**asdict(self), "splits": splits})
+
+
+def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bool = False) -> Path:
+    """Writes a data set in the nuScenes v1.0 format and returns its root.
+
+    The same options give the same bytes, whatever `workers` is. A scene that was finished before an interruption is
+    kept; the tables appear only when every scene is there.
+
+    Raises:
+        UserError: options make no data set, or `out` holds another data set.
+    """
+    options = options.checked()
+    out = Path(out)
+    recipe = asdict(options)
+    done = out / VERSION / "recipe.json"
+    parts = out / ".parts"
+    for earlier in (done, parts / "recipe.json"):
+        if earlier.exists() and read_json(earlier) != recipe:
+            raise UserError(f"{out}: holds a data set made with other options ({earlier}); choose another --out or remove it")
+    if done.exists():
+        return out
+    write_json(parts / "recipe.json", recipe)
+    waiting = [i for i in range(options.scenes) if not (parts / f"{i:05d}.json").exists()]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=quiet, transient=True) as progress:
+        bar = progress.add_task("scenes", total=options.scenes, completed=options.scenes - len(waiting))
+        for _ in _work(out, options, waiting, workers):
+            progress.advance(bar)
+    _assemble(out, options, recipe)
+    shutil.rmtree(parts)
+    return out
+
+
+def _work(out: Path, options: SynthOptions, waiting: list[int], workers: int) -> Iterator[None]:
+    if workers <= 1:
+        for index in waiting:
+            write_scene(out, options, index)
+            yield
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = [pool.submit(write_scene, out, options, index) for index in waiting]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _assemble(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> None:
+    tables: dict[str, list[Record]] = {name: [] for name in TABLES}
+    tables.update(vocabulary())
+    for index in range(options.scenes):
+        part = read_json(out / ".parts" / f"{index:05d}.json")
+        for name, records in part.items():
+            tables[name].extend(records)
+    names = [scene["name"] for scene in tables["scene"]]
+    splits, start = {}, 0
+    for name, count in options.splits.items():
+        splits[name] = names[start : start + count]
+        start += count
+    with atomic_directory(out / VERSION) as folder:
+        for name, records in tables.items():
+            (folder / f"{name}.json").write_text(json.dumps(records, separators=(",", ":")))
+        (folder / "splits.json").write_text(json.dumps(splits, indent=1) + "\n")
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+
+
+class _Moment:
+    """The world at one time, ready to cast rays at."""
+
+    def __init__(self, world: World, time: float) -> None:
+        self.ego2street = world.ego2street(time)
+        meshes = [world.fixed, *(thing.mesh for thing in world.things)]
+        triangles = [world.fixed.triangles, *(thing.triangles(time) for thing in world.things)]
+        self.caster = Caster(np.concatenate(triangles))
+        self.colours = np.concatenate([mesh.colours for mesh in meshes])
+        self.materials = np.concatenate([mesh.materials for mesh in meshes])
+        self.owner = np.repeat(np.arange(-1, len(world.things)), [len(part) for part in triangles])
+
+    def owners(self, hit: np.ndarray) -> np.ndarray:
+        """Index of the thing that each ray hit, -1 for the street and the sky."""
+        return np.where(hit >= 0, self.owner[hit], -1)
+
+
+def write_scene(out: Path, options: SynthOptions, index: int) -> None:
+    """Renders one scene into `out` and leaves its table records in `out/.parts`."""
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng(np.random.SeedSequence([options.seed, index]))
+    times = np.arange(options.keyframes) * KEYFRAME_PERIOD
+    world = sample_world(rng, times)
+    rig = Rig.sample(rng, options.width, options.height)
+    light = Light.sample(rng)
+    scene = _Scene(out, options, index, world, rig, light, rng)
+    for frame, time in enumerate(times):
+        scene.keyframe(frame, float(time))
+        if frame + 1 < len(times):
+            for k in range(options.sweeps):
+                step = KEYFRAME_PERIOD * (k + 1) / (options.sweeps + 1)
+                scene.lidar(float(time + step), frame, key=False)
+    write_json_compact(out / ".parts" / f"{index:05d}.json", scene.finish())
+
+
+def write_json_compact(path: Path, value: Any) -> None:
+    """Writes one line of JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, separators=(",", ":")))
+
+
+class _Scene:
+    """Collects one scene's records while its sensors are rendered."""
+
+    def __init__(
+        self, out: Path, options: SynthOptions, index: int, world: World, rig: Rig, light: Light, rng: np.random.Generator
+    ) -> None:
+        self.out, self.options, self.index = out, options, index
+        self.world, self.rig, self.light, self.rng = world, rig, light, rng
+        self.name = f"synth-{options.seed:04d}-{index:05d}"
+        self.key = (options.seed, index, options.width, options.azimuths)
+        self.samples: list[Record] = []
+        self.poses: list[Record] = []
+        self.data: dict[str, list[Record]] = {name: [] for name in SENSORS}
+        self.annotations: dict[int, list[Record]] = {}
+        self.log = token("log", *self.key)
+        self.calibrated = {name: token("calibrated", *self.key, name) for name in SENSORS}
+        rgb = light.white_balance
+        self.description = f"{light.weather}, {world.street.lanes} lanes a side, white balance {rgb[0]:.2f}/{rgb[2]:.2f}"
+
+    def _timestamp(self, time: float) -> int:
+        return START_MICROSECONDS + self.index * 60_000_000 + round(time * 1e6)
+
+    def _file(self, channel: str, time: float, key: bool, suffix: str) -> str:
+        folder = "samples" if key else "sweeps"
+        return f"{folder}/{channel}/{self.name}__{channel}__{self._timestamp(time)}{suffix}"
+
+    def _sample_data(self, channel: str, time: float, sample: str, key: bool, name: str, ego2street: np.ndarray, shape: tuple[int, int]) -> None:
+        pose_token = token("pose", *self.key, channel, self._timestamp(time))
+        ego2global = self.world.street2global @ ego2street
+        self.poses.append(
+            {
+                "token": pose_token,
+                "timestamp": self._timestamp(time),
+                "rotation": rotation_to_list(ego2global[:3, :3]),
+                "translation": ego2global[:3, 3].tolist(),
+            }
+        )
+        self.data[channel].append(
+            {
+                "token": token("data", *self.key, channel, self._timestamp(time)),
+                "sample_token": sample,
+                "ego_pose_token": pose_token,
+                "calibrated_sensor_token": self.calibrated[channel],
+                "timestamp": self._timestamp(time),
+                "fileformat": "pcd" if channel == "LIDAR_TOP" else "jpg",
+                "is_key_frame": key,
+                "height": shape[0],
+                "width": shape[1],
+                "filename": name,
+            }
+        )
+
+    def keyframe(self, frame: int, time: float) -> None:
+        """Renders all sensors of one keyframe and annotates what they can see."""
+        sample = token("sample", *self.key, frame)
+        self.samples.append({"token": sample, "timestamp": self._timestamp(time), "scene_token": token("scene", *self.key)})
+        lidar_points = self.lidar(time, frame, key=True)
+        pixels = np.zeros(len(self.world.things))
+        expected = np.zeros(len(self.world.things))
+        for camera in self.rig.cameras:
+            seen, possible = self._image(camera, time - camera.delay, sample)
+            pixels += seen
+            expected += possible
+        self._annotate(frame, time, sample, lidar_points, pixels, expected)
+
+    def lidar(self, time: float, frame: int, key: bool) -> np.ndarray:
+        """Casts one revolution, writes its points; returns the number of points on each thing."""
+        sample = token("sample", *self.key, frame if key else frame + 1)
+        moment = _Moment(self.world, time)
+        lidar2street = moment.ego2street @ self.rig.lidar2ego
+        directions, rings = lidar_rays(self.options.azimuths, float(self.rng.random()))
+        cast = (directions @ lidar2street[:3, :3].T.astype(np.float32)).astype(np.float32)
+        origins = np.ascontiguousarray(np.broadcast_to(lidar2street[:3, 3].astype(np.float32), cast.shape))
+        hit, distance = moment.caster.nearest(origins, cast)
+        kept = (hit >= 0) & (distance < LIDAR_MAX_RANGE) & (self.rng.random(len(hit)) > 0.02)
+        grazing = np.abs((moment.caster.normals[hit] * cast).sum(1))
+        kept &= ~((moment.materials[hit] == GROUND) & (distance > 45) & (self.rng.random(len(hit)) < 0.7))
+        reach = distance + self.rng.normal(0, 0.015, len(hit)).astype(np.float32)
+        intensity = np.clip(moment.colours[hit].mean(1) * 120 * grazing + self.rng.normal(0, 3, len(hit)), 0, 255)
+        intensity[moment.materials[hit] == LAMP] = 200
+        points = np.concatenate(
+            [directions * reach[:, None], np.round(intensity)[:, None], rings[:, None]], 1
+        ).astype(np.float32)[kept]
+        name = self._file("LIDAR_TOP", time, key, ".pcd.bin")
+        with atomic_path(self.out / name) as temporary:
+            points.tofile(temporary)
+        self._sample_data("LIDAR_TOP", time, sample, key, name, moment.ego2street, (0, 0))
+        owners = moment.owners(hit)[kept]
+        return np.bincount(owners[owners >= 0], minlength=len(self.world.things))
+
+    def _image(self, camera: Camera, time: float, sample: str) -> tuple[np.ndarray, np.ndarray]:
+        """Renders one image; returns the pixels of each thing, seen and to be expected if nothing hid it."""
+        width, height = self.options.width, self.options.height
+        moment = _Moment(self.world, time)
+        camera2street = moment.ego2street @ camera.sensor2ego
+        directions = np.ascontiguousarray(camera.rays(width, height) @ camera2street[:3, :3].T.astype(np.float32))
+        origin = camera2street[:3, 3].astype(np.float32)
+        hit, distance = moment.caster.nearest(np.ascontiguousarray(np.broadcast_to(origin, directions.shape)), directions)
+        image = shade(
+            moment.caster,
+            moment.colours,
+            moment.materials,
+            self.world.street,
+            self.light,
+            origin,
+            moment.ego2street[:3, 0],
+            directions,
+            hit,
+            distance,
+            (height, width),
+            self.rng,
+        )
+        name = self._file(camera.name, time, True, ".jpg")
+        with atomic_path(self.out / name) as temporary:
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "JPEG", quality=self.options.jpeg_quality)
+            temporary.write_bytes(buffer.getvalue())
+        self._sample_data(camera.name, time, sample, True, name, moment.ego2street, (height, width))
+        owners = moment.owners(hit)
+        seen = np.bincount(owners[owners >= 0], minlength=len(self.world.things)).astype(float)
+        return seen, self._expected_pixels(camera, camera2street, time)
+
+    def _expected_pixels(self, camera: Camera, camera2street: np.ndarray, time: float) -> np.ndarray:
+        street2camera = np.linalg.inv(camera2street)
+        frame = np.array([[0, 0], [self.options.width, 0], [self.options.width, self.options.height], [0, self.options.height]], np.float32)
+        areas = np.zeros(len(self.world.things))
+        unit = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (0, 1)])
+        for i, thing in enumerate(self.world.things):
+            c, s = np.cos(thing.yaw), np.sin(thing.yaw)
+            corners = unit * thing.size @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + thing.at(time)
+            corners = corners @ street2camera[:3, :3].T + street2camera[:3, 3]
+            if (corners[:, 2] < 0.3).any():
+                continue
+            uv = corners @ camera.intrinsic.T
+            hull = cv2.convexHull((uv[:, :2] / uv[:, 2:]).astype(np.float32))
+            area, _ = cv2.intersectConvexConvex(hull, frame)
+            areas[i] = area * FILL.get(thing.name, 0.8)
+        return areas
+
+    def _annotate(
+        self, frame: int, time: float, sample: str, lidar_points: np.ndarray, pixels: np.ndarray, expected: np.ndarray
+    ) -> None:
+        ego = self.world.ego2street(time)[:3, 3]
+        for i, thing in enumerate(self.world.things):
+            # Radar sees vehicles that are not hidden, a few returns each; nobody else.
+            radar = int(self.rng.poisson(2)) if thing.name in ("car", "truck", "bus", "trailer", "construction_vehicle") else 0
+            radar = radar if pixels[i] > 40 else 0
+            centre = thing.at(time) + [0, 0, thing.size[2] / 2]
+            if np.linalg.norm(centre - ego) > ANNOTATION_RANGE or not (lidar_points[i] or radar):
+                continue  # nuScenes' annotators boxed what had at least one lidar or radar point
+            ratio = pixels[i] / max(expected[i], 1.0)
+            rotation = self.world.street2global[:3, :3]
+            yaw = thing.yaw + np.arctan2(rotation[1, 0], rotation[0, 0])
+            length, width, height = thing.size
+            self.annotations.setdefault(i, []).append(
+                {
+                    "token": token("annotation", *self.key, frame, i),
+                    "sample_token": sample,
+                    "instance_token": token("instance", *self.key, i),
+                    "visibility_token": str(1 + int(np.digitize(ratio, [0.4, 0.6, 0.8]))),
+                    "attribute_tokens": [token("attribute", thing.attribute)] if thing.attribute else [],
+                    "translation": [round(float(v), 4) for v in (self.world.street2global @ [*centre, 1.0])[:3]],
+                    "size": [round(float(v), 4) for v in (width, length, height)],
+                    "rotation": [round(float(v), 7) for v in (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))],
+                    "num_lidar_pts": int(lidar_points[i]),
+                    "num_radar_pts": radar,
+                }
+            )
+
+    def _map_mask(self) -> str:
+        """Where cars and people may go, as nuScenes' semantic prior: 255 on road and pavement."""
+        size = MAP_METRES * MAP_PIXELS_PER_METRE
+        mask = np.zeros((size, size), np.uint8)
+        street = self.world.street
+        strips = [(-130.0, 130.0, -street.frontage, street.frontage)]
+        if street.cross_x is not None:
+            strips.append((street.cross_x - 4.5, street.cross_x + 4.5, -130.0, 130.0))
+        for x0, x1, y0, y1 in strips:
+            corners = np.array([[x0, y0, 0, 1], [x1, y0, 0, 1], [x1, y1, 0, 1], [x0, y1, 0, 1]]) @ self.world.street2global.T
+            pixels = np.stack([corners[:, 0], MAP_METRES - corners[:, 1]], 1) * MAP_PIXELS_PER_METRE
+            cv2.fillPoly(mask, [np.round(pixels).astype(np.int32)], 255)
+        name = f"maps/{token('map', *self.key)}.png"
+        with atomic_path(self.out / name) as temporary:
+            buffer = io.BytesIO()
+            Image.fromarray(mask).convert("1").save(buffer, "PNG", optimize=True)
+            temporary.write_bytes(buffer.getvalue())
+        return name
+
+    def finish(self) -> dict[str, list[Record]]:
+        """The scene's records, linked."""
+        link(self.samples)
+        for records in self.data.values():
+            link(records)
+        instances = []
+        for i, records in self.annotations.items():
+            link(records)
+            instances.append(
+                {
+                    "token": records[0]["instance_token"],
+                    "category_token": token("category", CLASSES[self.world.things[i].name][0]),
+                    "nbr_annotations": len(records),
+                    "first_annotation_token": records[0]["token"],
+                    "last_annotation_token": records[-1]["token"],
+                }
+            )
+        sensors: Iterable[tuple[str, np.ndarray, list[list[float]]]] = [
+            ("LIDAR_TOP", self.rig.lidar2ego, []),
+            *((camera.name, camera.sensor2ego, camera.intrinsic.tolist()) for camera in self.rig.cameras),
+        ]
+        return {
+            "scene": [
+                {
+                    "token": token("scene", *self.key),
+                    "log_token": self.log,
+                    "nbr_samples": len(self.samples),
+                    "first_sample_token": self.samples[0]["token"],
+                    "last_sample_token": self.samples[-1]["token"],
+                    "name": self.name,
+                    "description": self.description,
+                }
+            ],
+            "sample": self.samples,
+            "sample_data": [record for records in self.data.values() for record in records],
+            "ego_pose": self.poses,
+            "sample_annotation": [record for records in self.annotations.values() for record in records],
+            "instance": instances,
+            "log": [
+                {
+                    "token": self.log,
+                    "logfile": self.name,
+                    "vehicle": "synth",
+                    "date_captured": "2026-01-01",
+                    "location": "synthetic-street",
+                }
+            ],
+            "map": [
+                {
+                    "token": token("map", *self.key),
+                    "category": "semantic_prior",
+                    "filename": self._map_mask(),
+                    "log_tokens": [self.log],
+                }
+            ],
+            "calibrated_sensor": [
+                {
+                    "token": self.calibrated[name],
+                    "sensor_token": token("sensor", name),
+                    "translation": sensor2ego[:3, 3].tolist(),
+                    "rotation": rotation_to_list(sensor2ego[:3, :3]),
+                    "camera_intrinsic": intrinsic,
+                }
+                for name, sensor2ego, intrinsic in sensors
+            ],
+        }
