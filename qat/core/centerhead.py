@@ -1,0 +1,201 @@
+"""From CenterHead's maps to boxes: decode and non-maximum suppression, in numpy.
+
+Follows CenterPoint (Yin et al., CVPR 2021) as BEVFusion has it: a head's maps are [1, c, nx, ny] with x first;
+the box centre is (ix + reg_x, iy + reg_y) cells from the point-cloud range's lower corner; `height` is the
+gravity centre's z; `dim` is log(width, length, height) when `norm_bbox`; `rot` is (sin yaw, cos yaw).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qat.core.geometry import box_corners_bev
+
+MAP_NAMES = ("reg", "height", "dim", "rot", "vel", "heatmap")
+
+
+@dataclass
+class Detections:
+    """Boxes in the lidar frame.
+
+    boxes: float32[K,9] of x, y, z (metres; z at the bottom face's centre), width, length, height (metres), yaw
+    (radians), vx, vy (m/s). At yaw 0 the length lies along y; the box's heading, anticlockwise from x, is
+    −yaw − π/2 (BEVFusion's LiDARInstance3DBoxes, that is mmdet3d before 1.0).
+    scores: float32[K] in (0, 1). labels: int64[K] into the config's object_classes.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @staticmethod
+    def empty() -> Detections:
+        """No boxes."""
+        return Detections(np.zeros((0, 9), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+
+def maps_from_tensors(tensors: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Groups head outputs named `{map}_{task}` into one dict a task."""
+    tasks: dict[int, dict[str, np.ndarray]] = {}
+    for name, value in tensors.items():
+        stem, _, task = name.rpartition("_")
+        tasks.setdefault(int(task), {})[stem] = value
+    return [tasks[i] for i in sorted(tasks)]
+
+
+def _descending(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k largest, largest first; equal scores in order of index."""
+    if k < len(scores):
+        top = np.argpartition(-scores, k - 1)[:k]
+        floor = scores[top].min()
+        top = np.flatnonzero(scores >= floor)
+    else:
+        top = np.arange(len(scores))
+    return top[np.argsort(-scores[top], kind="stable")][:k]
+
+
+def circle_nms(centres: np.ndarray, scores: np.ndarray, threshold: float, post_max_size: int) -> np.ndarray:
+    """Keeps the best box of those whose squared centre distance is at most `threshold` m².
+
+    (BEVFusion's `min_radius` is compared with the squared distance, as in CenterPoint's own code.)
+    Returns the kept indices, best first.
+    """
+    order = np.argsort(-scores, kind="stable")
+    alive = np.ones(len(order), bool)
+    keep = []
+    for i in range(len(order)):
+        if not alive[i]:
+            continue
+        keep.append(order[i])
+        distance = ((centres[order] - centres[order[i]]) ** 2).sum(1)
+        alive &= distance > threshold
+    return np.array(keep[:post_max_size], np.int64)
+
+
+def _clip(polygon: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The part of a convex polygon left of the line a→b (one step of Sutherland-Hodgman)."""
+    edge = b - a
+    side = edge[0] * (polygon[:, 1] - a[1]) - edge[1] * (polygon[:, 0] - a[0])
+    out = []
+    for i in range(len(polygon)):
+        j = (i + 1) % len(polygon)
+        if side[i] >= 0:
+            out.append(polygon[i])
+        if (side[i] >= 0) != (side[j] >= 0):
+            out.append(polygon[i] + (polygon[j] - polygon[i]) * (side[i] / (side[i] - side[j])))
+    return np.array(out).reshape(-1, 2)
+
+
+def rotated_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two rectangles given by their corners in clockwise order, float64[4,2]."""
+
+    def area(p: np.ndarray) -> float:
+        if len(p) < 3:
+            return 0.0
+        x, y = p.T
+        return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+    clipped = a
+    anticlockwise = b[::-1]
+    for i in range(4):
+        clipped = _clip(clipped, anticlockwise[i], anticlockwise[(i + 1) % 4])
+        if len(clipped) < 3:
+            return 0.0
+    inter = area(clipped)
+    union = area(a) + area(b) - inter
+    return inter / union if union > 0 else 0.0
+
+
+def rotated_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, pre_max_size: int, post_max_size: int) -> np.ndarray:
+    """Greedy suppression by BEV intersection over union above `threshold`; returns kept indices, best first.
+
+    boxes: float[K,≥7].
+    """
+    order = np.argsort(-scores, kind="stable")[:pre_max_size]
+    corners = box_corners_bev(boxes[order])
+    centres = boxes[order, :2]
+    radius = np.hypot(boxes[order, 3], boxes[order, 4]) / 2
+    alive = np.ones(len(order), bool)
+    keep = []
+    for i in range(len(order)):
+        if not alive[i]:
+            continue
+        keep.append(order[i])
+        if len(keep) >= post_max_size:
+            break
+        near = alive & (np.arange(len(order)) > i)
+        near &= ((centres - centres[i]) ** 2).sum(1) < (radius + radius[i]) ** 2
+        for j in np.flatnonzero(near):
+            if rotated_iou(corners[i], corners[j]) > threshold:
+                alive[j] = False
+    return np.array(keep, np.int64)
+
+
+def _decode_task(maps: Mapping[str, np.ndarray], head: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    coder = head["bbox_coder"]
+    heat = maps["heatmap"][0]
+    classes, _, ny = heat.shape
+    scores = (1.0 / (1.0 + np.exp(-heat.astype(np.float32)))).reshape(classes, -1)
+    count = int(coder["max_num"])
+    candidates = [_descending(row, count) for row in scores]
+    label = np.concatenate([np.full(len(c), i) for i, c in enumerate(candidates)])
+    index = np.concatenate(candidates)
+    score = scores[label, index]
+    top = _descending(score, count)
+    label, index, score = label[top], index[top], score[top]
+    kept = score > coder["score_threshold"]
+    label, index, score = label[kept], index[kept], score[kept]
+
+    def at(name: str) -> np.ndarray:
+        value = maps[name][0]
+        return value.reshape(len(value), -1)[:, index].T.astype(np.float32)
+
+    cell = np.asarray(coder["voxel_size"][:2], np.float32) * coder["out_size_factor"]
+    low = np.asarray(coder["pc_range"][:2], np.float32)
+    grid = np.stack([index // ny, index % ny], 1).astype(np.float32)
+    offset = at("reg") if "reg" in maps else np.float32(0.5)
+    dim = np.exp(at("dim")) if head.get("norm_bbox", True) else at("dim")
+    rot = at("rot")
+    parts = [(grid + offset) * cell + low, at("height"), dim, np.arctan2(rot[:, 0], rot[:, 1])[:, None]]
+    parts.append(at("vel") if "vel" in maps else np.zeros((len(index), 2), np.float32))
+    boxes = np.concatenate(parts, 1).astype(np.float32)
+    limits = np.asarray(coder["post_center_range"], np.float32)
+    inside = (boxes[:, :3] >= limits[:3]).all(1) & (boxes[:, :3] <= limits[3:]).all(1)
+    return boxes[inside], score[inside], label[inside].astype(np.int64)
+
+
+def decode(maps: Sequence[Mapping[str, np.ndarray]], head: Mapping[str, Any]) -> Detections:
+    """Boxes of one sample.
+
+    Args:
+        maps: a dict for each task: heatmap (logits) [1,classes,nx,ny], reg [1,2,…], height [1,1,…], dim [1,3,…],
+            rot [1,2,…], vel [1,2,…].
+        head: the config's `model.heads.object`.
+    """
+    test = head["test_cfg"]
+    tasks = head["tasks"]
+    nms_types = test["nms_type"] if isinstance(test["nms_type"], list) else [test["nms_type"]] * len(tasks)
+    scales = test.get("nms_scale", 1.0)
+    results = []
+    first_label = 0
+    for task, task_maps in enumerate(maps):
+        boxes, scores, labels = _decode_task(task_maps, head)
+        if nms_types[task] == "circle":
+            keep = circle_nms(boxes[:, :2], scores, test["min_radius"][task], test["post_max_size"])
+        else:
+            scaled = boxes.copy()
+            scale = scales[task] if isinstance(scales, list) else [scales] * len(tasks[task])
+            scaled[:, 3:5] *= np.asarray(scale, np.float32)[labels][:, None]
+            keep = rotated_nms(scaled, scores, test["nms_thr"], test["pre_max_size"], test["post_max_size"])
+        boxes, scores, labels = boxes[keep], scores[keep], labels[keep] + first_label
+        boxes[:, 2] -= boxes[:, 5] * 0.5
+        results.append((boxes, scores, labels))
+        first_label += len(tasks[task])
+    return Detections(*(np.concatenate(part) for part in zip(*results, strict=True)))

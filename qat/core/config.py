@@ -1,0 +1,154 @@
+"""Reading and checking configs in BEVFusion's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.core.errors import UserError
+
+Config = dict[str, Any]
+
+TYPES = {
+    "model.encoders.camera.backbone": ("ResNet", "timm"),
+    "model.encoders.camera.neck": ("GeneralizedLSSFPN", "SECONDFPN"),
+    "model.encoders.camera.vtransform": ("LSSTransform", "DepthLSSTransform"),
+    "model.decoder.backbone": ("GeneralizedResNet", "SECOND"),
+    "model.decoder.neck": ("LSSFPN", "SECONDFPN"),
+    "model.heads.object": ("CenterHead",),
+}
+# key under vtransform: the only value that is supported (CUDA-BEVFusion's models have these)
+VTRANSFORM_ONLY = {"depth_input": "scalar", "height_expand": False, "add_depth_features": False, "use_points": "lidar"}
+
+
+class _Checker:
+    """Looks values up by dotted path and words what is wrong with them."""
+
+    def __init__(self, config: Mapping[str, Any], source: str) -> None:
+        self.config, self.source = config, source
+
+    def fail(self, path: str, found: object, expected: str) -> UserError:
+        return UserError(f"{self.source}: {path}: found {found!r}, expected {expected}")
+
+    def get(self, path: str) -> Any:
+        value: Any = self.config
+        for key in path.split("."):
+            if not isinstance(value, Mapping) or value.get(key) is None:
+                raise UserError(f"{self.source}: {path}: missing; a dumped BEVFusion configs.yaml has it")
+            value = value[key]
+        return value
+
+    def numbers(self, path: str, count: int) -> list[float]:
+        value = self.get(path)
+        good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count
+        if not good or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
+            raise self.fail(path, value, f"{count} numbers")
+        return list(value)
+
+    def bound(self, path: str) -> None:
+        low, high, step = self.numbers(path, 3)
+        cells = (high - low) / step if step > 0 else 0
+        if cells < 1 or abs(cells - round(cells)) > 1e-6:
+            raise self.fail(path, [low, high, step], "[lower, upper, step] with a whole number of steps between")
+
+
+def _find_interpolation(value: Any, path: str = "") -> tuple[str, str] | None:
+    if isinstance(value, str) and "${" in value:
+        return path, value
+    items: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        items = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, list):
+        items = [(str(i), v) for i, v in enumerate(value)]
+    for key, item in items:
+        if found := _find_interpolation(item, f"{path}.{key}" if path else key):
+            return found
+    return None
+
+
+def check_config(config: Mapping[str, Any], source: str = "config") -> None:
+    """Raises `UserError` naming the key, what was found and what was expected, for a config we cannot build."""
+    check = _Checker(config, source)
+    if found := _find_interpolation(config.get("model")):
+        raise check.fail(f"model.{found[0]}", found[1], "a resolved value: give the run's dumped configs.yaml")
+    height, width = (int(v) for v in check.numbers("image_size", 2))
+    check.numbers("point_cloud_range", 6)
+    model = check.get("model")
+    encoders = check.get("model.encoders")
+    for sensor, encoder in encoders.items():
+        if sensor != "camera" and encoder is not None:
+            raise check.fail(f"model.encoders.{sensor}", "an encoder", "null: only the camera branch is supported")
+    for head, value in check.get("model.heads").items():
+        if head != "object" and value is not None:
+            raise check.fail(f"model.heads.{head}", "a head", "null: only object detection is supported")
+    if model.get("fuser") is not None:
+        raise check.fail("model.fuser", "a fuser", "null: a camera-only detector has none")
+    for path, types in TYPES.items():
+        kind = check.get(f"{path}.type")
+        if kind not in types:
+            raise check.fail(f"{path}.type", kind, "one of " + ", ".join(types))
+    if check.get("model.encoders.camera.backbone").get("dcn") is not None:
+        raise check.fail("model.encoders.camera.backbone.dcn", "set", "null: deformable convolution is not supported")
+
+    vt = "model.encoders.camera.vtransform"
+    transform = check.get(vt)
+    for key, only in VTRANSFORM_ONLY.items():
+        if key in transform and transform[key] != only:
+            raise check.fail(f"{vt}.{key}", transform[key], repr(only))
+    for key in ("in_channels", "out_channels"):
+        check.get(f"{vt}.{key}")
+    size = [int(v) for v in check.numbers(f"{vt}.image_size", 2)]
+    if size != [height, width]:
+        raise check.fail(f"{vt}.image_size", size, f"the same as image_size, {[height, width]}")
+    fh, fw = (int(v) for v in check.numbers(f"{vt}.feature_size", 2))
+    if height % fh or width % fw or height // fh != width // fw:
+        raise check.fail(f"{vt}.feature_size", [fh, fw], f"image_size {[height, width]} divided by one whole stride")
+    if transform["type"] == "DepthLSSTransform" and height // fh != 8:
+        raise check.fail(f"{vt}.feature_size", [fh, fw], f"stride 8, {[height // 8, width // 8]}: dtransform has it")
+    for key in ("xbound", "ybound", "zbound", "dbound"):
+        check.bound(f"{vt}.{key}")
+    if transform.get("downsample", 1) not in (1, 2):
+        raise check.fail(f"{vt}.downsample", transform["downsample"], "1 or 2")
+
+    classes = list(check.get("object_classes"))
+    tasks = check.get("model.heads.object.tasks")
+    flat = [name for task in tasks for name in task]
+    if flat != classes:
+        raise check.fail("model.heads.object.tasks", flat, f"object_classes in their order, {classes}")
+    for key in ("test_cfg.nms_type", "test_cfg.post_max_size", "bbox_coder.pc_range", "bbox_coder.voxel_size"):
+        check.get(f"model.heads.object.{key}")
+    test = model["heads"]["object"]["test_cfg"]
+    kinds = test["nms_type"] if isinstance(test["nms_type"], list) else [test["nms_type"]]
+    for kind in kinds:
+        if kind not in ("circle", "rotate"):
+            raise check.fail("model.heads.object.test_cfg.nms_type", kind, "circle or rotate")
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads and checks a YAML config with BEVFusion's keys, all values resolved.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or describes something we cannot build.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
+    check_config(config, str(path))
+    return config
+
+
+def test_pipeline(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps that test data goes through: `data.test.pipeline`, or `test_pipeline` of an undumped config."""
+    data = config.get("data") or {}
+    steps = (data.get("test") or {}).get("pipeline") or config.get("test_pipeline")
+    if not steps:
+        raise UserError("config: data.test.pipeline: missing; a dumped BEVFusion configs.yaml has it")
+    return list(steps)

@@ -1,0 +1,193 @@
+"""Geometry of lift-splat, in numpy and float32, with BEVFusion's conventions.
+
+Conventions (mmdet3d/models/vtransforms/base.py of mit-han-lab/bevfusion):
+
+- The frustum's pixel grid spans the image from its first to its last pixel: linspace(0, W - 1, fW).
+- A point falls into cell trunc((p - (bx - dx/2)) / dx), where bx is the first cell's centre: trunc, not floor, so
+  points up to one cell below the lower bound land in cell 0, as they do in BEVFusion.
+- A BEV grid is [C, nx, ny], x first. With nz > 1 the z cells are stacked along the channels: channel z·C + c.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+Bound = Sequence[float]
+
+
+def grid_size(xbound: Bound, ybound: Bound, zbound: Bound) -> tuple[int, int, int]:
+    """Number of cells (nx, ny, nz). A bound is [lower, upper, step] in metres."""
+    nx, ny, nz = (int((row[1] - row[0]) / row[2]) for row in (xbound, ybound, zbound))
+    return nx, ny, nz
+
+
+def depth_bins(dbound: Bound) -> np.ndarray:
+    """The D depths of `dbound` = [first, end, step] in metres, float32[D]."""
+    count = int(np.ceil((dbound[1] - dbound[0]) / dbound[2]))
+    return (dbound[0] + np.arange(count) * dbound[2]).astype(np.float32)
+
+
+def create_frustum(image_size: Sequence[int], feature_size: Sequence[int], dbound: Bound) -> np.ndarray:
+    """Pixel coordinates and depth of every frustum point: float32[D,fH,fW,3] as (u, v, metres)."""
+    (height, width), (fh, fw) = image_size, feature_size
+    depth = depth_bins(dbound)
+    frustum = np.empty((len(depth), fh, fw, 3), np.float32)
+    frustum[..., 0] = np.linspace(0, width - 1, fw, dtype=np.float32)
+    frustum[..., 1] = np.linspace(0, height - 1, fh, dtype=np.float32)[:, None]
+    frustum[..., 2] = depth[:, None, None]
+    return frustum
+
+
+def frustum_to_lidar(
+    frustum: np.ndarray,
+    camera_intrinsics: np.ndarray,
+    camera2lidar: np.ndarray,
+    img_aug_matrix: np.ndarray,
+    lidar_aug_matrix: np.ndarray,
+) -> np.ndarray:
+    """Frustum points in the (augmented) lidar frame.
+
+    Args:
+        frustum: float32[D,fH,fW,3] of (u, v, depth) in the augmented image.
+        camera_intrinsics, camera2lidar, img_aug_matrix: float32[N,4,4].
+        lidar_aug_matrix: float32[4,4].
+
+    Returns:
+        float32[N,D,fH,fW,3] in metres.
+    """
+    undo = np.linalg.inv(img_aug_matrix[:, :3, :3]).astype(np.float32)
+    combine = camera2lidar[:, :3, :3] @ np.linalg.inv(camera_intrinsics[:, :3, :3])
+    combine = (lidar_aug_matrix[:3, :3] @ combine).astype(np.float32)
+    shift = camera2lidar[:, :3, 3] @ lidar_aug_matrix[:3, :3].T + lidar_aug_matrix[:3, 3]
+    flat = frustum.reshape(-1, 3)
+    out = np.empty((len(camera2lidar), *frustum.shape), np.float32)
+    for n in range(len(camera2lidar)):
+        points = (flat - img_aug_matrix[n, :3, 3]) @ undo[n].T
+        points[:, :2] *= points[:, 2:]
+        out[n] = (points @ combine[n].T + shift[n].astype(np.float32)).reshape(frustum.shape)
+    return out
+
+
+@dataclass(frozen=True)
+class PoolPattern:
+    """The fixed pattern of BEV pooling: which pixel and depth bin feed which cell, in order of cell.
+
+    cell: int32[P], (z·nx + x)·ny + y, ascending. pixel: int32[P] into [N·fH·fW]. depth: int32[P] into the flat
+    [N,D,fH,fW] depth weights. row_ptr: int32[nz·nx·ny + 1], where each cell's entries begin. shape: (nz, nx, ny).
+    pixels: N·fH·fW.
+    """
+
+    cell: np.ndarray
+    pixel: np.ndarray
+    depth: np.ndarray
+    row_ptr: np.ndarray
+    shape: tuple[int, int, int]
+    pixels: int
+
+    @cached_property
+    def by_pixel(self) -> tuple[np.ndarray, np.ndarray]:
+        """The transposed pattern, for gradients: row_ptr int32[pixels + 1] and the order int64[P] of entries."""
+        order = np.argsort(self.pixel, kind="stable")
+        return _row_pointers(self.pixel, self.pixels), order
+
+
+def _row_pointers(index: np.ndarray, rows: int) -> np.ndarray:
+    pointers = np.zeros(rows + 1, np.int32)
+    np.cumsum(np.bincount(index, minlength=rows), out=pointers[1:])
+    return pointers
+
+
+def pooling_pattern(points: np.ndarray, xbound: Bound, ybound: Bound, zbound: Bound) -> PoolPattern:
+    """Sorts frustum points into BEV cells; points outside the grid are dropped.
+
+    Args:
+        points: float32[N,D,fH,fW,3] in metres in the lidar frame.
+    """
+    n, d, fh, fw, _ = points.shape
+    nx, ny, nz = grid_size(xbound, ybound, zbound)
+    step = np.array([row[2] for row in (xbound, ybound, zbound)], np.float32)
+    centre = np.array([row[0] + row[2] / 2.0 for row in (xbound, ybound, zbound)], np.float32)
+    index = ((points.reshape(-1, 3) - (centre - step / np.float32(2.0))) / step).astype(np.int32)
+    ix, iy, iz = index.T
+    kept = (ix >= 0) & (ix < nx) & (iy >= 0) & (iy < ny) & (iz >= 0) & (iz < nz)
+    depth = np.flatnonzero(kept).astype(np.int32)
+    cell = ((iz[depth] * nx + ix[depth]) * ny + iy[depth]).astype(np.int32)
+    order = np.argsort(cell, kind="stable")
+    depth, cell = depth[order], cell[order]
+    plane = fh * fw
+    pixel = (depth // (d * plane) * plane + depth % plane).astype(np.int32)
+    return PoolPattern(cell, pixel, depth, _row_pointers(cell, nx * ny * nz), (nz, nx, ny), n * plane)
+
+
+def geometry_hash(*arrays: np.ndarray) -> str:
+    """A key for what `pooling_pattern` depends on, to cache patterns by."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def rasterize_depth(
+    points: np.ndarray,
+    lidar2image: np.ndarray,
+    img_aug_matrix: np.ndarray,
+    lidar_aug_matrix: np.ndarray,
+    image_size: Sequence[int],
+) -> np.ndarray:
+    """Sparse depth maps: the depth of the lidar point that falls on each pixel, the last one where several do.
+
+    Args:
+        points: float32[M,≥3] in the (augmented) lidar frame, metres.
+        lidar2image, img_aug_matrix: float32[N,4,4]. lidar_aug_matrix: float32[4,4]. image_size: (H, W).
+
+    Returns:
+        float32[N,1,H,W] in metres along the camera's axis; 0 where no point falls.
+    """
+    height, width = image_size
+    xyz = points[:, :3].astype(np.float32) - lidar_aug_matrix[:3, 3].astype(np.float32)
+    xyz = xyz @ np.linalg.inv(lidar_aug_matrix[:3, :3]).astype(np.float32).T
+    depth = np.zeros((len(lidar2image), 1, height, width), np.float32)
+    for n in range(len(lidar2image)):
+        seen = xyz @ lidar2image[n, :3, :3].astype(np.float32).T + lidar2image[n, :3, 3].astype(np.float32)
+        distance = seen[:, 2].copy()
+        seen[:, :2] /= np.clip(seen[:, 2:], 1e-5, 1e5)
+        seen[:, 2] = np.clip(seen[:, 2], 1e-5, 1e5)
+        uv = seen @ img_aug_matrix[n, :2, :3].astype(np.float32).T + img_aug_matrix[n, :2, 3].astype(np.float32)
+        on = (uv[:, 0] >= 0) & (uv[:, 0] < width) & (uv[:, 1] >= 0) & (uv[:, 1] < height)
+        column, row = uv[on].astype(np.int64).T
+        depth[n, 0, row, column] = distance[on]
+    return depth
+
+
+def box_heading(yaw: np.ndarray) -> np.ndarray:
+    """Heading in the lidar frame (radians, anticlockwise from x) of a box with BEVFusion's yaw: ψ = −yaw − π/2.
+
+    BEVFusion's boxes (mmdet3d before 1.0) have their width along x and their length along y at yaw 0, and turn
+    clockwise.
+    """
+    return -yaw - np.pi / 2
+
+
+def box_corners_bev(boxes: np.ndarray) -> np.ndarray:
+    """Corners of boxes seen from above, in order around the rectangle: float64[K,4,2].
+
+    boxes: float[K,≥7] of (x, y, z, width, length, height, yaw).
+    """
+    heading = box_heading(boxes[:, 6].astype(np.float64))
+    along = np.stack([np.cos(heading), np.sin(heading)], -1) * boxes[:, 4:5] / 2
+    across = np.stack([-np.sin(heading), np.cos(heading)], -1) * boxes[:, 3:4] / 2
+    centre = boxes[:, :2].astype(np.float64)
+    return np.stack([centre + along + across, centre + along - across, centre - along - across, centre - along + across], 1)
+
+
+def box_corners(boxes: np.ndarray) -> np.ndarray:
+    """All eight corners, float64[K,8,3]: the bottom face's four in order, front edge first, then the top face's."""
+    bev = box_corners_bev(boxes)
+    bottom = np.concatenate([bev, np.broadcast_to(boxes[:, None, 2:3], (len(boxes), 4, 1))], -1)
+    top = bottom + np.array([0, 0, 1]) * boxes[:, None, 5:6]
+    return np.concatenate([bottom, top], 1)

@@ -1,0 +1,157 @@
+"""What every backend has in common: tensor checks, options, the engine cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from qat.core.errors import UserError
+from qat.core.files import atomic_path, sha256
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's numpy dtype name and shape; None stands for a dimension that may vary."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join('?' if n is None else str(n) for n in self.shape)}]"
+
+    def accepts(self, array: np.ndarray) -> bool:
+        """Whether the array has this dtype and shape."""
+        return (
+            array.dtype.name == self.dtype
+            and array.ndim == len(self.shape)
+            and all(want is None or want == have for want, have in zip(self.shape, array.shape, strict=True))
+        )
+
+
+class LayerProfile(TypedDict):
+    """One executed layer: its name and kind in the backend's words, numeric type it ran in, milliseconds a run."""
+
+    name: str
+    type: str
+    precision: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to build.
+
+    threads: CPU threads, 0 for what the backend takes by itself (all cores).
+    cache: folder of built engines; None switches the cache off. The default is $BEVQAT_CACHE, else
+        $XDG_CACHE_HOME/bevqat, else ~/.cache/bevqat.
+    """
+
+    threads: int = 0
+    cache: Path | None = Path(
+        os.environ.get("BEVQAT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevqat"
+    )
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise UserError(f"threads: found {self.threads}, expected 0 (all cores) or more")
+
+
+def _cpu_features() -> str:
+    """The processor's name and instruction sets: compiled graphs are laid out for them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def cached(onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]) -> Path:
+    """The built file for this graph's bytes, backend, options and processor; `make(path)` writes it where there is none.
+
+    Args:
+        suffix: file name ending of the built file.
+        key: what else the result depends on: backend, its version, precision.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    assert options.cache is not None
+    described = {**key, **asdict(options), "cache": None, "onnx": sha256(onnx_path), "cpu": _cpu_features()}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    built = options.cache / f"{digest[:32]}{suffix}"
+    if not built.exists():
+        with atomic_path(built) as temporary:
+            make(temporary)
+    return built
+
+
+class Engine(ABC):
+    """A compiled graph. Not for use by several threads at once.
+
+    inputs, outputs: tensor name to `TensorSpec`, in the graph's order.
+    """
+
+    def __init__(
+        self, source: Path, precision: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+    ) -> None:
+        self.source = source
+        self.precision = precision
+        self.inputs = dict(inputs)
+        self.outputs = dict(outputs)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs the graph once.
+
+        Args:
+            feeds: an array for each of `inputs`, of exactly its dtype and shape.
+
+        Returns:
+            an array for each of `outputs`; the caller owns them.
+
+        Raises:
+            UserError: an input is missing, unknown, or of another dtype or shape.
+        """
+        for name in feeds:
+            if name not in self.inputs:
+                raise UserError(f"{self.source}: input {name!r}: unknown, expected {', '.join(self.inputs)}")
+        for name, spec in self.inputs.items():
+            if name not in feeds:
+                raise UserError(f"{self.source}: input {name}: missing, expected {spec}")
+            array = feeds[name]
+            if not spec.accepts(array):
+                found = TensorSpec(array.dtype.name, array.shape)
+                raise UserError(f"{self.source}: input {name}: found {found}, expected {spec}")
+        return self._infer({name: np.ascontiguousarray(feeds[name]) for name in self.inputs})
+
+    @abstractmethod
+    def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`run` after the checks: contiguous arrays in the order of `inputs`."""
+
+    @abstractmethod
+    def profile(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerProfile]:
+        """Time and precision of each layer as executed: the mean of `runs` runs after one warm-up, in order.
+
+        Builds a second, instrumented copy of the engine: counters in the first one would slow it down.
+
+        Args:
+            feeds: as for `run`; None for seeded random numbers.
+        """
+
+    def example_feeds(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random inputs: standard normal floats, dimensions that vary taken as 1."""
+        random = np.random.default_rng(seed)
+        return {
+            name: random.standard_normal([n or 1 for n in spec.shape]).astype(spec.dtype)
+            for name, spec in self.inputs.items()
+        }

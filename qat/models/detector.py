@@ -1,0 +1,128 @@
+"""The whole camera detector: BEVFusion with its camera branch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qat.core.config import check_config
+from qat.core.errors import UserError
+from qat.core.geometry import PoolPattern
+from qat.models.backbone import build_backbone
+from qat.models.bev_pool import bev_pool
+from qat.models.centerhead import CenterHead
+from qat.models.decoder import LSSFPN, GeneralizedResNet
+from qat.models.generalized_lssfpn import GeneralizedLSSFPN
+from qat.models.second import SECOND, SECONDFPN
+from qat.models.vtransform import DepthLSSTransform, LSSTransform
+
+NETWORKS: dict[str, type[nn.Module]] = {
+    "GeneralizedLSSFPN": GeneralizedLSSFPN,
+    "SECONDFPN": SECONDFPN,
+    "LSSTransform": LSSTransform,
+    "DepthLSSTransform": DepthLSSTransform,
+    "GeneralizedResNet": GeneralizedResNet,
+    "SECOND": SECOND,
+    "LSSFPN": LSSFPN,
+    "CenterHead": CenterHead,
+}
+
+
+def _build(config: Mapping[str, Any], path: str) -> nn.Module:
+    arguments = {key: value for key, value in config.items() if key != "type"}
+    try:
+        return NETWORKS[config["type"]](**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config: {path}: found values that make no {config['type']}: {error}") from None
+
+
+def first(x: Any) -> torch.Tensor:
+    """A neck's map: BEVFusion's necks return a list of which the first is used, or the map itself."""
+    return x if isinstance(x, torch.Tensor) else x[0]
+
+
+class CameraBEVDetector(nn.Module):
+    """Images (and sparse depth) to CenterHead's maps.
+
+    State-dict names are BEVFusion's: encoders.camera.{backbone,neck,vtransform}, decoder.{backbone,neck},
+    heads.object.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        model = config["model"]
+        camera = model["encoders"]["camera"]
+        where = "model.encoders.camera"
+        self.config = dict(config)
+        self.encoders = nn.ModuleDict(
+            {
+                "camera": nn.ModuleDict(
+                    {
+                        "backbone": build_backbone(camera["backbone"]),
+                        "neck": _build(camera["neck"], f"{where}.neck"),
+                        "vtransform": _build(camera["vtransform"], f"{where}.vtransform"),
+                    }
+                )
+            }
+        )
+        self.decoder = nn.ModuleDict(
+            {name: _build(model["decoder"][name], f"model.decoder.{name}") for name in ("backbone", "neck")}
+        )
+        self.heads = nn.ModuleDict({"object": _build(model["heads"]["object"], "model.heads.object")})
+
+    @property
+    def vtransform(self) -> LSSTransform:
+        """The view transform."""
+        return self.encoders["camera"]["vtransform"]  # type: ignore[index, return-value]
+
+    def camera_features(self, img: torch.Tensor) -> torch.Tensor:
+        """[B,N,3,H,W] or [B·N,3,H,W] → the neck's map [B·N,Cin,fH,fW]."""
+        camera = self.encoders["camera"]
+        return first(camera["neck"](camera["backbone"](img.flatten(0, -4))))  # type: ignore[index]
+
+    def lift(self, img: torch.Tensor, depth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """img [B,N,3,H,W], depth [B,N,1,H,W] in metres → depth weights [B·N,D,fH,fW], context [B·N,C,fH,fW]."""
+        flat = None if depth is None else depth.flatten(0, -4)
+        return self.vtransform.lift(self.camera_features(img), flat)
+
+    def pool(self, depth_weights: torch.Tensor, context: torch.Tensor, patterns: Sequence[PoolPattern]) -> torch.Tensor:
+        """[B·N,D,fH,fW], [B·N,C,fH,fW] and a pattern for each of the B samples → [B,C·nz,nx,ny]."""
+        count = len(context) // len(patterns)
+        pairs = zip(depth_weights.split(count), context.split(count), patterns, strict=True)
+        return torch.stack([bev_pool(d, c, pattern) for d, c, pattern in pairs])
+
+    def bev_head(self, bev: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """Pooled BEV [B,C·nz,nx,ny] → downsample → decoder → the head's maps for each task."""
+        x = self.vtransform.downsample(bev)
+        return self.heads["object"](first(self.decoder["neck"](self.decoder["backbone"](x))))
+
+    def patterns(
+        self,
+        camera_intrinsics: np.ndarray,
+        camera2lidar: np.ndarray,
+        img_aug_matrix: np.ndarray,
+        lidar_aug_matrix: np.ndarray,
+    ) -> list[PoolPattern]:
+        """One pooling pattern for each sample of a batch; matrices float32[B,N,4,4] and [B,4,4]."""
+        matrices = zip(camera_intrinsics, camera2lidar, img_aug_matrix, lidar_aug_matrix, strict=True)
+        return [self.vtransform.pattern(*sample) for sample in matrices]
+
+    def forward(
+        self, img: torch.Tensor, depth: torch.Tensor | None, patterns: Sequence[PoolPattern]
+    ) -> list[dict[str, torch.Tensor]]:
+        """img [B,N,3,H,W], depth [B,N,1,H,W] → for each task {map: [B,channels,nx,ny]}; heatmaps are logits."""
+        return self.bev_head(self.pool(*self.lift(img, depth), patterns))
+
+
+def build_model(config: Mapping[str, Any]) -> CameraBEVDetector:
+    """Builds the detector that `config` (BEVFusion's schema) describes, randomly initialised.
+
+    Raises:
+        UserError: the config asks for something that is not supported, by name.
+    """
+    check_config(config)
+    return CameraBEVDetector(config)
