@@ -57,8 +57,7 @@ class Options:
 
     threads: int = 0
     cache: Path | None = Path(
-        os.environ.get("BEVQAT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevqat"
+        os.environ.get("BEVQAT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevqat"
     )
 
     def __post_init__(self) -> None:
@@ -76,8 +75,10 @@ def _cpu_features() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def cached(onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]) -> Path:
-    """The built file for this graph's bytes, backend, options and processor; `make(path)` writes it where there is none.
+def cached(
+    onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]
+) -> Path:
+    """The built file for this graph, backend, options and processor; `make(path)` writes it where there is none.
 
     Args:
         suffix: file name ending of the built file.

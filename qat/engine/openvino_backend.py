@@ -51,7 +51,9 @@ class OpenVinoEngine(Engine):
         try:
             model = self._core.read_model(source)
         except RuntimeError as error:
-            raise UserError(f"{source}: OpenVINO cannot read it as ONNX: {str(error).strip().splitlines()[-1]}") from None
+            raise UserError(
+                f"{source}: OpenVINO cannot read it as ONNX: {str(error).strip().splitlines()[-1]}"
+            ) from None
         return self._core.compile_model(model, "CPU", {**self._settings, **more})
 
     def _load(self, source: Path, precision: str, options: Options) -> ov.CompiledModel:
@@ -84,23 +86,22 @@ class OpenVinoEngine(Engine):
         arrays = list((feeds or self.example_feeds()).values())
         request.infer(arrays)
         total: dict[str, float] = defaultdict(float)
+        kinds: dict[str, str] = {}
         for _ in range(runs):
             request.infer(arrays)
             for layer in request.profiling_info:
-                total[layer.node_name] += layer.real_time.total_seconds() * 1e3
-        info = {node.get_friendly_name(): node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()}
-        layers: list[LayerProfile] = []
-        for name, milliseconds in total.items():
-            about = info.get(name, {})
-            layers.append(
-                {
-                    "name": name,
-                    "type": str(about["layerType"].astype(str)) if "layerType" in about else "",
-                    "precision": str(about["runtimePrecision"].astype(str)) if "runtimePrecision" in about else "",
-                    "ms": milliseconds / runs,
-                }
-            )
-        return layers
+                if layer.status == ov.ProfilingInfo.Status.EXECUTED:
+                    kinds[layer.node_name] = layer.node_type
+                    total[layer.node_name] += layer.real_time.total_seconds() * 1e3
+        precisions = {
+            node.get_friendly_name(): str(node.get_rt_info()["runtimePrecision"].astype(str))
+            for node in compiled.get_runtime_model().get_ordered_ops()
+            if "runtimePrecision" in node.get_rt_info()
+        }
+        return [
+            {"name": name, "type": kinds[name], "precision": precisions.get(name, ""), "ms": milliseconds / runs}
+            for name, milliseconds in total.items()
+        ]
 
 
 def build(onnx_path: Path, precision: str, options: Options) -> Engine:
