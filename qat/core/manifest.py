@@ -1,0 +1,44 @@
+"""manifest.json: what a folder of exported parts says about itself. Written by qat.export, read by qat.runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qat.core.errors import UserError
+from qat.core.files import read_json, sha256
+
+FORMAT, SCHEMA = "bevqat-parts", 1
+FILE = "manifest.json"
+
+# In the order in which they run. BEV pooling stands between the first and the second and is no file;
+# camera.vtransform is left out of a folder when the view transform does not downsample.
+PARTS = ("camera.backbone", "camera.vtransform", "fuser", "head.bbox")
+
+
+def load_manifest(folder: str | Path, check_files: bool = True) -> dict[str, Any]:
+    """Reads a folder's manifest and, unless told not to, checks each part's file against its recorded sha256.
+
+    Raises:
+        UserError: no manifest, another format or schema, or a file that is missing or was changed.
+    """
+    folder = Path(folder)
+    path = folder / FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a folder written by export-camera")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: not a manifest of exported parts; expected format {FORMAT!r}")
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(f"{path}: found schema {manifest.get('schema')!r}, expected {SCHEMA}; export again")
+    if check_files:
+        for name, part in manifest["parts"].items():
+            file = folder / part["file"]
+            if not file.is_file():
+                raise UserError(f"{file}: no such file, expected part {name}; export again")
+            if (found := sha256(file)) != part["sha256"]:
+                raise UserError(
+                    f"{file}: found sha256 {found[:12]}…, expected {part['sha256'][:12]}… as in {FILE}: "
+                    "the file was changed after its export; export again"
+                )
+    return manifest

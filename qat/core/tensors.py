@@ -1,0 +1,42 @@
+"""How far two tensors are apart."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import numpy as np
+
+from qat.core.errors import UserError
+
+# Reported for equal tensors, whose ratio is infinite: JSON has no infinity. Above what float32 can reach (2^-24 → 150).
+EQUAL_DB = 200.0
+
+
+class TensorDifference(TypedDict):
+    """max_abs: largest |difference|. cosine: of the flattened tensors. sqnr_db: 10·log10(Σ ref² / Σ (ref − cand)²)."""
+
+    max_abs: float
+    cosine: float
+    sqnr_db: float
+
+
+def compare_tensors(reference: np.ndarray, candidate: np.ndarray) -> TensorDifference:
+    """Compares a candidate with its reference, in double precision.
+
+    Raises:
+        UserError: different shapes, or a value that is not finite.
+    """
+    if reference.shape != candidate.shape:
+        raise UserError(f"compare: found shape {list(candidate.shape)}, expected {list(reference.shape)}")
+    a, b = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
+    difference = a - b
+    if not np.isfinite(difference).all():
+        raise UserError("compare: found NaN or infinite values, expected finite tensors")
+    signal, noise = float(a @ a), float(difference @ difference)
+    norms = float(np.sqrt(signal * float(b @ b)))
+    if noise == 0:
+        sqnr, cosine = EQUAL_DB, 1.0
+    else:
+        sqnr = min(EQUAL_DB, 10 * np.log10(max(signal, np.finfo(np.float64).tiny) / noise))
+        cosine = float(a @ b) / norms if norms else 0.0
+    return {"max_abs": float(np.abs(difference).max(initial=0.0)), "cosine": cosine, "sqnr_db": float(sqnr)}

@@ -1,0 +1,11 @@
+"""Images to boxes at the customer's, from a folder of exported parts; numpy, a JIT and one backend, never torch.
+
+pipeline = Pipeline.load("onnx_int8", backend="openvino")
+detections = pipeline(images, points, Calibration(camera_intrinsics, camera2lidar))
+print(pipeline.timing_ms)
+"""
+
+from qat.runtime.pipeline import Calibration, PartRunner, Pipeline, SampleTensors
+from qat.runtime.pooling import PatternCache, pool
+
+__all__ = ["Calibration", "PartRunner", "PatternCache", "Pipeline", "SampleTensors", "pool"]

@@ -1,0 +1,221 @@
+"""The detector as one object: parts, BEV pooling and decode in their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qat.core.centerhead import Detections, decode, maps_from_tensors
+from qat.core.errors import UserError
+from qat.core.geometry import rasterize_depth
+from qat.core.manifest import load_manifest
+from qat.core.preprocess import ResizeCrop, normalize
+from qat.engine import Options, build
+from qat.runtime.pooling import PatternCache, pool
+
+
+class PartRunner(Protocol):
+    """Whatever computes one part: an `Engine`, or the PyTorch module that it came from."""
+
+    def run(self, feeds: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
+        """Input arrays by tensor name to output arrays by tensor name."""
+
+
+class SampleTensors(Protocol):
+    """One preprocessed keyframe of N cameras, float32 (`qat.data.Sample` is one).
+
+    img [N,3,H,W] normalised; depth [N,1,H,W] metres, 0 where no point falls; matrices [N,4,4], lidar_aug_matrix [4,4].
+    """
+
+    img: np.ndarray
+    depth: np.ndarray
+    camera_intrinsics: np.ndarray
+    camera2lidar: np.ndarray
+    img_aug_matrix: np.ndarray
+    lidar_aug_matrix: np.ndarray
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the cameras are: float[N,4,4] each, in the order of the manifest's cameras.
+
+    camera_intrinsics: camera frame to native pixels. camera2lidar: camera frame to the lidar frame at the moment of
+    the points, in metres (on nuScenes: through both ego poses).
+    """
+
+    camera_intrinsics: np.ndarray
+    camera2lidar: np.ndarray
+
+    @property
+    def lidar2image(self) -> np.ndarray:
+        """Lidar frame to native pixels, float32[N,4,4]."""
+        inverse = np.linalg.inv(self.camera2lidar.astype(np.float64))
+        return (self.camera_intrinsics.astype(np.float64) @ inverse).astype(np.float32)
+
+
+@dataclass
+class _Frame:
+    img: np.ndarray
+    depth: np.ndarray
+    camera_intrinsics: np.ndarray
+    camera2lidar: np.ndarray
+    img_aug_matrix: np.ndarray
+    lidar_aug_matrix: np.ndarray
+
+
+class Pipeline:
+    """A camera BEV detector made of parts.
+
+    timing_ms: milliseconds of each stage in the latest call: preprocess, depth, camera.backbone, pattern (near zero
+        when the camera geometry is one of the latest few), pooling, camera.vtransform, fuser, head.bbox, decode.
+    cameras, classes: their names, in the order of the inputs and of `Detections.labels`.
+    """
+
+    def __init__(self, parts: Mapping[str, PartRunner], settings: Mapping[str, Any], threads: int = 0) -> None:
+        """Puts a detector together from runners.
+
+        Args:
+            parts: a runner for each of `qat.core.manifest.PARTS`; camera.vtransform may be left out.
+            settings: a manifest's `pipeline` section.
+            threads: for BEV pooling, 0 for all cores.
+        """
+        self.parts = dict(parts)
+        self.settings = dict(settings)
+        self.cameras: list[str] = list(settings["cameras"])
+        self.classes: list[str] = list(settings["classes"])
+        self.timing_ms: dict[str, float] = {}
+        self._threads = threads
+        image, transform = settings["image"], settings["vtransform"]
+        self._resize_crop = ResizeCrop(tuple(image["size"]), image["resize"], image["bottom"])
+        names = ("image_size", "feature_size", "xbound", "ybound", "zbound", "dbound")
+        self.patterns = PatternCache(*(transform[name] for name in names))
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, backend: str, precision: str | None = None, options: Options | None = None
+    ) -> Pipeline:
+        """Builds every part of an exported folder, after checking its files against the manifest.
+
+        Args:
+            folder: where export-camera wrote manifest.json and the parts.
+            backend: a backend of `qat.engine`.
+            precision: None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for it too.
+            options: threads and engine cache.
+
+        Raises:
+            UserError: the folder is incomplete or was changed, or its graphs are not of this precision.
+        """
+        folder = Path(folder)
+        manifest = load_manifest(folder)
+        found = manifest["precision"]
+        if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
+            raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
+        parts = {
+            name: build(folder / part["file"], backend, precision or part["precision"], options)
+            for name, part in manifest["parts"].items()
+        }
+        return cls(parts, manifest["pipeline"], options.threads if options else 0)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.timing_ms[stage] = (time.perf_counter() - begin) * 1e3
+
+    def __call__(self, images: Sequence[np.ndarray], points: np.ndarray, calibration: Calibration) -> Detections:
+        """Detects objects in one set of pictures.
+
+        Args:
+            images: uint8[h,w,3] RGB, native size, one for each of `cameras` in their order.
+            points: float32[M,≥3] of x, y, z in the lidar frame in metres: the keyframe's and, if the model was
+                trained so, earlier sweeps' moved into it. Not used by a model without depth input.
+            calibration: of the same cameras.
+
+        Raises:
+            UserError: not as many images or matrices as cameras, or images of another dtype or shape.
+        """
+        self.timing_ms = {}
+        with self._timed("preprocess"):
+            frame = self._preprocess(images, points, calibration)
+        return self.decode(self._forward(frame))
+
+    def detect_sample(self, sample: SampleTensors) -> Detections:
+        """Detects objects in one preprocessed keyframe."""
+        return self.decode(self.forward(sample))
+
+    def forward(self, sample: SampleTensors) -> dict[str, np.ndarray]:
+        """Every tensor between the parts for one preprocessed keyframe, by its name in the parts.
+
+        camera_feature, camera_depth_weights, feat_in (the pooled BEV grid), feat_out, middle and the head's maps.
+        """
+        self.timing_ms = {}
+        return self._forward(sample)
+
+    def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
+        """Boxes from the head's maps among `forward`'s tensors."""
+        with self._timed("decode"):
+            maps = {name: tensors[name] for name in self.settings["head_maps"]}
+            return decode(maps_from_tensors(maps), self.settings["head"])
+
+    def _preprocess(self, images: Sequence[np.ndarray], points: np.ndarray, calibration: Calibration) -> _Frame:
+        count = len(self.cameras)
+        for what, found in (
+            ("images", len(images)),
+            ("camera_intrinsics", len(calibration.camera_intrinsics)),
+            ("camera2lidar", len(calibration.camera2lidar)),
+        ):
+            if found != count:
+                raise UserError(f"pipeline: {what}: found {found}, expected {count}: {', '.join(self.cameras)}")
+        for name, image in zip(self.cameras, images, strict=True):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                shape = ",".join(map(str, image.shape))
+                raise UserError(f"pipeline: {name}: found {image.dtype}[{shape}], expected uint8[h,w,3] in RGB")
+        cfg = self.settings["image"]
+        img = np.stack([normalize(self._resize_crop.apply(image), cfg["mean"], cfg["std"]) for image in images])
+        matrices = np.stack([self._resize_crop.matrix(image.shape[1], image.shape[0]) for image in images])
+        no_augmentation = np.eye(4, dtype=np.float32)
+        depth = np.zeros((count, 1, *cfg["size"]), np.float32)
+        if self.settings["depth_input"]:
+            with self._timed("depth"):
+                if limits := self.settings["points"]["range"]:
+                    low, high = np.asarray(limits[:3]), np.asarray(limits[3:])
+                    points = points[((points[:, :3] > low) & (points[:, :3] < high)).all(1)]
+                depth = rasterize_depth(points, calibration.lidar2image, matrices, no_augmentation, cfg["size"])
+        return _Frame(
+            img,
+            depth,
+            calibration.camera_intrinsics.astype(np.float32),
+            calibration.camera2lidar.astype(np.float32),
+            matrices,
+            no_augmentation,
+        )
+
+    def _run(self, part: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with self._timed(part):
+            return self.parts[part].run(feeds)
+
+    def _forward(self, sample: SampleTensors) -> dict[str, np.ndarray]:
+        feeds = {"img": sample.img[None]}
+        if self.settings["depth_input"]:
+            feeds["depth"] = sample.depth[None]
+        tensors = self._run("camera.backbone", feeds)
+        with self._timed("pattern"):
+            pattern = self.patterns.get(
+                sample.camera_intrinsics, sample.camera2lidar, sample.img_aug_matrix, sample.lidar_aug_matrix
+            )
+        with self._timed("pooling"):
+            tensors["feat_in"] = pool(
+                pattern, tensors["camera_depth_weights"], tensors["camera_feature"], self._threads
+            )
+        camera = tensors["feat_in"]
+        if "camera.vtransform" in self.parts:
+            tensors |= self._run("camera.vtransform", {"feat_in": camera})
+            camera = tensors["feat_out"]
+        tensors |= self._run("fuser", {"camera": camera})
+        return tensors | self._run("head.bbox", {"middle": tensors["middle"]})
