@@ -95,10 +95,21 @@ class CameraBEVDetector(nn.Module):
         pairs = zip(depth_weights.split(count), context.split(count), patterns, strict=True)
         return torch.stack([bev_pool(d, c, pattern) for d, c, pattern in pairs])
 
+    def downsample(self, bev: torch.Tensor) -> torch.Tensor:
+        """The view transform's convolutions on pooled BEV: [B,C·nz,nx,ny] → [B,C·nz,nx/downsample,ny/downsample]."""
+        return self.vtransform.downsample(bev)
+
+    def decode_bev(self, x: torch.Tensor) -> torch.Tensor:
+        """The BEV decoder: backbone, then neck."""
+        return first(self.decoder["neck"](self.decoder["backbone"](x)))
+
+    def head(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """The head's maps for each task from the decoder's map."""
+        return self.heads["object"](x)
+
     def bev_head(self, bev: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """Pooled BEV [B,C·nz,nx,ny] → downsample → decoder → the head's maps for each task."""
-        x = self.vtransform.downsample(bev)
-        return self.heads["object"](first(self.decoder["neck"](self.decoder["backbone"](x))))
+        return self.head(self.decode_bev(self.downsample(bev)))
 
     def patterns(
         self,
