@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import TypedDict
 
 import numpy as np
@@ -33,10 +35,10 @@ def compare_tensors(reference: np.ndarray, candidate: np.ndarray) -> TensorDiffe
     if not np.isfinite(difference).all():
         raise UserError("compare: found NaN or infinite values, expected finite tensors")
     signal, noise = float(a @ a), float(difference @ difference)
-    norms = float(np.sqrt(signal * float(b @ b)))
+    norms = math.sqrt(signal * float(b @ b))
     if noise == 0:
         sqnr, cosine = EQUAL_DB, 1.0
     else:
-        sqnr = min(EQUAL_DB, 10 * np.log10(max(signal, np.finfo(np.float64).tiny) / noise))
+        sqnr = min(EQUAL_DB, 10 * math.log10(max(signal, sys.float_info.min) / noise))
         cosine = float(a @ b) / norms if norms else 0.0
-    return {"max_abs": float(np.abs(difference).max(initial=0.0)), "cosine": cosine, "sqnr_db": float(sqnr)}
+    return {"max_abs": float(np.abs(difference).max(initial=0.0)), "cosine": cosine, "sqnr_db": sqnr}

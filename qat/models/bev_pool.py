@@ -6,12 +6,23 @@ fixes. It equals BEVFusion's sum over the frustum tensor [N,D,H,W,C] without eve
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 
 from qat.core.geometry import PoolPattern
+
+
+def _quieten() -> None:
+    """Spends torch's once-only notice that sparse CSR tensors are in beta, which no user can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
+_quieten()
 
 
 class _Pool(torch.autograd.Function):

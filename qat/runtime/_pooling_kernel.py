@@ -8,7 +8,7 @@ import numpy as np
 
 def set_threads(count: int) -> None:
     """Threads that `pool_rows` uses when called from this thread; 0, or more than there are, for all cores."""
-    most = numba.config.NUMBA_NUM_THREADS
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set when numba starts
     numba.set_num_threads(min(count, most) if count else most)
 
 

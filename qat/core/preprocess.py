@@ -1,0 +1,64 @@
+"""From a camera's JPEG to the network's input, as BEVFusion's ImageAug3D and ImageNormalize do at test time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qat.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class ResizeCrop:
+    """Resize by `resize`, then keep `final_dim` (H, W), lowered from the bottom by `bottom` (a share of the height)."""
+
+    final_dim: tuple[int, int]
+    resize: float
+    bottom: float = 0.0
+
+    def placed(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Size after the resize (W, H) and the crop's corner (left, top) for a native image of width × height."""
+        new_width, new_height = int(width * self.resize), int(height * self.resize)
+        fh, fw = self.final_dim
+        return (new_width, new_height), (int(max(0, new_width - fw) / 2), int((1 - self.bottom) * new_height) - fh)
+
+    def matrix(self, width: int, height: int) -> np.ndarray:
+        """Native pixels to network pixels, float32[4,4]: BEVFusion's img_aug_matrix."""
+        _, (left, top) = self.placed(width, height)
+        matrix = np.eye(4, dtype=np.float32)
+        matrix[0, 0] = matrix[1, 1] = self.resize
+        matrix[:2, 3] = -left, -top
+        return matrix
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """uint8[h,w,3] → uint8[H,W,3]; PIL's bicubic resize, black where the crop leaves the image."""
+        fh, fw = self.final_dim
+        size, (left, top) = self.placed(image.shape[1], image.shape[0])
+        resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+        return np.asarray(resized.crop((left, top, left + fw, top + fh)))
+
+
+def load_image(path: str | Path) -> np.ndarray:
+    """Reads a picture as uint8[h,w,3] RGB.
+
+    Raises:
+        UserError: missing, truncated or not a picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the data set is incomplete") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not a readable picture ({error}); fetch it again") from None
+
+
+def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """uint8[H,W,3] → float32[3,H,W]: scaled to [0, 1], minus mean, over std."""
+    scaled = image.astype(np.float32) / np.float32(255)
+    scaled = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))

@@ -1,0 +1,291 @@
+"""Reads nuScenes-format data, real or generated, into what a camera detector takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nuscenes.nuscenes import NuScenes
+from nuscenes.eval.detection.utils import category_to_detection_name
+from nuscenes.utils.splits import create_splits_scenes, get_scenes_of_split, is_predefined_split
+from pyquaternion import Quaternion
+
+from qat.core.errors import UserError
+from qat.core.files import read_json
+from qat.core.geometry import rasterize_depth
+from qat.core.preprocess import load_image, normalize
+from qat.data.pipeline import Sweeps, read_pipeline
+
+# The order in which BEVFusion's info files list the cameras.
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
+
+
+@dataclass
+class Sample:
+    """One keyframe, ready for the network. N cameras; float32 unless said otherwise; metres, pixels.
+
+    img [N,3,H,W]: normalised. depth [N,1,H,W]: metres, 0 = no point. images uint8[N,H,W,3]: before normalisation.
+    camera_intrinsics, camera2lidar, lidar2image, img_aug_matrix: [N,4,4]. lidar_aug_matrix, lidar2ego, ego2global:
+    [4,4]. points [M,5]: x, y, z, intensity, seconds before the keyframe, in the lidar frame.
+    gt_boxes [K,9] and gt_labels int64[K]: in the convention of `qat.core.centerhead.Detections`, the annotated
+    objects of the config's classes; gt_points int64[K]: lidar points in each.
+    """
+
+    token: str
+    img: np.ndarray
+    depth: np.ndarray
+    images: np.ndarray
+    camera_intrinsics: np.ndarray
+    camera2lidar: np.ndarray
+    lidar2image: np.ndarray
+    img_aug_matrix: np.ndarray
+    lidar_aug_matrix: np.ndarray
+    lidar2ego: np.ndarray
+    ego2global: np.ndarray
+    points: np.ndarray
+    gt_boxes: np.ndarray
+    gt_labels: np.ndarray
+    gt_points: np.ndarray
+    cameras: tuple[str, ...]
+
+
+def transform(record: Mapping[str, Any]) -> np.ndarray:
+    """A nuScenes pose record as a homogeneous matrix, float64[4,4]."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = Quaternion(record["rotation"]).rotation_matrix
+    matrix[:3, 3] = record["translation"]
+    return matrix
+
+
+def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
+    """Opens a data set with the devkit.
+
+    Raises:
+        UserError: no such folder, no tables in it, several versions, or a damaged table.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; expected a nuScenes-format data set")
+    found = sorted(path.parent.name for path in root.glob("*/sample_data.json"))
+    if version is None:
+        if len(found) != 1:
+            what = "no version folder with tables" if not found else "versions " + ", ".join(found)
+            raise UserError(f"{root}: found {what}, expected one such as v1.0-mini; name it with --version")
+        version = found[0]
+    elif version not in found:
+        raise UserError(f"{root}: version {version!r} not found; there is {', '.join(found) or 'none'}")
+    try:
+        return NuScenes(version=version, dataroot=str(root), verbose=False)
+    except (AssertionError, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{root / version}: tables cannot be read, or do not fit each other: {error!r}") from None
+
+
+def split_tokens(nusc: NuScenes, split: str) -> list[str]:
+    """Tokens of the split's keyframes, in the data set's order.
+
+    Raises:
+        UserError: there is no such split.
+    """
+    own = Path(nusc.dataroot) / nusc.version / "splits.json"
+    known = list(read_json(own)) if own.exists() else []
+    if split in known or is_predefined_split(split):
+        names = set(get_scenes_of_split(split, nusc))
+    elif split == "all":
+        names = {scene["name"] for scene in nusc.scene}
+    else:
+        known += [] if known else list(create_splits_scenes())
+        raise UserError(f"{nusc.dataroot}: split {split!r} not found; there is {', '.join([*known, 'all'])}")
+    tokens = []
+    for scene in nusc.scene:
+        if scene["name"] in names:
+            token = scene["first_sample_token"]
+            while token:
+                tokens.append(token)
+                token = nusc.get("sample", token)["next"]
+    if not tokens:
+        raise UserError(f"{nusc.dataroot}: split {split!r} has no keyframes in version {nusc.version}")
+    return tokens
+
+
+class NuScenesDataset(Sequence[Sample]):
+    """The keyframes of one split, preprocessed as the config's test pipeline says.
+
+    Args:
+        root: folder that holds `<version>/`, `samples/` and `sweeps/`.
+        split: a split of `<version>/splits.json`, one of nuScenes' own, or "all".
+        config: BEVFusion's schema.
+        version: needed only where root holds several.
+        frames: keep only this many keyframes, spread evenly over the split.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        config: Mapping[str, Any],
+        version: str | None = None,
+        frames: int | None = None,
+        cameras: Sequence[str] = CAMERAS,
+    ) -> None:
+        self.pipeline = read_pipeline(config)
+        self.classes = list(config["object_classes"])
+        self.cameras = tuple(cameras)
+        self.nusc = open_nuscenes(root, version)
+        self.split = split
+        self.tokens = split_tokens(self.nusc, split)
+        if frames is not None:
+            if not 1 <= frames <= len(self.tokens):
+                raise UserError(f"--frames: found {frames}, split {split!r} of {root} has {len(self.tokens)} keyframes")
+            self.tokens = [self.tokens[i] for i in np.linspace(0, len(self.tokens) - 1, frames).round().astype(int)]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.load(self.tokens[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.load(token) for token in self.tokens)
+
+    def _sensor(self, sample: Mapping[str, Any], channel: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+        """The sensor's record, sensor2ego, ego2global, and its intrinsics (or an empty array)."""
+        if channel not in sample["data"]:
+            raise UserError(f"{self.nusc.dataroot}: sample {sample['token']} has no {channel}; the data set is incomplete")
+        record = self.nusc.get("sample_data", sample["data"][channel])
+        return record, *self._poses(record)
+
+    def _poses(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        calibrated = self.nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
+        sensor2ego = transform(calibrated)
+        ego2global = transform(self.nusc.get("ego_pose", record["ego_pose_token"]))
+        intrinsic = np.asarray(calibrated["camera_intrinsic"], np.float64)
+        if not (np.isfinite(sensor2ego).all() and np.isfinite(ego2global).all() and np.isfinite(intrinsic).all()):
+            raise UserError(f"{self.nusc.dataroot}: {record['filename']}: calibration or pose is not finite; mend calibrated_sensor.json or ego_pose.json")
+        return sensor2ego, ego2global, intrinsic
+
+    def load(self, token: str) -> Sample:
+        """Reads one keyframe by its token."""
+        sample = self.nusc.get("sample", token)
+        lidar_record, lidar2ego, ego2global = self._sensor(sample, "LIDAR_TOP")[:3]
+        global2lidar = np.linalg.inv(ego2global @ lidar2ego)
+        steps = self.pipeline
+        images, intrinsics, camera2lidar, lidar2image, img_aug = [], [], [], [], []
+        for name in self.cameras:
+            record, camera2ego, camera_ego2global, intrinsic = self._sensor(sample, name)
+            path = Path(self.nusc.dataroot) / record["filename"]
+            image = load_image(path)
+            height, width = image.shape[:2]
+            if (record["width"], record["height"]) != (width, height):
+                raise UserError(f"{path}: found {width}×{height} pixels, sample_data.json says {record['width']}×{record['height']}")
+            full = np.eye(4)
+            full[:3, :3] = intrinsic
+            to_lidar = global2lidar @ camera_ego2global @ camera2ego  # through both ego poses
+            images.append(steps.resize_crop.apply(image))
+            intrinsics.append(full)
+            camera2lidar.append(to_lidar)
+            lidar2image.append(full @ np.linalg.inv(to_lidar))
+            img_aug.append(steps.resize_crop.matrix(width, height))
+        points = self._points(lidar_record, global2lidar)
+        matrices = {
+            "camera_intrinsics": np.stack(intrinsics).astype(np.float32),
+            "camera2lidar": np.stack(camera2lidar).astype(np.float32),
+            "lidar2image": np.stack(lidar2image).astype(np.float32),
+            "img_aug_matrix": np.stack(img_aug).astype(np.float32),
+            "lidar_aug_matrix": np.eye(4, dtype=np.float32),
+        }
+        depth = rasterize_depth(
+            points,
+            matrices["lidar2image"],
+            matrices["img_aug_matrix"],
+            matrices["lidar_aug_matrix"],
+            steps.resize_crop.final_dim,
+        )
+        boxes, labels, counts = self._boxes(sample, global2lidar)
+        return Sample(
+            token=token,
+            img=np.stack([normalize(image, steps.mean, steps.std) for image in images]),
+            depth=depth,
+            images=np.stack(images),
+            **matrices,
+            lidar2ego=lidar2ego.astype(np.float32),
+            ego2global=ego2global,
+            points=points,
+            gt_boxes=boxes,
+            gt_labels=labels,
+            gt_points=counts,
+            cameras=self.cameras,
+        )
+
+    def _read_points(self, record: Mapping[str, Any]) -> np.ndarray:
+        path = Path(self.nusc.dataroot) / record["filename"]
+        try:
+            values = np.fromfile(path, np.float32)
+        except OSError:
+            raise UserError(f"{path}: no such file; the data set is incomplete") from None
+        if len(values) == 0 or len(values) % self.pipeline.load_dim:
+            raise UserError(f"{path}: found {len(values)} values, expected a multiple of load_dim {self.pipeline.load_dim}")
+        return values.reshape(-1, self.pipeline.load_dim)[:, :5].copy()
+
+    def _points(self, record: Mapping[str, Any], global2lidar: np.ndarray) -> np.ndarray:
+        """Points of the keyframe and what the pipeline adds and filters, float32[M,5] in the keyframe's lidar frame."""
+        points = self._read_points(record)
+        points[:, 4] = 0
+        for step, argument in self.pipeline.point_steps:
+            if step == "sweeps":
+                points = np.concatenate([points, *self._sweeps(record, points, argument, global2lidar)])
+            else:
+                low, high = np.asarray(argument[:3]), np.asarray(argument[3:])
+                points = points[((points[:, :3] > low) & (points[:, :3] < high)).all(1)]
+        return points
+
+    def _sweeps(
+        self, keyframe: Mapping[str, Any], points: np.ndarray, sweeps: Sweeps, global2lidar: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        def without_close(cloud: np.ndarray) -> np.ndarray:
+            return cloud[~(np.abs(cloud[:, :2]) < sweeps.radius).all(1)] if sweeps.remove_close else cloud
+
+        record = keyframe
+        earlier = []
+        while record["prev"] and len(earlier) < min(sweeps.count, MAX_SWEEPS):
+            record = self.nusc.get("sample_data", record["prev"])
+            earlier.append(record)
+        if not earlier and sweeps.pad_empty:
+            for _ in range(sweeps.count):
+                yield without_close(points)
+        for record in earlier:
+            cloud = without_close(self._read_points(record))
+            sensor2ego, ego2global, _ = self._poses(record)
+            move = (global2lidar @ ego2global @ sensor2ego).astype(np.float32)
+            cloud[:, :3] = cloud[:, :3] @ move[:3, :3].T + move[:3, 3]
+            cloud[:, 4] = (keyframe["timestamp"] - record["timestamp"]) / 1e6
+            yield cloud
+
+    def _boxes(self, sample: Mapping[str, Any], global2lidar: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        boxes, labels, counts = [], [], []
+        rotation = global2lidar[:3, :3]
+        turn = np.arctan2(rotation[1, 0], rotation[0, 0])
+        for annotation_token in sample["anns"]:
+            annotation = self.nusc.get("sample_annotation", annotation_token)
+            name = category_to_detection_name(annotation["category_name"])
+            if name not in self.classes:
+                continue
+            centre = rotation @ annotation["translation"] + global2lidar[:3, 3]
+            width, length, height = annotation["size"]
+            forward = Quaternion(annotation["rotation"]).rotation_matrix[:, 0]
+            heading = np.arctan2(forward[1], forward[0]) + turn
+            velocity = rotation @ np.nan_to_num(self.nusc.box_velocity(annotation_token))
+            yaw = -heading - np.pi / 2
+            boxes.append([*centre[:2], centre[2] - height / 2, width, length, height, yaw, *velocity[:2]])
+            labels.append(self.classes.index(name))
+            counts.append(annotation["num_lidar_pts"])
+        return (
+            np.asarray(boxes, np.float32).reshape(-1, 9),
+            np.asarray(labels, np.int64),
+            np.asarray(counts, np.int64),
+        )

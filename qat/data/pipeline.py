@@ -1,0 +1,85 @@
+"""BEVFusion's test pipeline, read from a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qat.core.config import test_pipeline
+from qat.core.errors import UserError
+from qat.core.preprocess import ResizeCrop
+
+# Steps that load what a camera detector does not need, or only repack.
+PASSED_OVER = {
+    "LoadAnnotations3D",
+    "LoadBEVSegmentation",
+    "LoadRadarPointsMultiSweeps",
+    "DefaultFormatBundle3D",
+    "Collect3D",
+    "GTDepth",
+    "LoadMultiViewImageFromFiles",
+    "LoadPointsFromFile",
+}
+
+
+@dataclass
+class Sweeps:
+    """LoadPointsFromMultiSweeps at test time: the newest `count` earlier revolutions."""
+
+    count: int = 0
+    pad_empty: bool = False
+    remove_close: bool = False
+    radius: float = 1.0  # metres; BEVFusion's default
+
+
+@dataclass
+class Pipeline:
+    """What the config's test pipeline asks for. `point_steps` keeps the order of what is done to points."""
+
+    resize_crop: ResizeCrop
+    mean: list[float]
+    std: list[float]
+    load_dim: int = 5
+    sweeps: Sweeps = field(default_factory=Sweeps)
+    point_steps: list[tuple[str, Any]] = field(default_factory=list)
+
+
+def read_pipeline(config: Mapping[str, Any]) -> Pipeline:
+    """Reads `data.test.pipeline`.
+
+    Raises:
+        UserError: a step is unknown, or augments test data.
+    """
+    resize_crop, mean, std = None, None, None
+    load_dim = int(config.get("load_dim", 5))
+    sweeps = Sweeps()
+    points: list[tuple[str, Any]] = []
+    for step in test_pipeline(config):
+        kind = step.get("type")
+        if kind == "ImageAug3D":
+            if step.get("is_train") or np.any(step.get("rot_lim", 0)):
+                raise UserError("config: data.test.pipeline: ImageAug3D: found augmentation, expected is_train: false and rot_lim [0, 0]")
+            height, width = step["final_dim"]
+            resize_crop = ResizeCrop((height, width), float(np.mean(step["resize_lim"])), float(np.mean(step["bot_pct_lim"])))
+        elif kind == "ImageNormalize":
+            mean, std = list(step["mean"]), list(step["std"])
+        elif kind == "LoadPointsFromMultiSweeps":
+            sweeps = Sweeps(int(step["sweeps_num"]), bool(step.get("pad_empty_sweeps")), bool(step.get("remove_close")))
+            points.append(("sweeps", sweeps))
+        elif kind == "PointsRangeFilter":
+            points.append(("range", [float(v) for v in step["point_cloud_range"]]))
+        elif kind == "GlobalRotScaleTrans":
+            if step.get("is_train") or np.any(step.get("rot_lim", 0)) or np.any(np.asarray(step.get("resize_lim", 1)) != 1):
+                raise UserError("config: data.test.pipeline: GlobalRotScaleTrans: found augmentation, expected none at test time")
+        elif kind not in PASSED_OVER:
+            raise UserError(f"config: data.test.pipeline: found step {kind!r}, which is not known here")
+        if kind == "LoadPointsFromFile":
+            load_dim = int(step.get("load_dim", load_dim))
+    if resize_crop is None or mean is None or std is None:
+        raise UserError("config: data.test.pipeline: expected ImageAug3D and ImageNormalize, found neither or one")
+    if list(resize_crop.final_dim) != list(config["image_size"]):
+        raise UserError(f"config: ImageAug3D.final_dim: found {list(resize_crop.final_dim)}, expected image_size {config['image_size']}")
+    return Pipeline(resize_crop, mean, std, load_dim, sweeps, points)
