@@ -12,6 +12,9 @@ from qat.core.errors import UserError
 
 Config = dict[str, Any]
 
+# The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input.
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+
 TYPES = {
     "model.encoders.camera.backbone": ("ResNet", "timm"),
     "model.encoders.camera.neck": ("GeneralizedLSSFPN", "SECONDFPN"),
