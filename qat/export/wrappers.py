@@ -103,5 +103,7 @@ class HeadBBox(nn.Module):
 
     def forward(self, middle: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """middle [B,C,h,w] → one map [B,channels,h,w] for each of `outputs`."""
-        maps = {f"{name}_{i}": value for i, task in enumerate(self.detector.head(middle)) for name, value in task.items()}
+        maps = {
+            f"{name}_{i}": value for i, task in enumerate(self.detector.head(middle)) for name, value in task.items()
+        }
         return tuple(maps[name] for name in self.outputs)

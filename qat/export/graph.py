@@ -1,0 +1,87 @@
+"""From a traced module to a checked ONNX graph."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnxsim
+import torch
+from torch import nn
+
+from qat.core.errors import UserError
+
+
+def trace(
+    module: nn.Module, args: Sequence[torch.Tensor], inputs: Sequence[str], outputs: Sequence[str], opset: int
+) -> onnx.ModelProto:
+    """Traces a module with torch's TorchScript exporter, the one that still writes opset 13."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        # Shapes are fixed on purpose (TracerWarning), and so is the exporter (DeprecationWarning, UserWarning).
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        torch.onnx.export(
+            module,
+            tuple(args),
+            buffer,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=opset,
+            dynamo=False,
+        )
+    return onnx.load_from_string(buffer.getvalue())
+
+
+def simplify(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """onnxsim with its own comparison of both graphs on random input, then the full ONNX check.
+
+    Raises:
+        UserError: the simplified graph computes something else, or batch norms are left over.
+    """
+    np.random.seed(0)  # onnxsim draws its inputs from numpy's global generator
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress, for every part
+        simplified, same = onnxsim.simplify(model, check_n=1)
+    if not same:
+        raise UserError(f"{name}.onnx: onnxsim's check found another result after simplification; please report it")
+    left = op_counts(simplified)["BatchNormalization"]
+    if left:
+        raise UserError(f"{name}.onnx: found {left} BatchNormalization that no convolution takes in, expected none")
+    _strip(simplified)
+    onnx.checker.check_model(simplified, full_check=True)
+    return simplified
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drops what differs from one run or machine to the next without meaning anything to a runtime."""
+    model.doc_string = model.graph.doc_string = ""
+    del model.metadata_props[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+
+
+def op_counts(model: onnx.ModelProto) -> Counter[str]:
+    """How often each operator occurs."""
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def tensor_specs(model: onnx.ModelProto) -> tuple[dict[str, dict[str, object]], dict[str, dict[str, object]]]:
+    """Inputs and outputs, each name → {"dtype": numpy name, "shape": [...]}."""
+
+    def specs(values: Sequence[onnx.ValueInfoProto]) -> dict[str, dict[str, object]]:
+        return {
+            value.name: {
+                "dtype": onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                "shape": [d.dim_value for d in value.type.tensor_type.shape.dim],
+            }
+            for value in values
+        }
+
+    return specs(model.graph.input), specs(model.graph.output)

@@ -1,0 +1,171 @@
+"""The export: a detector in, a folder of ONNX parts with their manifest out."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qat.core.config import CAMERAS
+from qat.core.errors import UserError
+from qat.core.files import atomic_directory, sha256, write_json
+from qat.core.manifest import FILE, FORMAT, SCHEMA
+from qat.export.graph import op_counts, simplify, tensor_specs, trace
+from qat.export.settings import pipeline_settings
+from qat.export.torch_parts import TorchPart, torch_parts
+from qat.export.verify import random_frame, verify_part
+from qat.lean.modes import qdq_tracing, quantizers, quantizers_off
+
+PRECISIONS = ("fp32", "fp16", "int8")
+OPSET = 13
+VERSIONS_OF = ("torch", "onnx", "onnxsim", "onnxruntime", "timm", "pytorch-quantization", "numpy")
+
+
+def _versions() -> dict[str, str]:
+    from qat import __version__
+
+    found = {"bevqat": __version__, "python": platform.python_version()}
+    for package in VERSIONS_OF:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _inputs_of_parts(detector: Any, parts: Mapping[str, TorchPart], frame: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Runs the detector in PyTorch on one frame; what each part takes in, as in `qat.runtime.Pipeline`."""
+    backbone = parts["camera.backbone"]
+    feeds = {name: getattr(frame, name)[None] for name in backbone.wrapper.inputs}
+    inputs = {"camera.backbone": feeds}
+    tensors = backbone.run(feeds)
+    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
+    context = torch.from_numpy(tensors["camera_feature"]).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        patterns = detector.patterns(*(matrix[None] for matrix in matrices))
+        bev = detector.pool(torch.from_numpy(tensors["camera_depth_weights"]), context, patterns).numpy()
+    for name, tensor in (("camera.vtransform", "feat_in"), ("fuser", "camera"), ("head.bbox", "middle")):
+        if name in parts:
+            inputs[name] = {tensor: np.ascontiguousarray(bev)}
+            if name != "head.bbox":
+                (bev,) = parts[name].run(inputs[name]).values()
+    return inputs
+
+
+def export_parts(
+    detector: Any,
+    out: str | Path,
+    precision: str,
+    *,
+    checkpoint: str | Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    cameras: Sequence[str] = CAMERAS,
+    opset: int = OPSET,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes a detector's ONNX parts and manifest.json into `out`, whole or not at all, and verifies each part.
+
+    The same detector gives the same bytes. An earlier `out` is replaced.
+
+    Args:
+        detector: a `qat.models.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
+        out: the folder.
+        precision: "int8" writes Q/DQ pairs at the detector's quantizers; "fp32" none; "fp16" the same graph as "fp32",
+            for a builder that is told by a flag to run it in FP16.
+        checkpoint: where the weights came from; its name and sha256 go into the manifest.
+        recipe: how the quantizers were calibrated, for the manifest.
+        cameras: names in the order of the inputs.
+        seed: of the random inputs for verification.
+
+    Returns:
+        the manifest. `manifest["verification"]["passed"]` is False when a part is out of tolerance; the files are
+        written all the same, to be looked at.
+
+    Raises:
+        UserError: an unknown precision, INT8 asked of a float detector, onnxsim's or ONNX's check failed.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if precision == "int8" and not quantizers(detector):
+        raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")
+    detector.eval()
+    settings = pipeline_settings(detector.config, cameras)
+    with nullcontext() if precision == "int8" else quantizers_off(detector):
+        return _export(detector, Path(out), precision, settings, checkpoint, recipe, opset, seed)
+
+
+def _model_name(checkpoint: str | Path | None) -> str | None:
+    return None if checkpoint is None else Path(checkpoint).resolve().parent.name
+
+
+def _export(
+    detector: Any,
+    out: Path,
+    precision: str,
+    settings: dict[str, Any],
+    checkpoint: str | Path | None,
+    recipe: Mapping[str, Any] | None,
+    opset: int,
+    seed: int,
+) -> dict[str, Any]:
+    parts = torch_parts(detector)
+    inputs = _inputs_of_parts(detector, parts, random_frame(settings, seed))
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "model": _model_name(checkpoint),
+        "precision": precision,
+        "flavour": "tensorrt",
+        "types": {
+            "fp32": "FP32 throughout",
+            "fp16": "FP32-typed graph without QDQ: build it with the builder's FP16 flag, keeping FP32 inputs and "
+            "outputs or choosing fp16:chw ones",
+            "int8": "FP32-typed graph with QDQ: build it with the builder's INT8 flag (and FP16 for the rest)",
+        }[precision],
+        "opset": opset,
+        "checkpoint": None,
+        "calibration": dict(recipe) if recipe is not None and precision == "int8" else None,
+        "versions": _versions(),
+        "pipeline": settings,
+        "parts": {},
+    }
+    if checkpoint is not None:
+        manifest["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
+    passed = True
+    with atomic_directory(out) as folder:
+        for name, part in parts.items():
+            feeds = inputs[name]
+            tensors = [torch.from_numpy(feeds[tensor]) for tensor in part.wrapper.inputs]
+            with qdq_tracing():
+                model = trace(part.wrapper, tensors, part.wrapper.inputs, part.wrapper.outputs, opset)
+            model = simplify(model, name)
+            counts = op_counts(model)
+            graph = model.SerializeToString(deterministic=True)
+            (folder / f"{name}.onnx").write_bytes(graph)
+            has_qdq = counts["QuantizeLinear"] > 0
+            exact = None
+            if has_qdq:
+                with quantizers_off(detector):
+                    exact = part.run(feeds)
+            report = verify_part(graph, part.run(feeds), feeds, exact)
+            passed &= all(entry["passed"] for entry in report.values())
+            takes, gives = tensor_specs(model)
+            manifest["parts"][name] = {
+                "file": f"{name}.onnx",
+                "sha256": hashlib.sha256(graph).hexdigest(),
+                "precision": "fp32" if precision == "int8" and not has_qdq else precision,
+                "inputs": takes,
+                "outputs": gives,
+                "operators": dict(sorted(counts.items())),
+                "verification": report,
+            }
+        manifest["verification"] = {"runtime": "onnxruntime, optimizer off", "seed": seed, "passed": passed}
+        write_json(folder / FILE, manifest)
+    return manifest

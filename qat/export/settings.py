@@ -1,0 +1,66 @@
+"""What the torch-free Pipeline must know about a detector, out of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qat.core.config import CAMERAS, test_pipeline
+from qat.core.errors import UserError
+
+VTRANSFORM_KEYS = (
+    "type", "in_channels", "out_channels", "image_size", "feature_size", "xbound", "ybound", "zbound", "dbound",
+)  # fmt: skip
+HEAD_KEYS = ("type", "tasks", "bbox_coder", "test_cfg")
+
+
+def needs_depth(config: Mapping[str, Any]) -> bool:
+    """Whether the camera part has a `depth` input."""
+    return config["model"]["encoders"]["camera"]["vtransform"]["type"] == "DepthLSSTransform"
+
+
+def head_maps(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the head's outputs, `{map}_{task}`: each task's heatmap, then its `common_heads` in the config's order."""
+    head = config["model"]["heads"]["object"]
+    return tuple(f"{name}_{task}" for task in range(len(head["tasks"])) for name in ("heatmap", *head["common_heads"]))
+
+
+def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] = CAMERAS) -> dict[str, Any]:
+    """The manifest's `pipeline` section, plain JSON values.
+
+    Raises:
+        UserError: the config's test pipeline lacks ImageAug3D or ImageNormalize.
+    """
+    steps: dict[str, Mapping[str, Any]] = {}
+    limits: list[float] | None = None
+    for step in test_pipeline(config):
+        steps[step["type"]] = step
+        if step["type"] == "PointsRangeFilter":
+            limits = [float(v) for v in step["point_cloud_range"]]
+    for name in ("ImageAug3D", "ImageNormalize"):
+        if name not in steps:
+            raise UserError(f"config: data.test.pipeline: found {', '.join(steps)}, expected {name} among them")
+    augment, normalize = steps["ImageAug3D"], steps["ImageNormalize"]
+    transform = config["model"]["encoders"]["camera"]["vtransform"]
+    head = config["model"]["heads"]["object"]
+    return {
+        "cameras": list(cameras),
+        "classes": list(config["object_classes"]),
+        "depth_input": needs_depth(config),
+        "image": {
+            "size": list(config["image_size"]),
+            "resize": float(np.mean(augment["resize_lim"])),
+            "bottom": float(np.mean(augment["bot_pct_lim"])),
+            "mean": list(normalize["mean"]),
+            "std": list(normalize["std"]),
+        },
+        "points": {"range": limits},
+        "vtransform": {
+            **{key: transform[key] for key in VTRANSFORM_KEYS},
+            "downsample": transform.get("downsample", 1),
+        },
+        "head": {**{key: head[key] for key in HEAD_KEYS}, "norm_bbox": head.get("norm_bbox", True)},
+        "head_maps": list(head_maps(config)),
+    }

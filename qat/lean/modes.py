@@ -1,0 +1,41 @@
+"""Temporary states of a module's TensorQuantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pytorch_quantization.nn import TensorQuantizer
+from torch import nn
+
+
+def quantizers(module: nn.Module) -> dict[str, TensorQuantizer]:
+    """The module's TensorQuantizers by their path, those switched off too."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, TensorQuantizer)}
+
+
+@contextmanager
+def quantizers_off(module: nn.Module) -> Iterator[None]:
+    """Inside the block the module computes in float, as if it had no quantizers."""
+    before = {quantizer: quantizer._disabled for quantizer in quantizers(module).values()}
+    for quantizer in before:
+        quantizer._disabled = True
+    try:
+        yield
+    finally:
+        for quantizer, state in before.items():
+            quantizer._disabled = state
+
+
+@contextmanager
+def qdq_tracing() -> Iterator[None]:
+    """Inside the block TensorQuantizers call torch's own fake-quantize operators, which the ONNX exporter knows.
+
+    The switch is global to pytorch-quantization (a class attribute), hence the block.
+    """
+    before = TensorQuantizer.use_fb_fake_quant
+    TensorQuantizer.use_fb_fake_quant = True
+    try:
+        yield
+    finally:
+        TensorQuantizer.use_fb_fake_quant = before
