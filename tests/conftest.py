@@ -130,3 +130,13 @@ def small_scene() -> dict:
         "camera_intrinsics": intrinsics,
         "camera2lidar": camera2lidar,
     }
+
+
+@pytest.fixture(scope="session")
+def exported_fp32(tmp_path_factory, make_detector):
+    """Folder of the small detector's FP32 parts; copy it before changing anything in it."""
+    from qat.export import export_parts
+
+    folder = tmp_path_factory.mktemp("exported") / "onnx_fp32"
+    export_parts(make_detector(_config()), folder, "fp32", cameras=CAMERAS)
+    return folder

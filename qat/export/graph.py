@@ -30,7 +30,7 @@ def trace(
         torch.onnx.export(
             module,
             tuple(args),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # the TorchScript exporter takes streams
             input_names=list(inputs),
             output_names=list(outputs),
             opset_version=opset,

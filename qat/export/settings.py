@@ -22,7 +22,7 @@ def needs_depth(config: Mapping[str, Any]) -> bool:
 
 
 def head_maps(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the head's outputs, `{map}_{task}`: each task's heatmap, then its `common_heads` in the config's order."""
+    """Names of the head's outputs, `{map}_{task}`: each task's heatmap, then `common_heads` in the config's order."""
     head = config["model"]["heads"]["object"]
     return tuple(f"{name}_{task}" for task in range(len(head["tasks"])) for name in ("heatmap", *head["common_heads"]))
 

@@ -6,8 +6,8 @@ fusions.
 Tolerance, as the SQNR of each output against PyTorch's:
 
 - FP32 graphs, 80 dB. Both sides sum in another order: about √n·2⁻²⁴ relative error for a sum of n = 2,000 terms,
-  111 dB; forty such layers one after the other, whose errors add in power, 95 dB; the rest is for folded batch norms and
-  cancellation.
+  111 dB; forty such layers one after the other, whose errors add in power, 95 dB; the rest is for folded batch norms
+  and cancellation.
 - INT8 graphs: 6 dB above the SQNR of the fake-quantized module against the float one, on the same inputs (and never
   more than FP32's). Both sides round at the same places, and differ only where FP32's rounding error carries a value
   over a quantization threshold. If a share p of the values is rounded the other way, the noise p·s² stands against the
