@@ -94,7 +94,17 @@ def test_images_and_points_give_the_same_boxes_as_the_preprocessed_sample(tmp_pa
     calibration = Calibration(small_scene["camera_intrinsics"], small_scene["camera2lidar"])
     found = pipeline(small_scene["images"], small_scene["points"], calibration)
     np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-3, atol=1e-3)
-    stages = "preprocess depth camera.backbone pattern pooling camera.vtransform fuser head.bbox decode".split()
+    stages = [
+        "preprocess",
+        "depth",
+        "camera.backbone",
+        "pattern",
+        "pooling",
+        "camera.vtransform",
+        "fuser",
+        "head.bbox",
+        "decode",
+    ]
     assert sorted(pipeline.timing_ms) == sorted(stages) and all(t >= 0 for t in pipeline.timing_ms.values())
 
 

@@ -1,0 +1,56 @@
+"""Write a checkpoint's ONNX parts (opset 13, simplified, verified) with manifest.json.
+
+examples:
+  bevqat export-camera --ckpt runs/ptq.pth              INT8 (QDQ) into runs/onnx_int8
+  bevqat export-camera --ckpt runs/ptq.pth --fp16       for a builder's FP16 flag, into runs/onnx_fp16
+  bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth    a float checkpoint: FP32 into onnx_fp32
+
+Exit status 1 when a part's ONNX and PyTorch differ by more than the tolerance; the files are written all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qat.cli import FAILED, OK
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument("--ckpt", required=True, metavar="CKPT", help="a checkpoint of calibrate, or a float one")
+    precision = parser.add_mutually_exclusive_group()
+    for name, what in (
+        ("int8", "QDQ at the calibrated scales (default of a PTQ checkpoint)"),
+        ("fp16", "no QDQ; FP16 by the engine builder's flag"),
+        ("fp32", "no QDQ (default of a float checkpoint)"),
+    ):
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=what)
+    parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports, then prints what was written and how close it is to PyTorch."""
+    from qat.export.checkpoint import export_checkpoint
+
+    folder, manifest = export_checkpoint(args.ckpt, args.precision, args.out, args.config)
+    for part in manifest["parts"].values():
+        size = (folder / part["file"]).stat().st_size / 1e6
+        worst = min(part["verification"].items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])
+        name, figures = worst
+        print(
+            f"{folder / part['file']}: {part['precision']}, {size:.1f} MB; beside PyTorch {name} has "
+            f"{figures['sqnr_db']:.0f} dB SQNR ({figures['tolerance_db']:.0f} dB or more expected)"
+        )
+    if manifest["verification"]["passed"]:
+        return OK
+    for part in manifest["parts"].values():
+        for name, figures in part["verification"].items():
+            if not figures["passed"]:
+                print(
+                    f"error: {folder / part['file']}: {name}: found {figures['sqnr_db']:.1f} dB SQNR against PyTorch, "
+                    f"expected {figures['tolerance_db']:.1f} dB or more",
+                    file=sys.stderr,
+                )
+    return FAILED

@@ -1,0 +1,65 @@
+"""Export of a checkpoint file, float or quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qat.core.config import load_config
+from qat.core.errors import UserError
+from qat.export.parts import export_parts
+from qat.models import build_model, load_checkpoint, load_state
+
+PTQ_FORMAT = "bevqat-ptq"
+
+
+def _config_of(path: Path, checkpoint: dict[str, Any], given: str | Path | None) -> dict[str, Any]:
+    if given is not None:
+        return load_config(given)
+    if isinstance(checkpoint.get("config"), dict):
+        return checkpoint["config"]
+    beside = path.parent / "config.yaml"
+    if beside.is_file():
+        return load_config(beside)
+    raise UserError(f"{path}: holds no config and {beside} does not exist; name the run's configs.yaml with --config")
+
+
+def export_checkpoint(
+    path: str | Path,
+    precision: str | None = None,
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Writes a checkpoint's ONNX parts and manifest.
+
+    Args:
+        path: a checkpoint of calibrate (PTQ), or a float one: {"state_dict": …} or a bare state dict.
+        precision: "int8", "fp16" or "fp32"; None for INT8 of a PTQ checkpoint and FP32 of a float one.
+        out: the folder; None for onnx_{precision} beside the checkpoint.
+        config: for a float checkpoint; None for the one inside it, else config.yaml beside it.
+
+    Returns:
+        the folder and its manifest.
+
+    Raises:
+        UserError: the checkpoint does not load or does not fit its config, or is a float one and INT8 is asked for.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path)
+    quantized = checkpoint.get("format") == PTQ_FORMAT
+    precision = precision or ("int8" if quantized else "fp32")
+    detector: Any
+    if quantized:
+        if config is not None:
+            raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")
+        from qat.calibrate import load_ptq
+
+        detector = load_ptq(path)
+    elif precision == "int8":
+        raise UserError(f"{path}: a float checkpoint has no scales for INT8; mend by running calibrate on it first")
+    else:
+        detector = build_model(_config_of(path, checkpoint, config))
+        load_state(detector, checkpoint["state_dict"], str(path))
+    folder = Path(out) if out is not None else path.parent / f"onnx_{precision}"
+    manifest = export_parts(detector, folder, precision, checkpoint=path, recipe=checkpoint.get("recipe"))
+    return folder, manifest

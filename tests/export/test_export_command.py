@@ -1,0 +1,66 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from qat.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, small_config, make_detector):
+    detector = make_detector(small_config)
+    path = tmp_path / "float.pth"
+    torch.save({"state_dict": detector.state_dict(), "config": small_config}, path)
+    return path
+
+
+def test_a_float_checkpoint_gives_fp32_parts_beside_it(checkpoint, capsys):
+    assert main(["export-camera", "--ckpt", str(checkpoint)]) == 0
+    assert (checkpoint.parent / "onnx_fp32" / "manifest.json").is_file()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("dB SQNR" in line for line in lines)
+
+
+def test_fp16_and_out_choose_the_folder(checkpoint, tmp_path):
+    assert main(["export-camera", "--ckpt", str(checkpoint), "--fp16"]) == 0
+    assert (tmp_path / "onnx_fp16" / "fuser.onnx").is_file()
+    assert main(["export-camera", "--ckpt", str(checkpoint), "--out", str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere" / "fuser.onnx").is_file()
+
+
+def test_a_bare_state_dict_takes_the_config_beside_it_or_named(checkpoint, tmp_path, small_config, capsys):
+    bare = tmp_path / "bare" / "state.pth"
+    bare.parent.mkdir()
+    torch.save(torch.load(checkpoint, weights_only=True)["state_dict"], bare)
+    assert main(["export-camera", "--ckpt", str(bare)]) == 2
+    assert "name the run's configs.yaml with --config" in capsys.readouterr().err
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump(small_config))
+    assert main(["export-camera", "--ckpt", str(bare), "--config", str(tmp_path / "named.yaml")]) == 0
+
+
+def test_int8_of_a_float_checkpoint_says_to_calibrate(checkpoint, capsys):
+    assert main(["export-camera", "--ckpt", str(checkpoint), "--int8"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {checkpoint}: a float checkpoint") and "calibrate" in error
+    assert error.count("\n") == 1
+
+
+def test_a_part_out_of_tolerance_gives_exit_status_1(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("qat.export.verify.FP32_DB", 190.0)  # more than float32 can give
+    assert main(["export-camera", "--ckpt", str(checkpoint)]) == 1
+    assert "dB SQNR against PyTorch, expected 190.0 dB or more" in capsys.readouterr().err
+
+
+def test_the_script_beside_the_package_runs_the_same_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "qat" / "export-camera.py", "--ckpt", tmp_path / "none.pth"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error:") and "none.pth: no such file" in done.stderr
