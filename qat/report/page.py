@@ -1,0 +1,382 @@
+"""results.json → one HTML page that needs nothing else: styles, drawings and images are in it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qat.core.files import atomic_path
+from qat.report.charts import birds_eye, camera_view, class_bars, latency_bars, precision_class, scatter
+from qat.report.schema import Results, load_results
+from qat.report.verdict import (
+    MAX_LOSS,
+    NAMES,
+    Row,
+    Verdict,
+    baseline_of,
+    decide,
+    milliseconds,
+    reference_of,
+    row_name,
+    signed,
+)
+
+# The camera images as a driver sees the world: front row, back row.
+_PLACES = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+_TP_NAMES = {
+    "trans_err": "mATE, m",
+    "scale_err": "mASE",
+    "orient_err": "mAOE, rad",
+    "vel_err": "mAVE, m/s",
+    "attr_err": "mAAE",
+}
+
+Cell = tuple[str, float | str | None]  # what is shown (HTML), what it sorts by
+
+
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:
+    """A table whose columns sort; the first column is each row's heading.
+
+    Args:
+        heads: column heads (plain text).
+        rows: CSS class and cells.
+    """
+    head = "".join(
+        f'<th scope="col"{" class=left" if n == 0 else ""}><button>{escape(text)}</button></th>'
+        for n, text in enumerate(heads)
+    )
+    body = []
+    for style, cells in rows:
+        tags = []
+        for n, (shown, value) in enumerate(cells):
+            data = "" if value is None else f' data-value="{escape(str(value))}"'
+            tags.append(f'<th scope="row"{data}>{shown}</th>' if n == 0 else f"<td{data}>{shown}</td>")
+        body.append(f'<tr class="{style}">{"".join(tags)}</tr>')
+    return (
+        '<div class="card scroll"><table class="sticky">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _difference(value: float, base: float | None) -> Cell:
+    if base is None:
+        return "–", 0.0
+    change = value - base
+    tone = "good" if change > 0.0005 else "bad" if change < -MAX_LOSS else ""
+    return f'<span class="{tone}">{signed(change)}</span>', change
+
+
+def _name_cell(row: Row, flavour: bool = False) -> Cell:
+    shown = f'<span class="dot {precision_class(row)}"></span>{escape(row_name(row))}'
+    if flavour and row["precision"] != "fp32" and row.get("flavour"):
+        shown += f" <small>{escape(str(row['flavour']))}</small>"
+    return shown, row_name(row)
+
+
+def _optional(value: float | None, show: Callable[[float], str]) -> Cell:
+    return ("–", -1.0) if value is None else (show(value), value)
+
+
+def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
+    reference = reference_of(rows)
+    heads = [
+        "Backend and precision", "mAP", "Δ mAP", "NDS", "Δ NDS", "Median", "p99", "Speed-up", "Size", "SQNR, heads",
+    ]  # fmt: skip
+    body = []
+    for row in rows:
+        latency = row["latency_ms"]
+        base = None if reference is None or row is reference else reference
+        cells: list[Cell] = [
+            _name_cell(row, flavour=True),
+            (f"{row['map']:.3f}", row["map"]),
+            _difference(row["map"], base and base["map"]),
+            (f"{row['nds']:.3f}", row["nds"]),
+            _difference(row["nds"], base and base["nds"]),
+            (milliseconds(latency["median"]), latency["median"]),
+            (milliseconds(latency["p99"]), latency["p99"]),
+            _optional(row.get("speedup_vs_fp32"), lambda value: f"{value:.2f}×"),
+            _optional(row.get("size_mb"), lambda value: f"{value:.1f} MB"),
+            _optional(row.get("sqnr_db", {}).get("heads"), lambda value: f"{value:.1f} dB"),
+        ]
+        body.append(("ship" if row is verdict.ship else "", cells))
+    return _table(heads, body)
+
+
+def _verdict_card(results: Results, verdict: Verdict) -> str:
+    rows = results["rows"]
+    reference, ship = reference_of(rows), verdict.ship
+    tiles = []
+    if ship is not None:
+        own = baseline_of(ship, rows)
+        before = own["latency_ms"]["median"] if own is not None and own is not ship else None
+        tiles.append(
+            (
+                milliseconds(ship["latency_ms"]["median"]),
+                f"a frame; FP32 {milliseconds(before)}" if before else "a frame",
+            )
+        )
+        if before:
+            tiles.append((f"{before / ship['latency_ms']['median']:.2f}×", f"the speed of {row_name(own)}"))
+        for name, key in (("mAP", "map"), ("NDS", "nds")):
+            change = (
+                "" if reference is None or reference is ship else f"; {signed(ship[key] - reference[key])} against FP32"
+            )
+            tiles.append((f"{ship[key]:.3f}", name + change))
+    style = "none" if ship is None else precision_class(ship)
+    drawn = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
+    return (
+        f'<section class="card verdict {style}"><p class="eyebrow">Which engine to ship</p>'
+        f"<h1>{escape(verdict.headline)}</h1>"
+        f'<p class="lead">{escape(" ".join(verdict.reasons))}</p>'
+        f'<div class="tiles">{drawn}</div></section>'
+    )
+
+
+def _how_measured(results: Results) -> str:
+    measured, machine, dataset = results.get("measurement", {}), results["machine"], results["dataset"]
+    sentences = [
+        f"mAP and NDS are what the official nuScenes devkit computes over all {dataset['samples']:g} evaluation keyframes, "
+        "the same ones for every row."
+    ]
+    if "rounds" in measured:
+        sentences.append(
+            f"Latency is of the whole detector, from preprocessed tensors to boxes, measured in {measured['rounds']} rounds "
+            "that go through all rows in a rotating order, so that a busy or a hot machine slows every row alike; "
+            f"in each round a row runs one of {measured.get('frames', '?')} keyframes "
+            f"{measured.get('repeats', '?')} times, after one run that does not count."
+        )
+    if "pattern_rebuild_ms" in measured:
+        sentences.append(
+            "The pooling pattern of a camera geometry is cached and not in these figures: it takes "
+            f"{milliseconds(measured['pattern_rebuild_ms'])} when the geometry changes."
+        )
+    sentences.append("Speed-up is against FP32 on the same backend.")
+    if any(row["precision"] == "int8-fake" for row in results["rows"]):
+        sentences.append("PyTorch's INT8 is simulated in float: it shows the accuracy, and its time means nothing.")
+    if machine.get("cpu"):
+        sentences.append(f"Machine: {machine['cpu']}, {machine.get('threads', '?')} threads.")
+    return " ".join(sentences)
+
+
+def _classes(results: Results, verdict: Verdict) -> str:
+    rows = results["rows"]
+    reference, shown = reference_of(rows), compared_row(results, verdict)
+    if reference is None or not reference["per_class_ap"]:
+        return ""
+    objects = results["dataset"].get("objects") or {}
+    heads = ["Backend and precision", *(name.replace("_", " ") for name in reference["per_class_ap"])]
+    body = [
+        (
+            "ship" if row is verdict.ship else "",
+            [
+                _name_cell(row),
+                *(_optional(row["per_class_ap"].get(name), "{:.3f}".format) for name in reference["per_class_ap"]),
+            ],
+        )
+        for row in rows
+    ]
+    tables = _table(heads, body)
+    errors = [key for key in _TP_NAMES if any(row.get("tp_errors", {}).get(key) is not None for row in rows)]
+    if errors:
+        body = [
+            (
+                "ship" if row is verdict.ship else "",
+                [_name_cell(row), *(_optional(row.get("tp_errors", {}).get(key), "{:.3f}".format) for key in errors)],
+            )
+            for row in rows
+        ]
+        tables += '<p class="note" style="margin:14px 0 8px">True-positive errors, less is better.</p>'
+        tables += _table(["Backend and precision", *(_TP_NAMES[key] for key in errors)], body)
+    bars = "" if shown is None else f'<div class="card">{class_bars(reference, shown, objects)}</div>'
+    legend = "" if shown is None else (
+        f'<p class="note"><span class="dot {precision_class(reference)}"></span>{escape(row_name(reference))} and '
+        f'<span class="dot {precision_class(shown)}"></span>{escape(row_name(shown))}: average precision over the distances '
+        "0.5, 1, 2 and 4 m. The small number is how many objects are annotated.</p>"
+    )  # fmt: skip
+    return f"<h2>Per class</h2>{legend}{bars}<details><summary>Every row's AP and errors</summary>{tables}</details>"
+
+
+def compared_row(results: Results, verdict: Verdict) -> Row | None:
+    """The quantized row to set beside FP32: the shipped one, else the fastest outside PyTorch, else any."""
+    low = [row for row in results["rows"] if row["precision"] not in ("fp32",)]
+    if verdict.ship is not None and any(row is verdict.ship for row in low):
+        return verdict.ship
+    engines = [row for row in low if row["backend"] != "pytorch"] or low
+    return min(engines, key=lambda row: row["latency_ms"]["median"], default=None)
+
+
+def _stages(rows: Sequence[Row]) -> str:
+    names: list[str] = list(dict.fromkeys(name for row in rows for name in row.get("stages_ms", {})))
+    if not names:
+        return ""
+    body = [
+        ("", [_name_cell(row), *(_optional(row.get("stages_ms", {}).get(name), milliseconds) for name in names)])
+        for row in rows
+    ]
+    return (
+        "<details><summary>Where the time goes: the median of each stage</summary>"
+        f"{_table(['Backend and precision', *names], body)}</details>"
+    )
+
+
+def _sqnr(results: Results) -> str:
+    rows = results["rows"]
+    names: list[str] = list(dict.fromkeys(name for row in rows for name in row.get("sqnr_db", {})))
+    if not names:
+        return ""
+    body = [
+        ("", [_name_cell(row), *(_optional(row["sqnr_db"].get(name), "{:.1f}".format) for name in names)])
+        for row in rows
+        if row.get("sqnr_db")
+    ]
+    return (
+        "<h2>Distance from FP32 along the network</h2>"
+        '<p class="note">Signal-to-quantization-noise ratio in dB against PyTorch FP32, over all keyframes, at the tensors '
+        "between the parts in their order. More is better; 6 dB are one bit. The first column that is low tells where a row "
+        "loses its accuracy; float rounding alone stays above 80.</p>"
+        + _table(["Backend and precision", *(name.replace("_", " ") for name in names)], body)
+    )
+
+
+def _frame(results: Results, frame: Results, number: int) -> str:
+    reference, candidate = (results["rows"][int(frame[key])] for key in ("reference", "candidate"))
+    names = [camera["name"] for camera in frame["cameras"]]
+    place = {name: n for n, name in enumerate(_PLACES)}
+    cameras = sorted(
+        frame["cameras"], key=lambda camera: (place.get(camera["name"], len(place)), names.index(camera["name"]))
+    )
+    views = "".join(camera_view(frame, camera) for camera in cameras)
+    toggles = "".join(
+        f'<label><input type="checkbox" class="show-{kind}" checked> <span class="swatch {kind}"></span>{escape(text)}</label>'
+        for kind, text in (
+            ("reference", row_name(reference)),
+            ("candidate", row_name(candidate)),
+            ("truth", "annotated"),
+        )
+    )
+    facts = []
+    for key, row in (("only_reference", reference), ("only_candidate", candidate)):
+        if isinstance(count := frame.get(key), int):
+            facts.append(f"{count} {'box' if count == 1 else 'boxes'} only in {row_name(row)}")
+    least = frame.get("min_score")
+    shown = f" Boxes with a score of {least:g} or more." if isinstance(least, int | float) else ""
+    return (
+        f'<div class="card frame"><h3>Keyframe {number}{": " if facts else ""}{escape(", ".join(facts))}</h3>'
+        f'<p class="note"><code>{escape(str(frame.get("token", "")))}</code>{escape(shown)}</p>'
+        f'<div class="toggles">{toggles}</div><div class="cameras">{views}</div>'
+        f'<div class="bev">{birds_eye(frame)}</div></div>'
+    )
+
+
+def _frames(results: Results) -> str:
+    if not results.get("frames"):
+        return ""
+    many = len(results["frames"]) > 1
+    drawn = "".join(_frame(results, frame, n + 1) for n, frame in enumerate(results["frames"]))
+    return (
+        f"<h2>Where the boxes differ most</h2>"
+        f'<p class="note">Of all keyframes, {"these are those" if many else "this is the one"} in which the two rows agree least. '
+        "A box of both is blue with an orange core. A switch below hides a layer; hover over a box for its class and score.</p>"
+        f"{drawn}"
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _facts(values: Mapping[str, Any]) -> str:
+    shown = {key: value for key, value in values.items() if value not in (None, "", [], {})}
+    rows = (f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_text(value))}</dd>" for key, value in shown.items())
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _provenance(results: Results) -> str:
+    provenance = dict(results.get("provenance", {}))
+    files = provenance.pop("files", [])
+    command = provenance.pop("command", None)
+    parts = ["<h2>Provenance</h2>", '<div class="two">']
+    parts.append(f'<div class="card"><h3>Data</h3>{_facts(results["dataset"])}</div>')
+    parts.append(f'<div class="card"><h3>Machine</h3>{_facts(results["machine"])}</div></div>')
+    inner = f"<p><code>{escape(str(command))}</code></p><br>" if command else ""
+    parts.append(f'<div class="card" style="margin-top:16px"><h3>Run</h3>{inner}{_facts(provenance)}</div>')
+    if files:
+        body = [
+            (
+                "",
+                [
+                    (escape(str(file.get("what", ""))), str(file.get("what", ""))),
+                    (f"<code>{escape(str(file.get('file', '')))}</code>", str(file.get("file", ""))),
+                    (f"<code>{escape(str(file.get('sha256', ''))[:16])}</code>", str(file.get("sha256", ""))),
+                ],
+            )
+            for file in files
+            if isinstance(file, Mapping)
+        ]
+        parts.append(
+            f"<details open><summary>Files and their SHA-256</summary>{_table(['What', 'File', 'SHA-256'], body)}</details>"
+        )
+    return "".join(parts)
+
+
+def _spread(rows: Sequence[Row]) -> str:
+    samples = sorted({int(row["latency_ms"]["samples"]) for row in rows})
+    count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
+    noise = statistics.median(row["latency_ms"]["p99"] / row["latency_ms"]["median"] for row in rows)
+    return f"Bar: median of {count} runs; whisker: 99th percentile, {noise:.2f}× the median for the middle row."
+
+
+def render(results: Results) -> str:
+    """The page of checked results, as text."""
+    rows, dataset = results["rows"], results["dataset"]
+    verdict = decide(rows)
+    # A simulation's time says nothing about the engine that it simulates.
+    timed = [row for row in rows if row["precision"] != "int8-fake"] or rows
+    files = resources.files("qat.report")
+    style, script = files.joinpath("page.css").read_text("utf-8"), files.joinpath("page.js").read_text("utf-8")
+    about = f"{results['model']} on {dataset['samples']:g} keyframes" + (
+        f" of {dataset['name']}" if dataset.get("name") else ""
+    )
+    created = str(results.get("provenance", {}).get("created", ""))[:10]
+    precisions = dict.fromkeys(NAMES.get(row["precision"], row["precision"]) for row in rows)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        "script-src 'unsafe-inline'\">"
+        f"<title>{escape(results['model'])}: {escape(verdict.headline)}</title><style>{style}</style></head><body><main>"
+        f'<p class="eyebrow">bevqat · {escape(about)} · {escape(", ".join(precisions))}{" · " if created else ""}{escape(created)}</p>'
+        f"{_verdict_card(results, verdict)}"
+        f'<h2>Accuracy and latency</h2><p class="note">{escape(_how_measured(results))}</p>{_main_table(rows, verdict)}'
+        f'<div class="two" style="margin-top:16px"><div class="card"><h3>Latency of a frame</h3>{latency_bars(timed)}'
+        f'<p class="note" style="margin:14px 0 0">{escape(_spread(timed))}</p></div>'
+        f'<div class="card"><h3>Accuracy over latency</h3>{scatter(timed)}'
+        f'<p class="note" style="margin:10px 0 0">Up and to the left is better. Green band: at most {MAX_LOSS:g} mAP below FP32.</p>'
+        f"</div></div>{_stages(rows)}"
+        f"{_classes(results, verdict)}{_sqnr(results)}{_frames(results)}{_provenance(results)}"
+        f"</main><script>{script}</script></body></html>\n"
+    )
+
+
+def write_report(results: Mapping[str, Any] | str | Path, out: str | Path) -> Verdict:
+    """Writes the page of `results` (a results.json or its content) to `out`, whole or not at all.
+
+    Returns:
+        the verdict that the page opens with.
+
+    Raises:
+        UserError: the results fail `qat.report.schema.check_results`, or `out` cannot be written.
+    """
+    checked = load_results(results)
+    text = render(checked)
+    with atomic_path(out) as temporary:
+        temporary.write_text(text, "utf-8")
+    return decide(checked["rows"])

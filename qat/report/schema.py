@@ -1,0 +1,146 @@
+"""results.json: what compare hands to the report, and the checks that a page can be made of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qat.core.errors import UserError
+from qat.core.files import read_json
+
+SCHEMA = 1
+Results = dict[str, Any]
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}\Z")
+_BOX_KINDS = ("truth", "reference", "candidate")
+
+
+class _Checker:
+    """Walks the document; every complaint names the file and the place in it."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def fail(self, path: str, found: Any, expected: str) -> UserError:
+        text = repr(found)
+        text = text if len(text) <= 60 else text[:57] + "…"
+        return UserError(f"{self.source}: {path}: found {text}, expected {expected}; write it again with compare")
+
+    def mapping(self, value: Any, path: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.fail(path, value, "an object")
+        return value
+
+    def items(self, value: Any, path: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise self.fail(path, value, "a list")
+        return value
+
+    def text(self, value: Any, path: str) -> str:
+        if not isinstance(value, str) or not value:
+            raise self.fail(path, value, "text")
+        return value
+
+    def number(self, value: Any, path: str, low: float = -math.inf, high: float = math.inf) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.fail(path, value, "a finite number")
+        if not low <= value <= high:
+            raise self.fail(path, value, f"a number from {low:g} to {high:g}")
+        return value
+
+    def numbers(self, value: Any, path: str, low: float = -math.inf, high: float = math.inf) -> None:
+        for key, number in self.mapping(value, path).items():
+            if number is not None:
+                self.number(number, f"{path}.{key}", low, high)
+
+    def row(self, row: Any, path: str) -> None:
+        self.mapping(row, path)
+        for key in ("backend", "precision"):
+            self.text(row.get(key), f"{path}.{key}")
+        for key in ("map", "nds"):
+            self.number(row.get(key), f"{path}.{key}", 0, 1)
+        self.numbers(row.get("per_class_ap"), f"{path}.per_class_ap", 0, 1)
+        latency = self.mapping(row.get("latency_ms"), f"{path}.latency_ms")
+        for key in ("median", "p99"):
+            self.number(latency.get(key), f"{path}.latency_ms.{key}", 0)
+        if latency["median"] == 0:
+            raise self.fail(f"{path}.latency_ms.median", 0, "more than 0")
+        self.number(latency.get("samples"), f"{path}.latency_ms.samples", 1)
+        for key in ("speedup_vs_fp32", "size_mb"):
+            if row.get(key) is not None:
+                self.number(row[key], f"{path}.{key}", 0)
+        for key in ("sqnr_db", "stages_ms", "tp_errors"):
+            self.numbers(row.get(key, {}), f"{path}.{key}")
+
+    def frame(self, frame: Any, path: str, rows: int) -> None:
+        self.mapping(frame, path)
+        for key in ("reference", "candidate"):
+            self.number(frame.get(key), f"{path}.{key}", 0, rows - 1)
+        self.number(frame.get("range"), f"{path}.range", 1)
+        size = self.items(frame.get("image_size"), f"{path}.image_size")
+        if len(size) != 2:
+            raise self.fail(f"{path}.image_size", size, "[width, height]")
+        for value in size:
+            self.number(value, f"{path}.image_size", 1)
+        for n, camera in enumerate(self.items(frame.get("cameras"), f"{path}.cameras")):
+            where = f"{path}.cameras[{n}]"
+            self.text(self.mapping(camera, where).get("name"), f"{where}.name")
+            if not _BASE64.match(self.text(camera.get("jpeg"), f"{where}.jpeg")):
+                raise self.fail(f"{where}.jpeg", camera["jpeg"], "a JPEG in base64")
+        boxes = self.mapping(frame.get("boxes"), f"{path}.boxes")
+        for kind in _BOX_KINDS:
+            for n, box in enumerate(self.items(boxes.get(kind), f"{path}.boxes.{kind}")):
+                where = f"{path}.boxes.{kind}[{n}]"
+                self.text(self.mapping(box, where).get("label"), f"{where}.label")
+                outlines = self.mapping(box.get("outlines"), f"{where}.outlines")
+                for corners, width in ((box.get("corners"), 2), *((lines, 4) for lines in outlines.values())):
+                    for point in self.items(corners, where):
+                        if len(self.items(point, where)) != width:
+                            raise self.fail(where, point, f"{width} numbers")
+                        for value in point:
+                            self.number(value, where)
+
+
+def check_results(results: Any, source: str = "results") -> Results:
+    """Returns `results` when a report can be made of it.
+
+    Args:
+        results: a parsed results.json.
+        source: what to call it in an error.
+
+    Raises:
+        UserError: another schema, or a missing or impossible value, named by its path.
+    """
+    checker = _Checker(source)
+    checker.mapping(results, "the document")
+    if results.get("schema") != SCHEMA:
+        raise UserError(
+            f"{source}: schema: found {results.get('schema')!r}, expected {SCHEMA}; write it again with compare"
+        )
+    checker.text(results.get("model"), "model")
+    checker.number(checker.mapping(results.get("dataset"), "dataset").get("samples"), "dataset.samples", 1)
+    checker.mapping(results.get("machine"), "machine")
+    rows = checker.items(results.get("rows"), "rows")
+    if not rows:
+        raise checker.fail("rows", rows, "at least one row")
+    for n, row in enumerate(rows):
+        checker.row(row, f"rows[{n}]")
+    for key in ("measurement", "provenance"):
+        checker.mapping(results.get(key, {}), key)
+    for n, frame in enumerate(checker.items(results.get("frames", []), "frames")):
+        checker.frame(frame, f"frames[{n}]", len(rows))
+    return results
+
+
+def load_results(results: Mapping[str, Any] | str | Path) -> Results:
+    """Checked results, from a results.json or as they are.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or fails `check_results`.
+    """
+    if isinstance(results, Mapping):
+        return check_results(dict(results))
+    return check_results(read_json(results), str(results))

@@ -1,0 +1,129 @@
+"""Which row to ship: the decision that the figures support, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_LOSS = 0.02  # of mAP, and of NDS
+MIN_GAIN = 1.05  # a smaller speed-up is within what the machine's load makes of it
+
+NAMES = {
+    "pytorch": "PyTorch",
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "fp32": "FP32",
+    "fp16": "FP16",
+    "int8": "INT8",
+    "int8-fake": "INT8 simulated",
+}
+
+Row = dict[str, Any]
+
+
+def row_name(row: Row, flavours: bool = False) -> str:
+    """A row's name for people, such as "OpenVINO INT8"; with its flavour where rows differ in it alone."""
+    name = f"{NAMES.get(row['backend'], row['backend'])} {NAMES.get(row['precision'], row['precision'])}"
+    return f"{name} ({row['flavour']})" if flavours and row.get("flavour") else name
+
+
+def reference_of(rows: Sequence[Row]) -> Row | None:
+    """The row that accuracy is measured against: PyTorch FP32, else the first FP32 row."""
+    floats = [row for row in rows if row["precision"] == "fp32"]
+    return next((row for row in floats if row["backend"] == "pytorch"), floats[0] if floats else None)
+
+
+def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The FP32 row of the same backend: what a speed-up is measured against."""
+    return next((other for other in rows if other["precision"] == "fp32" and other["backend"] == row["backend"]), None)
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits at most."""
+    return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """+0.001, −0.001 or ±0.000, with a true minus."""
+    text = f"{abs(value):.{digits}f}"
+    return f"±{text}" if float(text) == 0 else f"{'−' if value < 0 else '+'}{text}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """ship: the row to ship, None when nothing was measured that could be. reasons: sentences."""
+
+    ship: Row | None
+    headline: str
+    reasons: list[str] = field(default_factory=list)
+
+
+def _loss(row: Row, reference: Row | None) -> float:
+    return 0.0 if reference is None else max(reference["map"] - row["map"], reference["nds"] - row["nds"])
+
+
+def _lost(row: Row, reference: Row) -> str:
+    changes = [(name, reference[key] - row[key]) for name, key in (("mAP", "map"), ("NDS", "nds"))]
+    if all(abs(change) < 0.0005 for _, change in changes):
+        return "no mAP or NDS"
+    if all(change <= 0 for _, change in changes):
+        return "no accuracy: " + " and ".join(f"{name} {signed(-change)}" for name, change in changes)
+    return " and ".join(
+        f"{abs(change):.3f} {name}{' (gained)' if change < -0.0005 else ''}" for name, change in changes
+    )
+
+
+def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
+    """The fastest row outside PyTorch that loses at most `max_loss` of mAP and of NDS.
+
+    Between rows of one backend a gain in speed under 5 % does not pay for lower precision, and FP32 is kept.
+    """
+    reference = reference_of(rows)
+    deployable = [row for row in rows if row["backend"] != "pytorch"]
+    if not deployable:
+        return Verdict(None, "Nothing to ship yet", ["Only PyTorch was measured; name a backend with --backends."])
+    accurate = [row for row in deployable if _loss(row, reference) <= max_loss]
+    if not accurate:
+        least = min(deployable, key=lambda row: _loss(row, reference))
+        return Verdict(
+            None,
+            "Ship nothing here yet",
+            [
+                f"Every row loses more than {max_loss:g} mAP or NDS against {row_name(reference) if reference else 'FP32'}; "
+                f"the least, {row_name(least)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the "
+                "layers that pay for it in float."
+            ],
+        )
+    ship = min(accurate, key=lambda row: row["latency_ms"]["median"])
+    baseline = baseline_of(ship, rows)
+    median = ship["latency_ms"]["median"]
+    if baseline is not None and baseline in accurate and baseline["latency_ms"]["median"] < MIN_GAIN * median:
+        ship = baseline
+        median = ship["latency_ms"]["median"]
+    reasons = []
+    if baseline is not None and ship is not baseline:
+        before = baseline["latency_ms"]["median"]
+        reasons.append(
+            f"It is {before / median:.2f}× as fast as {row_name(baseline)} here: {milliseconds(median)} "
+            f"instead of {milliseconds(before)} for a frame."
+        )
+    else:
+        reasons.append(f"It is the fastest here, at {milliseconds(median)} for a frame.")
+    if reference is not None and ship is not reference:
+        reasons.append(f"Against {row_name(reference)} it costs {_lost(ship, reference)}.")
+    for row in deployable:
+        own = baseline_of(row, rows)
+        if row is ship or row["precision"] == "fp32":
+            continue
+        if row not in accurate:
+            reasons.append(f"{row_name(row)} loses too much ({_loss(row, reference):.3f} of mAP or NDS).")
+        elif own is not None and row["latency_ms"]["median"] * MIN_GAIN > own["latency_ms"]["median"]:
+            ratio = row["latency_ms"]["median"] / own["latency_ms"]["median"]
+            reasons.append(
+                f"Not {row_name(row)}: it is {ratio:.2f}× as slow as {row_name(own)}."
+                if ratio > MIN_GAIN
+                else f"Not {row_name(row)}: it is no faster than {row_name(own)}."
+            )
+    return Verdict(ship, f"Ship {row_name(ship)}", reasons)
