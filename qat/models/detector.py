@@ -42,7 +42,7 @@ def _build(config: Mapping[str, Any], path: str) -> nn.Module:
 
 def first(x: Any) -> torch.Tensor:
     """A neck's map: BEVFusion's necks return a list of which the first is used, or the map itself."""
-    return x if isinstance(x, torch.Tensor) else x[0]
+    return x[0] if isinstance(x, list | tuple) else x
 
 
 class CameraBEVDetector(nn.Module):
@@ -79,15 +79,15 @@ class CameraBEVDetector(nn.Module):
         """The view transform."""
         return self.encoders["camera"]["vtransform"]  # type: ignore[index, return-value]
 
-    def camera_features(self, img: torch.Tensor) -> torch.Tensor:
-        """[B,N,3,H,W] or [B·N,3,H,W] → the neck's map [B·N,Cin,fH,fW]."""
+    def camera_logits(self, img: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
+        """img [B·N,3,H,W], depth [B·N,1,H,W] in metres → depth logits and context, [B·N,D+C,fH,fW]."""
         camera = self.encoders["camera"]
-        return first(camera["neck"](camera["backbone"](img.flatten(0, -4))))  # type: ignore[index]
+        return self.vtransform.depth_and_context(first(camera["neck"](camera["backbone"](img))), depth)  # type: ignore[index]
 
     def lift(self, img: torch.Tensor, depth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """img [B,N,3,H,W], depth [B,N,1,H,W] in metres → depth weights [B·N,D,fH,fW], context [B·N,C,fH,fW]."""
         flat = None if depth is None else depth.flatten(0, -4)
-        return self.vtransform.lift(self.camera_features(img), flat)
+        return self.vtransform.split(self.camera_logits(img.flatten(0, -4), flat))
 
     def pool(self, depth_weights: torch.Tensor, context: torch.Tensor, patterns: Sequence[PoolPattern]) -> torch.Tensor:
         """[B·N,D,fH,fW], [B·N,C,fH,fW] and a pattern for each of the B samples → [B,C·nz,nx,ny]."""

@@ -63,9 +63,8 @@ class LSSTransform(nn.Module):
         """[N,Cin,fH,fW] (and [N,1,H,W] metres) → [N,D+C,fH,fW]: depth logits, then context."""
         return self.depthnet(x)
 
-    def lift(self, x: torch.Tensor, depth: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Depth weights [N,D,fH,fW], summing to 1 over D, and context [N,C,fH,fW]."""
-        out = self.depth_and_context(x, depth)
+    def split(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N,D+C,fH,fW] → depth weights [N,D,fH,fW], summing to 1 over D, and context [N,C,fH,fW]."""
         return out[:, : self.D].softmax(dim=1), out[:, self.D : self.D + self.C]
 
     def pattern(

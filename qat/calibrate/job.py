@@ -1,0 +1,99 @@
+"""The calibration stage from files to file: config, checkpoint and data in, PTQ checkpoint out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qat.calibrate.checkpoint import save_ptq
+from qat.calibrate.ptq import CalibrationReport, calibrate
+from qat.core.config import load_config
+from qat.core.errors import UserError
+from qat.core.files import sha256
+from qat.data import NuScenesDataset
+from qat.lean import QuantizedDetector
+from qat.models import load_float_model
+
+FEW_FRAMES = 8
+
+
+@dataclass
+class CalibrationResult:
+    """The quantized detector, what calibration saw, and how it was done."""
+
+    model: QuantizedDetector
+    report: CalibrationReport
+    recipe: dict[str, object]
+
+
+def calibrate_checkpoint(
+    config: Path,
+    checkpoint: Path,
+    data: Path,
+    split: str,
+    out: Path,
+    version: str | None = None,
+    frames: int | None = None,
+    method: str = "mse",
+    percentile: float = 99.99,
+) -> CalibrationResult:
+    """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
+
+    Raises:
+        UserError: anything wrong with the files or their content.
+    """
+    if not 50 < percentile <= 100:
+        raise UserError(f"--percentile: found {percentile}, expected above 50 and at most 100")
+    settings = load_config(config)
+    model = load_float_model(settings, checkpoint)
+    dataset = NuScenesDataset(data, split, settings, version, frames)
+    console = Console(stderr=True)
+    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("", total=len(dataset))
+        quantized, report = calibrate(model, dataset, method, percentile, lambda done: progress.update(bar, completed=done))
+    recipe: dict[str, object] = {
+        "method": method,
+        "percentile": percentile if method == "percentile" else None,
+        "frames": report.frames,
+        "split": split,
+        "dataset": data.name,
+        "frames_sha256": hashlib.sha256("".join(dataset.tokens).encode()).hexdigest(),
+        "float_checkpoint": {"file": checkpoint.name, "sha256": sha256(checkpoint)},
+        "int8_share_of_macs": round(report.int8_share, 4),
+        "unexcited": report.unexcited,
+    }
+    save_ptq(out, quantized, model, recipe)
+    return CalibrationResult(quantized, report, recipe)
+
+
+def print_summary(result: CalibrationResult) -> None:
+    """Prints a table of what is INT8 in each part and what stays float, and why."""
+    model, report = result.model, result.report
+    table = Table(title=f"PTQ over {report.frames} frames, method {result.recipe['method']}")
+    for heading in ("part", "activation quantizers", "INT8 layers", "share of MACs in INT8"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part, inventory in model.inventory.items():
+        on = part not in model.parts_off
+        layers = [f"{part}.{path}" for path in inventory.quantized] if on else []
+        total = sum(count for name, count in report.macs.items() if name.startswith(part + "."))
+        share = sum(report.macs[name] for name in layers) / total if total else 0.0
+        active = len(inventory.quantizers) - len(inventory.watched) if on else 0
+        table.add_row(part, str(active), str(len(layers)), f"{share:.1%}" if on else "off")
+    console = Console()
+    console.print(table)
+    console.print(f"INT8 share of all MACs: {report.int8_share:.1%}")
+    for part, inventory in model.inventory.items():
+        for path, reason in inventory.kept.items():
+            console.print(f"float: {path} ({reason})", highlight=False)
+    for part in model.parts_off:
+        console.print(f"float: all of {part} (CUDA-BEVFusion builds that part without QDQ)", highlight=False)
+    for name in report.unexcited:
+        console.print(f"warning: {name} was zero on every frame; its scale is a floor", highlight=False)
+    if report.frames < FEW_FRAMES:
+        console.print(f"warning: {report.frames} frames are few; ranges may be too narrow for other scenes", highlight=False)

@@ -1,0 +1,157 @@
+"""Post-training quantization: run frames through the float network, choose each tensor's range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from qat.core.errors import UserError
+from qat.lean import METHODS, QuantizedDetector, quantize_detector
+from qat.lean.calibrators import HistogramCalibrator
+from qat.lean.modes import quantizers
+from qat.lean.placement import WEIGHTED
+from qat.lean.quantizer import Quantizer
+from qat.models import CameraBEVDetector
+
+UNEXCITED = 1e-6  # amax of a tensor that was zero on every frame: any positive scale serves
+
+
+class Frame(Protocol):
+    """What calibration reads of a sample: `qat.data.Sample` has it. float32, N cameras."""
+
+    token: str
+    img: np.ndarray
+    depth: np.ndarray
+    camera_intrinsics: np.ndarray
+    camera2lidar: np.ndarray
+    img_aug_matrix: np.ndarray
+    lidar_aug_matrix: np.ndarray
+
+
+@dataclass
+class CalibrationReport:
+    """What calibration saw. macs: multiply-accumulates of each weighted layer for one frame, by `part.path`; int8: the
+    layers with INT8 weights that are on; unexcited: quantizers whose tensor was zero on every frame."""
+
+    frames: int = 0
+    macs: dict[str, int] = field(default_factory=dict)
+    int8: list[str] = field(default_factory=list)
+    unexcited: list[str] = field(default_factory=list)
+
+    @property
+    def int8_share(self) -> float:
+        """Share of the multiply-accumulates that are INT8."""
+        total = sum(self.macs.values())
+        return sum(self.macs[name] for name in self.int8) / total if total else 0.0
+
+
+def check_frame(frame: Frame) -> None:
+    """Raises `UserError` for a frame that would spoil the ranges: NaN, or an image of one colour."""
+    for name in ("img", "depth"):
+        if not np.isfinite(getattr(frame, name)).all():
+            raise UserError(f"calibration frame {frame.token}: {name} has NaN or infinity; leave the frame out")
+    flat = frame.img.reshape(len(frame.img), -1)
+    constant = np.flatnonzero(flat.min(1) == flat.max(1))
+    if len(constant):
+        raise UserError(f"calibration frame {frame.token}: camera {constant[0]} is one colour; leave the frame out")
+
+
+@contextmanager
+def _collecting(model: QuantizedDetector) -> Iterator[dict[str, HistogramCalibrator]]:
+    """Inside the block the network computes in float and every activation quantizer records."""
+    own = quantizers(model.parts)
+    before = {name: quantizer._disabled for name, quantizer in own.items()}
+    calibrators = {}
+    for name, quantizer in own.items():
+        records = name in model.activation_quantizers()
+        quantizer._disabled = not records
+        quantizer._if_quant = False
+        if records:
+            calibrators[name] = quantizer._calibrator = HistogramCalibrator(name)
+            quantizer._if_calib = True
+    try:
+        yield calibrators
+    finally:
+        for name, quantizer in own.items():
+            quantizer._disabled = before[name]
+            quantizer._if_quant, quantizer._if_calib, quantizer._calibrator = True, False, None
+
+
+@contextmanager
+def _counting_macs(model: QuantizedDetector, macs: dict[str, int]) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)
+            sites = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            channels = weight.shape[0]
+            macs[name] = sites.numel() // channels * weight.numel()
+
+        return count
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.parts.named_modules() if isinstance(m, WEIGHTED)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_frame(model: QuantizedDetector, frame: Frame) -> None:
+    """Runs one frame through all parts."""
+    device = next(model.parameters()).device
+    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
+    img, depth = (torch.from_numpy(np.ascontiguousarray(x))[None].to(device) for x in (frame.img, frame.depth))
+    model(img, depth, model.patterns(*(matrix[None] for matrix in matrices)))
+
+
+def calibrate(
+    model: CameraBEVDetector | QuantizedDetector,
+    frames: Iterable[Frame],
+    method: str = "mse",
+    percentile: float = 99.99,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[QuantizedDetector, CalibrationReport]:
+    """Sets the range of every quantizer from what its tensor holds on `frames`.
+
+    Args:
+        model: a float detector, or an already quantized one to calibrate anew.
+        frames: preprocessed samples.
+        method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.
+        percentile: share of magnitudes inside the range, in percent, for `percentile`.
+        progress: called with the number of frames done.
+
+    Raises:
+        UserError: no frames, a frame with NaN or without content, NaN in an activation (the layer is named).
+    """
+    if method not in METHODS:
+        raise UserError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
+    quantized = model if isinstance(model, QuantizedDetector) else quantize_detector(model)
+    report = CalibrationReport()
+    with torch.inference_mode(), _collecting(quantized) as calibrators, _counting_macs(quantized, report.macs):
+        for frame in frames:
+            check_frame(frame)
+            run_frame(quantized, frame)
+            report.frames += 1
+            if progress:
+                progress(report.frames)
+    if report.frames == 0:
+        raise UserError("calibration: found no frames, expected at least one")
+    own = quantizers(quantized.parts)
+    for name, calibrator in calibrators.items():
+        amax = calibrator.compute_amax(method, percentile)
+        if amax < UNEXCITED:
+            report.unexcited.append(name)
+        quantizer = own[name]
+        assert isinstance(quantizer, Quantizer)
+        quantizer.set_range(torch.tensor(max(amax, UNEXCITED)))
+    for part, inventory in quantized.inventory.items():
+        if part not in quantized.parts_off:
+            report.int8 += [f"{part}.{path}" for path in inventory.quantized]
+    return quantized, report

@@ -1,0 +1,142 @@
+"""Every row's boxes on every keyframe, and how far its tensors are from the reference's.
+
+Keyframe by keyframe, all rows on one keyframe before the next: each is loaded once, and the reference's tensors need
+not be kept. What a row found on a keyframe is kept in a cache, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qat.compare.rows import Row
+from qat.core.centerhead import Detections
+from qat.core.errors import UserError
+from qat.core.files import atomic_path
+from qat.core.tensors import EQUAL_DB
+from qat.data import NuScenesDataset, Sample
+
+# In the order in which they arise; "heads" stands for all of the head's maps.
+TENSORS = ("camera_feature", "camera_depth_weights", "feat_in", "feat_out", "middle", "heads")
+_FED = ("img", "depth", "camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
+
+
+@dataclass
+class RowAccuracy:
+    """One row's boxes by sample token, and energies float64[len(TENSORS), 2] of signal and noise over all samples."""
+
+    detections: dict[str, Detections] = field(default_factory=dict)
+    energies: np.ndarray = field(default_factory=lambda: np.zeros((len(TENSORS), 2)))
+
+    def sqnr_db(self) -> dict[str, float]:
+        """10·log10(Σ reference² / Σ (reference − row)²) for each tensor that the detector has."""
+        result = {}
+        for name, (signal, noise) in zip(TENSORS, self.energies, strict=True):
+            if signal > 0:
+                result[name] = EQUAL_DB if noise == 0 else min(EQUAL_DB, 10 * float(np.log10(signal / noise)))
+        return result
+
+
+def _energies(reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], maps: Sequence[str]) -> np.ndarray:
+    result = np.zeros((len(TENSORS), 2))
+    for n, name in enumerate(TENSORS):
+        for tensor in maps if name == "heads" else (name,):
+            if tensor in reference:
+                expected = reference[tensor].ravel()
+                difference = expected - found[tensor].ravel()
+                result[n] += np.dot(expected, expected), np.dot(difference, difference)
+    return result
+
+
+def digest(sample: Sample) -> str:
+    """Hash of what a detector is fed: the same pictures and geometry give the same name."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in _FED:
+        hashed.update(np.ascontiguousarray(getattr(sample, name)))
+    return hashed.hexdigest()
+
+
+class _Cache:
+    """One file a keyframe: what each row, by its key and the reference's, found on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, name: str) -> dict[str, np.ndarray]:
+        path = self.folder / f"{name}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            path.unlink(missing_ok=True)
+            return {}
+
+    def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        with atomic_path(self.folder / f"{name}.npz") as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def run_accuracy(
+    rows: Sequence[Row],
+    dataset: NuScenesDataset,
+    cache: Path,
+    keep: Callable[[int, Sample], None],
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[RowAccuracy], list[float]]:
+    """Runs every row on every keyframe.
+
+    Args:
+        rows: the reference first.
+        cache: folder of what was found before.
+        keep: called with each keyframe's index and content.
+        progress: called with the number of keyframes done.
+
+    Returns:
+        each row's boxes and energies; milliseconds that each newly run keyframe's pooling pattern took to compute.
+
+    Raises:
+        UserError: a row gave a value that is not finite.
+    """
+    store = _Cache(cache)
+    reference = rows[0]
+    results = [RowAccuracy() for _ in rows]
+    rebuilds: list[float] = []
+    shared = reference.pipeline.patterns
+    for row in rows:  # one geometry, computed once for all rows
+        row.pipeline.patterns = shared
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        keep(index, sample)
+        name = digest(sample)
+        known = store.read(name)
+        names = [f"{reference.key}-{row.key}" for row in rows]
+        if any(f"{key}.energies" not in known for key in names):
+            before = shared.rebuilds
+            expected = reference.pipeline.forward(sample)
+            if shared.rebuilds > before:
+                rebuilds.append(reference.pipeline.timing_ms["pattern"])
+            for row, key in zip(rows, names, strict=True):
+                if f"{key}.energies" in known:
+                    continue
+                tensors = expected if row is reference else row.pipeline.forward(sample)
+                energies = _energies(expected, tensors, row.pipeline.settings["head_maps"])
+                if not np.isfinite(energies).all():
+                    where = TENSORS[int(np.argmax(~np.isfinite(energies).all(1)))]
+                    raise UserError(f"{row.name}: sample {sample.token}: {where} has values that are not finite")
+                found = row.pipeline.decode(tensors)
+                for what, array in (("boxes", found.boxes), ("scores", found.scores), ("labels", found.labels)):
+                    known[f"{key}.{what}"] = array
+                known[f"{key}.energies"] = energies
+            store.write(name, known)
+        for result, key in zip(results, names, strict=True):
+            result.detections[sample.token] = Detections(*(known[f"{key}.{what}"] for what in ("boxes", "scores", "labels")))
+            result.energies += known[f"{key}.energies"]
+        progress(index + 1)
+    return results, rebuilds

@@ -1,0 +1,77 @@
+"""Latency of all rows, interleaved: what slows the machine for a while slows every row alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qat.compare.rows import Row
+from qat.runtime import SampleTensors
+
+
+@dataclass
+class Timings:
+    """Milliseconds of one row's runs: the whole, and each of its stages."""
+
+    total: list[float] = field(default_factory=list)
+    stages: dict[str, list[float]] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, float | int]:
+        """results.json's `latency_ms`."""
+        return {
+            "median": float(np.median(self.total)),
+            "p99": float(np.percentile(self.total, 99)),
+            "samples": len(self.total),
+        }
+
+    def stage_medians(self) -> dict[str, float]:
+        """results.json's `stages_ms`, without the pattern, which is cached while the geometry stays."""
+        return {name: float(np.median(values)) for name, values in self.stages.items() if name != "pattern"}
+
+
+def measure(
+    rows: Sequence[Row],
+    samples: Sequence[SampleTensors],
+    rounds: int,
+    repeats: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Timings]:
+    """Times the whole detector, from preprocessed tensors to boxes.
+
+    In each round every row, in an order that is turned by one place a round, runs one sample `repeats` times, after one
+    run that is not counted (it brings the row's weights back into the caches, as in a process of its own). Simulated
+    rows are slow and say nothing: they run once.
+
+    Args:
+        progress: called with the number of rounds done.
+
+    Returns:
+        a `Timings` for each row.
+    """
+    timings = [Timings() for _ in rows]
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            sample = samples[turn % len(samples)]
+            for place in range(len(rows)):
+                n = (place + turn) % len(rows)
+                row, timing = rows[n], timings[n]
+                if not row.simulated:
+                    row.pipeline.detect_sample(sample)
+                for _ in range(1 if row.simulated else repeats):
+                    begin = time.perf_counter()
+                    row.pipeline.detect_sample(sample)
+                    timing.total.append((time.perf_counter() - begin) * 1e3)
+                    for name, value in row.pipeline.timing_ms.items():
+                        timing.stages.setdefault(name, []).append(value)
+            progress(turn + 1)
+    finally:
+        if collecting:
+            gc.enable()
+    return timings

@@ -1,0 +1,148 @@
+"""What is compared: one row for each backend, precision and flavour, each a whole detector behind `Pipeline`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qat import __version__
+from qat.calibrate import load_ptq
+from qat.core.errors import UserError
+from qat.core.files import sha256
+from qat.core.manifest import load_manifest
+from qat.engine import Options
+from qat.export import pipeline_settings, torch_parts
+from qat.export.checkpoint import config_of
+from qat.models import load_checkpoint, load_float_model
+from qat.runtime import Pipeline
+
+# backend: the package whose version decides the figures
+PACKAGES = {"pytorch": "torch", "openvino": "openvino", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
+
+
+@dataclass
+class Row:
+    """One detector.
+
+    key: hash of everything that its boxes depend on besides the sample: weights, settings, backend and its version.
+    simulated: computes in float what an integer engine would; its time is not an engine's.
+    """
+
+    backend: str
+    precision: str
+    flavour: str
+    pipeline: Pipeline
+    size_mb: float
+    key: str
+    simulated: bool = False
+
+    @property
+    def name(self) -> str:
+        """For messages, such as "openvino int8"."""
+        return f"{self.backend} {self.precision}"
+
+
+@dataclass
+class Sources:
+    """The files that the rows are made of.
+
+    ckpt: the float checkpoint. ptq: calibrate's checkpoint, or None for no fake-quant row. fp32, int8: folders of
+    exported parts. config: of a float checkpoint that carries none.
+    """
+
+    ckpt: Path
+    ptq: Path | None
+    fp32: Sequence[Path]
+    int8: Sequence[Path]
+    config: Path | None = None
+
+
+def _key(*values: Any) -> str:
+    return hashlib.sha256(json.dumps([__version__, *values], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq_hash: str | None) -> None:
+    """A comparison of files from different trainings would blame the quantization for the difference."""
+    made_from = recipe.get("float_checkpoint", {}).get("sha256", float_hash)
+    if made_from != float_hash:
+        raise UserError(
+            f"{sources.ptq}: calibrated from a checkpoint with sha256 {made_from[:12]}…, {sources.ckpt} has "
+            f"{float_hash[:12]}…; calibrate again, or name the checkpoint that it came from with --ckpt"
+        )
+    for folder in (*sources.fp32, *sources.int8):
+        source = load_manifest(folder, check_files=False).get("checkpoint")
+        if source is not None and source["sha256"] not in (float_hash, ptq_hash):
+            named = " or ".join(str(path) for path in (sources.ckpt, sources.ptq) if path is not None)
+            raise UserError(
+                f"{folder}: exported from {source['file']} with sha256 {source['sha256'][:12]}…, expected {named} as they are "
+                "now; export again"
+            )
+
+
+def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tuple[list[Row], dict[str, Any]]:
+    """Loads or builds every row; PyTorch FP32, the reference, comes first.
+
+    Returns:
+        the rows, and {"config", "recipe", "files"}: the model's config, how it was calibrated, the files' hashes.
+
+    Raises:
+        UserError: a file is missing, damaged or not of the same weights; a backend is unknown or not installed.
+    """
+    checkpoint = load_checkpoint(sources.ckpt)
+    float_hash, ptq_hash = sha256(sources.ckpt), None
+    files = [{"what": "float checkpoint", "file": sources.ckpt.name, "sha256": float_hash}]
+    recipe: dict[str, Any] = {}
+    quantized = None
+    if sources.ptq is not None:
+        quantized, recipe = load_ptq(sources.ptq)
+        ptq_hash = sha256(sources.ptq)
+        files.append({"what": "PTQ checkpoint", "file": sources.ptq.name, "sha256": ptq_hash})
+    _same_weights(sources, recipe, float_hash, ptq_hash)
+    config = config_of(sources.ckpt, checkpoint, sources.config)
+    settings = pipeline_settings(config)
+    torch_version = metadata.version("torch")
+    detector = load_float_model(config, sources.ckpt)
+    rows = [
+        Row(
+            "pytorch",
+            "fp32",
+            "float",
+            Pipeline(torch_parts(detector), settings, options.threads),
+            sources.ckpt.stat().st_size / 1e6,
+            _key("pytorch", torch_version, float_hash, settings),
+        )
+    ]
+    if quantized is not None and sources.ptq is not None:
+        rows.append(
+            Row(
+                "pytorch",
+                "int8-fake",
+                str(recipe.get("flavour", "tensorrt")),
+                Pipeline(torch_parts(quantized), settings, options.threads),
+                sources.ptq.stat().st_size / 1e6,
+                _key("pytorch", torch_version, ptq_hash, settings),
+                simulated=True,
+            )
+        )
+    manifests = []
+    for precision, folders in (("fp32", sources.fp32), ("int8", sources.int8)):
+        for folder in folders:
+            manifest = load_manifest(folder)
+            manifests.append((folder, precision, manifest))
+            for part in manifest["parts"].values():
+                what = f"{precision} part, {manifest['flavour']}"
+                files.append({"what": what, "file": f"{folder.name}/{part['file']}", "sha256": part["sha256"]})
+    for backend in backends:
+        for folder, precision, manifest in manifests:
+            pipeline = Pipeline.load(folder, backend, precision, options)
+            hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
+            size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())
+            version = metadata.version(PACKAGES.get(backend, backend))
+            key = _key(backend, precision, version, hashes, manifest["pipeline"])
+            rows.append(Row(backend, precision, manifest["flavour"], pipeline, size / 1e6, key))
+    return rows, {"config": config, "recipe": recipe, "files": files}

@@ -1,0 +1,130 @@
+"""The quantized detector: the float one's parts as fx graphs with quantizers, behind the same interface."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_quantization.nn import TensorQuantizer
+from torch import nn
+
+from qat.core.geometry import PoolPattern
+from qat.lean.fold import fold_batch_norm
+from qat.lean.insert import Inventory, quantize_graph
+from qat.lean.modes import quantizers
+from qat.lean.placement import FloatRule
+from qat.lean.quantizer import Quantizer
+from qat.lean.trace import trace
+from qat.models import CameraBEVDetector
+
+# part name: the detector's method that is traced
+PARTS = {"camera": "camera_logits", "vtransform": "downsample", "decoder": "decode_bev", "head": "head"}
+
+KEEP_FLOAT = (
+    FloatRule("encoders.camera.vtransform.dtransform.*", "its input is raw metres, nearly all zero: one scale cannot serve it"),
+)
+# CUDA-BEVFusion builds the vtransform with --fp16 alone, so it carries no QDQ unless asked.
+PARTS_OFF = ("vtransform",)
+
+
+class QuantizedDetector(nn.Module):
+    """A camera detector with TensorQuantizers; lift, pool, downsample, decode_bev, head, patterns and forward are
+    CameraBEVDetector's."""
+
+    def __init__(self, detector: CameraBEVDetector, keep_float: Sequence[FloatRule] = KEEP_FLOAT, parts_off: Sequence[str] = PARTS_OFF) -> None:
+        super().__init__()
+        self.config = detector.config
+        self.vtransform = detector.vtransform
+        self._pool = detector.pool
+        self.keep_float = tuple(keep_float)
+        self.parts_off = tuple(parts_off)
+        self.parts = nn.ModuleDict()
+        self.inventory: dict[str, Inventory] = {}
+        for name, method in PARTS.items():
+            graph = trace(detector, method)
+            fold_batch_norm(graph)
+            self.inventory[name] = quantize_graph(graph, keep_float)
+            if name in parts_off:
+                for quantizer in quantizers(graph).values():
+                    quantizer.disable()
+            self.parts[name] = graph
+        self.eval()
+
+    def camera_logits(self, img: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
+        """img [B·N,3,H,W], depth [B·N,1,H,W] → depth logits and context, [B·N,D+C,fH,fW]."""
+        return self.parts["camera"](img, depth)
+
+    def lift(self, img: torch.Tensor, depth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """img [B,N,3,H,W], depth [B,N,1,H,W] → depth weights [B·N,D,fH,fW] (softmax in float), context."""
+        flat = None if depth is None else depth.flatten(0, -4)
+        return self.vtransform.split(self.camera_logits(img.flatten(0, -4), flat))
+
+    def pool(self, depth_weights: torch.Tensor, context: torch.Tensor, patterns: Sequence[PoolPattern]) -> torch.Tensor:
+        """As `CameraBEVDetector.pool`; in float."""
+        return self._pool(depth_weights, context, patterns)
+
+    def downsample(self, bev: torch.Tensor) -> torch.Tensor:
+        """As `CameraBEVDetector.downsample`."""
+        return self.parts["vtransform"](bev)
+
+    def decode_bev(self, x: torch.Tensor) -> torch.Tensor:
+        """As `CameraBEVDetector.decode_bev`."""
+        return self.parts["decoder"](x)
+
+    def head(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """As `CameraBEVDetector.head`."""
+        return self.parts["head"](x)
+
+    def bev_head(self, bev: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """As `CameraBEVDetector.bev_head`."""
+        return self.head(self.decode_bev(self.downsample(bev)))
+
+    def patterns(self, *matrices: np.ndarray) -> list[PoolPattern]:
+        """As `CameraBEVDetector.patterns`."""
+        return [self.vtransform.pattern(*sample) for sample in zip(*matrices, strict=True)]
+
+    def forward(
+        self, img: torch.Tensor, depth: torch.Tensor | None, patterns: Sequence[PoolPattern]
+    ) -> list[dict[str, torch.Tensor]]:
+        """As `CameraBEVDetector.forward`."""
+        return self.bev_head(self.pool(*self.lift(img, depth), patterns))
+
+    def activation_quantizers(self) -> dict[str, TensorQuantizer]:
+        """Quantizers of activations by `part.name`, those switched off too."""
+        named = quantizers(self.parts)
+        return {name: q for name, q in named.items() if not name.endswith("weight_quantizer")}
+
+    def amax(self) -> dict[str, torch.Tensor]:
+        """Every quantizer's range by its path; for those that have one."""
+        return {name: q.amax.detach().clone() for name, q in quantizers(self.parts).items() if q.amax is not None}
+
+    def load_amax(self, amax: Mapping[str, torch.Tensor], disabled: Sequence[str]) -> None:
+        """Sets ranges and on/off as saved.
+
+        Raises:
+            KeyError: the names are not this detector's.
+        """
+        own = quantizers(self.parts)
+        strange = set(amax) ^ set(own)
+        if strange or set(disabled) - set(own):
+            raise KeyError(f"quantizers differ: {', '.join(sorted(strange | (set(disabled) - set(own)))[:5])}")
+        for name, quantizer in own.items():
+            assert isinstance(quantizer, Quantizer)
+            quantizer.set_range(amax[name])
+            quantizer._disabled = name in disabled
+
+
+def quantize_detector(detector: CameraBEVDetector, keep_float: Sequence[FloatRule] = KEEP_FLOAT, parts_off: Sequence[str] = PARTS_OFF) -> QuantizedDetector:
+    """Folds batch norm and places quantizers; ranges of activations are still to be calibrated.
+
+    The float detector is left as it was (its unchanged layers are shared).
+    """
+    return QuantizedDetector(detector.eval(), keep_float, parts_off)
+
+
+def short(name: str) -> str:
+    """A quantizer's path for people: without the part's prefix and `quant_`."""
+    return re.sub(r"^\w+\.quant_", "", name)

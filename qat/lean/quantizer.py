@@ -1,0 +1,117 @@
+"""TensorQuantizers that compute what a QDQ pair computes."""
+
+from __future__ import annotations
+
+import torch
+from pytorch_quantization.nn import TensorQuantizer
+from pytorch_quantization.tensor_quant import QuantDescriptor
+from torch import nn
+from torch.nn import functional as F
+
+BOUND = 127
+
+
+class Quantizer(TensorQuantizer):
+    """A TensorQuantizer that rounds to the whole s8 range [−128, 127] with scale amax/127, as ONNX's QuantizeLinear.
+
+    (pytorch-quantization's own simulation saturates at −127, its export at −128; a simulation must equal its export.)
+    """
+
+    def set_range(self, amax: torch.Tensor) -> None:
+        """Sets the magnitude that 127 stands for: one value, or one for each channel with all dimensions kept.
+
+        (The parent's `amax` property warns about every tensor that it is given.)
+        """
+        self._buffers.pop("_amax", None)
+        self.register_buffer("_amax", amax.detach().clone())
+
+    def _quant_forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        amax = self._amax
+        if amax.numel() == 1:
+            return torch.fake_quantize_per_tensor_affine(inputs, amax.item() / BOUND, 0, -BOUND - 1, BOUND)
+        axis = next(i for i, size in enumerate(amax.shape) if size > 1)
+        scale = amax.flatten() / BOUND
+        return torch.fake_quantize_per_channel_affine(
+            inputs, scale, torch.zeros(len(scale), dtype=torch.int32, device=scale.device), axis, -BOUND - 1, BOUND
+        )
+
+
+def input_quantizer() -> Quantizer:
+    """One scale for the whole tensor; without a range yet."""
+    quantizer = Quantizer(QuantDescriptor(num_bits=8))
+    quantizer._calibrator = None
+    return quantizer
+
+
+def weight_axis(module: nn.Module) -> int:
+    """The dimension of the weight that the output channels are on."""
+    return 1 if isinstance(module, nn.ConvTranspose2d) else 0
+
+
+def weight_quantizer(module: nn.Module) -> Quantizer:
+    """One scale for each output channel, from the weights' largest magnitudes."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    axis = weight_axis(module)
+    quantizer = Quantizer(QuantDescriptor(num_bits=8, axis=(axis,)))
+    quantizer._calibrator = None
+    other = [d for d in range(weight.ndim) if d != axis]
+    amax = weight.detach().abs().amax(dim=other, keepdim=True)
+    # A channel of zeros has no range of its own: the floor keeps its scale above zero and its weights at zero.
+    floor = amax.max().clamp(min=1e-6) * 2.0**-16
+    quantizer.set_range(amax.clamp(min=float(floor)))
+    return quantizer
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution whose weight passes `weight_quantizer`."""
+
+    weight_quantizer: Quantizer
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution whose weight passes `weight_quantizer`."""
+
+    weight_quantizer: Quantizer
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return F.conv_transpose2d(
+            input,
+            self.weight_quantizer(self.weight),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight passes `weight_quantizer`."""
+
+    weight_quantizer: Quantizer
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
+
+
+QUANTIZED: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
+    (nn.ConvTranspose2d, QuantizedConvTranspose2d),
+    (nn.Conv2d, QuantizedConv2d),
+    (nn.Linear, QuantizedLinear),
+)
+
+
+def quantized_layer(module: nn.Module) -> nn.Module:
+    """A layer like `module`, sharing its parameters, with a quantizer on its weight."""
+    for plain, quantized in QUANTIZED:
+        if isinstance(module, plain):
+            layer = quantized.__new__(quantized)
+            layer.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+            layer.weight_quantizer = weight_quantizer(module)
+            return layer
+    raise TypeError(f"{type(module).__name__} has no quantized form")

@@ -1,0 +1,29 @@
+"""The inputs of a concatenation share one scale.
+
+    before  a ─┐                            after  a ─► Q ─┐
+               ├─► cat ─► conv                             ├─► cat ─► Q ─► conv      (one quantizer, three places)
+            b ─┘                                   b ─► Q ─┘
+
+A concatenation in INT8 copies bytes, which is right only if all of them mean the same. The last Q changes nothing
+(its input is on its grid); engines want one before the convolution.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from qat.lean.placement import Placement, is_concat, rule
+
+
+@rule
+def concat(placement: Placement) -> None:
+    """Ties the inputs of every concatenation whose output is quantized, and asks for each of them."""
+    for node in placement.nodes():
+        if not is_concat(node) or node not in placement.requests:
+            continue
+        sources = node.args[0]
+        assert isinstance(sources, list | tuple)
+        for source in sources:
+            assert isinstance(source, fx.Node)
+            placement.tie(source, node)
+            placement.quantize(source, node)
