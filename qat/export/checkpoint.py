@@ -13,7 +13,8 @@ from qat.models import build_model, load_checkpoint, load_state
 PTQ_FORMAT = "bevqat-ptq"
 
 
-def _config_of(path: Path, checkpoint: dict[str, Any], given: str | Path | None) -> dict[str, Any]:
+def config_of(path: Path, checkpoint: dict[str, Any], given: str | Path | None) -> dict[str, Any]:
+    """The config of a float checkpoint: the named one, else the one inside it, else config.yaml beside it."""
     if given is not None:
         return load_config(given)
     if isinstance(checkpoint.get("config"), dict):
@@ -54,11 +55,11 @@ def export_checkpoint(
             raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")
         from qat.calibrate import load_ptq
 
-        detector = load_ptq(path)
+        detector, _ = load_ptq(path)
     elif precision == "int8":
         raise UserError(f"{path}: a float checkpoint has no scales for INT8; mend by running calibrate on it first")
     else:
-        detector = build_model(_config_of(path, checkpoint, config))
+        detector = build_model(config_of(path, checkpoint, config))
         load_state(detector, checkpoint["state_dict"], str(path))
     folder = Path(out) if out is not None else path.parent / f"onnx_{precision}"
     manifest = export_parts(detector, folder, precision, checkpoint=path, recipe=checkpoint.get("recipe"))
