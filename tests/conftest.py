@@ -1,11 +1,93 @@
-"""A detector small enough to export and run in a second, shared by the stages' tests."""
+"""Fixtures that several folders share."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+
+from qat.core.config import load_config
+from qat.models import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """camera-tiny's config, made small: 64×96 images, 12.8 m of BEV, few channels."""
+    config = copy.deepcopy(load_config(ROOT / "model" / "camera-tiny" / "config.yaml"))
+    config["image_size"] = [64, 96]
+    camera = config["model"]["encoders"]["camera"]
+    camera["backbone"] = {"type": "ResNet", "depth": 18, "out_indices": [1, 2]}
+    camera["neck"]["out_channels"] = 16
+    camera["vtransform"].update(
+        in_channels=16,
+        out_channels=10,
+        image_size=[64, 96],
+        feature_size=[8, 12],
+        xbound=[-12.8, 12.8, 0.8],
+        ybound=[-12.8, 12.8, 0.8],
+        dbound=[1.0, 13.0, 1.0],
+    )
+    config["model"]["decoder"]["backbone"].update(in_channels=10, blocks=[[1, 8, 1], [1, 12, 2]])
+    config["model"]["decoder"]["neck"].update(in_channels=[12, 8], out_channels=12)
+    head = config["model"]["heads"]["object"]
+    head.update(in_channels=12, share_conv_channel=8)
+    head["separate_head"]["head_conv"] = 8
+    low_high = [-12.8, -12.8, -5.0, 12.8, 12.8, 3.0]
+    head["bbox_coder"].update(pc_range=low_high, max_num=20, out_size_factor=16)
+    head["train_cfg"].update(point_cloud_range=low_high, grid_size=[256, 256, 1], out_size_factor=16)
+    for step in config["data"]["test"]["pipeline"]:
+        if step["type"] == "ImageAug3D":
+            step.update(final_dim=[64, 96], resize_lim=[0.5, 0.5])
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_frames():
+    """Three frames of two cameras, smooth random images and sparse depth."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for k in range(3):
+        coarse = torch.from_numpy(rng.normal(0, 1, (2, 3, 8, 12)).astype(np.float32))
+        img = torch.nn.functional.interpolate(coarse, size=(64, 96), mode="bilinear").numpy()
+        depth = (rng.uniform(1, 13, (2, 1, 64, 96)) * (rng.random((2, 1, 64, 96)) < 0.03)).astype(np.float32)
+        intrinsics = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
+        intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = 80.0
+        intrinsics[:, 0, 2], intrinsics[:, 1, 2] = 48.0, 32.0
+        camera2lidar = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
+        camera2lidar[0, :3, :3] = [[1, 0, 0], [0, 0, 1], [0, -1, 0]]  # looking along the lidar's y
+        camera2lidar[1, :3, :3] = [[-1, 0, 0], [0, 0, -1], [0, -1, 0]]  # and backwards
+        eye = np.eye(4, dtype=np.float32)
+        frames.append(
+            SimpleNamespace(
+                token=f"frame{k}",
+                img=img,
+                depth=depth,
+                camera_intrinsics=intrinsics,
+                camera2lidar=camera2lidar,
+                img_aug_matrix=np.tile(eye, (2, 1, 1)),
+                lidar_aug_matrix=eye,
+            )
+        )
+    return frames
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """A seeded random detector whose batch norms are not the identity."""
+    torch.manual_seed(0)
+    model = build_model(tiny_config).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.7, 1.4)
+    return model
+
 
 CAMERAS = ("FRONT", "LEFT", "RIGHT")
 
@@ -91,9 +173,6 @@ def small_cameras() -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def make_detector():
     """config → a float detector with seeded weights and batch norms that have seen something, in eval mode."""
-    import torch
-
-    from qat.models import build_model
 
     def make(config: dict, seed: int = 0):
         torch.manual_seed(seed)

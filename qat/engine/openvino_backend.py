@@ -12,10 +12,13 @@ import openvino as ov
 
 from qat.core.errors import UserError
 from qat.engine.base import Engine, LayerProfile, Options, TensorSpec, cached
+from qat.engine.openvino_shift import shift_concatenated
 
 # The type that layers outside the QDQ run in. Left to itself OpenVINO takes bfloat16 where the CPU has it, and FP32
 # rows would then not be FP32.
 FLOAT_TYPE = {"fp32": "f32", "int8": "f32", "fp16": "f16"}
+
+PASSES_VERSION = "1"  # of what is done to a graph before it is compiled; engines built otherwise are not reused
 
 
 def _specs(ports: Any) -> dict[str, TensorSpec]:
@@ -54,6 +57,7 @@ class OpenVinoEngine(Engine):
             raise UserError(
                 f"{source}: OpenVINO cannot read it as ONNX: {str(error).strip().splitlines()[-1]}"
             ) from None
+        shift_concatenated(model)
         return self._core.compile_model(model, "CPU", {**self._settings, **more})
 
     def _load(self, source: Path, precision: str, options: Options) -> ov.CompiledModel:
@@ -65,7 +69,7 @@ class OpenVinoEngine(Engine):
             compiled.append(self._compile(source))
             path.write_bytes(compiled[0].export_model().getvalue())
 
-        key = {"backend": "openvino", "version": ov.__version__, "precision": precision}
+        key = {"backend": "openvino", "version": ov.__version__, "precision": precision, "passes": PASSES_VERSION}
         blob = cached(source, ".openvino", options, key, make)
         if compiled:
             return compiled[0]

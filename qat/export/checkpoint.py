@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qat.calibrate import load_ptq
 from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.export.parts import export_parts
@@ -50,11 +51,10 @@ def export_checkpoint(
     quantized = checkpoint.get("format") == PTQ_FORMAT
     precision = precision or ("int8" if quantized else "fp32")
     detector: Any
+    recipe: dict[str, Any] | None = None
     if quantized:
         if config is not None:
             raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")
-        from qat.calibrate import load_ptq
-
         detector, _ = load_ptq(path)
     elif precision == "int8":
         raise UserError(f"{path}: a float checkpoint has no scales for INT8; mend by running calibrate on it first")
@@ -62,5 +62,5 @@ def export_checkpoint(
         detector = build_model(config_of(path, checkpoint, config))
         load_state(detector, checkpoint["state_dict"], str(path))
     folder = Path(out) if out is not None else path.parent / f"onnx_{precision}"
-    manifest = export_parts(detector, folder, precision, checkpoint=path, recipe=checkpoint.get("recipe"))
+    manifest = export_parts(detector, folder, precision, checkpoint=path, recipe=recipe)
     return folder, manifest

@@ -48,6 +48,39 @@ def linear_relu(path: Path, quantized: bool = False, batch: int | str = 4) -> np
     return weight
 
 
+def concat_conv(path: Path, before: bool, after: bool) -> np.ndarray:
+    """1×1 convolution of concat(a, b), with symmetric s8 Q/DQ before and/or after the concat; returns its weights."""
+    random = np.random.default_rng(0)
+    weight = random.integers(-127, 128, (24, 36, 1, 1)).astype(np.float32) / 512
+    initializers = {
+        "w": weight,
+        "ws": np.full(24, 1 / 512, np.float32),
+        "wz": np.zeros(24, np.int8),
+        "s": np.float32(1 / 64),
+        "z": np.int8(0),
+    }
+    nodes = []
+
+    def qdq(name: str, scale: str = "s", zero: str = "z") -> str:
+        axis = {"axis": 0} if scale == "ws" else {}
+        nodes.append(helper.make_node("QuantizeLinear", [name, scale, zero], [name + "q"], **axis))
+        nodes.append(helper.make_node("DequantizeLinear", [name + "q", scale, zero], [name + "d"], **axis))
+        return name + "d"
+
+    sources = [qdq("a"), qdq("b")] if before else ["a", "b"]
+    nodes.append(helper.make_node("Concat", sources, ["c"], axis=1))
+    nodes.append(helper.make_node("Conv", [qdq("c") if after else "c", qdq("w", "ws", "wz")], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "concat_conv",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 6, 5]) for n, c in (("a", 24), ("b", 12))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 24, 6, 5])],
+        [numpy_helper.from_array(value, name) for name, value in initializers.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return weight
+
+
 @pytest.fixture
 def options(tmp_path):
     return Options(threads=1, cache=tmp_path / "cache")
@@ -71,6 +104,18 @@ def test_int8_engine_equals_integer_arithmetic(tmp_path, options, x, backend):
     got = engine.build(tmp_path / "g.onnx", backend, "int8", options).run({"x": x})["y"]
     rounded = np.clip(np.rint(x * 32), -128, 127) / 32
     np.testing.assert_allclose(got, np.maximum(rounded @ weight, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
+def test_int8_convolution_behind_a_concat_equals_integer_arithmetic(tmp_path, options, backend, before, after):
+    weight = concat_conv(tmp_path / "g.onnx", before, after)
+    random = np.random.default_rng(1)
+    feeds = {n: random.uniform(-2.5, 2.5, (1, c, 6, 5)).astype(np.float32) for n, c in (("a", 24), ("b", 12))}
+    engine_ = engine.build(tmp_path / "g.onnx", backend, "int8", options)
+    rounded = np.clip(np.rint(np.concatenate([feeds["a"], feeds["b"]], 1) * 64), -128, 127) / 64
+    expected = np.einsum("oi,nihw->nohw", weight[:, :, 0, 0], rounded)
+    np.testing.assert_allclose(engine_.run(feeds)["y"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

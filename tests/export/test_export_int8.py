@@ -1,0 +1,166 @@
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from pytorch_quantization.nn import TensorQuantizer
+
+from qat.core.tensors import compare_tensors
+from qat.engine import Options, build
+from qat.export import export_parts, pipeline_settings, torch_parts
+from qat.export.verify import random_frame
+from qat.lean import quantize_detector
+from qat.lean.modes import qdq_tracing, quantizers, quantizers_off
+from qat.runtime import Pipeline
+
+
+def calibrated(detector, settings):
+    """A quantized detector whose ranges are the largest magnitudes on one made-up frame."""
+    quantized = quantize_detector(detector)
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0].abs().max().clamp(min=1e-3))
+        )
+        for name, module in quantized.activation_quantizers().items()
+    ]
+    frame = random_frame(settings, seed=7)
+    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
+    with quantizers_off(quantized), torch.inference_mode():
+        patterns = quantized.patterns(*(matrix[None] for matrix in matrices))
+        quantized(torch.from_numpy(frame.img[None]), torch.from_numpy(frame.depth[None]), patterns)
+    for handle in handles:
+        handle.remove()
+    for name, module in quantized.activation_quantizers().items():
+        module.set_range(seen[name].clone())
+    return quantized
+
+
+@pytest.fixture
+def settings(small_config, small_cameras):
+    return pipeline_settings(small_config, small_cameras)
+
+
+@pytest.fixture
+def quantized(small_config, settings, make_detector):
+    return calibrated(make_detector(small_config), settings)
+
+
+@pytest.fixture
+def folder(tmp_path, quantized, small_cameras):
+    export_parts(quantized, tmp_path / "int8", "int8", cameras=small_cameras, recipe={"method": "max", "frames": 1})
+    return tmp_path / "int8"
+
+
+def test_int8_graphs_hold_one_symmetric_qdq_pair_for_each_quantizer_that_is_on(folder, quantized):
+    parts = {"camera": "camera.backbone", "vtransform": "camera.vtransform", "decoder": "fuser", "head": "head.bbox"}
+    for own, name in parts.items():
+        graph = onnx.load(folder / f"{name}.onnx").graph
+        quantize = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+        dequantize = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+        graph_module = quantized.parts[own]
+        modules = dict(graph_module.named_modules())
+        # A quantizer that several tensors share is called once for each of them.
+        called = [modules[node.target] for node in graph_module.graph.nodes if node.op == "call_module"]
+        activations = [m for m in called if isinstance(m, TensorQuantizer) and not m._disabled]
+        weights = [m for m in called if hasattr(m, "weight_quantizer") and not m.weight_quantizer._disabled]
+        assert len(quantize) == len(dequantize) == len(activations) + len(weights), name
+        constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+        constants |= {
+            n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if n.op_type == "Constant"
+        }
+        for node in quantize:
+            zero = constants[node.input[2]]
+            assert zero.dtype == np.int8 and not zero.any()
+        scales = sorted(float(constants[n.input[1]]) for n in quantize if constants[n.input[1]].size == 1)
+        expected = sorted(float(q._amax) / 127 for q in activations)
+        np.testing.assert_allclose(scales, expected, rtol=1e-6)
+
+
+def test_manifest_says_which_parts_are_int8_and_how_they_were_calibrated(tmp_path, quantized, small_cameras):
+    recipe = {"method": "max", "frames": 1}
+    manifest = export_parts(quantized, tmp_path / "a", "int8", cameras=small_cameras, recipe=recipe)
+    assert {name: part["precision"] for name, part in manifest["parts"].items()} == {
+        "camera.backbone": "int8",
+        "camera.vtransform": "fp32",
+        "fuser": "int8",
+        "head.bbox": "int8",
+    }
+    assert manifest["calibration"] == recipe and manifest["flavour"] == "tensorrt"
+    assert manifest["verification"]["passed"]
+    again = export_parts(quantized, tmp_path / "b", "int8", cameras=small_cameras, recipe=recipe)
+    assert again == manifest
+    for part in manifest["parts"].values():
+        assert (tmp_path / "a" / part["file"]).read_bytes() == (tmp_path / "b" / part["file"]).read_bytes()
+
+
+def test_a_quantized_detector_exports_to_fp16_without_qdq_and_keeps_its_quantizers(
+    tmp_path, quantized, small_cameras, settings
+):
+    frame = random_frame(settings, seed=1)
+    feeds = {"img": frame.img[None], "depth": frame.depth[None]}
+    before = torch_parts(quantized)["camera.backbone"].run(feeds)
+    manifest = export_parts(quantized, tmp_path / "fp16", "fp16", cameras=small_cameras)
+    for part in manifest["parts"].values():
+        assert "QuantizeLinear" not in part["operators"]
+    after = torch_parts(quantized)["camera.backbone"].run(feeds)
+    np.testing.assert_array_equal(after["camera_feature"], before["camera_feature"])
+
+
+def test_folding_does_not_change_the_detector(tmp_path, quantized, small_config, settings, make_detector):
+    detector = make_detector(small_config)
+    frame = random_frame(settings, seed=1)
+    expected = Pipeline(torch_parts(detector), settings).forward(frame)
+    with quantizers_off(quantized):
+        found = Pipeline(torch_parts(quantized), settings).forward(frame)
+    for name in expected:
+        assert compare_tensors(expected[name], found[name])["sqnr_db"] > 80, name
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_engines_run_int8_like_the_fake_quantized_detector(folder, quantized, settings, backend):
+    frame = random_frame(settings, seed=2)
+    simulated = Pipeline(torch_parts(quantized), settings).forward(frame)
+    with quantizers_off(quantized):
+        exact = Pipeline(torch_parts(quantized), settings).forward(frame)
+    found = Pipeline.load(folder, backend, options=Options(threads=1, cache=None)).forward(frame)
+    for name in settings["head_maps"]:
+        quantization = compare_tensors(exact[name], simulated[name])["sqnr_db"]
+        # An engine that fuses layers rounds some tensors elsewhere: its own rounding noise is at most as strong.
+        assert compare_tensors(simulated[name], found[name])["sqnr_db"] > quantization - 3, name
+
+
+def test_verification_fails_on_a_graph_with_another_scale(tmp_path, quantized, small_cameras, monkeypatch):
+    import qat.export.parts as parts
+
+    simplify = parts.simplify
+
+    def tampered(model, name):
+        model = simplify(model, name)
+        if name == "fuser":
+            # the first activation's scale, 2 % larger
+            node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "camera")
+            holder = next(n for n in model.graph.node if n.output[0] == node.input[1])
+            value = numpy_helper.to_array(holder.attribute[0].t) * np.float32(1.02)
+            holder.attribute[0].t.CopyFrom(numpy_helper.from_array(value))
+        return model
+
+    monkeypatch.setattr(parts, "simplify", tampered)
+    manifest = export_parts(quantized, tmp_path / "int8", "int8", cameras=small_cameras)
+    assert not manifest["parts"]["fuser"]["verification"]["middle"]["passed"]
+    assert manifest["parts"]["camera.backbone"]["verification"]["camera_feature"]["passed"]
+
+
+def test_tracing_mode_is_restored(quantized, tmp_path, small_cameras):
+    kind = type(next(iter(quantizers(quantized).values())))
+    before = kind.use_fb_fake_quant
+    with pytest.raises(RuntimeError), qdq_tracing():
+        assert kind.use_fb_fake_quant
+        raise RuntimeError
+    assert kind.use_fb_fake_quant == before
+
+
+def test_openvino_runs_the_convolutions_in_int8(folder):
+    engine = build(folder / "fuser.onnx", "openvino", "int8", Options(threads=1, cache=None))
+    kinds = [layer["precision"] for layer in engine.profile(runs=1) if layer["type"] == "Convolution"]
+    assert len(kinds) == 8 and set(kinds) <= {"i8", "u8"}
