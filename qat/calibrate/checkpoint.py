@@ -29,7 +29,9 @@ FORMAT = "bevqat-ptq"
 SCHEMA = 1
 
 
-def save_ptq(path: str | Path, model: QuantizedDetector, float_model: CameraBEVDetector, recipe: Mapping[str, Any]) -> None:
+def save_ptq(
+    path: str | Path, model: QuantizedDetector, float_model: CameraBEVDetector, recipe: Mapping[str, Any]
+) -> None:
     """Writes the checkpoint, whole or not at all. `float_model` is the one that `model` was made from."""
     disabled = [name for name, quantizer in quantizers(model.parts).items() if quantizer._disabled]
     placement = {
@@ -57,7 +59,9 @@ def load_ptq(path: str | Path) -> tuple[QuantizedDetector, dict[str, Any]]:
     """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path}: found a checkpoint without quantizer ranges, expected a PTQ one; run calibrate on it first")
+        raise UserError(
+            f"{path}: found a checkpoint without quantizer ranges, expected a PTQ one; run calibrate on it first"
+        )
     if checkpoint.get("schema") != SCHEMA:
         raise UserError(f"{path}: found schema {checkpoint.get('schema')!r}, expected {SCHEMA}; calibrate again")
     try:

@@ -56,7 +56,9 @@ def calibrate_checkpoint(
     columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         bar = progress.add_task("", total=len(dataset))
-        quantized, report = calibrate(model, dataset, method, percentile, lambda done: progress.update(bar, completed=done))
+        quantized, report = calibrate(
+            model, dataset, method, percentile, lambda done: progress.update(bar, completed=done)
+        )
     recipe: dict[str, object] = {
         "method": method,
         "percentile": percentile if method == "percentile" else None,
@@ -96,4 +98,6 @@ def print_summary(result: CalibrationResult) -> None:
     for name in report.unexcited:
         console.print(f"warning: {name} was zero on every frame; its scale is a floor", highlight=False)
     if report.frames < FEW_FRAMES:
-        console.print(f"warning: {report.frames} frames are few; ranges may be too narrow for other scenes", highlight=False)
+        console.print(
+            f"warning: {report.frames} frames are few; ranges may be too narrow for other scenes", highlight=False
+        )

@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = next((word for word in arguments if word in VERBS), None)
     for verb, summary in VERBS.items():
         subparser = verbs.add_parser(
-            verb, help=summary, description=summary[0].upper() + summary[1:] + ".",
+            verb,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if verb == asked:

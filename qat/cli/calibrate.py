@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
     parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
     parser.add_argument("--split", default="calib")
-    parser.add_argument("--frames", type=int, metavar="N", help="calibrate on N frames spread over the split (default all)")
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="calibrate on N frames spread over the split (default all)"
+    )
     parser.add_argument("--method", default="mse", choices=("max", "percentile", "mse", "entropy"))
     parser.add_argument("--percentile", type=float, default=99.99, help="for --method percentile (default 99.99)")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate/ptq.pth"), metavar="CKPT")

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write the data set into")
     parser.add_argument("--scenes", type=int, required=True, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--keyframes", type=int, default=20, metavar="K", help="keyframes a scene, at 2 Hz (default 20)")
+    parser.add_argument(
+        "--keyframes", type=int, default=20, metavar="K", help="keyframes a scene, at 2 Hz (default 20)"
+    )
     parser.add_argument("--splits", default="", metavar="NAME=N,…", help="scenes of each split, in order (default 4:1)")
     parser.add_argument("--native", default="400x225", metavar="WxH", help="image size in pixels (default 400x225)")
     parser.add_argument("--azimuths", type=int, default=360, help="lidar columns a revolution (default 360)")

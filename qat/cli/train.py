@@ -17,14 +17,18 @@ from qat.core.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("--config", default="model/camera-tiny/config.yaml", metavar="YAML")
-    parser.add_argument("--data", action="append", required=True, metavar="ROOT:SPLIT", help="training data; may be given again")
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="ROOT:SPLIT", help="training data; may be given again"
+    )
     parser.add_argument("--held-out", metavar="ROOT:SPLIT", help="evaluate on this at the end")
     parser.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR")
     parser.add_argument("--init", type=Path, metavar="CKPT", help="start from these weights")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.35, help="share of the steps over which the rate falls (default 0.35)")
+    parser.add_argument(
+        "--decay", type=float, default=0.35, help="share of the steps over which the rate falls (default 0.35)"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -48,7 +52,15 @@ def run(args: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(TrainOptions)}
     options = TrainOptions(**{name: value for name, value in vars(args).items() if name in names})
     held_out = opened(args.held_out) if args.held_out else None
-    metrics = train(config, [opened(text) for text in args.data], args.out, options, held_out, args.init, lambda s: print(s, flush=True))
+    metrics = train(
+        config,
+        [opened(text) for text in args.data],
+        args.out,
+        options,
+        held_out,
+        args.init,
+        lambda s: print(s, flush=True),
+    )
     print(f"{args.out / 'model.pth'}: trained for {options.steps} steps")
     if metrics:
         print(f"held out: mAP {metrics['map']:.4f}, NDS {metrics['nds']:.4f} over {metrics['samples']} keyframes")

@@ -57,7 +57,7 @@ def digest(sample: Sample) -> str:
     """Hash of what a detector is fed: the same pictures and geometry give the same name."""
     hashed = hashlib.blake2b(digest_size=16)
     for name in _FED:
-        hashed.update(np.ascontiguousarray(getattr(sample, name)))
+        hashed.update(np.ascontiguousarray(getattr(sample, name)).tobytes())
     return hashed.hexdigest()
 
 
@@ -80,7 +80,7 @@ class _Cache:
 
     def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         with atomic_path(self.folder / f"{name}.npz") as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
+            np.savez(stream, **arrays)
 
 
 def run_accuracy(
@@ -136,7 +136,9 @@ def run_accuracy(
                 known[f"{key}.energies"] = energies
             store.write(name, known)
         for result, key in zip(results, names, strict=True):
-            result.detections[sample.token] = Detections(*(known[f"{key}.{what}"] for what in ("boxes", "scores", "labels")))
+            result.detections[sample.token] = Detections(
+                *(known[f"{key}.{what}"] for what in ("boxes", "scores", "labels"))
+            )
             result.energies += known[f"{key}.energies"]
         progress(index + 1)
     return results, rebuilds

@@ -19,7 +19,9 @@ NEAR = 2.0  # metres between the centres of one object's boxes
 RANGE = 51.2  # metres, of the bird's-eye view
 QUALITY = 80  # JPEG
 _CLOSEST = 0.3  # metres in front of the camera where edges are cut
-_EDGES = [(i, (i + 1) % 4) for i in range(4)] + [(4 + i, 4 + (i + 1) % 4) for i in range(4)] + [(i, i + 4) for i in range(4)]
+_EDGES = (
+    [(i, (i + 1) % 4) for i in range(4)] + [(4 + i, 4 + (i + 1) % 4) for i in range(4)] + [(i, i + 4) for i in range(4)]
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def _cut(a: np.ndarray, b: np.ndarray, width: float, height: float) -> list[floa
     return [round(float(v), 1) for v in (*(a + begin * step), *(a + end * step))]
 
 
-def outlines(boxes: np.ndarray, lidar2image: np.ndarray, img_aug_matrix: np.ndarray, size: tuple[int, int]) -> list[list[list[float]]]:
+def outlines(
+    boxes: np.ndarray, lidar2image: np.ndarray, img_aug_matrix: np.ndarray, size: tuple[int, int]
+) -> list[list[list[float]]]:
     """Each box's twelve edges in one picture.
 
     Args:
@@ -94,10 +98,8 @@ def outlines(boxes: np.ndarray, lidar2image: np.ndarray, img_aug_matrix: np.ndar
                 t = (_CLOSEST - a[2]) / (b[2] - a[2])
                 crossing = a + t * (b - a)
                 a, b = (crossing, b) if a[2] < _CLOSEST else (a, crossing)
-            ends = [
-                img_aug_matrix[:2, :2] @ (point[:2] / point[2]) + img_aug_matrix[:2, 3] + img_aug_matrix[:2, 2] for point in (a, b)
-            ]
-            if (piece := _cut(*ends, *size)) is not None:
+            ends = [img_aug_matrix[:2, :2] @ (point[:2] / point[2]) + img_aug_matrix[:2, 3] for point in (a, b)]
+            if (piece := _cut(ends[0], ends[1], *size)) is not None:
                 lines.append(piece)
         result.append(lines)
     return result

@@ -113,7 +113,9 @@ def rotated_iou(a: np.ndarray, b: np.ndarray) -> float:
     return inter / union if union > 0 else 0.0
 
 
-def rotated_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, pre_max_size: int, post_max_size: int) -> np.ndarray:
+def rotated_nms(
+    boxes: np.ndarray, scores: np.ndarray, threshold: float, pre_max_size: int, post_max_size: int
+) -> np.ndarray:
     """Greedy suppression by BEV intersection over union above `threshold`; returns kept indices, best first.
 
     boxes: float[K,≥7].

@@ -182,7 +182,9 @@ def box_corners_bev(boxes: np.ndarray) -> np.ndarray:
     along = np.stack([np.cos(heading), np.sin(heading)], -1) * boxes[:, 4:5] / 2
     across = np.stack([-np.sin(heading), np.cos(heading)], -1) * boxes[:, 3:4] / 2
     centre = boxes[:, :2].astype(np.float64)
-    return np.stack([centre + along + across, centre + along - across, centre - along - across, centre - along + across], 1)
+    return np.stack(
+        [centre + along + across, centre + along - across, centre - along - across, centre - along + across], 1
+    )
 
 
 def box_corners(boxes: np.ndarray) -> np.ndarray:

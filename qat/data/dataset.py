@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nuscenes.nuscenes import NuScenes
 from nuscenes.eval.detection.utils import category_to_detection_name
+from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes, get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
@@ -153,10 +153,14 @@ class NuScenesDataset(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return (self.load(token) for token in self.tokens)
 
-    def _sensor(self, sample: Mapping[str, Any], channel: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    def _sensor(
+        self, sample: Mapping[str, Any], channel: str
+    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
         """The sensor's record, sensor2ego, ego2global, and its intrinsics (or an empty array)."""
         if channel not in sample["data"]:
-            raise UserError(f"{self.nusc.dataroot}: sample {sample['token']} has no {channel}; the data set is incomplete")
+            raise UserError(
+                f"{self.nusc.dataroot}: sample {sample['token']} has no {channel}; the data set is incomplete"
+            )
         record = self.nusc.get("sample_data", sample["data"][channel])
         return record, *self._poses(record)
 
@@ -166,7 +170,9 @@ class NuScenesDataset(Sequence[Sample]):
         ego2global = transform(self.nusc.get("ego_pose", record["ego_pose_token"]))
         intrinsic = np.asarray(calibrated["camera_intrinsic"], np.float64)
         if not (np.isfinite(sensor2ego).all() and np.isfinite(ego2global).all() and np.isfinite(intrinsic).all()):
-            raise UserError(f"{self.nusc.dataroot}: {record['filename']}: calibration or pose is not finite; mend calibrated_sensor.json or ego_pose.json")
+            raise UserError(
+                f"{self.nusc.dataroot}: {record['filename']}: calibration or pose is not finite; mend calibrated_sensor.json or ego_pose.json"
+            )
         return sensor2ego, ego2global, intrinsic
 
     def load(self, token: str) -> Sample:
@@ -182,7 +188,9 @@ class NuScenesDataset(Sequence[Sample]):
             image = load_image(path)
             height, width = image.shape[:2]
             if (record["width"], record["height"]) != (width, height):
-                raise UserError(f"{path}: found {width}×{height} pixels, sample_data.json says {record['width']}×{record['height']}")
+                raise UserError(
+                    f"{path}: found {width}×{height} pixels, sample_data.json says {record['width']}×{record['height']}"
+                )
             full = np.eye(4)
             full[:3, :3] = intrinsic
             to_lidar = global2lidar @ camera_ego2global @ camera2ego  # through both ego poses
@@ -229,7 +237,9 @@ class NuScenesDataset(Sequence[Sample]):
         except OSError:
             raise UserError(f"{path}: no such file; the data set is incomplete") from None
         if len(values) == 0 or len(values) % self.pipeline.load_dim:
-            raise UserError(f"{path}: found {len(values)} values, expected a multiple of load_dim {self.pipeline.load_dim}")
+            raise UserError(
+                f"{path}: found {len(values)} values, expected a multiple of load_dim {self.pipeline.load_dim}"
+            )
         return values.reshape(-1, self.pipeline.load_dim)[:, :5].copy()
 
     def _points(self, record: Mapping[str, Any], global2lidar: np.ndarray) -> np.ndarray:

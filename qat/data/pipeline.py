@@ -61,9 +61,13 @@ def read_pipeline(config: Mapping[str, Any]) -> Pipeline:
         kind = step.get("type")
         if kind == "ImageAug3D":
             if step.get("is_train") or np.any(step.get("rot_lim", 0)):
-                raise UserError("config: data.test.pipeline: ImageAug3D: found augmentation, expected is_train: false and rot_lim [0, 0]")
+                raise UserError(
+                    "config: data.test.pipeline: ImageAug3D: found augmentation, expected is_train: false and rot_lim [0, 0]"
+                )
             height, width = step["final_dim"]
-            resize_crop = ResizeCrop((height, width), float(np.mean(step["resize_lim"])), float(np.mean(step["bot_pct_lim"])))
+            resize_crop = ResizeCrop(
+                (height, width), float(np.mean(step["resize_lim"])), float(np.mean(step["bot_pct_lim"]))
+            )
         elif kind == "ImageNormalize":
             mean, std = list(step["mean"]), list(step["std"])
         elif kind == "LoadPointsFromMultiSweeps":
@@ -72,8 +76,14 @@ def read_pipeline(config: Mapping[str, Any]) -> Pipeline:
         elif kind == "PointsRangeFilter":
             points.append(("range", [float(v) for v in step["point_cloud_range"]]))
         elif kind == "GlobalRotScaleTrans":
-            if step.get("is_train") or np.any(step.get("rot_lim", 0)) or np.any(np.asarray(step.get("resize_lim", 1)) != 1):
-                raise UserError("config: data.test.pipeline: GlobalRotScaleTrans: found augmentation, expected none at test time")
+            if (
+                step.get("is_train")
+                or np.any(step.get("rot_lim", 0))
+                or np.any(np.asarray(step.get("resize_lim", 1)) != 1)
+            ):
+                raise UserError(
+                    "config: data.test.pipeline: GlobalRotScaleTrans: found augmentation, expected none at test time"
+                )
         elif kind not in PASSED_OVER:
             raise UserError(f"config: data.test.pipeline: found step {kind!r}, which is not known here")
         if kind == "LoadPointsFromFile":
@@ -81,5 +91,7 @@ def read_pipeline(config: Mapping[str, Any]) -> Pipeline:
     if resize_crop is None or mean is None or std is None:
         raise UserError("config: data.test.pipeline: expected ImageAug3D and ImageNormalize, found neither or one")
     if list(resize_crop.final_dim) != list(config["image_size"]):
-        raise UserError(f"config: ImageAug3D.final_dim: found {list(resize_crop.final_dim)}, expected image_size {config['image_size']}")
+        raise UserError(
+            f"config: ImageAug3D.final_dim: found {list(resize_crop.final_dim)}, expected image_size {config['image_size']}"
+        )
     return Pipeline(resize_crop, mean, std, load_dim, sweeps, points)

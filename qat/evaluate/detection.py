@@ -63,7 +63,12 @@ class SampleEval(DetectionEval):
 
 
 def to_global(
-    token: str, detections: Detections, lidar2ego: np.ndarray, ego2global: np.ndarray, classes: list[str], limit: int = 500
+    token: str,
+    detections: Detections,
+    lidar2ego: np.ndarray,
+    ego2global: np.ndarray,
+    classes: list[str],
+    limit: int = 500,
 ) -> list[DetectionBox]:
     """The devkit's boxes of one sample: in the global frame, best `limit` by score.
 

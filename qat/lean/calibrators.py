@@ -44,7 +44,9 @@ class HistogramCalibrator:
         magnitude = x.detach().abs().flatten().float()
         largest = float(magnitude.max())
         if not math.isfinite(largest):
-            raise UserError(f"calibration: {self.name}: found NaN or infinity in its values; look at the layers before it and at the input frame")
+            raise UserError(
+                f"calibration: {self.name}: found NaN or infinity in its values; look at the layers before it and at the input frame"
+            )
         needed = math.ceil(math.log2(largest)) if largest > 0 else SMALLEST_LOG2
         needed = max(needed, SMALLEST_LOG2)
         if self.counts is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,9 @@ from qat.models import CameraBEVDetector
 PARTS = {"camera": "camera_logits", "vtransform": "downsample", "decoder": "decode_bev", "head": "head"}
 
 KEEP_FLOAT = (
-    FloatRule("encoders.camera.vtransform.dtransform.*", "its input is raw metres, nearly all zero: one scale cannot serve it"),
+    FloatRule(
+        "encoders.camera.vtransform.dtransform.*", "its input is raw metres, nearly all zero: one scale cannot serve it"
+    ),
 )
 # CUDA-BEVFusion builds the vtransform with --fp16 alone, so it carries no QDQ unless asked.
 PARTS_OFF = ("vtransform",)
@@ -34,7 +35,12 @@ class QuantizedDetector(nn.Module):
     """A camera detector with TensorQuantizers; lift, pool, downsample, decode_bev, head, patterns and forward are
     CameraBEVDetector's."""
 
-    def __init__(self, detector: CameraBEVDetector, keep_float: Sequence[FloatRule] = KEEP_FLOAT, parts_off: Sequence[str] = PARTS_OFF) -> None:
+    def __init__(
+        self,
+        detector: CameraBEVDetector,
+        keep_float: Sequence[FloatRule] = KEEP_FLOAT,
+        parts_off: Sequence[str] = PARTS_OFF,
+    ) -> None:
         super().__init__()
         self.config = detector.config
         self.vtransform = detector.vtransform
@@ -117,7 +123,9 @@ class QuantizedDetector(nn.Module):
             quantizer._disabled = name in disabled
 
 
-def quantize_detector(detector: CameraBEVDetector, keep_float: Sequence[FloatRule] = KEEP_FLOAT, parts_off: Sequence[str] = PARTS_OFF) -> QuantizedDetector:
+def quantize_detector(
+    detector: CameraBEVDetector, keep_float: Sequence[FloatRule] = KEEP_FLOAT, parts_off: Sequence[str] = PARTS_OFF
+) -> QuantizedDetector:
     """Folds batch norm and places quantizers; ranges of activations are still to be calibrated.
 
     The float detector is left as it was (its unchanged layers are shared).

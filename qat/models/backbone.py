@@ -27,7 +27,9 @@ def build_backbone(config: Mapping[str, Any]) -> nn.Module:
     else:
         name, indices = config["model_name"], tuple(config["out_indices"])
     try:
-        return timm.create_model(name, pretrained=bool(config.get("pretrained", False)), features_only=True, out_indices=indices)
+        return timm.create_model(
+            name, pretrained=bool(config.get("pretrained", False)), features_only=True, out_indices=indices
+        )
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(
             f"model.encoders.camera.backbone: found {name!r} with out_indices {list(indices)}, expected a timm model "

@@ -54,7 +54,10 @@ class _Pool(torch.autograd.Function):
         cell = torch.from_numpy(pattern.cell).to(device)
         with torch.sparse.check_sparse_tensor_invariants(False):
             transposed = torch.sparse_csr_tensor(
-                torch.from_numpy(row_ptr).to(device), cell[entries], values[entries], (pattern.pixels, len(pattern.row_ptr) - 1)
+                torch.from_numpy(row_ptr).to(device),
+                cell[entries],
+                values[entries],
+                (pattern.pixels, len(pattern.row_ptr) - 1),
             )
         n, c, h, w = context_shape
         context_gradient = (transposed @ gradient).view(n, h, w, c).permute(0, 3, 1, 2)

@@ -44,7 +44,9 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(out)) + identity)
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3, bias: bool = False) -> list[nn.Module]:
+def conv_bn_relu(
+    in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3, bias: bool = False
+) -> list[nn.Module]:
     """Three layers for an `nn.Sequential`."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=bias)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=False)]

@@ -40,7 +40,8 @@ class LSSFPN(nn.Module):
         super().__init__()
         self.in_indices = tuple(in_indices)
         self.fuse = nn.Sequential(
-            *conv_bn_relu(in_channels[0] + in_channels[1], out_channels, kernel=1), *conv_bn_relu(out_channels, out_channels)
+            *conv_bn_relu(in_channels[0] + in_channels[1], out_channels, kernel=1),
+            *conv_bn_relu(out_channels, out_channels),
         )
         self.upsample: nn.Sequential | None = None
         if scale_factor > 1:

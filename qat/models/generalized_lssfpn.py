@@ -36,7 +36,9 @@ class GeneralizedLSSFPN(nn.Module):
         self.fpn_convs = nn.ModuleList()
         for i in range(start_level, last):
             coarser = in_channels[i + 1] if i == last - 1 else out_channels
-            self.lateral_convs.append(ConvModule(in_channels[i] + coarser, out_channels, 1, norm=not no_norm_on_lateral))
+            self.lateral_convs.append(
+                ConvModule(in_channels[i] + coarser, out_channels, 1, norm=not no_norm_on_lateral)
+            )
             self.fpn_convs.append(ConvModule(out_channels, out_channels, 3))
 
     def forward(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -6,6 +6,16 @@ print(verdict.headline)
 
 from qat.report.page import write_report
 from qat.report.schema import SCHEMA, check_results, load_results
-from qat.report.verdict import Verdict, decide, row_name
+from qat.report.verdict import Verdict, compared_row, decide, reference_of, row_name
 
-__all__ = ["SCHEMA", "Verdict", "check_results", "decide", "load_results", "row_name", "write_report"]
+__all__ = [
+    "SCHEMA",
+    "Verdict",
+    "check_results",
+    "compared_row",
+    "decide",
+    "load_results",
+    "reference_of",
+    "row_name",
+    "write_report",
+]

@@ -1,4 +1,4 @@
-"""The drawings of a report: HTML bars, which keep their text size on a phone, and inline SVG. Colours are in page.css."""
+"""A report's drawings: HTML bars, which keep their text size on a phone, and inline SVG. Colours are in page.css."""
 
 from __future__ import annotations
 

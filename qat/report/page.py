@@ -18,6 +18,7 @@ from qat.report.verdict import (
     Row,
     Verdict,
     baseline_of,
+    compared_row,
     decide,
     milliseconds,
     reference_of,
@@ -93,9 +94,9 @@ def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
         cells: list[Cell] = [
             _name_cell(row, flavour=True),
             (f"{row['map']:.3f}", row["map"]),
-            _difference(row["map"], base and base["map"]),
+            _difference(row["map"], None if base is None else base["map"]),
             (f"{row['nds']:.3f}", row["nds"]),
-            _difference(row["nds"], base and base["nds"]),
+            _difference(row["nds"], None if base is None else base["nds"]),
             (milliseconds(latency["median"]), latency["median"]),
             (milliseconds(latency["p99"]), latency["p99"]),
             _optional(row.get("speedup_vs_fp32"), lambda value: f"{value:.2f}×"),
@@ -119,7 +120,7 @@ def _verdict_card(results: Results, verdict: Verdict) -> str:
                 f"a frame; FP32 {milliseconds(before)}" if before else "a frame",
             )
         )
-        if before:
+        if own is not None and before:
             tiles.append((f"{before / ship['latency_ms']['median']:.2f}×", f"the speed of {row_name(own)}"))
         for name, key in (("mAP", "map"), ("NDS", "nds")):
             change = (
@@ -164,7 +165,7 @@ def _how_measured(results: Results) -> str:
 
 def _classes(results: Results, verdict: Verdict) -> str:
     rows = results["rows"]
-    reference, shown = reference_of(rows), compared_row(results, verdict)
+    reference, shown = reference_of(rows), compared_row(rows, verdict)
     if reference is None or not reference["per_class_ap"]:
         return ""
     objects = results["dataset"].get("objects") or {}
@@ -198,15 +199,6 @@ def _classes(results: Results, verdict: Verdict) -> str:
         "0.5, 1, 2 and 4 m. The small number is how many objects are annotated.</p>"
     )  # fmt: skip
     return f"<h2>Per class</h2>{legend}{bars}<details><summary>Every row's AP and errors</summary>{tables}</details>"
-
-
-def compared_row(results: Results, verdict: Verdict) -> Row | None:
-    """The quantized row to set beside FP32: the shipped one, else the fastest outside PyTorch, else any."""
-    low = [row for row in results["rows"] if row["precision"] not in ("fp32",)]
-    if verdict.ship is not None and any(row is verdict.ship for row in low):
-        return verdict.ship
-    engines = [row for row in low if row["backend"] != "pytorch"] or low
-    return min(engines, key=lambda row: row["latency_ms"]["median"], default=None)
 
 
 def _stages(rows: Sequence[Row]) -> str:

@@ -91,9 +91,9 @@ def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
             None,
             "Ship nothing here yet",
             [
-                f"Every row loses more than {max_loss:g} mAP or NDS against {row_name(reference) if reference else 'FP32'}; "
-                f"the least, {row_name(least)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the "
-                "layers that pay for it in float."
+                f"Every row loses more than {max_loss:g} mAP or NDS against {row_name(reference or least)}; the least, "
+                f"{row_name(least)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the layers that "
+                "pay for it in float."
             ],
         )
     ship = min(accurate, key=lambda row: row["latency_ms"]["median"])
@@ -127,3 +127,12 @@ def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
                 else f"Not {row_name(row)}: it is no faster than {row_name(own)}."
             )
     return Verdict(ship, f"Ship {row_name(ship)}", reasons)
+
+
+def compared_row(rows: Sequence[Row], verdict: Verdict) -> Row | None:
+    """The low-precision row to set beside FP32: the shipped one, else the fastest outside PyTorch, else any."""
+    low = [row for row in rows if row["precision"] != "fp32"]
+    if any(row is verdict.ship for row in low):
+        return verdict.ship
+    engines = [row for row in low if row["backend"] != "pytorch"] or low
+    return min(engines, key=lambda row: row["latency_ms"]["median"], default=None)

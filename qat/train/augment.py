@@ -69,7 +69,9 @@ class TrainSet:
             matrices.append(matrix)
         pipeline = self.dataset.pipeline
         img_aug = np.stack(matrices)
-        depth = rasterize_depth(sample.points, sample.lidar2image, img_aug, np.eye(4, dtype=np.float32), self.image_size)
+        depth = rasterize_depth(
+            sample.points, sample.lidar2image, img_aug, np.eye(4, dtype=np.float32), self.image_size
+        )
         turn = rng.uniform(*self.turn)
         scale = rng.uniform(*self.scale)
         flip = np.where(rng.random(2) < 0.5, -1.0, 1.0)

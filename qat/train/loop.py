@@ -57,7 +57,9 @@ def save_float_checkpoint(path: str | Path, model: CameraBEVDetector, meta: Mapp
         torch.save({"state_dict": state, "config": model.config, "meta": dict(meta)}, temporary)
 
 
-def detect(model: nn.Module, dataset: NuScenesDataset, progress: Callable[[int], None] | None = None) -> dict[str, Detections]:
+def detect(
+    model: nn.Module, dataset: NuScenesDataset, progress: Callable[[int], None] | None = None
+) -> dict[str, Detections]:
     """Boxes of every sample: {token: Detections}. `model` has CameraBEVDetector's interface and a `config`."""
     head = dataset_head(model)
     device = next(model.parameters()).device
@@ -65,7 +67,10 @@ def detect(model: nn.Module, dataset: NuScenesDataset, progress: Callable[[int],
     with torch.inference_mode():
         for i, sample in enumerate(dataset):
             patterns = model.patterns(  # type: ignore[operator]
-                sample.camera_intrinsics[None], sample.camera2lidar[None], sample.img_aug_matrix[None], sample.lidar_aug_matrix[None]
+                sample.camera_intrinsics[None],
+                sample.camera2lidar[None],
+                sample.img_aug_matrix[None],
+                sample.lidar_aug_matrix[None],
             )
             img, depth = torch.from_numpy(sample.img)[None].to(device), torch.from_numpy(sample.depth)[None].to(device)
             maps = model(img, depth, patterns)
@@ -80,11 +85,14 @@ def dataset_head(model: nn.Module) -> dict[str, Any]:
     return model.config["model"]["heads"]["object"]  # type: ignore[index, return-value]
 
 
-def _batch(samples: list[TrainSample], model: CameraBEVDetector, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Any]:
+def _batch(
+    samples: list[TrainSample], model: CameraBEVDetector, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
     img = torch.from_numpy(np.stack([s.img for s in samples])).to(device)
     depth = torch.from_numpy(np.stack([s.depth for s in samples])).to(device)
     patterns = [
-        model.vtransform.pattern(s.camera_intrinsics, s.camera2lidar, s.img_aug_matrix, s.lidar_aug_matrix) for s in samples
+        model.vtransform.pattern(s.camera_intrinsics, s.camera2lidar, s.img_aug_matrix, s.lidar_aug_matrix)
+        for s in samples
     ]
     return img, depth, patterns
 
@@ -92,7 +100,9 @@ def _batch(samples: list[TrainSample], model: CameraBEVDetector, device: torch.d
 class _State:
     """What a resumed run needs."""
 
-    def __init__(self, config: Mapping[str, Any], options: TrainOptions, init: Path | None, device: torch.device) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], options: TrainOptions, init: Path | None, device: torch.device
+    ) -> None:
         torch.manual_seed(options.seed)
         self.model = build_model(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if init is not None:
@@ -127,7 +137,9 @@ class _State:
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, KeyError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: does not fit this run ({str(error).splitlines()[0]}); remove it or choose another --out") from None
+            raise UserError(
+                f"{path}: does not fit this run ({str(error).splitlines()[0]}); remove it or choose another --out"
+            ) from None
         self.step, self.history = saved["step"], saved["history"]
 
     def follow(self, ema: float) -> None:

@@ -162,7 +162,14 @@ def _car(b: Builder, l: float, w: float, h: float, rng: np.random.Generator, act
     y = w / 2
     b.frustum((-l / 2, l / 2, -y, y), (-l * 0.49, l * 0.47, -y * 0.96, y * 0.96), h * 0.16, h * 0.56, paint)
     rear_bottom, rear_top = (-l * 0.49, -l * 0.44) if estate else (-l * 0.40, -l * 0.28)
-    b.frustum((rear_bottom, l * 0.24, -y * 0.94, y * 0.94), (rear_top, l * 0.08, -y * 0.78, y * 0.78), h * 0.56, h * 0.95, WINDOW, GLASS)
+    b.frustum(
+        (rear_bottom, l * 0.24, -y * 0.94, y * 0.94),
+        (rear_top, l * 0.08, -y * 0.78, y * 0.78),
+        h * 0.56,
+        h * 0.95,
+        WINDOW,
+        GLASS,
+    )
     b.box((rear_top, l * 0.08), (-y * 0.79, y * 0.79), (h * 0.94, h), paint)
     for x in (-l * 0.31, l * 0.31):
         for side in (-1, 1):
@@ -182,7 +189,14 @@ def _truck(b: Builder, l: float, w: float, h: float, rng: np.random.Generator, a
         b.box((-l / 2, cab - 0.15), (-y, y), (h * 0.32, h), cargo)
     else:  # an open load bed with a load
         b.box((-l / 2, cab - 0.15), (-y, y), (h * 0.32, h * 0.55), cargo)
-        b.frustum((-l * 0.45, cab - 0.4, -y * 0.8, y * 0.8), (-l * 0.3, cab - 0.9, -y * 0.4, y * 0.4), h * 0.55, h, (0.3, 0.22, 0.13), MATT)
+        b.frustum(
+            (-l * 0.45, cab - 0.4, -y * 0.8, y * 0.8),
+            (-l * 0.3, cab - 0.9, -y * 0.4, y * 0.4),
+            h * 0.55,
+            h,
+            (0.3, 0.22, 0.13),
+            MATT,
+        )
     b.box((-l / 2, cab), (-y * 0.5, y * 0.5), (h * 0.2, h * 0.32), DARK, MATT)
     for x in (-l * 0.36, -l * 0.22, l * 0.36):
         for side in (-1, 1):
@@ -191,7 +205,9 @@ def _truck(b: Builder, l: float, w: float, h: float, rng: np.random.Generator, a
 
 
 def _bus(b: Builder, l: float, w: float, h: float, rng: np.random.Generator, active: bool) -> None:
-    paint = [(0.75, 0.72, 0.65), (0.6, 0.05, 0.04), (0.05, 0.25, 0.5), (0.75, 0.5, 0.02), (0.1, 0.4, 0.15)][rng.integers(5)]
+    paint = [(0.75, 0.72, 0.65), (0.6, 0.05, 0.04), (0.05, 0.25, 0.5), (0.75, 0.5, 0.02), (0.1, 0.4, 0.15)][
+        rng.integers(5)
+    ]
     y = w / 2
     b.box((-l / 2, l / 2), (-y, y), (h * 0.1, h), paint)
     b.box((-l * 0.47, l * 0.46), (-y - 0.02, y + 0.02), (h * 0.45, h * 0.78), WINDOW, GLASS)
@@ -230,16 +246,36 @@ def _construction_vehicle(b: Builder, l: float, w: float, h: float, rng: np.rand
     yellow = ((0.75, 0.42, 0.02), (0.8, 0.55, 0.03), (0.7, 0.25, 0.02))[rng.integers(3)]
     y = w / 2
     for side in (-1, 1):
-        b.frustum((-l * 0.44, l * 0.2, side * y - 0.3 * (side > 0) * 2, side * y + 0.3 * (side < 0) * 2),
-                  (-l * 0.38, l * 0.14, side * y - 0.3 * (side > 0) * 2, side * y + 0.3 * (side < 0) * 2), 0.0, h * 0.26, DARK, MATT)
+        b.frustum(
+            (-l * 0.44, l * 0.2, side * y - 0.3 * (side > 0) * 2, side * y + 0.3 * (side < 0) * 2),
+            (-l * 0.38, l * 0.14, side * y - 0.3 * (side > 0) * 2, side * y + 0.3 * (side < 0) * 2),
+            0.0,
+            h * 0.26,
+            DARK,
+            MATT,
+        )
     b.box((-l * 0.5, l * 0.1), (-y * 0.8, y * 0.8), (h * 0.28, h * 0.56), yellow)
     b.box((-l * 0.51, -l * 0.34), (-y * 0.75, y * 0.75), (h * 0.3, h * 0.66), (0.12, 0.12, 0.12), MATT)
-    b.frustum((-l * 0.2, l * 0.08, y * 0.05, y * 0.75), (-l * 0.18, l * 0.04, y * 0.1, y * 0.7), h * 0.56, h * 0.88, WINDOW, GLASS)
+    b.frustum(
+        (-l * 0.2, l * 0.08, y * 0.05, y * 0.75),
+        (-l * 0.18, l * 0.04, y * 0.1, y * 0.7),
+        h * 0.56,
+        h * 0.88,
+        WINDOW,
+        GLASS,
+    )
     b.box((-l * 0.2, l * 0.06), (y * 0.05, y * 0.75), (h * 0.88, h * 0.92), yellow)
     reach = rng.uniform(0.22, 0.34)
     b.bar((l * 0.02, -y * 0.3, h * 0.5), (l * reach, -y * 0.3, h * 0.97), h * 0.11, yellow)
     b.bar((l * reach, -y * 0.3, h * 0.97), (l * 0.44, -y * 0.3, h * 0.3), h * 0.09, yellow)
-    b.frustum((l * 0.36, l * 0.5, -y * 0.65, y * 0.05), (l * 0.4, l * 0.5, -y * 0.6, 0.0), h * 0.05, h * 0.3, (0.2, 0.19, 0.18), MATT)
+    b.frustum(
+        (l * 0.36, l * 0.5, -y * 0.65, y * 0.05),
+        (l * 0.4, l * 0.5, -y * 0.6, 0.0),
+        h * 0.05,
+        h * 0.3,
+        (0.2, 0.19, 0.18),
+        MATT,
+    )
     b.box((-l * 0.1, -l * 0.06), (-y * 0.1, y * 0.0), (h * 0.88, h), AMBER_LAMP, LAMP)
 
 
@@ -263,8 +299,20 @@ def _motorcycle(b: Builder, l: float, w: float, h: float, rng: np.random.Generat
     b.box((-l * 0.42, -l * 0.05), (-0.13, 0.13), (top * 0.66, top * 0.76), DARK, MATT)
     b.bar((l * 0.34, 0.0, 0.3), (l * 0.2, 0.0, top * 0.95), 0.09, (0.4, 0.4, 0.4))
     b.bar((l * 0.2, -w / 2, top * 0.96), (l * 0.2, w / 2, top * 0.96), 0.06, DARK, MATT)
-    b.box((l * 0.24, l * 0.3), (-0.09, 0.09), (top * 0.7, top * 0.85), WHITE_LAMP if active else (0.5, 0.5, 0.5), LAMP if active else PAINT)
-    b.box((-l * 0.45, -l * 0.42), (-0.09, 0.09), (top * 0.6, top * 0.7), RED_LAMP if active else (0.3, 0.02, 0.02), LAMP if active else PAINT)
+    b.box(
+        (l * 0.24, l * 0.3),
+        (-0.09, 0.09),
+        (top * 0.7, top * 0.85),
+        WHITE_LAMP if active else (0.5, 0.5, 0.5),
+        LAMP if active else PAINT,
+    )
+    b.box(
+        (-l * 0.45, -l * 0.42),
+        (-0.09, 0.09),
+        (top * 0.6, top * 0.7),
+        RED_LAMP if active else (0.3, 0.02, 0.02),
+        LAMP if active else PAINT,
+    )
     if active:
         _rider(b, -l * 0.12, top * 0.75, h, rng, True)
 
@@ -276,8 +324,11 @@ def _bicycle(b: Builder, l: float, w: float, h: float, rng: np.random.Generator,
         b.wheel(x, 0.0, 0.33, 0.06, (0.03, 0.03, 0.03))
         b.wheel(x, 0.0, 0.05, 0.1, (0.6, 0.6, 0.6))
     for start, end in (
-        ((-l * 0.3, 0, 0.33), (-l * 0.1, 0, top * 0.8)), ((-l * 0.1, 0, top * 0.75), (l * 0.2, 0, top * 0.8)),
-        ((-l * 0.05, 0, 0.3), (l * 0.2, 0, top * 0.75)), ((l * 0.3, 0, 0.33), (l * 0.19, 0, top)), ((-l * 0.1, 0, top * 0.9), (-l * 0.04, 0, 0.3)),
+        ((-l * 0.3, 0, 0.33), (-l * 0.1, 0, top * 0.8)),
+        ((-l * 0.1, 0, top * 0.75), (l * 0.2, 0, top * 0.8)),
+        ((-l * 0.05, 0, 0.3), (l * 0.2, 0, top * 0.75)),
+        ((l * 0.3, 0, 0.33), (l * 0.19, 0, top)),
+        ((-l * 0.1, 0, top * 0.9), (-l * 0.04, 0, 0.3)),
     ):
         b.bar(start, end, 0.06, paint)
     b.bar((l * 0.19, -w / 2, top), (l * 0.19, w / 2, top), 0.05, DARK, MATT)

@@ -55,7 +55,14 @@ class SynthOptions:
 
     def checked(self) -> SynthOptions:
         """Raises `UserError` for values that make no data set; fills the default splits."""
-        for name, low in (("scenes", 1), ("keyframes", 1), ("width", 64), ("height", 36), ("azimuths", 16), ("sweeps", 0)):
+        for name, low in (
+            ("scenes", 1),
+            ("keyframes", 1),
+            ("width", 64),
+            ("height", 36),
+            ("azimuths", 16),
+            ("sweeps", 0),
+        ):
             if getattr(self, name) < low:
                 raise UserError(f"--{name}: found {getattr(self, name)}, expected at least {low}")
         if not 1 <= self.jpeg_quality <= 100:
@@ -68,7 +75,9 @@ class SynthOptions:
 
         for name in splits:
             if is_predefined_split(name):
-                raise UserError(f"--splits: {name!r} is one of nuScenes' own splits, which the devkit ties to its own scenes; choose another name")
+                raise UserError(
+                    f"--splits: {name!r} is one of nuScenes' own splits, which the devkit ties to its own scenes; choose another name"
+                )
         if sum(splits.values()) != self.scenes:
             raise UserError(f"--splits: counts add up to {sum(splits.values())}, expected --scenes {self.scenes}")
         return SynthOptions(**{**asdict(self), "splits": splits})
@@ -90,7 +99,9 @@ def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bo
     parts = out / ".parts"
     for earlier in (done, parts / "recipe.json"):
         if earlier.exists() and read_json(earlier) != recipe:
-            raise UserError(f"{out}: holds a data set made with other options ({earlier}); choose another --out or remove it")
+            raise UserError(
+                f"{out}: holds a data set made with other options ({earlier}); choose another --out or remove it"
+            )
     if done.exists():
         return out
     write_json(parts / "recipe.json", recipe)
@@ -187,7 +198,14 @@ class _Scene:
     """Collects one scene's records while its sensors are rendered."""
 
     def __init__(
-        self, out: Path, options: SynthOptions, index: int, world: World, rig: Rig, light: Light, rng: np.random.Generator
+        self,
+        out: Path,
+        options: SynthOptions,
+        index: int,
+        world: World,
+        rig: Rig,
+        light: Light,
+        rng: np.random.Generator,
     ) -> None:
         self.out, self.options, self.index = out, options, index
         self.world, self.rig, self.light, self.rng = world, rig, light, rng
@@ -200,7 +218,9 @@ class _Scene:
         self.log = token("log", *self.key)
         self.calibrated = {name: token("calibrated", *self.key, name) for name in SENSORS}
         rgb = light.white_balance
-        self.description = f"{light.weather}, {world.street.lanes} lanes a side, white balance {rgb[0]:.2f}/{rgb[2]:.2f}"
+        self.description = (
+            f"{light.weather}, {world.street.lanes} lanes a side, white balance {rgb[0]:.2f}/{rgb[2]:.2f}"
+        )
 
     def _timestamp(self, time: float) -> int:
         return START_MICROSECONDS + self.index * 60_000_000 + round(time * 1e6)
@@ -209,7 +229,16 @@ class _Scene:
         folder = "samples" if key else "sweeps"
         return f"{folder}/{channel}/{self.name}__{channel}__{self._timestamp(time)}{suffix}"
 
-    def _sample_data(self, channel: str, time: float, sample: str, key: bool, name: str, ego2street: np.ndarray, shape: tuple[int, int]) -> None:
+    def _sample_data(
+        self,
+        channel: str,
+        time: float,
+        sample: str,
+        key: bool,
+        name: str,
+        ego2street: np.ndarray,
+        shape: tuple[int, int],
+    ) -> None:
         pose_token = token("pose", *self.key, channel, self._timestamp(time))
         ego2global = self.world.street2global @ ego2street
         self.poses.append(
@@ -238,7 +267,9 @@ class _Scene:
     def keyframe(self, frame: int, time: float) -> None:
         """Renders all sensors of one keyframe and annotates what they can see."""
         sample = token("sample", *self.key, frame)
-        self.samples.append({"token": sample, "timestamp": self._timestamp(time), "scene_token": token("scene", *self.key)})
+        self.samples.append(
+            {"token": sample, "timestamp": self._timestamp(time), "scene_token": token("scene", *self.key)}
+        )
         lidar_points = self.lidar(time, frame, key=True)
         pixels = np.zeros(len(self.world.things))
         expected = np.zeros(len(self.world.things))
@@ -263,9 +294,9 @@ class _Scene:
         reach = distance + self.rng.normal(0, 0.015, len(hit)).astype(np.float32)
         intensity = np.clip(moment.colours[hit].mean(1) * 120 * grazing + self.rng.normal(0, 3, len(hit)), 0, 255)
         intensity[moment.materials[hit] == LAMP] = 200
-        points = np.concatenate(
-            [directions * reach[:, None], np.round(intensity)[:, None], rings[:, None]], 1
-        ).astype(np.float32)[kept]
+        points = np.concatenate([directions * reach[:, None], np.round(intensity)[:, None], rings[:, None]], 1).astype(
+            np.float32
+        )[kept]
         name = self._file("LIDAR_TOP", time, key, ".pcd.bin")
         with atomic_path(self.out / name) as temporary:
             points.tofile(temporary)
@@ -280,7 +311,9 @@ class _Scene:
         camera2street = moment.ego2street @ camera.sensor2ego
         directions = np.ascontiguousarray(camera.rays(width, height) @ camera2street[:3, :3].T.astype(np.float32))
         origin = camera2street[:3, 3].astype(np.float32)
-        hit, distance = moment.caster.nearest(np.ascontiguousarray(np.broadcast_to(origin, directions.shape)), directions)
+        hit, distance = moment.caster.nearest(
+            np.ascontiguousarray(np.broadcast_to(origin, directions.shape)), directions
+        )
         image = shade(
             moment.caster,
             moment.colours,
@@ -307,7 +340,10 @@ class _Scene:
 
     def _expected_pixels(self, camera: Camera, camera2street: np.ndarray, time: float) -> np.ndarray:
         street2camera = np.linalg.inv(camera2street)
-        frame = np.array([[0, 0], [self.options.width, 0], [self.options.width, self.options.height], [0, self.options.height]], np.float32)
+        frame = np.array(
+            [[0, 0], [self.options.width, 0], [self.options.width, self.options.height], [0, self.options.height]],
+            np.float32,
+        )
         areas = np.zeros(len(self.world.things))
         unit = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (0, 1)])
         for i, thing in enumerate(self.world.things):
@@ -328,7 +364,11 @@ class _Scene:
         ego = self.world.ego2street(time)[:3, 3]
         for i, thing in enumerate(self.world.things):
             # Radar sees vehicles that are not hidden, a few returns each; nobody else.
-            radar = int(self.rng.poisson(2)) if thing.name in ("car", "truck", "bus", "trailer", "construction_vehicle") else 0
+            radar = (
+                int(self.rng.poisson(2))
+                if thing.name in ("car", "truck", "bus", "trailer", "construction_vehicle")
+                else 0
+            )
             radar = radar if pixels[i] > 40 else 0
             centre = thing.at(time) + [0, 0, thing.size[2] / 2]
             if np.linalg.norm(centre - ego) > ANNOTATION_RANGE or not (lidar_points[i] or radar):
@@ -361,7 +401,9 @@ class _Scene:
         if street.cross_x is not None:
             strips.append((street.cross_x - 4.5, street.cross_x + 4.5, -130.0, 130.0))
         for x0, x1, y0, y1 in strips:
-            corners = np.array([[x0, y0, 0, 1], [x1, y0, 0, 1], [x1, y1, 0, 1], [x0, y1, 0, 1]]) @ self.world.street2global.T
+            corners = (
+                np.array([[x0, y0, 0, 1], [x1, y0, 0, 1], [x1, y1, 0, 1], [x0, y1, 0, 1]]) @ self.world.street2global.T
+            )
             pixels = np.stack([corners[:, 0], MAP_METRES - corners[:, 1]], 1) * MAP_PIXELS_PER_METRE
             cv2.fillPoly(mask, [np.round(pixels).astype(np.int32)], 255)
         name = f"maps/{token('map', *self.key)}.png"

@@ -39,9 +39,13 @@ class Light:
     def sample(rng: np.random.Generator) -> Light:
         """Draws a weather and, within it, how strong each part is."""
         weather = WEATHERS[rng.choice(6, p=[0.36, 0.22, 0.12, 0.12, 0.1, 0.08])]
-        elevation = np.deg2rad({"clear": rng.uniform(22, 65), "dusk": rng.uniform(6, 16)}.get(weather, rng.uniform(30, 60)))
+        elevation = np.deg2rad(
+            {"clear": rng.uniform(22, 65), "dusk": rng.uniform(6, 16)}.get(weather, rng.uniform(30, 60))
+        )
         azimuth = rng.uniform(-np.pi, np.pi)
-        direction = np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
+        direction = np.array(
+            [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)]
+        )
         sun, ambient, zenith, horizon = {
             "clear": ((1.5, 1.4, 1.2), (0.42, 0.5, 0.65), (0.13, 0.3, 0.75), (0.65, 0.75, 0.9)),
             "overcast": ((0.25, 0.25, 0.25), (0.75, 0.78, 0.82), (0.55, 0.58, 0.62), (0.75, 0.77, 0.8)),
@@ -51,7 +55,9 @@ class Light:
             "fog": ((0.15, 0.15, 0.15), (0.7, 0.72, 0.74), (0.66, 0.68, 0.7), (0.7, 0.72, 0.74)),
         }[weather]
         strength = rng.uniform(0.75, 1.25)
-        fog = {"fog": rng.uniform(0.012, 0.03), "rain": rng.uniform(0.003, 0.008)}.get(weather, rng.uniform(0.0003, 0.0015))
+        fog = {"fog": rng.uniform(0.012, 0.03), "rain": rng.uniform(0.003, 0.008)}.get(
+            weather, rng.uniform(0.0003, 0.0015)
+        )
         night = weather == "night"
         return Light(
             weather=weather,
@@ -215,14 +221,16 @@ def shade(
     size = 3 if sunny else 7  # soft edges; and the random rays of neighbours averaged
     shadow = cv2.blur(shadow.reshape(shape), (size, size)).reshape(-1)[seen][:, None]
     lambert = np.clip(n @ light.sun_direction, 0, None)[:, None]
-    sky_part = (0.62 + 0.38 * n[:, 2:3])
+    sky_part = 0.62 + 0.38 * n[:, 2:3]
     if sunny:
         irradiance = light.ambient * sky_part + light.sun * lambert * (1 - shadow)
     else:
         irradiance = (light.ambient * sky_part + light.sun * lambert) * (1 - 0.55 * shadow)
     if light.headlights > 0:
         ahead = np.clip(((d @ forward.astype(np.float32)) - 0.75) / 0.25, 0, 1)[:, None]
-        irradiance = irradiance + light.headlights * ahead * np.clip(-facing, 0.1, 1)[..., None].clip(0.1) / (1 + (t / 9) ** 2)
+        irradiance = irradiance + light.headlights * ahead * np.clip(-facing, 0.1, 1)[..., None].clip(0.1) / (
+            1 + (t / 9) ** 2
+        )
         irradiance = irradiance + light.headlights * 0.03 * np.array([1.0, 0.85, 0.6], np.float32)  # street lamps
     colour = base * irradiance + glow
     shiny = (material == PAINT) | (material == GLASS)
@@ -230,7 +238,9 @@ def shade(
         shiny |= ground
     r = d[shiny] - 2 * (d[shiny] * n[shiny]).sum(1, keepdims=True) * n[shiny]
     fresnel = (0.04 + 0.5 * (1 - np.clip(-(d[shiny] * n[shiny]).sum(1), 0, 1)) ** 4)[:, None]
-    colour[shiny] += fresnel * (light.horizon + (light.zenith - light.horizon) * np.clip(r[:, 2:3], 0, 1)) * (r[:, 2:3] > 0)
+    colour[shiny] += (
+        fresnel * (light.horizon + (light.zenith - light.horizon) * np.clip(r[:, 2:3], 0, 1)) * (r[:, 2:3] > 0)
+    )
     lamp = material == LAMP
     colour[lamp] = base[lamp] * (1.6 if not night else 2.2)
     fade = np.exp(-light.fog * t)

@@ -105,7 +105,9 @@ class _Placer:
         self.rng = rng
         self.times = times
         self.things: list[Thing] = []
-        self._tracks = [np.stack([_corners(ego.ego2street(t)[:3, 3] + [1.3, 0, 0], ego.ego_yaw, 6.0, 2.6) for t in times])]
+        self._tracks = [
+            np.stack([_corners(ego.ego2street(t)[:3, 3] + [1.3, 0, 0], ego.ego_yaw, 6.0, 2.6) for t in times])
+        ]
         self._radii = [3.3]
 
     def put(
@@ -124,7 +126,9 @@ class _Placer:
         size = draw_size(name, rng)
         position = np.array([x, y, 0.0])
         heading = np.array([np.cos(yaw), np.sin(yaw), 0.0])
-        track = np.stack([_corners(position + t * speed * heading, yaw, size[0] + margin, size[1] + margin) for t in self.times])
+        track = np.stack(
+            [_corners(position + t * speed * heading, yaw, size[0] + margin, size[1] + margin) for t in self.times]
+        )
         radius = float(np.hypot(size[0], size[1]) / 2 + margin)
         centres = track.mean(1)
         for other, other_radius in zip(self._tracks, self._radii, strict=True):
@@ -180,7 +184,17 @@ def _kerbside(placer: _Placer, street: Street, work: tuple[float, float, int] | 
             in_work = work is not None and side == work[2] and work[0] - 4 < x < work[1] + 4
             at_cross = street.cross_x is not None and abs(x - street.cross_x) < 9
             if not in_work and not at_cross and rng.random() < occupancy:
-                name = _choose(rng, (("car", 0.74), ("truck", 0.09), ("trailer", 0.05), ("bus", 0.04), ("motorcycle", 0.05), ("bicycle", 0.03)))
+                name = _choose(
+                    rng,
+                    (
+                        ("car", 0.74),
+                        ("truck", 0.09),
+                        ("trailer", 0.05),
+                        ("bus", 0.04),
+                        ("motorcycle", 0.05),
+                        ("bicycle", 0.03),
+                    ),
+                )
                 tilt = rng.normal(0, 0.03) + (np.pi if rng.random() < 0.1 else 0.0)
                 if name in ("motorcycle", "bicycle"):
                     placer.put(name, x, y, rng.uniform(-np.pi, np.pi), 0.0, "cycle.without_rider", False)
@@ -197,12 +211,22 @@ def _work_zone(placer: _Placer, street: Street, work: tuple[float, float, int]) 
     y = side * (street.kerb - PARKING_WIDTH / 2)
     inner = side * (street.kerb - PARKING_WIDTH - 0.2)
     for _ in range(rng.integers(1, 3)):
-        placer.put("construction_vehicle", rng.uniform(start + 4, end - 4), y + side * rng.uniform(0, 2.5), rng.uniform(-np.pi, np.pi), 0.0, "vehicle.parked", False)
+        placer.put(
+            "construction_vehicle",
+            rng.uniform(start + 4, end - 4),
+            y + side * rng.uniform(0, 2.5),
+            rng.uniform(-np.pi, np.pi),
+            0.0,
+            "vehicle.parked",
+            False,
+        )
     x = start
     barriers = rng.random() < 0.75
     while x < end:
         if barriers and rng.random() < 0.8:  # a barrier's long side is its width: turned along the road
-            placer.put("barrier", x, inner, np.pi / 2 + rng.normal(0, 0.06) + (np.pi if rng.random() < 0.5 else 0), margin=0.05)
+            placer.put(
+                "barrier", x, inner, np.pi / 2 + rng.normal(0, 0.06) + (np.pi if rng.random() < 0.5 else 0), margin=0.05
+            )
             x += rng.uniform(2.7, 3.6)
         else:
             placer.put("traffic_cone", x, inner + rng.normal(0, 0.15), rng.uniform(-np.pi, np.pi))
@@ -212,7 +236,14 @@ def _work_zone(placer: _Placer, street: Street, work: tuple[float, float, int]) 
             kind = "barrier" if rng.random() < 0.4 else "traffic_cone"
             placer.put(kind, x + 0.4 * k, y + side * (k - 1) * 1.3, rng.normal(0, 0.1), margin=0.05)
     for _ in range(rng.integers(0, 4)):
-        placer.put("pedestrian", rng.uniform(start, end), y + rng.uniform(-1, 1), rng.uniform(-np.pi, np.pi), 0.0, "pedestrian.standing")
+        placer.put(
+            "pedestrian",
+            rng.uniform(start, end),
+            y + rng.uniform(-1, 1),
+            rng.uniform(-np.pi, np.pi),
+            0.0,
+            "pedestrian.standing",
+        )
 
 
 def _people(placer: _Placer, street: Street) -> None:
@@ -225,12 +256,22 @@ def _people(placer: _Placer, street: Street) -> None:
             yaw = rng.choice((0.0, np.pi)) + rng.normal(0, 0.25)
             group = rng.integers(1, 3)
             for k in range(group):
-                placer.put("pedestrian", x, y + 0.8 * k * -side, yaw, rng.uniform(0.7, 1.7), "pedestrian.moving", margin=0.1)
+                placer.put(
+                    "pedestrian", x, y + 0.8 * k * -side, yaw, rng.uniform(0.7, 1.7), "pedestrian.moving", margin=0.1
+                )
         else:
             placer.put("pedestrian", x, y, rng.uniform(-np.pi, np.pi), 0.0, "pedestrian.standing", margin=0.1)
     for _ in range(rng.integers(0, 5)):  # crossing the road
         x = street.cross_x + rng.choice((-6.5, 6.5)) if street.cross_x is not None else rng.uniform(-40, 40)
-        placer.put("pedestrian", x + rng.normal(0, 0.7), rng.uniform(-street.kerb, street.kerb), rng.choice((-1, 1)) * np.pi / 2, rng.uniform(0.8, 1.8), "pedestrian.moving", margin=0.1)
+        placer.put(
+            "pedestrian",
+            x + rng.normal(0, 0.7),
+            rng.uniform(-street.kerb, street.kerb),
+            rng.choice((-1, 1)) * np.pi / 2,
+            rng.uniform(0.8, 1.8),
+            "pedestrian.moving",
+            margin=0.1,
+        )
 
 
 def _two_wheelers(placer: _Placer, street: Street) -> None:
@@ -277,10 +318,26 @@ def _scattered(placer: _Placer, street: Street) -> None:
             placer.put(kind, x + step * -np.sin(yaw), y + step * np.cos(yaw) * 0.3, yaw, margin=0.05)
     if rng.random() < 0.25:
         side = rng.choice((-1, 1))
-        placer.put("construction_vehicle", rng.uniform(-40, 40), side * (street.frontage + rng.uniform(2.5, 6)), rng.uniform(-np.pi, np.pi), 0.0, "vehicle.parked", False)
+        placer.put(
+            "construction_vehicle",
+            rng.uniform(-40, 40),
+            side * (street.frontage + rng.uniform(2.5, 6)),
+            rng.uniform(-np.pi, np.pi),
+            0.0,
+            "vehicle.parked",
+            False,
+        )
     if rng.random() < 0.3:
         side = rng.choice((-1, 1))
-        placer.put("trailer", rng.uniform(-40, 40), side * (street.frontage + rng.uniform(3, 6)), rng.uniform(-0.2, 0.2), 0.0, "vehicle.parked", False)
+        placer.put(
+            "trailer",
+            rng.uniform(-40, 40),
+            side * (street.frontage + rng.uniform(3, 6)),
+            rng.uniform(-0.2, 0.2),
+            0.0,
+            "vehicle.parked",
+            False,
+        )
 
 
 def _fixed_geometry(street: Street, things: list[Thing], rng: np.random.Generator) -> Mesh:
@@ -303,30 +360,68 @@ def _fixed_geometry(street: Street, things: list[Thing], rng: np.random.Generato
             depth, height = rng.uniform(8, 16), rng.uniform(4, 24)
             near, far = side * y0, side * (y0 + depth)
             if rng.random() < 0.8 and free(x, x + width, near, far):
-                colour = tuple(np.array([(0.45, 0.22, 0.15), (0.5, 0.47, 0.4), (0.3, 0.32, 0.35), (0.6, 0.5, 0.33), (0.2, 0.22, 0.25), (0.55, 0.55, 0.55)][rng.integers(6)]) * rng.uniform(0.6, 1.15))
+                colour = tuple(
+                    np.array(
+                        [
+                            (0.45, 0.22, 0.15),
+                            (0.5, 0.47, 0.4),
+                            (0.3, 0.32, 0.35),
+                            (0.6, 0.5, 0.33),
+                            (0.2, 0.22, 0.25),
+                            (0.55, 0.55, 0.55),
+                        ][rng.integers(6)]
+                    )
+                    * rng.uniform(0.6, 1.15)
+                )
                 b.box((x, x + width), (min(near, far), max(near, far)), (0.0, height), colour, FACADE)  # type: ignore[arg-type]
             x += width + rng.uniform(0, 6 if not street.grass else 20)
         x = -70 + rng.uniform(0, 10)
         while x < 70:
             y = side * (street.kerb + rng.uniform(0.5, 0.9))
-            clear = not any(np.hypot(t.position[0] - x, t.position[1] - y) < max(t.size[0], 1.5) for t in things if t.speed == 0)
+            clear = not any(
+                np.hypot(t.position[0] - x, t.position[1] - y) < max(t.size[0], 1.5) for t in things if t.speed == 0
+            )
             if clear and not (street.cross_x is not None and abs(x - street.cross_x) < 9):
                 kind = rng.random()
                 if kind < 0.5:
                     trunk, crown, r = rng.uniform(2.2, 3), rng.uniform(2.5, 4.5), rng.uniform(1.2, 2.2)
                     b.bar((x, y, 0), (x, y, trunk + 0.5), 0.28, (0.12, 0.08, 0.05), STATIC)
-                    green = tuple(np.array((0.06, 0.14, 0.03)) * rng.uniform(0.6, 1.8) + np.array([rng.uniform(0, 0.1), 0, 0]))
-                    b.frustum((x - r, x + r, y - r, y + r), (x - r * 0.7, x + r * 0.7, y - r * 0.7, y + r * 0.7), trunk, trunk + crown * 0.7, green, FOLIAGE)  # type: ignore[arg-type]
-                    b.frustum((x - r * 0.7, x + r * 0.7, y - r * 0.7, y + r * 0.7), (x - 0.1, x + 0.1, y - 0.1, y + 0.1), trunk + crown * 0.7, trunk + crown, green, FOLIAGE)  # type: ignore[arg-type]
+                    green = tuple(
+                        np.array((0.06, 0.14, 0.03)) * rng.uniform(0.6, 1.8) + np.array([rng.uniform(0, 0.1), 0, 0])
+                    )
+                    b.frustum(
+                        (x - r, x + r, y - r, y + r),
+                        (x - r * 0.7, x + r * 0.7, y - r * 0.7, y + r * 0.7),
+                        trunk,
+                        trunk + crown * 0.7,
+                        green,
+                        FOLIAGE,
+                    )  # type: ignore[arg-type]
+                    b.frustum(
+                        (x - r * 0.7, x + r * 0.7, y - r * 0.7, y + r * 0.7),
+                        (x - 0.1, x + 0.1, y - 0.1, y + 0.1),
+                        trunk + crown * 0.7,
+                        trunk + crown,
+                        green,
+                        FOLIAGE,
+                    )  # type: ignore[arg-type]
                 elif kind < 0.8:
                     b.bar((x, y, 0), (x, y, 6.5), 0.16, (0.25, 0.25, 0.27), STATIC)
                     b.bar((x, y, 6.5), (x, y - side * 1.8, 6.7), 0.1, (0.25, 0.25, 0.27), STATIC)
-                    b.box((x - 0.2, x + 0.2), (y - side * 1.8 - 0.25, y - side * 1.8 + 0.25), (6.55, 6.7), (1.0, 0.85, 0.6), LAMP)
+                    b.box(
+                        (x - 0.2, x + 0.2),
+                        (y - side * 1.8 - 0.25, y - side * 1.8 + 0.25),
+                        (6.55, 6.7),
+                        (1.0, 0.85, 0.6),
+                        LAMP,
+                    )
                 elif kind < 0.9:
                     b.bar((x, y, 0), (x, y, 2.4), 0.07, (0.4, 0.4, 0.4), STATIC)
                     b.box((x - 0.03, x + 0.03), (y - 0.3, y + 0.3), (2.0, 2.6), (0.1, 0.2, 0.6), STATIC)
                 else:  # litter bins and hydrants: upright things that are no cones
-                    b.box((x - 0.25, x + 0.25), (y - 0.25, y + 0.25), (0, 0.95), tuple(rng.uniform(0.05, 0.4, 3)), STATIC)
+                    b.box(
+                        (x - 0.25, x + 0.25), (y - 0.25, y + 0.25), (0, 0.95), tuple(rng.uniform(0.05, 0.4, 3)), STATIC
+                    )
             x += rng.uniform(7, 14)
     return b.collected()
 
@@ -338,7 +433,7 @@ def sample_world(rng: np.random.Generator, times: np.ndarray) -> World:
     street = Street(lanes, cross_x, bool(rng.random() < 0.4), int(rng.integers(2**31)))
     jam = rng.random() < 0.25
     ego_lane = int(rng.integers(lanes))
-    ego_speed = 0.0 if jam and rng.random() < 0.6 or rng.random() < 0.1 else float(rng.uniform(2, 11))
+    ego_speed = 0.0 if (jam and rng.random() < 0.6) or rng.random() < 0.1 else float(rng.uniform(2, 11))
     yaw = float(rng.normal(0, 0.02))
     start = np.array([-0.5 * ego_speed * times[-1], -(ego_lane + 0.5) * LANE_WIDTH + rng.normal(0, 0.2), 0.0])
     street2global = pose(rotation_z(rng.uniform(-np.pi, np.pi)), np.array([*rng.uniform(145, 155, 2), 0.0]))

@@ -1,0 +1,67 @@
+"""Run the whole detector over the evaluation keyframes with PyTorch and each backend × precision; write the report.
+
+Accuracy is what the nuScenes devkit computes on all keyframes; latency is measured interleaved. An interrupted run
+goes on where it was.
+
+example:
+  bevqat calibrate --out runs/tiny/ptq.pth
+  bevqat export-camera --ckpt runs/tiny/ptq.pth
+  bevqat export-camera --ckpt runs/tiny/ptq.pth --fp32
+  bevqat compare --ptq runs/tiny/ptq.pth --fp32 runs/tiny/onnx_fp32 --int8 runs/tiny/onnx_int8 --out runs/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument("--ckpt", type=Path, default=Path("model/camera-tiny/camera-tiny.pth"), help="float checkpoint")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="config of a float checkpoint that carries none")
+    parser.add_argument("--ptq", type=Path, metavar="CKPT", help="calibrate's checkpoint, for the simulated INT8 row")
+    parser.add_argument("--fp32", type=Path, action="append", default=[], metavar="DIR", help="exported FP32 parts")
+    parser.add_argument(
+        "--int8", type=Path, action="append", default=[], metavar="DIR", help="INT8 parts; may be given again"
+    )
+    parser.add_argument(
+        "--backends", default="openvino,onnxruntime", metavar="NAMES", help="default openvino,onnxruntime"
+    )
+    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
+    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
+    parser.add_argument("--split", default="eval")
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="evaluate N keyframes spread over the split (default all)"
+    )
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="latency rounds (default 10)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="counted runs of a row in a round (default 3)"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: all cores)")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares, prints the table and the verdict."""
+    from qat.compare import CompareOptions, Sources, compare, print_summary
+
+    comparison = compare(
+        CompareOptions(
+            sources=Sources(args.ckpt, args.ptq, args.fp32, args.int8, args.config),
+            data=args.data,
+            version=args.version,
+            split=args.split,
+            frames=args.frames,
+            out=args.out,
+            backends=[name for name in args.backends.split(",") if name],
+            rounds=args.rounds,
+            repeats=args.repeats,
+            threads=args.threads,
+            command=shlex.join(["bevqat", *sys.argv[1:]]),
+        )
+    )
+    print_summary(comparison)
+    return 0

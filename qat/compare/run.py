@@ -1,0 +1,232 @@
+"""The comparison from files to results.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qat.compare.accuracy import RowAccuracy, run_accuracy
+from qat.compare.frames import describe_frame, disagreement
+from qat.compare.latency import measure
+from qat.compare.machine import machine_facts, versions
+from qat.compare.rows import Row, Sources, load_rows
+from qat.core.errors import UserError
+from qat.core.files import write_json
+from qat.data import NuScenesDataset, Sample
+from qat.engine import BACKENDS, Options
+from qat.evaluate import evaluate_detections
+from qat.report import SCHEMA, Verdict, compared_row, decide, reference_of, row_name, write_report
+
+RESULTS, REPORT, CACHE = "results.json", "report.html", "cache"
+
+
+@dataclass
+class CompareOptions:
+    """What to compare on what.
+
+    data, split, version, frames: the evaluation keyframes, as for `NuScenesDataset`. backends: of `qat.engine`.
+    out: folder for results.json, report.html and the cache of finished keyframes. rounds, repeats, latency_frames: as
+    `qat.compare.latency.measure` has them; as many of the keyframes, spread evenly, are timed. pictures: keyframes to
+    draw in the report. threads: 0 for all cores. model: its name in the results. command: for the provenance.
+    """
+
+    sources: Sources
+    data: Path
+    out: Path
+    split: str = "eval"
+    version: str | None = None
+    frames: int | None = None
+    backends: Sequence[str] = tuple(BACKENDS)
+    rounds: int = 10
+    repeats: int = 3
+    latency_frames: int = 4
+    pictures: int = 2
+    threads: int = 0
+    model: str = ""
+    command: str = ""
+    engines: Options = field(default_factory=Options)
+
+
+@dataclass
+class Comparison:
+    """results.json's content, where it and the page are, and what the page opens with."""
+
+    results: dict[str, Any]
+    results_file: Path
+    report_file: Path
+    verdict: Verdict
+
+
+@contextmanager
+def _progress(console: Console, what: str, total: int) -> Iterator[Any]:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda done: progress.update(bar, completed=done)
+
+
+def _check(options: CompareOptions) -> None:
+    for name, low in (("rounds", 1), ("repeats", 1), ("latency_frames", 1), ("pictures", 0), ("threads", 0)):
+        if getattr(options, name) < low:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: found {getattr(options, name)}, expected at least {low}")
+    for backend in options.backends:
+        if backend not in BACKENDS:
+            raise UserError(f"--backends: found {backend!r}, expected some of {','.join(BACKENDS)}")
+
+
+def _dataset_facts(
+    dataset: NuScenesDataset, options: CompareOptions, objects: Counter[str], image: list[int]
+) -> dict[str, Any]:
+    scenes = {dataset.nusc.get("sample", token)["scene_token"] for token in dataset.tokens}
+    return {
+        "name": options.data.resolve().name,
+        "version": dataset.nusc.version,
+        "split": dataset.split,
+        "samples": len(dataset),
+        "scenes": len(scenes),
+        "cameras": list(dataset.cameras),
+        "image_size": image,
+        "objects": {name: objects[name] for name in dataset.classes},
+    }
+
+
+def _result_row(row: Row, accuracy: RowAccuracy, metrics: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "backend": row.backend,
+        "precision": row.precision,
+        "flavour": row.flavour,
+        "map": metrics["map"],
+        "nds": metrics["nds"],
+        "per_class_ap": metrics["per_class_ap"],
+        "tp_errors": metrics["tp_errors"],
+        "size_mb": round(row.size_mb, 3),
+        "sqnr_db": {name: round(value, 2) for name, value in accuracy.sqnr_db().items()},
+    }
+
+
+def _add_speedups(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        own = next((r for r in rows if r["backend"] == row["backend"] and r["precision"] == "fp32"), None)
+        median = row["latency_ms"]["median"]
+        row["speedup_vs_fp32"] = None if own is None else round(own["latency_ms"]["median"] / median, 4)
+
+
+def _pictures(
+    dataset: NuScenesDataset, rows: list[dict[str, Any]], accuracies: Sequence[RowAccuracy], count: int
+) -> list[dict[str, Any]]:
+    reference, candidate = reference_of(rows), compared_row(rows, decide(rows))
+    if candidate is None or reference is None:
+        return []
+    places = rows.index(reference), rows.index(candidate)
+    a, b = (accuracies[place].detections for place in places)
+    order = sorted(dataset.tokens, key=lambda token: (-disagreement(a[token], b[token]).total, token))
+    return [describe_frame(dataset.load(token), a[token], b[token], places, dataset.classes) for token in order[:count]]
+
+
+def compare(options: CompareOptions) -> Comparison:
+    """Runs every row over the evaluation keyframes and writes results.json and report.html, each whole or not at all.
+
+    Raises:
+        UserError: anything wrong with the files, the data or the flags.
+    """
+    _check(options)
+    console = Console(stderr=True)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows, facts = load_rows(options.sources, options.backends, Options(options.threads, options.engines.cache))
+    dataset = NuScenesDataset(options.data, options.split, facts["config"], options.version, options.frames)
+    timed = set(
+        np.linspace(0, len(dataset) - 1, min(options.latency_frames, len(dataset))).round().astype(int).tolist()
+    )
+    timing_samples: list[Sample] = []
+    objects: Counter[str] = Counter()
+    image: list[int] = []
+
+    def keep(index: int, sample: Sample) -> None:
+        objects.update(dataset.classes[label] for label in sample.gt_labels)
+        image[:] = [sample.img.shape[3], sample.img.shape[2]]
+        if index in timed:
+            timing_samples.append(sample)
+
+    with _progress(console, "keyframes", len(dataset)) as progress:
+        accuracies, rebuilds = run_accuracy(rows, dataset, options.out / CACHE, keep, progress)
+    result_rows = []
+    with _progress(console, "nuScenes metrics", len(rows)) as progress:
+        for n, (row, accuracy) in enumerate(zip(rows, accuracies, strict=True)):
+            result_rows.append(_result_row(row, accuracy, evaluate_detections(dataset, accuracy.detections)))
+            progress(n + 1)
+    with _progress(console, "latency rounds", options.rounds) as progress:
+        timings = measure(rows, timing_samples, options.rounds, options.repeats, progress)
+    for result, timing in zip(result_rows, timings, strict=True):
+        result["latency_ms"] = timing.summary()
+        result["stages_ms"] = timing.stage_medians()
+    _add_speedups(result_rows)
+    measurement: dict[str, Any] = {
+        "rounds": options.rounds,
+        "repeats": options.repeats,
+        "frames": len(timing_samples),
+        "order": "interleaved, turned by one row each round",
+    }
+    if rebuilds:
+        measurement["pattern_rebuild_ms"] = float(np.median(rebuilds))
+    results = {
+        "schema": SCHEMA,
+        "model": options.model or options.sources.ckpt.resolve().parent.name,
+        "dataset": _dataset_facts(dataset, options, objects, image),
+        "machine": machine_facts(options.threads),
+        "measurement": measurement,
+        "rows": result_rows,
+        "frames": _pictures(dataset, result_rows, accuracies, options.pictures),
+        "provenance": {
+            "command": options.command,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "calibration": facts["recipe"],
+            "files": facts["files"],
+        },
+    }
+    results_file, report_file = options.out / RESULTS, options.out / REPORT
+    write_json(results_file, results)
+    return Comparison(results, results_file, report_file, write_report(results_file, report_file))
+
+
+def print_summary(comparison: Comparison) -> None:
+    """Prints the table and the verdict."""
+    rows = comparison.results["rows"]
+    reference = reference_of(rows)
+    table = Table(title=f"{comparison.results['model']} on {comparison.results['dataset']['samples']} keyframes")
+    for heading in ("", "mAP", "Δ", "NDS", "Δ", "median", "p99", "speed-up", "size", "SQNR heads"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        changes = ["", ""] if reference is None else [f"{row[key] - reference[key]:+.3f}" for key in ("map", "nds")]
+        speed, heads = row["speedup_vs_fp32"], row["sqnr_db"].get("heads")
+        table.add_row(
+            row_name(row),
+            f"{row['map']:.3f}",
+            changes[0],
+            f"{row['nds']:.3f}",
+            changes[1],
+            f"{row['latency_ms']['median']:.1f} ms",
+            f"{row['latency_ms']['p99']:.1f} ms",
+            "" if speed is None else f"{speed:.2f}×",
+            f"{row['size_mb']:.1f} MB",
+            "" if heads is None else f"{heads:.0f} dB",
+        )
+    console = Console()
+    # Piped output has no width of its own; rich's 80 columns would cut the names.
+    console.print(table, width=None if console.is_terminal else 120)
+    print(f"{comparison.verdict.headline}. {' '.join(comparison.verdict.reasons)}")
+    print(f"results: {comparison.results_file}")
+    print(f"report: {comparison.report_file}")
