@@ -14,7 +14,8 @@ from qat import __version__
 
 INT8_FLAGS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 PACKAGES = (
-    "torch", "openvino", "onnxruntime", "onnx", "onnxsim", "timm", "pytorch-quantization", "nuscenes-devkit", "numpy", "numba",
+    "torch", "openvino", "onnxruntime", "onnx", "onnxsim", "timm", "pytorch-quantization", "nuscenes-devkit", "numpy",
+    "numba",
 )  # fmt: skip
 
 

@@ -79,8 +79,8 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
         if source is not None and source["sha256"] not in (float_hash, ptq_hash):
             named = " or ".join(str(path) for path in (sources.ckpt, sources.ptq) if path is not None)
             raise UserError(
-                f"{folder}: exported from {source['file']} with sha256 {source['sha256'][:12]}…, expected {named} as they are "
-                "now; export again"
+                f"{folder}: exported from {source['file']} with sha256 {source['sha256'][:12]}…, expected {named} "
+                "as they are now; export again"
             )
 
 

@@ -14,7 +14,6 @@ from qat.report.charts import birds_eye, camera_view, class_bars, latency_bars, 
 from qat.report.schema import Results, load_results
 from qat.report.verdict import (
     MAX_LOSS,
-    NAMES,
     Row,
     Verdict,
     baseline_of,
@@ -28,6 +27,8 @@ from qat.report.verdict import (
 
 # The camera images as a driver sees the world: front row, back row.
 _PLACES = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+# Nothing is fetched, whatever the results hold.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _TP_NAMES = {
     "trans_err": "mATE, m",
     "scale_err": "mASE",
@@ -140,12 +141,12 @@ def _verdict_card(results: Results, verdict: Verdict) -> str:
 def _how_measured(results: Results) -> str:
     measured, machine, dataset = results.get("measurement", {}), results["machine"], results["dataset"]
     sentences = [
-        f"mAP and NDS are what the official nuScenes devkit computes over all {dataset['samples']:g} evaluation keyframes, "
-        "the same ones for every row."
+        f"mAP and NDS are what the official nuScenes devkit computes over all {dataset['samples']:g} evaluation "
+        "keyframes, the same ones for every row."
     ]
     if "rounds" in measured:
         sentences.append(
-            f"Latency is of the whole detector, from preprocessed tensors to boxes, measured in {measured['rounds']} rounds "
+            f"Latency is of the whole detector, from preprocessed tensors to boxes, in {measured['rounds']} rounds "
             "that go through all rows in a rotating order, so that a busy or a hot machine slows every row alike; "
             f"in each round a row runs one of {measured.get('frames', '?')} keyframes "
             f"{measured.get('repeats', '?')} times, after one run that does not count."
@@ -195,8 +196,8 @@ def _classes(results: Results, verdict: Verdict) -> str:
     bars = "" if shown is None else f'<div class="card">{class_bars(reference, shown, objects)}</div>'
     legend = "" if shown is None else (
         f'<p class="note"><span class="dot {precision_class(reference)}"></span>{escape(row_name(reference))} and '
-        f'<span class="dot {precision_class(shown)}"></span>{escape(row_name(shown))}: average precision over the distances '
-        "0.5, 1, 2 and 4 m. The small number is how many objects are annotated.</p>"
+        f'<span class="dot {precision_class(shown)}"></span>{escape(row_name(shown))}: average precision over the '
+        "distances 0.5, 1, 2 and 4 m. The small number is how many objects are annotated.</p>"
     )  # fmt: skip
     return f"<h2>Per class</h2>{legend}{bars}<details><summary>Every row's AP and errors</summary>{tables}</details>"
 
@@ -227,9 +228,9 @@ def _sqnr(results: Results) -> str:
     ]
     return (
         "<h2>Distance from FP32 along the network</h2>"
-        '<p class="note">Signal-to-quantization-noise ratio in dB against PyTorch FP32, over all keyframes, at the tensors '
-        "between the parts in their order. More is better; 6 dB are one bit. The first column that is low tells where a row "
-        "loses its accuracy; float rounding alone stays above 80.</p>"
+        '<p class="note">Signal-to-quantization-noise ratio in dB against PyTorch FP32, over all keyframes, at the '
+        "tensors between the parts in their order. More is better; 6 dB are one bit. The first column that is low tells "
+        "where a row loses its accuracy; float rounding alone stays above 80.</p>"
         + _table(["Backend and precision", *(name.replace("_", " ") for name in names)], body)
     )
 
@@ -243,7 +244,8 @@ def _frame(results: Results, frame: Results, number: int) -> str:
     )
     views = "".join(camera_view(frame, camera) for camera in cameras)
     toggles = "".join(
-        f'<label><input type="checkbox" class="show-{kind}" checked> <span class="swatch {kind}"></span>{escape(text)}</label>'
+        f'<label><input type="checkbox" class="show-{kind}" checked> <span class="swatch {kind}"></span>'
+        f"{escape(text)}</label>"
         for kind, text in (
             ("reference", row_name(reference)),
             ("candidate", row_name(candidate)),
@@ -271,8 +273,9 @@ def _frames(results: Results) -> str:
     drawn = "".join(_frame(results, frame, n + 1) for n, frame in enumerate(results["frames"]))
     return (
         f"<h2>Where the boxes differ most</h2>"
-        f'<p class="note">Of all keyframes, {"these are those" if many else "this is the one"} in which the two rows agree least. '
-        "A box of both is blue with an orange core. A switch below hides a layer; hover over a box for its class and score.</p>"
+        f'<p class="note">Of all keyframes, {"these are those" if many else "this is the one"} in which the two rows '
+        "agree least. A box of both is blue with an orange core. A switch below hides a layer; hover over a box for its "
+        "class and score.</p>"
         f"{drawn}"
     )
 
@@ -313,9 +316,8 @@ def _provenance(results: Results) -> str:
             for file in files
             if isinstance(file, Mapping)
         ]
-        parts.append(
-            f"<details open><summary>Files and their SHA-256</summary>{_table(['What', 'File', 'SHA-256'], body)}</details>"
-        )
+        table = _table(["What", "File", "SHA-256"], body)
+        parts.append(f"<details open><summary>Files and their SHA-256</summary>{table}</details>")
     return "".join(parts)
 
 
@@ -334,24 +336,22 @@ def render(results: Results) -> str:
     timed = [row for row in rows if row["precision"] != "int8-fake"] or rows
     files = resources.files("qat.report")
     style, script = files.joinpath("page.css").read_text("utf-8"), files.joinpath("page.js").read_text("utf-8")
-    about = f"{results['model']} on {dataset['samples']:g} keyframes" + (
-        f" of {dataset['name']}" if dataset.get("name") else ""
-    )
     created = str(results.get("provenance", {}).get("created", ""))[:10]
-    precisions = dict.fromkeys(NAMES.get(row["precision"], row["precision"]) for row in rows)
+    keyframes = f"{dataset['samples']:g} keyframes" + (f" of {dataset['name']}" if dataset.get("name") else "")
+    about = [text for text in ("bevqat", results["model"], keyframes, created) if text]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
-        "script-src 'unsafe-inline'\">"
-        f"<title>{escape(results['model'])}: {escape(verdict.headline)}</title><style>{style}</style></head><body><main>"
-        f'<p class="eyebrow">bevqat · {escape(about)} · {escape(", ".join(precisions))}{" · " if created else ""}{escape(created)}</p>'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{escape(results['model'])}: {escape(verdict.headline)}</title><style>{style}</style></head>"
+        f'<body><main><p class="eyebrow">{escape(" · ".join(about))}</p>'
         f"{_verdict_card(results, verdict)}"
         f'<h2>Accuracy and latency</h2><p class="note">{escape(_how_measured(results))}</p>{_main_table(rows, verdict)}'
         f'<div class="two" style="margin-top:16px"><div class="card"><h3>Latency of a frame</h3>{latency_bars(timed)}'
         f'<p class="note" style="margin:14px 0 0">{escape(_spread(timed))}</p></div>'
         f'<div class="card"><h3>Accuracy over latency</h3>{scatter(timed)}'
-        f'<p class="note" style="margin:10px 0 0">Up and to the left is better. Green band: at most {MAX_LOSS:g} mAP below FP32.</p>'
+        f'<p class="note" style="margin:10px 0 0">Up and to the left is better. Green band: at most {MAX_LOSS:g} mAP '
+        "below FP32.</p>"
         f"</div></div>{_stages(rows)}"
         f"{_classes(results, verdict)}{_sqnr(results)}{_frames(results)}{_provenance(results)}"
         f"</main><script>{script}</script></body></html>\n"

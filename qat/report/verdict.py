@@ -92,8 +92,8 @@ def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
             "Ship nothing here yet",
             [
                 f"Every row loses more than {max_loss:g} mAP or NDS against {row_name(reference or least)}; the least, "
-                f"{row_name(least)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the layers that "
-                "pay for it in float."
+                f"{row_name(least)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the layers "
+                "that pay for it in float."
             ],
         )
     ship = min(accurate, key=lambda row: row["latency_ms"]["median"])
