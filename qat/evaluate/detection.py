@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from nuscenes.eval.common import loaders
 from nuscenes.eval.common.config import config_factory
 from nuscenes.eval.common.data_classes import EvalBoxes
 from nuscenes.eval.common.loaders import add_center_dist, filter_eval_boxes, load_gt_of_sample_tokens
@@ -14,6 +16,9 @@ from nuscenes.eval.detection.evaluate import DetectionEval
 
 from qat.core.centerhead import Detections
 from qat.core.geometry import box_heading
+
+# The devkit draws a progress bar on stderr even when told not to be verbose, and even when stderr is no terminal.
+loaders.tqdm = SimpleNamespace(tqdm=lambda items, **_: items)
 
 MOVING = 0.2  # m/s: the speed above which mmdet3d's evaluation calls an object moving
 DEFAULT_ATTRIBUTE = {

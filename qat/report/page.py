@@ -229,7 +229,7 @@ def _sqnr(results: Results) -> str:
     return (
         "<h2>Distance from FP32 along the network</h2>"
         '<p class="note">Signal-to-quantization-noise ratio in dB against PyTorch FP32, over all keyframes, at the '
-        "tensors between the parts in their order. More is better; 6 dB are one bit. The first column that is low tells "
+        "tensors between the parts in their order. More is better; 6 dB are one bit. The first low column tells "
         "where a row loses its accuracy; float rounding alone stays above 80.</p>"
         + _table(["Backend and precision", *(name.replace("_", " ") for name in names)], body)
     )
@@ -274,8 +274,8 @@ def _frames(results: Results) -> str:
     return (
         f"<h2>Where the boxes differ most</h2>"
         f'<p class="note">Of all keyframes, {"these are those" if many else "this is the one"} in which the two rows '
-        "agree least. A box of both is blue with an orange core. A switch below hides a layer; hover over a box for its "
-        "class and score.</p>"
+        "agree least. A box of both is blue with an orange core. A switch below hides a layer; hover over a box for "
+        "its class and score.</p>"
         f"{drawn}"
     )
 
