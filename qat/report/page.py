@@ -29,6 +29,7 @@ from qat.report.verdict import (
 _PLACES = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 # Nothing is fetched, whatever the results hold.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+EXACT_DB = 200  # what compare writes for equal tensors
 _TP_NAMES = {
     "trans_err": "mATE, m",
     "scale_err": "mASE",
@@ -83,17 +84,22 @@ def _optional(value: float | None, show: Callable[[float], str]) -> Cell:
     return ("–", -1.0) if value is None else (show(value), value)
 
 
+def _decibels(value: float) -> str:
+    return "exact" if value >= EXACT_DB else f"{value:.1f}"
+
+
 def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
     reference = reference_of(rows)
     heads = [
-        "Backend and precision", "mAP", "Δ mAP", "NDS", "Δ NDS", "Median", "p99", "Speed-up", "Size", "SQNR, heads",
+        "Backend and precision", "mAP", "Δ mAP", "NDS", "Δ NDS", "Median", "p99", "Speed-up", "Size", "SQNR",
     ]  # fmt: skip
+    flavours = {row.get("flavour") for row in rows if row["precision"] != "fp32"}
     body = []
     for row in rows:
         latency = row["latency_ms"]
         base = None if reference is None or row is reference else reference
         cells: list[Cell] = [
-            _name_cell(row, flavour=True),
+            _name_cell(row, flavour=len(flavours) > 1),
             (f"{row['map']:.3f}", row["map"]),
             _difference(row["map"], None if base is None else base["map"]),
             (f"{row['nds']:.3f}", row["nds"]),
@@ -102,7 +108,9 @@ def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
             (milliseconds(latency["p99"]), latency["p99"]),
             _optional(row.get("speedup_vs_fp32"), lambda value: f"{value:.2f}×"),
             _optional(row.get("size_mb"), lambda value: f"{value:.1f} MB"),
-            _optional(row.get("sqnr_db", {}).get("heads"), lambda value: f"{value:.1f} dB"),
+            _optional(
+                row.get("sqnr_db", {}).get("heads"), lambda value: f"{_decibels(value)} dB".replace("exact dB", "exact")
+            ),
         ]
         body.append(("ship" if row is verdict.ship else "", cells))
     return _table(heads, body)
@@ -156,7 +164,7 @@ def _how_measured(results: Results) -> str:
             "The pooling pattern of a camera geometry is cached and not in these figures: it takes "
             f"{milliseconds(measured['pattern_rebuild_ms'])} when the geometry changes."
         )
-    sentences.append("Speed-up is against FP32 on the same backend.")
+    sentences.append("Speed-up is against FP32 on the same backend; SQNR is of the head's maps against PyTorch FP32.")
     if any(row["precision"] == "int8-fake" for row in results["rows"]):
         sentences.append("PyTorch's INT8 is simulated in float: it shows the accuracy, and its time means nothing.")
     if machine.get("cpu"):
@@ -222,7 +230,7 @@ def _sqnr(results: Results) -> str:
     if not names:
         return ""
     body = [
-        ("", [_name_cell(row), *(_optional(row["sqnr_db"].get(name), "{:.1f}".format) for name in names)])
+        ("", [_name_cell(row), *(_optional(row["sqnr_db"].get(name), _decibels) for name in names)])
         for row in rows
         if row.get("sqnr_db")
     ]
@@ -252,14 +260,16 @@ def _frame(results: Results, frame: Results, number: int) -> str:
             ("truth", "annotated"),
         )
     )
-    facts = []
-    for key, row in (("only_reference", reference), ("only_candidate", candidate)):
-        if isinstance(count := frame.get(key), int):
-            facts.append(f"{count} {'box' if count == 1 else 'boxes'} only in {row_name(row)}")
+    counts = [(frame.get(f"only_{key}"), row) for key, row in (("reference", reference), ("candidate", candidate))]
+    facts = [
+        f"{count} {'box' if count == 1 else 'boxes'} only in {row_name(row)}"
+        for count, row in counts
+        if isinstance(count, int) and count > 0
+    ] or ["the same boxes in both"]
     least = frame.get("min_score")
     shown = f" Boxes with a score of {least:g} or more." if isinstance(least, int | float) else ""
     return (
-        f'<div class="card frame"><h3>Keyframe {number}{": " if facts else ""}{escape(", ".join(facts))}</h3>'
+        f'<div class="card frame"><h3>Keyframe {number}: {escape(", ".join(facts))}</h3>'
         f'<p class="note"><code>{escape(str(frame.get("token", "")))}</code>{escape(shown)}</p>'
         f'<div class="toggles">{toggles}</div><div class="cameras">{views}</div>'
         f'<div class="bev">{birds_eye(frame)}</div></div>'

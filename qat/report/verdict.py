@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_LOSS = 0.02  # of mAP, and of NDS
+MIN_MAP = 0.05  # below it FP32 itself detects too little for a comparison to mean anything
 MIN_GAIN = 1.05  # a smaller speed-up is within what the machine's load makes of it
 
 NAMES = {
@@ -113,6 +114,11 @@ def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
         reasons.append(f"It is the fastest here, at {milliseconds(median)} for a frame.")
     if reference is not None and ship is not reference:
         reasons.append(f"Against {row_name(reference)} it costs {_lost(ship, reference)}.")
+    if reference is not None and reference["map"] < MIN_MAP:
+        reasons.append(
+            f"But {row_name(reference)} itself reaches no more than {reference['map']:.3f} mAP: on such a detector the "
+            "cost of quantization cannot be seen."
+        )
     for row in deployable:
         own = baseline_of(row, rows)
         if row is ship or row["precision"] == "fp32":
