@@ -46,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
     if manifest["verification"]["passed"]:
         return OK
     for part in manifest["parts"].values():
+        if not part["scales"]["passed"]:
+            print(
+                f"error: {folder / part['file']}: found {part['scales']['unknown']} scales that no quantizer has and "
+                f"{part['scales']['missing']} quantizers' scales missing, expected 0 of both",
+                file=sys.stderr,
+            )
         for name, figures in part["verification"].items():
             if not figures["passed"]:
                 print(

@@ -55,7 +55,7 @@ def export_checkpoint(
     if quantized:
         if config is not None:
             raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")
-        detector, _ = load_ptq(path)
+        detector, recipe = load_ptq(path)
     elif precision == "int8":
         raise UserError(f"{path}: a float checkpoint has no scales for INT8; mend by running calibrate on it first")
     else:

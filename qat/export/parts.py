@@ -20,8 +20,8 @@ from qat.core.manifest import FILE, FORMAT, SCHEMA
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
-from qat.export.verify import random_frame, verify_part
-from qat.lean.modes import qdq_tracing, quantizers, quantizers_off
+from qat.export.verify import compare_scales, graph_scales, random_frame, verify_part
+from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, recording_scales
 
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSET = 13
@@ -154,8 +154,11 @@ def _export(
             if has_qdq:
                 with quantizers_off(detector):
                     exact = part.run(feeds)
-            report = verify_part(graph, part.run(feeds), feeds, exact)
-            passed &= all(entry["passed"] for entry in report.values())
+            with recording_scales(detector) as scales:
+                reference = part.run(feeds)
+            report = verify_part(graph, reference, feeds, exact)
+            quantizers_kept = compare_scales(graph_scales(model), scales)
+            passed &= all(entry["passed"] for entry in (*report.values(), quantizers_kept))
             takes, gives = tensor_specs(model)
             manifest["parts"][name] = {
                 "file": f"{name}.onnx",
@@ -165,6 +168,7 @@ def _export(
                 "outputs": gives,
                 "operators": dict(sorted(counts.items())),
                 "verification": report,
+                "scales": quantizers_kept,
             }
         manifest["verification"] = {"runtime": "onnxruntime, optimizer off", "seed": seed, "passed": passed}
         write_json(folder / FILE, manifest)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
+
+BOUND = 127
 
 
 def quantizers(module: nn.Module) -> dict[str, TensorQuantizer]:
@@ -39,3 +42,20 @@ def qdq_tracing() -> Iterator[None]:
         yield
     finally:
         TensorQuantizer.use_fb_fake_quant = before
+
+
+@contextmanager
+def recording_scales(module: nn.Module) -> Iterator[list[np.ndarray]]:
+    """Inside the block, every call of a quantizer that is on appends its scales, float32[1] or float32[channels]."""
+    scales: list[np.ndarray] = []
+
+    def record(quantizer: nn.Module, *_: object) -> None:
+        if not quantizer._disabled:
+            scales.append((quantizer._amax.detach().flatten() / BOUND).cpu().numpy())  # type: ignore[operator]
+
+    handles = [quantizer.register_forward_hook(record) for quantizer in quantizers(module).values()]
+    try:
+        yield scales
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -64,3 +64,24 @@ def test_the_script_beside_the_package_runs_the_same_command(tmp_path):
         text=True,
     )
     assert done.returncode == 2 and done.stderr.startswith("error:") and "none.pth: no such file" in done.stderr
+
+
+def test_a_ptq_checkpoint_gives_int8_and_on_request_fp16_parts(checkpoint, small_config, small_cameras, make_detector):
+    from qat.calibrate import calibrate, save_ptq
+    from qat.core.manifest import load_manifest
+    from qat.export import pipeline_settings
+    from qat.export.verify import random_frame
+
+    detector = make_detector(small_config)
+    frame = random_frame(pipeline_settings(small_config, small_cameras), seed=3)
+    frame.token = "made up"
+    quantized, report = calibrate(detector, [frame], "max")
+    path = checkpoint.parent / "ptq.pth"
+    save_ptq(path, quantized, detector, {"method": "max", "frames": report.frames})
+    assert main(["export-camera", "--ckpt", str(path)]) == 0
+    manifest = load_manifest(path.parent / "onnx_int8")
+    assert manifest["calibration"]["method"] == "max" and manifest["checkpoint"]["file"] == "ptq.pth"
+    assert manifest["parts"]["fuser"]["operators"]["QuantizeLinear"] > 0
+    assert main(["export-camera", "--ckpt", str(path), "--fp16"]) == 0
+    manifest = load_manifest(path.parent / "onnx_fp16")
+    assert manifest["calibration"] is None and "QuantizeLinear" not in manifest["parts"]["fuser"]["operators"]

@@ -72,7 +72,7 @@ def test_int8_graphs_hold_one_symmetric_qdq_pair_for_each_quantizer_that_is_on(f
         for node in quantize:
             zero = constants[node.input[2]]
             assert zero.dtype == np.int8 and not zero.any()
-        scales = sorted(float(constants[n.input[1]]) for n in quantize if constants[n.input[1]].size == 1)
+        scales = sorted(float(constants[n.input[1]]) for n in quantize if n.input[0] not in constants)
         expected = sorted(float(q._amax) / 127 for q in activations)
         np.testing.assert_allclose(scales, expected, rtol=1e-6)
 
@@ -130,25 +130,59 @@ def test_engines_run_int8_like_the_fake_quantized_detector(folder, quantized, se
         assert compare_tensors(simulated[name], found[name])["sqnr_db"] > quantization - 3, name
 
 
-def test_verification_fails_on_a_graph_with_another_scale(tmp_path, quantized, small_cameras, monkeypatch):
+def _with_fuser(monkeypatch, change):
+    """Makes the export change the fuser's graph, as a faulty exporter would."""
     import qat.export.parts as parts
 
     simplify = parts.simplify
 
-    def tampered(model, name):
+    def faulty(model, name):
         model = simplify(model, name)
         if name == "fuser":
-            # the first activation's scale, 2 % larger
-            node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "camera")
-            holder = next(n for n in model.graph.node if n.output[0] == node.input[1])
-            value = numpy_helper.to_array(holder.attribute[0].t) * np.float32(1.02)
-            holder.attribute[0].t.CopyFrom(numpy_helper.from_array(value))
+            change(model.graph)
         return model
 
-    monkeypatch.setattr(parts, "simplify", tampered)
+    monkeypatch.setattr(parts, "simplify", faulty)
+
+
+def test_verification_fails_on_a_graph_with_another_scale(tmp_path, quantized, small_cameras, monkeypatch):
+    def enlarge(graph):
+        node = next(n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "camera")
+        holder = next(n for n in graph.node if n.output[0] == node.input[1])
+        value = numpy_helper.to_array(holder.attribute[0].t) * np.float32(1.02)
+        holder.attribute[0].t.CopyFrom(numpy_helper.from_array(value))
+
+    _with_fuser(monkeypatch, enlarge)
+    manifest = export_parts(quantized, tmp_path / "int8", "int8", cameras=small_cameras)
+    assert not manifest["verification"]["passed"]
+    assert manifest["parts"]["fuser"]["scales"]["missing"] == manifest["parts"]["fuser"]["scales"]["unknown"] == 1
+    assert manifest["parts"]["camera.backbone"]["scales"]["passed"]
+
+
+def test_verification_fails_on_a_graph_that_lost_a_quantizer(tmp_path, quantized, small_cameras, monkeypatch):
+    def lose(graph):
+        node = next(n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "camera")
+        pair = next(n for n in graph.node if n.input and n.input[0] == node.output[0])
+        for other in graph.node:
+            for i, name in enumerate(other.input):
+                if name == pair.output[0]:
+                    other.input[i] = "camera"
+        graph.node.remove(node)
+        graph.node.remove(pair)
+
+    _with_fuser(monkeypatch, lose)
+    manifest = export_parts(quantized, tmp_path / "int8", "int8", cameras=small_cameras)
+    assert not manifest["verification"]["passed"] and manifest["parts"]["fuser"]["scales"]["missing"] == 1
+
+
+def test_verification_fails_on_other_int8_weights(tmp_path, quantized, small_cameras, monkeypatch):
+    def change(graph):
+        weight = next(i for i in graph.initializer if len(i.dims) == 4)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1], weight.name))
+
+    _with_fuser(monkeypatch, change)
     manifest = export_parts(quantized, tmp_path / "int8", "int8", cameras=small_cameras)
     assert not manifest["parts"]["fuser"]["verification"]["middle"]["passed"]
-    assert manifest["parts"]["camera.backbone"]["verification"]["camera_feature"]["passed"]
 
 
 def test_tracing_mode_is_restored(quantized, tmp_path, small_cameras):
