@@ -1,0 +1,64 @@
+"""Rotated intersection over union against shapely, and greedy suppression against its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from shapely.geometry import Polygon
+
+from qat.core.centerhead import rotated_iou, rotated_nms
+from qat.core.geometry import box_corners_bev
+
+
+def _boxes(count: int, seed: int, spread: float = 6.0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    boxes = np.zeros((count, 9), np.float32)
+    boxes[:, :2] = random.uniform(-spread, spread, (count, 2))
+    boxes[:, 3:5] = random.uniform(0.4, 6, (count, 2))
+    boxes[:, 6] = random.choice([0, np.pi / 2, *random.uniform(-4, 4, 6)], count)
+    return boxes
+
+
+def _shapely(a: np.ndarray, b: np.ndarray) -> float:
+    first, second = Polygon(a), Polygon(b)
+    common = first.intersection(second).area
+    return common / (first.area + second.area - common)
+
+
+def test_iou_of_many_pairs_equals_shapely() -> None:
+    a, b = box_corners_bev(_boxes(400, 1)), box_corners_bev(_boxes(400, 2))
+    expected = [_shapely(p, q) for p, q in zip(a, b, strict=True)]
+    assert sum(0 < value < 1 for value in expected) > 50
+    np.testing.assert_allclose(rotated_iou(a, b), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("size", "shift", "expected"),
+    [((2, 4), (0, 0), 1.0), ((2, 4), (2, 0), 0.0), ((2, 4), (1, 0), 1 / 3), ((1, 2), (0, 0), 0.25), ((2, 4), (9, 9), 0.0)],
+)  # fmt: skip
+@pytest.mark.parametrize("yaw", [0.0, 0.7, np.pi / 2])
+def test_iou_with_shared_edges_and_corners(size: tuple, shift: tuple, expected: float, yaw: float) -> None:
+    turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
+
+    def rectangle(width: float, length: float, centre: tuple) -> np.ndarray:
+        corners = np.array([[-width, -length], [width, -length], [width, length], [-width, length]]) / 2
+        return ((corners + centre) @ turn.T)[None]
+
+    assert rotated_iou(rectangle(2, 4, (0, 0)), rectangle(*size, shift))[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_nms_keeps_what_the_greedy_definition_keeps() -> None:
+    boxes = _boxes(120, 3, spread=15)
+    scores = np.random.default_rng(4).random(120).astype(np.float32)
+    corners = box_corners_bev(boxes)
+    expected: list[int] = []
+    for i in np.argsort(-scores):
+        if all(_shapely(corners[i], corners[j]) <= 0.2 for j in expected):
+            expected.append(int(i))
+    assert 10 < len(expected) < 120
+    assert rotated_nms(boxes, scores, 0.2, 1000, 500).tolist() == expected
+    assert rotated_nms(boxes, scores, 0.2, 1000, 5).tolist() == expected[:5]
+
+
+def test_nms_of_no_boxes() -> None:
+    assert len(rotated_nms(np.zeros((0, 9), np.float32), np.zeros(0, np.float32), 0.2, 1000, 500)) == 0
