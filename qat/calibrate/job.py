@@ -90,7 +90,7 @@ def print_summary(result: CalibrationResult) -> None:
     console = Console()
     console.print(table)
     console.print(f"INT8 share of all MACs: {report.int8_share:.1%}")
-    for part, inventory in model.inventory.items():
+    for inventory in model.inventory.values():
         for path, reason in inventory.kept.items():
             console.print(f"float: {path} ({reason})", highlight=False)
     for part in model.parts_off:

@@ -261,7 +261,7 @@ class NuScenesDataset(Sequence[Sample]):
             return cloud[~(np.abs(cloud[:, :2]) < sweeps.radius).all(1)] if sweeps.remove_close else cloud
 
         record = keyframe
-        earlier = []
+        earlier: list[Mapping[str, Any]] = []
         while record["prev"] and len(earlier) < min(sweeps.count, MAX_SWEEPS):
             record = self.nusc.get("sample_data", record["prev"])
             earlier.append(record)

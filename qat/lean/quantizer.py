@@ -83,7 +83,7 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
             self.weight_quantizer(self.weight),
             self.bias,
             self.stride,
-            self.padding,
+            self.padding,  # type: ignore[arg-type]  # a transposed convolution's is never a word
             self.output_padding,
             self.groups,
             self.dilation,

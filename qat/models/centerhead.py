@@ -33,7 +33,7 @@ class SeparateHead(nn.Module):
                 width = head_conv
             layers.append(nn.Conv2d(width, channels, final_kernel, padding=final_kernel // 2))
             setattr(self, name, nn.Sequential(*layers))
-        nn.init.constant_(self.heatmap[-1].bias, init_bias)  # type: ignore[union-attr, index, arg-type]
+        nn.init.constant_(self.heatmap[-1].bias, init_bias)  # type: ignore[union-attr, index]
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name)(x) for name in self.names}

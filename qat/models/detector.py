@@ -77,7 +77,7 @@ class CameraBEVDetector(nn.Module):
     @property
     def vtransform(self) -> LSSTransform:
         """The view transform."""
-        return self.encoders["camera"]["vtransform"]  # type: ignore[index, return-value]
+        return self.encoders["camera"]["vtransform"]  # type: ignore[index]
 
     def camera_logits(self, img: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
         """img [B·N,3,H,W], depth [B·N,1,H,W] in metres → depth logits and context, [B·N,D+C,fH,fW]."""

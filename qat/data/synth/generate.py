@@ -405,7 +405,7 @@ class _Scene:
                 np.array([[x0, y0, 0, 1], [x1, y0, 0, 1], [x1, y1, 0, 1], [x0, y1, 0, 1]]) @ self.world.street2global.T
             )
             pixels = np.stack([corners[:, 0], MAP_METRES - corners[:, 1]], 1) * MAP_PIXELS_PER_METRE
-            cv2.fillPoly(mask, [np.round(pixels).astype(np.int32)], 255)
+            cv2.fillPoly(mask, [np.round(pixels).astype(np.int32)], (255,))
         name = f"maps/{token('map', *self.key)}.png"
         with atomic_path(self.out / name) as temporary:
             buffer = io.BytesIO()

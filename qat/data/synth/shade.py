@@ -219,7 +219,7 @@ def shade(
     shadow = np.zeros(shape, np.float32).reshape(-1)
     shadow[seen] = caster.blocked(p + n * 0.01, np.ascontiguousarray(towards, np.float32))
     size = 3 if sunny else 7  # soft edges; and the random rays of neighbours averaged
-    shadow = cv2.blur(shadow.reshape(shape), (size, size)).reshape(-1)[seen][:, None]
+    shadow = np.asarray(cv2.blur(shadow.reshape(shape), (size, size)), np.float32).reshape(-1)[seen][:, None]
     lambert = np.clip(n @ light.sun_direction, 0, None)[:, None]
     sky_part = 0.62 + 0.38 * n[:, 2:3]
     if sunny:

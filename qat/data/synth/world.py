@@ -373,7 +373,7 @@ def _fixed_geometry(street: Street, things: list[Thing], rng: np.random.Generato
                     )
                     * rng.uniform(0.6, 1.15)
                 )
-                b.box((x, x + width), (min(near, far), max(near, far)), (0.0, height), colour, FACADE)  # type: ignore[arg-type]
+                b.box((x, x + width), (min(near, far), max(near, far)), (0.0, height), colour, FACADE)
             x += width + rng.uniform(0, 6 if not street.grass else 20)
         x = -70 + rng.uniform(0, 10)
         while x < 70:
@@ -396,7 +396,7 @@ def _fixed_geometry(street: Street, things: list[Thing], rng: np.random.Generato
                         trunk + crown * 0.7,
                         green,
                         FOLIAGE,
-                    )  # type: ignore[arg-type]
+                    )
                     b.frustum(
                         (x - r * 0.7, x + r * 0.7, y - r * 0.7, y + r * 0.7),
                         (x - 0.1, x + 0.1, y - 0.1, y + 0.1),
@@ -404,7 +404,7 @@ def _fixed_geometry(street: Street, things: list[Thing], rng: np.random.Generato
                         trunk + crown,
                         green,
                         FOLIAGE,
-                    )  # type: ignore[arg-type]
+                    )
                 elif kind < 0.8:
                     b.bar((x, y, 0), (x, y, 6.5), 0.16, (0.25, 0.25, 0.27), STATIC)
                     b.bar((x, y, 6.5), (x, y - side * 1.8, 6.7), 0.1, (0.25, 0.25, 0.27), STATIC)

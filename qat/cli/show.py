@@ -1,0 +1,51 @@
+"""Draw a sample's lidar points and annotated boxes over its six images, as the network sees them.
+
+example:
+  bevqat show --data example-data --split eval --index 3 --out runs/sample.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+from qat.core.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument("--config", type=Path, default=Path("model/camera-tiny/config.yaml"), metavar="YAML")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, metavar="ROOT", help="nuScenes-format data")
+    source.add_argument("--frame", type=Path, metavar="FOLDER", help="one keyframe: images, a sweep and info.json")
+    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
+    parser.add_argument("--split", default="all")
+    parser.add_argument("--index", type=int, default=0, metavar="I", help="which keyframe of the split (default 0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws the sheet."""
+    from PIL import Image
+
+    from qat.core.config import load_config
+    from qat.core.files import atomic_path
+    from qat.data import NuScenesDataset
+    from qat.data.frame import load_frame
+    from qat.data.overlay import draw_sample
+
+    config = load_config(args.config)
+    if args.frame:
+        sample = load_frame(args.frame, config)
+    else:
+        dataset = NuScenesDataset(args.data, args.split, config, args.version)
+        if not 0 <= args.index < len(dataset):
+            raise UserError(f"--index: found {args.index}, split {args.split!r} has keyframes 0 to {len(dataset) - 1}")
+        sample = dataset[args.index]
+    buffer = io.BytesIO()
+    Image.fromarray(draw_sample(sample)).save(buffer, "PNG")
+    with atomic_path(args.out) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    print(f"{args.out}: {len(sample.gt_boxes)} boxes, {len(sample.points)} points")
+    return 0
