@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 CLASSES = {
-    "car": (0.78, 320), "truck": (0.61, 90), "construction_vehicle": (0.35, 31), "bus": (0.66, 40), "trailer": (0.33, 28),
-    "barrier": (0.52, 150), "motorcycle": (0.48, 44), "bicycle": (0.41, 39), "pedestrian": (0.59, 280), "traffic_cone": (0.44, 120),
+    "car": (0.78, 320), "truck": (0.61, 90), "construction_vehicle": (0.35, 31), "bus": (0.66, 40),
+    "trailer": (0.33, 28), "barrier": (0.52, 150), "motorcycle": (0.48, 44), "bicycle": (0.41, 39),
+    "pedestrian": (0.59, 280), "traffic_cone": (0.44, 120),
 }  # fmt: skip
 STAGES = {
     "camera.backbone": 0.62,
@@ -37,7 +38,10 @@ def _row(backend: str, precision: str, loss: float, median: float, speedup: floa
         "stages_ms": {name: share * median for name, share in STAGES.items()},
         "speedup_vs_fp32": speedup,
         "size_mb": 18.9,
-        "sqnr_db": {"camera_feature": sqnr, "camera_depth_weights": sqnr + 4, "feat_in": sqnr + 2, "middle": sqnr - 3, "heads": sqnr - 5},
+        "sqnr_db": {
+            "camera_feature": sqnr, "camera_depth_weights": sqnr + 4, "feat_in": sqnr + 2, "middle": sqnr - 3,
+            "heads": sqnr - 5,
+        },
     }  # fmt: skip
 
 
@@ -89,9 +93,13 @@ def results() -> dict:
         "model": "camera-tiny",
         "dataset": {
             "name": "example-data", "version": "v1.0-synth", "split": "eval", "samples": 40, "scenes": 8,
-            "cameras": list(CAMERAS), "image_size": [352, 128], "objects": {name: count for name, (_, count) in CLASSES.items()},
+            "cameras": list(CAMERAS), "image_size": [352, 128],
+            "objects": {name: count for name, (_, count) in CLASSES.items()},
         },
-        "machine": {"cpu": "Example CPU @ 2.50GHz", "cores": 2, "threads": 2, "int8_instructions": ["avx512_vnni"], "memory_gb": 7.6},
+        "machine": {
+            "cpu": "Example CPU @ 2.50GHz", "cores": 2, "threads": 2, "int8_instructions": ["avx512_vnni"],
+            "memory_gb": 7.6,
+        },
         "measurement": {"rounds": 10, "repeats": 3, "frames": 4, "pattern_rebuild_ms": 12.3},
         "rows": [
             _row("pytorch", "fp32", 0.0, 118.0, 1.0, 200.0),

@@ -1,0 +1,192 @@
+"""The page that a reader gets, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from qat.cli import main
+from qat.core.errors import UserError
+from qat.report import check_results, write_report
+
+VOID = {"meta", "input", "br", "image", "path", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """Collects the text and every address; fails on a tag that is not closed in its turn."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.scripts = 0
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.scripts += tag == "script"
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID or tag == "path":
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] not in (["style"], ["script"]):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def _page(results: dict, folder: Path) -> Page:
+    write_report(results, folder / "report.html")
+    return Page((folder / "report.html").read_text("utf-8"))
+
+
+def test_the_page_opens_with_what_to_ship_and_what_it_costs(results: dict, tmp_path: Path) -> None:
+    text = _page(results, tmp_path).text
+    assert text.index("Ship OpenVINO INT8") < text.index("Accuracy and latency")
+    assert "2.15× as fast as OpenVINO FP32" in text
+    assert "costs 0.005 mAP and 0.004 NDS" in text
+
+
+def test_the_table_holds_every_row_beside_fp32(results: dict, tmp_path: Path) -> None:
+    write_report(results, tmp_path / "report.html")
+    table = (tmp_path / "report.html").read_text().split("<table")[1].split("</table")[0]
+    body = re.findall(r"<tr class=\"(\w*)\">(.*?)</tr>", table)
+    cells = [re.sub(r"<[^>]+>", "|", line) for _, line in body]
+    assert [style for style, _ in body] == ["", "", "", "ship", "", ""]
+    assert re.sub(r"\|+", "|", cells[3]) == (
+        "|OpenVINO INT8|0.512|−0.005|0.548|−0.004|33.0 ms|40.9 ms|2.15×|18.9 MB|22.0 dB|"
+    )
+
+
+def test_the_page_shows_classes_stages_machine_measurement_and_provenance(results: dict, tmp_path: Path) -> None:
+    text = _page(results, tmp_path).text
+    for expected in (
+        "construction vehicle", "0.780", "camera.backbone", "mATE, m", "10 rounds", "12.3 ms when the geometry changes",
+        "Example CPU @ 2.50GHz", "avx512_vnni", "openvino 2026.4.1", "method entropy", "abababababababab",
+        "bevqat compare --ckpt", "1 box only in PyTorch FP32", "front left", "car 320",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+def test_the_page_loads_nothing_from_outside(results: dict, tmp_path: Path) -> None:
+    page = _page(results, tmp_path)
+    assert len(page.addresses) == 6
+    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+    assert "@import" not in (tmp_path / "report.html").read_text()
+
+
+def test_every_text_of_the_results_is_escaped(results: dict, tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script>\"'&"
+    results["model"] = results["dataset"]["name"] = results["machine"]["cpu"] = results["provenance"]["command"] = (
+        attack
+    )
+    results["provenance"]["versions"] = {attack: attack}
+    results["provenance"]["files"] = [{"what": attack, "file": attack, "sha256": attack}]
+    results["dataset"]["objects"] = {attack: 3}
+    frame = results["frames"][0]
+    frame["token"] = frame["cameras"][0]["name"] = attack
+    for kind in frame["boxes"].values():
+        kind[0]["label"] = attack
+        kind[0]["outlines"] = {attack: [[0, 0, 5, 5]]}
+    for row in results["rows"]:
+        row["flavour"] = row["backend"] + attack
+        row["per_class_ap"] = {attack: 0.5}
+        row["stages_ms"] = {attack: 1.0}
+        row["sqnr_db"] = {attack: 1.0}
+    results["rows"][5]["backend"] = attack
+    page = _page(results, tmp_path)
+    assert page.scripts == 1
+    assert "alert(1)" in page.text
+
+
+def test_a_minimal_document_of_the_issue_makes_a_page(results: dict, tmp_path: Path) -> None:
+    rows = [{key: row[key] for key in ("backend", "precision", "flavour", "map", "nds", "per_class_ap", "latency_ms",
+                                       "speedup_vs_fp32", "size_mb", "sqnr_db")} for row in results["rows"]]  # fmt: skip
+    minimal = {"schema": 1, "model": "m", "dataset": {"samples": 4}, "machine": {}, "rows": rows}
+    assert "Ship OpenVINO INT8" in _page(minimal, tmp_path).text
+    for row in rows[:2]:
+        assert "Nothing to ship yet" in _page({**minimal, "rows": [row]}, tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(schema=2), "schema: found 2, expected 1"),
+        (lambda r: r.update(rows=[]), r"rows: found \[\], expected at least one row"),
+        (lambda r: r["rows"][1].pop("map"), r"rows\[1\]\.map: found None"),
+        (lambda r: r["rows"][1].update(nds=1.5), r"rows\[1\]\.nds: found 1.5, expected a number from 0 to 1"),
+        (lambda r: r["rows"][2]["latency_ms"].update(median=float("nan")), r"rows\[2\]\.latency_ms\.median: found nan"),
+        (lambda r: r["rows"][2]["latency_ms"].update(median=0), "expected more than 0"),
+        (lambda r: r["frames"][0]["cameras"][0].update(jpeg='"><script>'), r"frames\[0\]\.cameras\[0\]\.jpeg"),
+        (lambda r: r["frames"][0].update(candidate=6), r"frames\[0\]\.candidate: found 6"),
+        (
+            lambda r: r["frames"][0]["boxes"]["truth"][0].update(corners=[[1, "2"]]),
+            r"found '2', expected a finite number",
+        ),
+    ],
+)
+def test_impossible_results_are_refused_by_path(results: dict, change, message: str) -> None:
+    change(results)
+    with pytest.raises(UserError, match=message):
+        check_results(results)
+
+
+def test_refused_results_leave_the_earlier_page_whole(results: dict, tmp_path: Path, capsys) -> None:
+    page, source = tmp_path / "report.html", tmp_path / "results.json"
+    page.write_text("earlier")
+    source.write_text(json.dumps({**results, "schema": 9}))
+    assert main(["report", str(source)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {source}: schema: found 9")
+    assert page.read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
+
+
+def test_the_command_writes_the_page_beside_the_results(results: dict, tmp_path: Path, capsys) -> None:
+    source = tmp_path / "results.json"
+    source.write_text(json.dumps(results))
+    assert main(["report", str(source)]) == 0
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert "Ship OpenVINO INT8" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_sorts_the_table_by_a_click(results: dict, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    write_report(results, page)
+    script = """<script>
+      const head = [...document.querySelectorAll("th button")].find((b) => b.textContent === "Median");
+      const order = () => [...head.closest("table").tBodies[0].rows].map((r) => r.cells[0].textContent).join();
+      head.click(); const up = order(); head.click();
+      document.title = up + " / " + order();
+    </script>"""
+    page.write_text(page.read_text().replace("</body>", script + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    dom = subprocess.run(
+        ["chromium", *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    up, down = re.search(r"<title>(.*?)</title>", dom).group(1).split(" / ")
+    assert up.split(",")[0] == "OpenVINO INT8"
+    assert up.split(",")[-1] == "PyTorch INT8 simulated"
+    assert down.split(",") == up.split(",")[::-1]
