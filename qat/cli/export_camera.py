@@ -2,6 +2,7 @@
 
 examples:
   bevqat export-camera --ckpt runs/ptq.pth              INT8 (QDQ) into runs/onnx_int8
+  bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime      INT8 into runs/onnx_int8_onnxruntime
   bevqat export-camera --ckpt runs/ptq.pth --fp16       for a builder's FP16 flag, into runs/onnx_fp16
   bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth    a float checkpoint: FP32 into onnx_fp32
 
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("fp32", "no QDQ (default of a float checkpoint)"),
     ):
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=what)
+    parser.add_argument(
+        "--flavour",
+        choices=("tensorrt", "onnxruntime"),
+        default="tensorrt",
+        help="form of the INT8 graph: tensorrt (default; TensorRT and OpenVINO) or onnxruntime (its CPU's fusions)",
+    )
     parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
 
@@ -34,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Exports, then prints what was written and how close it is to PyTorch."""
     from qat.export.checkpoint import export_checkpoint
 
-    folder, manifest = export_checkpoint(args.ckpt, args.precision, args.out, args.config)
+    folder, manifest = export_checkpoint(args.ckpt, args.precision, args.out, args.config, args.flavour)
     for part in manifest["parts"].values():
         size = (folder / part["file"]).stat().st_size / 1e6
         worst = min(part["verification"].items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])

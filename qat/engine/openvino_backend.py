@@ -31,6 +31,11 @@ def _specs(ports: Any) -> dict[str, TensorSpec]:
     }
 
 
+def _last_line(error: RuntimeError) -> str:
+    """The cause; the lines above it are OpenVINO's own source files."""
+    return str(error).strip().splitlines()[-1]
+
+
 class OpenVinoEngine(Engine):
     """A compiled model with one synchronous request."""
 
@@ -58,7 +63,10 @@ class OpenVinoEngine(Engine):
                 f"{source}: OpenVINO cannot read it as ONNX: {str(error).strip().splitlines()[-1]}"
             ) from None
         shift_concatenated(model)
-        return self._core.compile_model(model, "CPU", {**self._settings, **more})
+        try:
+            return self._core.compile_model(model, "CPU", {**self._settings, **more})
+        except RuntimeError as error:
+            raise UserError(f"{source}: OpenVINO cannot compile it for this CPU: {_last_line(error)}") from None
 
     def _load(self, source: Path, precision: str, options: Options) -> ov.CompiledModel:
         if options.cache is None:

@@ -31,13 +31,15 @@ def export_checkpoint(
     precision: str | None = None,
     out: str | Path | None = None,
     config: str | Path | None = None,
+    flavour: str = "tensorrt",
 ) -> tuple[Path, dict[str, Any]]:
     """Writes a checkpoint's ONNX parts and manifest.
 
     Args:
         path: a checkpoint of calibrate (PTQ), or a float one: {"state_dict": …} or a bare state dict.
         precision: "int8", "fp16" or "fp32"; None for INT8 of a PTQ checkpoint and FP32 of a float one.
-        out: the folder; None for onnx_{precision} beside the checkpoint.
+        out: the folder; None for onnx_{precision} beside the checkpoint (onnx_int8_onnxruntime for that flavour).
+        flavour: as for `export_parts`.
         config: for a float checkpoint; None for the one inside it, else config.yaml beside it.
 
     Returns:
@@ -61,6 +63,7 @@ def export_checkpoint(
     else:
         detector = build_model(config_of(path, checkpoint, config))
         load_state(detector, checkpoint["state_dict"], str(path))
-    folder = Path(out) if out is not None else path.parent / f"onnx_{precision}"
-    manifest = export_parts(detector, folder, precision, checkpoint=path, recipe=recipe)
+    usual = f"onnx_{precision}" if flavour == "tensorrt" else f"onnx_{precision}_{flavour}"
+    folder = Path(out) if out is not None else path.parent / usual
+    manifest = export_parts(detector, folder, precision, flavour=flavour, checkpoint=path, recipe=recipe)
     return folder, manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from qat.core.config import CAMERAS
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, FORMAT, SCHEMA
+from qat.export.flavour_onnxruntime import to_onnxruntime
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.verify import compare_scales, graph_scales, random_frame, verify_part
-from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, recording_scales
+from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, recording_scales, watched_on
 
 PRECISIONS = ("fp32", "fp16", "int8")
+FLAVOURS = ("tensorrt", "onnxruntime")
 OPSET = 13
 VERSIONS_OF = ("torch", "onnx", "onnxsim", "onnxruntime", "timm", "pytorch-quantization", "numpy")
 
@@ -64,6 +66,7 @@ def export_parts(
     out: str | Path,
     precision: str,
     *,
+    flavour: str = "tensorrt",
     checkpoint: str | Path | None = None,
     recipe: Mapping[str, Any] | None = None,
     cameras: Sequence[str] = CAMERAS,
@@ -79,6 +82,8 @@ def export_parts(
         out: the folder.
         precision: "int8" writes Q/DQ pairs at the detector's quantizers; "fp32" none; "fp16" the same graph as "fp32",
             for a builder that is told by a flag to run it in FP16.
+        flavour: "tensorrt" for symmetric s8 Q/DQ on float weights, which OpenVINO runs well too; "onnxruntime" for what
+            ONNX Runtime's CPU fuses, INT8 only (`qat.export.flavour_onnxruntime`).
         checkpoint: where the weights came from; its name and sha256 go into the manifest.
         recipe: how the quantizers were calibrated, for the manifest.
         cameras: names in the order of the inputs.
@@ -95,10 +100,19 @@ def export_parts(
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if precision == "int8" and not quantizers(detector):
         raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")
+    if flavour not in FLAVOURS:
+        raise UserError(f"flavour: found {flavour!r}, expected one of {', '.join(FLAVOURS)}")
+    if flavour == "onnxruntime" and precision != "int8":
+        raise UserError(f"flavour onnxruntime: found precision {precision}, expected int8; leave --flavour out")
     detector.eval()
     settings = pipeline_settings(detector.config, cameras)
-    with nullcontext() if precision == "int8" else quantizers_off(detector):
-        return _export(detector, Path(out), precision, settings, checkpoint, recipe, opset, seed)
+    state: AbstractContextManager[None] = nullcontext()
+    if precision != "int8":
+        state = quantizers_off(detector)
+    elif flavour == "onnxruntime":
+        state = watched_on(detector)
+    with state:
+        return _export(detector, Path(out), precision, flavour, settings, checkpoint, recipe, opset, seed)
 
 
 def _model_name(checkpoint: str | Path | None) -> str | None:
@@ -109,6 +123,7 @@ def _export(
     detector: Any,
     out: Path,
     precision: str,
+    flavour: str,
     settings: dict[str, Any],
     checkpoint: str | Path | None,
     recipe: Mapping[str, Any] | None,
@@ -122,12 +137,14 @@ def _export(
         "schema": SCHEMA,
         "model": _model_name(checkpoint),
         "precision": precision,
-        "flavour": "tensorrt",
+        "flavour": flavour,
         "types": {
             "fp32": "FP32 throughout",
             "fp16": "FP32-typed graph without QDQ: build it with the builder's FP16 flag, keeping FP32 inputs and "
             "outputs or choosing fp16:chw ones",
-            "int8": "FP32-typed graph with QDQ: build it with the builder's INT8 flag (and FP16 for the rest)",
+            "int8": "FP32-typed graph with QDQ: build it with the builder's INT8 flag (and FP16 for the rest)"
+            if flavour == "tensorrt"
+            else "FP32-typed graph with QDQ: u8 activations, s8 weights, s32 biases",
         }[precision],
         "opset": opset,
         "checkpoint": None,
@@ -146,6 +163,9 @@ def _export(
             with qdq_tracing():
                 model = trace(part.wrapper, tensors, part.wrapper.inputs, part.wrapper.outputs, opset)
             model = simplify(model, name)
+            scales_found = graph_scales(model)
+            if flavour == "onnxruntime":
+                model = to_onnxruntime(model)
             counts = op_counts(model)
             graph = model.SerializeToString(deterministic=True)
             (folder / f"{name}.onnx").write_bytes(graph)
@@ -157,7 +177,7 @@ def _export(
             with recording_scales(detector) as scales:
                 reference = part.run(feeds)
             report = verify_part(graph, reference, feeds, exact)
-            quantizers_kept = compare_scales(graph_scales(model), scales)
+            quantizers_kept = compare_scales(scales_found, scales)
             passed &= all(entry["passed"] for entry in (*report.values(), quantizers_kept))
             takes, gives = tensor_specs(model)
             manifest["parts"][name] = {

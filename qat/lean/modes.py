@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from pytorch_quantization.nn import TensorQuantizer
@@ -42,6 +43,27 @@ def qdq_tracing() -> Iterator[None]:
         yield
     finally:
         TensorQuantizer.use_fb_fake_quant = before
+
+
+@contextmanager
+def watched_on(detector: Any) -> Iterator[None]:
+    """Inside the block a QuantizedDetector's watched quantizers round too: those of convolutions before residual adds.
+
+    They are calibrated with the others, and are part of the `onnxruntime` flavour alone.
+    """
+    changed = []
+    for name, inventory in detector.inventory.items():
+        if name in detector.parts_off:
+            continue
+        for watched in inventory.watched:
+            quantizer = detector.parts[name].get_submodule(watched)
+            changed.append((quantizer, quantizer._disabled))
+            quantizer._disabled = False
+    try:
+        yield
+    finally:
+        for quantizer, state in changed:
+            quantizer._disabled = state
 
 
 @contextmanager

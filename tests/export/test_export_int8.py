@@ -5,6 +5,7 @@ import torch
 from onnx import numpy_helper
 from pytorch_quantization.nn import TensorQuantizer
 
+from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.engine import Options, build
 from qat.export import export_parts, pipeline_settings, torch_parts
@@ -115,6 +116,41 @@ def test_folding_does_not_change_the_detector(tmp_path, quantized, small_config,
         found = Pipeline(torch_parts(quantized), settings).forward(frame)
     for name in expected:
         assert compare_tensors(expected[name], found[name])["sqnr_db"] > 80, name
+
+
+def test_onnxruntime_flavour_is_fused_into_integer_convolutions(tmp_path, folder, quantized, small_cameras, settings):
+    before = {name: q._disabled for name, q in quantizers(quantized).items()}
+    out = tmp_path / "ort"
+    manifest = export_parts(quantized, out, "int8", flavour="onnxruntime", cameras=small_cameras)
+    assert manifest["flavour"] == "onnxruntime" and manifest["verification"]["passed"]
+    assert {name: q._disabled for name, q in quantizers(quantized).items()} == before
+
+    def integer_convolutions(path):
+        layers = build(path / "fuser.onnx", "onnxruntime", "int8", Options(threads=1, cache=None)).profile(runs=1)
+        return sum(layer["type"] == "QLinearConv" for layer in layers)
+
+    # of 8 convolutions all but the last, whose output leaves the part in float
+    assert integer_convolutions(out) == 7 > integer_convolutions(folder)
+    assert (out / "fuser.onnx").stat().st_size < (folder / "fuser.onnx").stat().st_size
+
+    frame = random_frame(settings, seed=2)
+    with quantizers_off(quantized):
+        exact = Pipeline(torch_parts(quantized), settings).forward(frame)
+    plain, tuned = (
+        Pipeline.load(path, "onnxruntime", options=Options(threads=1, cache=None)).forward(frame)
+        for path in (folder, out)
+    )
+    for name in settings["head_maps"]:
+        # Rounding the residual branches too costs something; u8 gives something back.
+        loss = (
+            compare_tensors(exact[name], plain[name])["sqnr_db"] - compare_tensors(exact[name], tuned[name])["sqnr_db"]
+        )
+        assert loss < 6, name
+
+
+def test_onnxruntime_flavour_is_for_int8_alone(tmp_path, quantized):
+    with pytest.raises(UserError, match="flavour onnxruntime: found precision fp16, expected int8"):
+        export_parts(quantized, tmp_path / "out", "fp16", flavour="onnxruntime")
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
