@@ -62,7 +62,9 @@ class SampleEval(DetectionEval):
         self.cfg = config_factory("detection_cvpr_2019")
         self.verbose = False
         truth = load_gt_of_sample_tokens(nusc, tokens, DetectionBox, verbose=False)
-        self.pred_boxes = filter_eval_boxes(nusc, add_center_dist(nusc, predictions), self.cfg.class_range)
+        predictions = add_center_dist(nusc, predictions)
+        # The devkit reads the boxes' kind off the first one; where there is none, there is nothing to filter.
+        self.pred_boxes = filter_eval_boxes(nusc, predictions, self.cfg.class_range) if predictions.all else predictions
         self.gt_boxes = filter_eval_boxes(nusc, add_center_dist(nusc, truth), self.cfg.class_range)
         self.sample_tokens = self.gt_boxes.sample_tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -115,7 +116,7 @@ def hand_made(tmp_path):
     for time, sample, key in ((0, "s0", True), (150_000, "s1", False), (300_000, "s1", False), (500_000, "s1", True)):
         add("LIDAR_TOP", time, sample, key, _pose(0.3 + time * 1e-7, [100 + time * 8e-6, 50.0, 0.0]))
     chain = tables["sample_data"][lidar_start:]
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in itertools.pairwise(chain):
         before["next"], after["prev"] = after["token"], before["token"]
     tables["instance"] = [
         {
