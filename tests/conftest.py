@@ -158,6 +158,12 @@ def _config() -> dict:
     }
 
 
+@pytest.fixture(scope="session")
+def make_config():
+    """→ a fresh config such as `small_config`."""
+    return _config
+
+
 @pytest.fixture
 def small_config() -> dict:
     """A config of three cameras, 64×96 pixels and a 32×24 BEV grid."""

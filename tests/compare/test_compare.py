@@ -1,0 +1,178 @@
+"""A small detector through every row: results.json, what it means, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from qat.cli import main
+from qat.compare import CompareOptions, Sources, compare
+from qat.compare.demo import demo
+from qat.core.errors import UserError
+from qat.core.files import sha256
+from qat.core.tensors import compare_tensors
+from qat.data import NuScenesDataset
+from qat.data.synth import SynthOptions, generate
+from qat.export.checkpoint import export_checkpoint
+from qat.report import check_results
+from qat.runtime import Pipeline
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = SynthOptions(
+        scenes=2, keyframes=3, width=96, height=64, azimuths=60, sweeps=0, splits={"calib": 1, "eval": 1}
+    )
+    return generate(tmp_path_factory.mktemp("data") / "streets", options, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, make_config, make_detector) -> Path:
+    """A model's folder: config.yaml and a checkpoint of its name."""
+    config = make_config()
+    config["data"]["test"]["pipeline"][0]["resize_lim"] = [1.0, 1.0]
+    folder = tmp_path_factory.mktemp("models") / "small"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    torch.save({"state_dict": make_detector(config).state_dict()}, folder / "small.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demonstration(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    said: list[str] = []
+    result = demo(model, data, out, rounds=2, say=said.append)
+    return out, result, said
+
+
+def _sources(model: Path, out: Path, **changes) -> Sources:
+    values = {
+        "ckpt": model / "small.pth",
+        "ptq": out / "ptq.pth",
+        "fp32": [out / "onnx_fp32"],
+        "int8": [out / "onnx_int8"],
+    }
+    return Sources(**{**values, **changes})
+
+
+def test_demo_leaves_results_and_a_report_of_six_rows(demonstration) -> None:
+    out, result, said = demonstration
+    results = check_results(json.loads((out / "results.json").read_text()))
+    assert result.verified
+    assert len(said) == 5
+    assert [(row["backend"], row["precision"]) for row in results["rows"]] == [
+        ("pytorch", "fp32"), ("pytorch", "int8-fake"), ("openvino", "fp32"), ("openvino", "int8"),
+        ("onnxruntime", "fp32"), ("onnxruntime", "int8"),
+    ]  # fmt: skip
+    assert results["model"] == "small"
+    assert results["dataset"]["samples"] == 3
+    assert results["dataset"]["split"] == "eval"
+    assert "<h1>" in (out / "report.html").read_text()
+    assert result.comparison.report_file == out / "report.html"
+
+
+def test_fp32_engines_agree_with_pytorch_and_int8_with_its_simulation(demonstration) -> None:
+    rows = demonstration[1].comparison.results["rows"]
+    reference, simulated = rows[0], rows[1]
+    for row in rows:
+        if row["precision"] == "fp32":
+            assert min(row["sqnr_db"].values()) > 70
+            assert row["map"] == pytest.approx(reference["map"], abs=1e-6)
+        else:
+            assert 5 < row["sqnr_db"]["heads"] < 60
+            assert row["sqnr_db"]["camera_feature"] == pytest.approx(simulated["sqnr_db"]["camera_feature"], abs=1.5)
+
+
+def test_latency_and_speed_up_are_of_the_same_backend(demonstration) -> None:
+    rows = demonstration[1].comparison.results["rows"]
+    for row in rows:
+        own = next(r for r in rows if r["backend"] == row["backend"] and r["precision"] == "fp32")
+        assert row["latency_ms"]["samples"] == (2 if row["precision"] == "int8-fake" else 6)
+        assert row["latency_ms"]["median"] <= row["latency_ms"]["p99"]
+        ratio = own["latency_ms"]["median"] / row["latency_ms"]["median"]
+        assert row["speedup_vs_fp32"] == pytest.approx(ratio, rel=1e-3)
+        assert set(row["stages_ms"]) >= {"camera.backbone", "pooling", "fuser", "head.bbox", "decode"}
+
+
+def test_sqnr_equals_the_one_of_all_keyframes_put_together(demonstration, data: Path, model: Path) -> None:
+    out, result, _ = demonstration
+    dataset = NuScenesDataset(data, "eval", yaml.safe_load((model / "config.yaml").read_text()))
+    tensors = {}
+    for precision in ("fp32", "int8"):
+        pipeline = Pipeline.load(out / f"onnx_{precision}", "onnxruntime", precision)
+        tensors[precision] = np.concatenate([pipeline.forward(sample)["middle"] for sample in dataset])
+    expected = compare_tensors(tensors["fp32"], tensors["int8"])["sqnr_db"]
+    row = result.comparison.results["rows"][5]
+    assert row["sqnr_db"]["middle"] == pytest.approx(expected, abs=0.05)
+
+
+def test_the_files_and_their_hashes_are_recorded(demonstration, model: Path) -> None:
+    out, result, _ = demonstration
+    provenance = result.comparison.results["provenance"]
+    hashes = {entry["file"]: entry["sha256"] for entry in provenance["files"]}
+    assert hashes["small.pth"] == sha256(model / "small.pth")
+    assert hashes["onnx_int8/fuser.onnx"] == sha256(out / "onnx_int8" / "fuser.onnx")
+    assert provenance["calibration"]["frames"] == 3
+    assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_a_second_run_takes_accuracy_from_the_first_and_gives_the_same(
+    demonstration, data: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, result, _ = demonstration
+    shutil.copytree(out / "cache", tmp_path / "cache")
+    lost = sorted((tmp_path / "cache").iterdir())[0]
+    lost.unlink()
+    ran = []
+    forward = Pipeline.forward
+    monkeypatch.setattr(Pipeline, "forward", lambda self, sample: ran.append(sample.token) or forward(self, sample))
+    sources = _sources(model, out, config=model / "config.yaml")
+    again = compare(CompareOptions(sources, data, tmp_path, rounds=1, repeats=1, pictures=0))
+    # One latency round is 11 runs: two of each row (one is not counted), and one of the simulated row.
+    assert len(ran) - 11 == 6  # the keyframe whose cache was lost, through every row
+    assert lost.exists()
+    for before, after in zip(result.comparison.results["rows"], again.results["rows"], strict=True):
+        assert {key: before[key] for key in ("map", "nds", "per_class_ap", "sqnr_db")} == {
+            key: after[key] for key in ("map", "nds", "per_class_ap", "sqnr_db")
+        }
+
+
+def test_files_of_another_training_are_refused(demonstration, data: Path, model: Path, tmp_path: Path) -> None:
+    out = demonstration[0]
+    other = tmp_path / "other.pth"
+    state = torch.load(model / "small.pth", weights_only=True)["state_dict"]
+    torch.save({"state_dict": {name: value + 0 for name, value in state.items()}, "meta": {"run": 2}}, other)
+    with pytest.raises(UserError, match=r"ptq\.pth: calibrated from a checkpoint with sha256 .* calibrate again"):
+        compare(CompareOptions(_sources(model, out, ckpt=other, config=model / "config.yaml"), data, tmp_path))
+    with pytest.raises(UserError, match=r"onnx_fp32: exported from ptq\.pth with sha256 .* export again"):
+        sources = _sources(model, out, ckpt=other, ptq=None, config=model / "config.yaml")
+        compare(CompareOptions(sources, data, tmp_path))
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "0"], "--rounds: found 0, expected at least 1"),
+        (["--backends", "openvino,tpu"], "--backends: found 'tpu', expected some of openvino,onnxruntime"),
+        (["--ckpt", "none.pth"], "none.pth: no such file"),
+        (["--fp32", "nowhere"], "nowhere/manifest.json: no such file"),
+        (["--split", "fit"], "split 'fit' not found; there is calib, eval, all"),
+        (["--frames", "9"], "--frames: found 9"),
+    ],
+)
+def test_bad_use_is_one_line_and_status_2(
+    flags: list[str], message: str, data: Path, model: Path, tmp_path: Path, capsys
+) -> None:
+    given = ["--ckpt", str(model / "small.pth"), "--data", str(data), "--out", str(tmp_path / "out"), "--backends", ""]
+    assert main(["compare", *given, *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert not (tmp_path / "out" / "results.json").exists()
