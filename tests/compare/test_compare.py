@@ -19,7 +19,6 @@ from qat.core.files import sha256
 from qat.core.tensors import compare_tensors
 from qat.data import NuScenesDataset
 from qat.data.synth import SynthOptions, generate
-from qat.export.checkpoint import export_checkpoint
 from qat.report import check_results
 from qat.runtime import Pipeline
 
