@@ -29,6 +29,12 @@ from qat.report.verdict import (
 _PLACES = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 # Nothing is fetched, whatever the results hold.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_TENSORS = {
+    "camera_depth_weights": "depth weights",
+    "feat_in": "BEV, pooled",
+    "feat_out": "BEV, downsampled",
+    "middle": "decoder",
+}
 EXACT_DB = 200  # what compare writes for equal tensors
 _TP_NAMES = {
     "trans_err": "mATE, m",
@@ -239,7 +245,7 @@ def _sqnr(results: Results) -> str:
         '<p class="note">Signal-to-quantization-noise ratio in dB against PyTorch FP32, over all keyframes, at the '
         "tensors between the parts in their order. More is better; 6 dB are one bit. The first low column tells "
         "where a row loses its accuracy; float rounding alone stays above 80.</p>"
-        + _table(["Backend and precision", *(name.replace("_", " ") for name in names)], body)
+        + _table(["Backend and precision", *(_TENSORS.get(name, name.replace("_", " ")) for name in names)], body)
     )
 
 
