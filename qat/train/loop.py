@@ -36,7 +36,7 @@ class TrainOptions:
     weight_decay: float = 0.01
     warmup: int = 200
     decay: float = 0.35
-    depth_weight: float = 0.3
+    depth_weight: float = 3.0
     ema: float = 0.998
     clip: float = 35.0
     seed: int = 0
