@@ -166,11 +166,17 @@ def make_config():
 
 @pytest.fixture
 def small_config() -> dict:
-    """A config of three cameras, 64×96 pixels and a 32×24 BEV grid."""
+    """A config of three cameras, 64×96 pixels and a 32×24 BEV grid; the test's own, to change at will."""
     return _config()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def fresh_config():
+    """() → another `small_config`, for fixtures that several tests share."""
+    return _config
+
+
+@pytest.fixture(scope="session")
 def small_cameras() -> tuple[str, ...]:
     """Names of the small detector's cameras."""
     return CAMERAS

@@ -15,7 +15,7 @@ from qat.calibrate import load_ptq
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
-from qat.engine import Options
+from qat.engine import BACKENDS, Options
 from qat.export import pipeline_settings, torch_parts
 from qat.export.checkpoint import config_of
 from qat.models import load_checkpoint, load_float_model
@@ -139,6 +139,8 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
                 files.append({"what": what, "file": f"{folder.name}/{part['file']}", "sha256": part["sha256"]})
     for backend in backends:
         for folder, precision, manifest in manifests:
+            if manifest["flavour"] in BACKENDS and manifest["flavour"] != backend:
+                continue  # a flavour by the name of a backend is made for that one alone
             pipeline = Pipeline.load(folder, backend, precision, options)
             hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
             size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())

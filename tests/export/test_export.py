@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -31,13 +32,13 @@ def shapes(values):
     return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
 
-def test_parts_have_the_documented_names_and_shapes(tmp_path, small_config, small_cameras, make_detector):
-    manifest = export_parts(make_detector(small_config), tmp_path / "out", "fp32", cameras=small_cameras)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+def test_parts_have_the_documented_names_and_shapes(exported_fp32):
+    manifest = load_manifest(exported_fp32)
+    assert sorted(p.name for p in exported_fp32.iterdir()) == sorted(
         [*(f"{name}.onnx" for name in SHAPES), "manifest.json"]
     )
     for name, (inputs, outputs) in SHAPES.items():
-        model = onnx.load(tmp_path / "out" / f"{name}.onnx")
+        model = onnx.load(exported_fp32 / f"{name}.onnx")
         assert shapes(model.graph.input) == inputs and list(shapes(model.graph.input)) == list(inputs)
         assert shapes(model.graph.output) == outputs and list(shapes(model.graph.output)) == list(outputs)
         assert model.opset_import[0].version == 13
@@ -70,12 +71,10 @@ def test_manifest_records_source_and_settings(tmp_path, small_config, small_came
     assert settings["points"]["range"] == [-16.0, -12.0, -5.0, 16.0, 12.0, 3.0]
 
 
-def test_the_same_detector_gives_the_same_bytes(tmp_path, small_config, small_cameras, make_detector):
-    detector = make_detector(small_config)
-    for name in ("a", "b"):
-        export_parts(detector, tmp_path / name, "fp32", cameras=small_cameras)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+def test_the_same_detector_gives_the_same_bytes(tmp_path, exported_fp32, small_config, small_cameras, make_detector):
+    export_parts(make_detector(small_config), tmp_path / "again", "fp32", cameras=small_cameras)
+    for file in exported_fp32.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
 def test_lss_transform_has_no_depth_input_and_no_downsampling_no_vtransform(
@@ -119,13 +118,14 @@ def test_a_float_detector_cannot_be_exported_to_int8(tmp_path, small_config, sma
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_export_leaves_the_previous_folder(tmp_path, small_config, small_cameras, make_detector, monkeypatch):
-    detector = make_detector(small_config)
-    export_parts(detector, tmp_path / "out", "fp32", cameras=small_cameras)
+def test_a_failed_export_leaves_the_previous_folder(
+    tmp_path, exported_fp32, small_config, small_cameras, make_detector, monkeypatch
+):
+    shutil.copytree(exported_fp32, tmp_path / "out")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     monkeypatch.setattr("qat.export.parts.verify_part", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_parts(detector, tmp_path / "out", "fp16", cameras=small_cameras)
+        export_parts(make_detector(small_config), tmp_path / "out", "fp16", cameras=small_cameras)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -6,6 +6,7 @@ from onnx import numpy_helper
 from pytorch_quantization.nn import TensorQuantizer
 
 from qat.core.errors import UserError
+from qat.core.manifest import load_manifest
 from qat.core.tensors import compare_tensors
 from qat.engine import Options, build
 from qat.export import export_parts, pipeline_settings, torch_parts
@@ -13,6 +14,8 @@ from qat.export.verify import random_frame
 from qat.lean import quantize_detector
 from qat.lean.modes import qdq_tracing, quantizers, quantizers_off
 from qat.runtime import Pipeline
+
+RECIPE = {"method": "max", "frames": 1}
 
 
 def calibrated(detector, settings):
@@ -37,20 +40,21 @@ def calibrated(detector, settings):
     return quantized
 
 
-@pytest.fixture
-def settings(small_config, small_cameras):
-    return pipeline_settings(small_config, small_cameras)
+@pytest.fixture(scope="module")
+def settings(fresh_config, small_cameras):
+    return pipeline_settings(fresh_config(), small_cameras)
 
 
-@pytest.fixture
-def quantized(small_config, settings, make_detector):
-    return calibrated(make_detector(small_config), settings)
+@pytest.fixture(scope="module")
+def quantized(fresh_config, settings, make_detector):
+    return calibrated(make_detector(fresh_config()), settings)
 
 
-@pytest.fixture
-def folder(tmp_path, quantized, small_cameras):
-    export_parts(quantized, tmp_path / "int8", "int8", cameras=small_cameras, recipe={"method": "max", "frames": 1})
-    return tmp_path / "int8"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, quantized, small_cameras):
+    out = tmp_path_factory.mktemp("exported") / "int8"
+    export_parts(quantized, out, "int8", cameras=small_cameras, recipe=RECIPE)
+    return out
 
 
 def test_int8_graphs_hold_one_symmetric_qdq_pair_for_each_quantizer_that_is_on(folder, quantized):
@@ -78,21 +82,20 @@ def test_int8_graphs_hold_one_symmetric_qdq_pair_for_each_quantizer_that_is_on(f
         np.testing.assert_allclose(scales, expected, rtol=1e-6)
 
 
-def test_manifest_says_which_parts_are_int8_and_how_they_were_calibrated(tmp_path, quantized, small_cameras):
-    recipe = {"method": "max", "frames": 1}
-    manifest = export_parts(quantized, tmp_path / "a", "int8", cameras=small_cameras, recipe=recipe)
+def test_manifest_says_which_parts_are_int8_and_how_they_were_calibrated(tmp_path, folder, quantized, small_cameras):
+    manifest = load_manifest(folder)
     assert {name: part["precision"] for name, part in manifest["parts"].items()} == {
         "camera.backbone": "int8",
         "camera.vtransform": "fp32",
         "fuser": "int8",
         "head.bbox": "int8",
     }
-    assert manifest["calibration"] == recipe and manifest["flavour"] == "tensorrt"
+    assert manifest["calibration"] == RECIPE and manifest["flavour"] == "tensorrt"
     assert manifest["verification"]["passed"]
-    again = export_parts(quantized, tmp_path / "b", "int8", cameras=small_cameras, recipe=recipe)
+    again = export_parts(quantized, tmp_path / "again", "int8", cameras=small_cameras, recipe=RECIPE)
     assert again == manifest
     for part in manifest["parts"].values():
-        assert (tmp_path / "a" / part["file"]).read_bytes() == (tmp_path / "b" / part["file"]).read_bytes()
+        assert (folder / part["file"]).read_bytes() == (tmp_path / "again" / part["file"]).read_bytes()
 
 
 def test_a_quantized_detector_exports_to_fp16_without_qdq_and_keeps_its_quantizers(
