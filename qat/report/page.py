@@ -35,6 +35,7 @@ _TENSORS = {
     "feat_out": "BEV, downsampled",
     "middle": "decoder",
 }
+_NOTHING: tuple = (None, "", [], {})
 EXACT_DB = 200  # what compare writes for equal tensors
 _TP_NAMES = {
     "trans_err": "mATE, m",
@@ -298,14 +299,14 @@ def _frames(results: Results) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item not in _NOTHING)
     if isinstance(value, list | tuple):
         return ", ".join(_text(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _facts(values: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in values.items() if value not in (None, "", [], {})}
+    shown = {key: value for key, value in values.items() if value not in _NOTHING}
     rows = (f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_text(value))}</dd>" for key, value in shown.items())
     return f"<dl>{''.join(rows)}</dl>"
 
