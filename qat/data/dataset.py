@@ -13,14 +13,13 @@ from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes, get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
+from qat.core.config import CAMERAS
 from qat.core.errors import UserError
 from qat.core.files import read_json
 from qat.core.geometry import rasterize_depth
 from qat.core.preprocess import load_image, normalize
 from qat.data.pipeline import Sweeps, read_pipeline
 
-# The order in which BEVFusion's info files list the cameras.
-CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
 
 
