@@ -79,49 +79,6 @@ def circle_nms(centres: np.ndarray, scores: np.ndarray, threshold: float, post_m
     return np.array(keep[:post_max_size], np.int64)
 
 
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
-
-
-def _inside(points: np.ndarray, rectangle: np.ndarray) -> np.ndarray:
-    """Whether points float64[K,P,2] lie in the rectangles float64[K,4,2], or on their edge: bool[K,P]."""
-    corner = rectangle[:, None, 0]
-    result = np.ones(points.shape[:2], bool)
-    for other in (1, 3):
-        side = rectangle[:, None, other] - corner
-        along, length = ((points - corner) * side).sum(-1), (side * side).sum(-1)
-        slack = 1e-9 * length
-        result &= (along >= -slack) & (along <= length + slack)
-    return result
-
-
-def rotated_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of K pairs of rectangles, given by their corners in order: float64[K,4,2] → float64[K].
-
-    The corners of the common polygon are each rectangle's corners inside the other one and the crossings of their
-    edges; being convex, it is closed by going through them by their angle around their mean.
-    """
-    a_edges, b_edges = np.roll(a, -1, 1) - a, np.roll(b, -1, 1) - b
-    apart = b[:, None] - a[:, :, None]
-    turn = _cross(a_edges[:, :, None], b_edges[:, None])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = _cross(apart, b_edges[:, None]) / turn
-        u = _cross(apart, a_edges[:, :, None]) / turn
-    crosses = (t >= 0) & (t <= 1) & (u >= 0) & (u <= 1)  # False for parallel edges, whose ratios are not numbers
-    crossings = a[:, :, None] + np.where(crosses, t, 0.0)[..., None] * a_edges[:, :, None]
-    points = np.concatenate([a, b, crossings.reshape(len(a), 16, 2)], 1)
-    valid = np.concatenate([_inside(a, b), _inside(b, a), crosses.reshape(len(a), 16)], 1)
-    count = np.maximum(valid.sum(1), 1)[:, None]
-    points = points - ((points * valid[..., None]).sum(1) / count)[:, None]
-    # Points that do not count become the first that does, which adds nothing to the area.
-    points = np.where(valid[..., None], points, points[np.arange(len(a)), valid.argmax(1)][:, None])
-    order = np.argsort(np.arctan2(points[..., 1], points[..., 0]), axis=1)
-    points = np.take_along_axis(points, order[..., None], 1)
-    common = np.abs(_cross(points, np.roll(points, -1, 1)).sum(1)) / 2 * valid.any(1)
-    union = sum(np.abs(_cross(edges[:, 0], edges[:, 1])) for edges in (a_edges, b_edges)) - common
-    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
-
-
 def rotated_nms(
     boxes: np.ndarray, scores: np.ndarray, threshold: float, pre_max_size: int, post_max_size: int
 ) -> np.ndarray:
@@ -129,23 +86,12 @@ def rotated_nms(
 
     boxes: float[K,≥7].
     """
+    from qat.core._nms_kernel import suppress
+
     order = np.argsort(-scores, kind="stable")[:pre_max_size]
     corners = box_corners_bev(boxes[order])
-    low, high = corners.min(1), corners.max(1)
-    near = ((low[:, None] < high) & (low < high[:, None])).all(-1)
-    first, second = np.nonzero(np.triu(near, 1))
-    suppresses = np.zeros(near.shape, bool)
-    suppresses[first, second] = rotated_iou(corners[first], corners[second]) > threshold
-    alive = np.ones(len(order), bool)
-    keep = []
-    for i in range(len(order)):
-        if not alive[i]:
-            continue
-        keep.append(order[i])
-        if len(keep) >= post_max_size:
-            break
-        alive &= ~suppresses[i]
-    return np.array(keep, np.int64)
+    areas = np.abs(boxes[order, 3].astype(np.float64) * boxes[order, 4])
+    return order[suppress(corners, areas, threshold, post_max_size)]
 
 
 def _decode_task(maps: Mapping[str, np.ndarray], head: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

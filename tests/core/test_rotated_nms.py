@@ -1,4 +1,4 @@
-"""Rotated intersection over union against shapely, and greedy suppression against its definition."""
+"""The common area of rotated boxes against shapely, and greedy suppression against its definition."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from shapely.geometry import Polygon
 
-from qat.core.centerhead import rotated_iou, rotated_nms
+from qat.core._nms_kernel import intersection_area
+from qat.core.centerhead import rotated_nms
 from qat.core.geometry import box_corners_bev
 
 
@@ -25,26 +26,29 @@ def _shapely(a: np.ndarray, b: np.ndarray) -> float:
     return common / (first.area + second.area - common)
 
 
-def test_iou_of_many_pairs_equals_shapely() -> None:
+def test_common_area_of_many_pairs_equals_shapely() -> None:
     a, b = box_corners_bev(_boxes(400, 1)), box_corners_bev(_boxes(400, 2))
-    expected = [_shapely(p, q) for p, q in zip(a, b, strict=True)]
-    assert sum(0 < value < 1 for value in expected) > 50
-    np.testing.assert_allclose(rotated_iou(a, b), expected, atol=1e-7)
+    expected = [Polygon(p).intersection(Polygon(q)).area for p, q in zip(a, b, strict=True)]
+    assert sum(area > 0 for area in expected) > 50
+    found = [intersection_area(p, q) for p, q in zip(a, b, strict=True)]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    mirrored = [intersection_area(p, q[::-1].copy()) for p, q in zip(a, b, strict=True)]
+    np.testing.assert_allclose(mirrored, expected, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("size", "shift", "expected"),
-    [((2, 4), (0, 0), 1.0), ((2, 4), (2, 0), 0.0), ((2, 4), (1, 0), 1 / 3), ((1, 2), (0, 0), 0.25), ((2, 4), (9, 9), 0.0)],
-)  # fmt: skip
+    [((2, 4), (0, 0), 8), ((2, 4), (2, 0), 0), ((2, 4), (1, 0), 4), ((1, 2), (0, 0), 2), ((2, 4), (9, 9), 0)],
+)
 @pytest.mark.parametrize("yaw", [0.0, 0.7, np.pi / 2])
-def test_iou_with_shared_edges_and_corners(size: tuple, shift: tuple, expected: float, yaw: float) -> None:
+def test_common_area_with_shared_edges_and_corners(size: tuple, shift: tuple, expected: float, yaw: float) -> None:
     turn = np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
 
     def rectangle(width: float, length: float, centre: tuple) -> np.ndarray:
         corners = np.array([[-width, -length], [width, -length], [width, length], [-width, length]]) / 2
-        return ((corners + centre) @ turn.T)[None]
+        return (corners + centre) @ turn.T
 
-    assert rotated_iou(rectangle(2, 4, (0, 0)), rectangle(*size, shift))[0] == pytest.approx(expected, abs=1e-6)
+    assert intersection_area(rectangle(2, 4, (0, 0)), rectangle(*size, shift)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_nms_keeps_what_the_greedy_definition_keeps() -> None:

@@ -1,0 +1,78 @@
+"""The compiled inner loop of rotated NMS. Imported on first use: importing numba takes half a second."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def intersection_area(a: np.ndarray, b: np.ndarray) -> float:
+    """Area common to two rectangles, each float64[4,2] of corners in order: a cut by b's four sides in turn.
+
+    (Sutherland-Hodgman. A cut leaves at most 1.5 times the corners, whatever rounding does to the signs: 4, 6, 9, 13, 19.)
+    """
+    polygon = np.empty((20, 2))
+    cut = np.empty((20, 2))
+    polygon[:4] = a
+    count = 4
+    turn = (b[1, 0] - b[0, 0]) * (b[2, 1] - b[1, 1]) - (b[1, 1] - b[0, 1]) * (b[2, 0] - b[1, 0])
+    sign = 1.0 if turn >= 0 else -1.0
+    for k in range(4):
+        x, y = b[k]
+        dx, dy = b[(k + 1) % 4] - b[k]
+        kept = 0
+        for i in range(count):
+            j = (i + 1) % count
+            side_i = sign * (dx * (polygon[i, 1] - y) - dy * (polygon[i, 0] - x))
+            side_j = sign * (dx * (polygon[j, 1] - y) - dy * (polygon[j, 0] - x))
+            if side_i >= 0:
+                cut[kept] = polygon[i]
+                kept += 1
+            if (side_i >= 0) != (side_j >= 0):
+                cut[kept] = polygon[i] + (polygon[j] - polygon[i]) * (side_i / (side_i - side_j))
+                kept += 1
+        polygon, cut = cut, polygon
+        count = kept
+        if count < 3:
+            return 0.0
+    area = 0.0
+    for i in range(count):
+        j = (i + 1) % count
+        area += polygon[i, 0] * polygon[j, 1] - polygon[i, 1] * polygon[j, 0]
+    return abs(area) / 2
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def suppress(corners: np.ndarray, areas: np.ndarray, threshold: float, most: int) -> np.ndarray:
+    """Indices, best first, of the rectangles float64[K,4,2] that no better kept one overlaps by more than `threshold`.
+
+    The rectangles come best first, their areas float64[K] beside them; at most `most` are kept.
+    """
+    total = len(corners)
+    alive = np.ones(total, np.bool_)
+    radius = np.empty(total)
+    centre = np.empty((total, 2))
+    for i in range(total):
+        centre[i] = (corners[i, 0] + corners[i, 2]) / 2
+        radius[i] = np.hypot(corners[i, 0, 0] - centre[i, 0], corners[i, 0, 1] - centre[i, 1])
+    keep = np.empty(min(total, most), np.int64)
+    kept = 0
+    for i in range(total):
+        if not alive[i]:
+            continue
+        if kept == most:
+            break
+        keep[kept] = i
+        kept += 1
+        for j in range(i + 1, total):
+            if not alive[j]:
+                continue
+            reach = radius[i] + radius[j]
+            if (centre[i, 0] - centre[j, 0]) ** 2 + (centre[i, 1] - centre[j, 1]) ** 2 >= reach * reach:
+                continue
+            common = intersection_area(corners[i], corners[j])
+            union = areas[i] + areas[j] - common
+            if union > 0 and common / union > threshold:
+                alive[j] = False
+    return keep[:kept]
