@@ -21,6 +21,7 @@ from qat.data import NuScenesDataset
 from qat.evaluate import evaluate_detections
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
 from qat.train.augment import TrainSample, TrainSet
+from qat.train.curve import draw_curve
 from qat.train.losses import depth_loss, head_loss
 from qat.train.targets import make_targets
 
@@ -162,7 +163,7 @@ def train(
     init: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any] | None:
-    """Trains a detector and writes `out/model.pth`, `out/history.json` and, at times, `out/resume.pth`.
+    """Trains a detector and writes `out/model.pth`, `out/history.json`, `out/curve.png` and, at times, `out/resume.pth`.
 
     A run that was killed goes on from `resume.pth`; which samples and augmentations a step sees depends on the seed
     and the step alone. Returns the held-out metrics if `held_out` is given.
@@ -220,6 +221,7 @@ def train(
     meta = {"options": asdict(options), "samples": len(where), "step": state.step, "bevqat": qat.__version__}
     save_float_checkpoint(out / "model.pth", state.average, meta)
     write_json(out / "history.json", {"options": asdict(options), "history": state.history})
+    draw_curve(state.history, out / "curve.png")
     if held_out is None:
         return None
     metrics = evaluate_detections(held_out, detect(state.average, held_out))

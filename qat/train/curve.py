@@ -1,0 +1,27 @@
+"""The training curve as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qat.core.files import atomic_path
+
+
+def draw_curve(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Writes a PNG of each loss over the optimiser steps, on a logarithmic axis. history: what `train` records."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    steps = [entry["step"] for entry in history]
+    for name in ("heat", "box", "depth"):
+        axes.plot(steps, [entry[name] for entry in history], label=name)
+    axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
