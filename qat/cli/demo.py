@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=int, metavar="N", help="evaluate N keyframes spread over the split (default all)"
     )
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="latency rounds (default 10)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="latency rounds (default 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
 
 

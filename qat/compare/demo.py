@@ -29,7 +29,7 @@ class Demo:
 
 
 def demo(
-    model: Path, data: Path, out: Path, frames: int | None = None, rounds: int = 10, say: Callable[[str], None] = print
+    model: Path, data: Path, out: Path, frames: int | None = None, rounds: int = 5, say: Callable[[str], None] = print
 ) -> Demo:
     """Calibrates, exports FP32 and INT8 parts, builds them on every backend, compares and reports.
 
@@ -72,6 +72,7 @@ def demo(
             frames=frames,
             out=out,
             rounds=rounds,
+            repeats=2,
             model=model.name,
             command=f"bevqat demo --model {model} --data {data} --out {out}",
         )

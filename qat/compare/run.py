@@ -213,7 +213,7 @@ def print_summary(comparison: Comparison) -> None:
         changes = ["", ""] if reference is None else [f"{row[key] - reference[key]:+.3f}" for key in ("map", "nds")]
         speed, heads = row["speedup_vs_fp32"], row["sqnr_db"].get("heads")
         table.add_row(
-            row_name(row),
+            row_name(row, rows),
             f"{row['map']:.3f}",
             changes[0],
             f"{row['nds']:.3f}",

@@ -41,7 +41,7 @@ def latency_bars(rows: Sequence[Row]) -> str:
         median, p99 = row["latency_ms"]["median"], row["latency_ms"]["p99"]
         at, tail = 72 * median / longest, 72 * max(p99 - median, 0) / longest
         parts.append(
-            f'<div>{escape(row_name(row))}</div><div class="track {precision_class(row)}">'
+            f'<div>{escape(row_name(row, rows))}</div><div class="track {precision_class(row)}">'
             f'<div class="fill" style="width:{at:.2f}%"></div>'
             f'<div class="tail" style="left:{at:.2f}%;width:{tail:.2f}%"></div>'
             f'<div class="value" style="left:{at + tail:.2f}%">{milliseconds(median)}</div></div>'
@@ -133,9 +133,9 @@ def scatter(rows: Sequence[Row]) -> str:
     )
     points = [at(x, y) for x, y in zip(xs, ys, strict=True)]
     for row, (x, y), (left, base) in zip(
-        rows, points, _place_labels(points, [row_name(row) for row in rows]), strict=True
+        rows, points, _place_labels(points, [row_name(row, rows) for row in rows]), strict=True
     ):
-        name = row_name(row)
+        name = row_name(row, rows)
         if abs(base - 5 - y) > 22:
             edge = base + 3 if base < y else base - 12
             parts.append(

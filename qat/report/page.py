@@ -80,11 +80,10 @@ def _difference(value: float, base: float | None) -> Cell:
     return f'<span class="{tone}">{signed(change)}</span>', change
 
 
-def _name_cell(row: Row, flavour: bool = False) -> Cell:
-    shown = f'<span class="dot {precision_class(row)}"></span>{escape(row_name(row))}'
-    if flavour and row["precision"] != "fp32" and row.get("flavour"):
-        shown += f" <small>{escape(str(row['flavour']))}</small>"
-    return shown, row_name(row)
+def _name_cell(row: Row, rows: Sequence[Row]) -> Cell:
+    name, _, flavour = row_name(row, rows).partition(" (")
+    small = f" <small>{escape(flavour.rstrip(')'))}</small>" if flavour else ""
+    return f'<span class="dot {precision_class(row)}"></span>{escape(name)}{small}', row_name(row, rows)
 
 
 def _optional(value: float | None, show: Callable[[float], str]) -> Cell:
@@ -100,13 +99,12 @@ def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
     heads = [
         "Backend and precision", "mAP", "Δ mAP", "NDS", "Δ NDS", "Median", "p99", "Speed-up", "Size", "SQNR",
     ]  # fmt: skip
-    flavours = {row.get("flavour") for row in rows if row["precision"] != "fp32"}
     body = []
     for row in rows:
         latency = row["latency_ms"]
         base = None if reference is None or row is reference else reference
         cells: list[Cell] = [
-            _name_cell(row, flavour=len(flavours) > 1),
+            _name_cell(row, rows),
             (f"{row['map']:.3f}", row["map"]),
             _difference(row["map"], None if base is None else base["map"]),
             (f"{row['nds']:.3f}", row["nds"]),
@@ -137,7 +135,7 @@ def _verdict_card(results: Results, verdict: Verdict) -> str:
             )
         )
         if own is not None and before:
-            tiles.append((f"{before / ship['latency_ms']['median']:.2f}×", f"the speed of {row_name(own)}"))
+            tiles.append((f"{before / ship['latency_ms']['median']:.2f}×", f"the speed of {row_name(own, rows)}"))
         for name, key in (("mAP", "map"), ("NDS", "nds")):
             change = (
                 "" if reference is None or reference is ship else f"; {signed(ship[key] - reference[key])} against FP32"
@@ -190,7 +188,7 @@ def _classes(results: Results, verdict: Verdict) -> str:
         (
             "ship" if row is verdict.ship else "",
             [
-                _name_cell(row),
+                _name_cell(row, rows),
                 *(_optional(row["per_class_ap"].get(name), "{:.3f}".format) for name in reference["per_class_ap"]),
             ],
         )
@@ -202,7 +200,10 @@ def _classes(results: Results, verdict: Verdict) -> str:
         body = [
             (
                 "ship" if row is verdict.ship else "",
-                [_name_cell(row), *(_optional(row.get("tp_errors", {}).get(key), "{:.3f}".format) for key in errors)],
+                [
+                    _name_cell(row, rows),
+                    *(_optional(row.get("tp_errors", {}).get(key), "{:.3f}".format) for key in errors),
+                ],
             )
             for row in rows
         ]
@@ -210,8 +211,8 @@ def _classes(results: Results, verdict: Verdict) -> str:
         tables += _table(["Backend and precision", *(_TP_NAMES[key] for key in errors)], body)
     bars = "" if shown is None else f'<div class="card">{class_bars(reference, shown, objects)}</div>'
     legend = "" if shown is None else (
-        f'<p class="note"><span class="dot {precision_class(reference)}"></span>{escape(row_name(reference))} and '
-        f'<span class="dot {precision_class(shown)}"></span>{escape(row_name(shown))}: average precision over the '
+        f'<p class="note"><span class="dot {precision_class(reference)}"></span>{escape(row_name(reference, rows))} and '
+        f'<span class="dot {precision_class(shown)}"></span>{escape(row_name(shown, rows))}: average precision over the '
         "distances 0.5, 1, 2 and 4 m. The small number is how many objects are annotated.</p>"
     )  # fmt: skip
     return f"<h2>Per class</h2>{legend}{bars}<details><summary>Every row's AP and errors</summary>{tables}</details>"
@@ -222,7 +223,7 @@ def _stages(rows: Sequence[Row]) -> str:
     if not names:
         return ""
     body = [
-        ("", [_name_cell(row), *(_optional(row.get("stages_ms", {}).get(name), milliseconds) for name in names)])
+        ("", [_name_cell(row, rows), *(_optional(row.get("stages_ms", {}).get(name), milliseconds) for name in names)])
         for row in rows
     ]
     return (
@@ -237,7 +238,7 @@ def _sqnr(results: Results) -> str:
     if not names:
         return ""
     body = [
-        ("", [_name_cell(row), *(_optional(row["sqnr_db"].get(name), _decibels) for name in names)])
+        ("", [_name_cell(row, rows), *(_optional(row["sqnr_db"].get(name), _decibels) for name in names)])
         for row in rows
         if row.get("sqnr_db")
     ]
@@ -251,7 +252,8 @@ def _sqnr(results: Results) -> str:
 
 
 def _frame(results: Results, frame: Results, number: int) -> str:
-    reference, candidate = (results["rows"][int(frame[key])] for key in ("reference", "candidate"))
+    rows = results["rows"]
+    reference, candidate = (rows[int(frame[key])] for key in ("reference", "candidate"))
     names = [camera["name"] for camera in frame["cameras"]]
     place = {name: n for n, name in enumerate(_PLACES)}
     cameras = sorted(
@@ -262,14 +264,14 @@ def _frame(results: Results, frame: Results, number: int) -> str:
         f'<label><input type="checkbox" class="show-{kind}" checked> <span class="swatch {kind}"></span>'
         f"{escape(text)}</label>"
         for kind, text in (
-            ("reference", row_name(reference)),
-            ("candidate", row_name(candidate)),
+            ("reference", row_name(reference, rows)),
+            ("candidate", row_name(candidate, rows)),
             ("truth", "annotated"),
         )
     )
     counts = [(frame.get(f"only_{key}"), row) for key, row in (("reference", reference), ("candidate", candidate))]
     facts = [
-        f"{count} {'box' if count == 1 else 'boxes'} only in {row_name(row)}"
+        f"{count} {'box' if count == 1 else 'boxes'} only in {row_name(row, rows)}"
         for count, row in counts
         if isinstance(count, int) and count > 0
     ] or ["the same boxes in both"]

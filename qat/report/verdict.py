@@ -24,10 +24,14 @@ NAMES = {
 Row = dict[str, Any]
 
 
-def row_name(row: Row, flavours: bool = False) -> str:
-    """A row's name for people, such as "OpenVINO INT8"; with its flavour where rows differ in it alone."""
+def row_name(row: Row, rows: Sequence[Row]) -> str:
+    """A row's name for people, such as "OpenVINO INT8"; with its flavour where others of `rows` differ in it alone."""
     name = f"{NAMES.get(row['backend'], row['backend'])} {NAMES.get(row['precision'], row['precision'])}"
-    return f"{name} ({row['flavour']})" if flavours and row.get("flavour") else name
+    twins = [other for other in rows if (other["backend"], other["precision"]) == (row["backend"], row["precision"])]
+    flavour = row.get("flavour")
+    if len(twins) < 2 or not flavour:
+        return name
+    return f"{name} ({'own' if flavour == row['backend'] else NAMES.get(flavour, flavour)} flavour)"
 
 
 def reference_of(rows: Sequence[Row]) -> Row | None:
@@ -92,8 +96,8 @@ def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
             None,
             "Ship nothing here yet",
             [
-                f"Every row loses more than {max_loss:g} mAP or NDS against {row_name(reference or least)}; the least, "
-                f"{row_name(least)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the layers "
+                f"Every row loses more than {max_loss:g} mAP or NDS against {row_name(reference or least, rows)}; the least, "
+                f"{row_name(least, rows)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the layers "
                 "that pay for it in float."
             ],
         )
@@ -107,16 +111,16 @@ def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
     if baseline is not None and ship is not baseline:
         before = baseline["latency_ms"]["median"]
         reasons.append(
-            f"It is {before / median:.2f}× as fast as {row_name(baseline)} here: {milliseconds(median)} "
+            f"It is {before / median:.2f}× as fast as {row_name(baseline, rows)} here: {milliseconds(median)} "
             f"instead of {milliseconds(before)} for a frame."
         )
     else:
         reasons.append(f"It is the fastest here, at {milliseconds(median)} for a frame.")
     if reference is not None and ship is not reference:
-        reasons.append(f"Against {row_name(reference)} it costs {_lost(ship, reference)}.")
+        reasons.append(f"Against {row_name(reference, rows)} it costs {_lost(ship, reference)}.")
     if reference is not None and reference["map"] < MIN_MAP:
         reasons.append(
-            f"But {row_name(reference)} itself reaches no more than {reference['map']:.3f} mAP: on such a detector the "
+            f"But {row_name(reference, rows)} itself reaches no more than {reference['map']:.3f} mAP: on such a detector the "
             "cost of quantization cannot be seen."
         )
     for row in deployable:
@@ -124,15 +128,15 @@ def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
         if row is ship or row["precision"] == "fp32":
             continue
         if row not in accurate:
-            reasons.append(f"{row_name(row)} loses too much ({_loss(row, reference):.3f} of mAP or NDS).")
+            reasons.append(f"{row_name(row, rows)} loses too much ({_loss(row, reference):.3f} of mAP or NDS).")
         elif own is not None and row["latency_ms"]["median"] * MIN_GAIN > own["latency_ms"]["median"]:
             ratio = row["latency_ms"]["median"] / own["latency_ms"]["median"]
             reasons.append(
-                f"Not {row_name(row)}: it is {ratio:.2f}× as slow as {row_name(own)}."
+                f"Not {row_name(row, rows)}: it is {ratio:.2f}× as slow as {row_name(own, rows)}."
                 if ratio > MIN_GAIN
-                else f"Not {row_name(row)}: it is no faster than {row_name(own)}."
+                else f"Not {row_name(row, rows)}: it is no faster than {row_name(own, rows)}."
             )
-    return Verdict(ship, f"Ship {row_name(ship)}", reasons)
+    return Verdict(ship, f"Ship {row_name(ship, rows)}", reasons)
 
 
 def compared_row(rows: Sequence[Row], verdict: Verdict) -> Row | None:

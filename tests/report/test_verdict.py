@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qat.report import compared_row, decide
+from qat.report import compared_row, decide, row_name
 
 
 def _rows(results: dict, **changes: dict) -> list[dict]:
@@ -60,3 +60,16 @@ def test_a_detector_that_detects_nothing_is_called_so(results: dict) -> None:
     for row in results["rows"]:
         row["map"] = row["nds"] = 0.004
     assert any("cannot be seen" in reason for reason in decide(results["rows"]).reasons)
+
+
+def test_rows_of_one_backend_and_precision_are_told_apart_by_flavour(results: dict) -> None:
+    rows = [*results["rows"], {**results["rows"][5], "flavour": "onnxruntime", **_latency(20)}]
+    assert [row_name(row, rows) for row in rows[3:]] == [
+        "OpenVINO INT8",
+        "ONNX Runtime FP32",
+        "ONNX Runtime INT8 (TensorRT flavour)",
+        "ONNX Runtime INT8 (own flavour)",
+    ]
+    verdict = decide(rows)
+    assert verdict.headline == "Ship ONNX Runtime INT8 (own flavour)"
+    assert verdict.reasons[-1].startswith("Not ONNX Runtime INT8 (TensorRT flavour): it is 1.30× as slow")
