@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from qat.core.centerhead import Detections
 from qat.core.geometry import box_corners, box_corners_bev
 from qat.data import Sample
 
-MIN_SCORE = 0.3  # of boxes that are drawn and compared
+SCORES = 0.1, 0.4  # within these, of boxes that are drawn and compared
 NEAR = 2.0  # metres between the centres of one object's boxes
 RANGE = 51.2  # metres, of the bird's-eye view
 QUALITY = 80  # JPEG
@@ -38,7 +39,15 @@ def _above(found: Detections, least: float) -> Detections:
     return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
 
 
-def disagreement(reference: Detections, candidate: Detections, least: float = MIN_SCORE) -> Disagreement:
+def drawn_from(detections: Iterable[Detections], annotated: int) -> float:
+    """The score from which boxes are drawn: as many in all as objects are annotated, so that a picture is neither bare
+    nor crowded whatever the detector's scores are worth; two digits, between 0.1 and 0.4."""
+    scores = np.sort(np.concatenate([found.scores for found in detections]))[::-1]
+    score = float(scores[annotated - 1]) if 0 < annotated <= len(scores) else 0.0
+    return round(min(max(score, SCORES[0]), SCORES[1]), 2)
+
+
+def disagreement(reference: Detections, candidate: Detections, least: float) -> Disagreement:
     """Matches boxes of one class within 2 m, best score first, and adds up what is left and how scores moved."""
     a, b = _above(reference, least), _above(candidate, least)
     free = np.ones(len(b), bool)
@@ -131,11 +140,22 @@ def _jpeg(image: np.ndarray) -> str:
 
 
 def describe_frame(
-    sample: Sample, reference: Detections, candidate: Detections, places: tuple[int, int], classes: list[str]
+    sample: Sample,
+    reference: Detections,
+    candidate: Detections,
+    places: tuple[int, int],
+    classes: list[str],
+    least: float,
 ) -> dict[str, Any]:
-    """results.json's entry of `frames` for one keyframe; `places` are the two rows' indices in `rows`."""
+    """results.json's entry of `frames` for one keyframe.
+
+    Args:
+        places: the two rows' indices in `rows`.
+        classes: names by label.
+        least: score from which boxes are drawn.
+    """
     height, width = sample.images.shape[1:3]
-    differs = disagreement(reference, candidate)
+    differs = disagreement(reference, candidate, least)
     truth = Detections(sample.gt_boxes, np.ones(len(sample.gt_boxes), np.float32), sample.gt_labels)
     return {
         "token": sample.token,
@@ -144,7 +164,7 @@ def describe_frame(
         "difference": round(differs.total, 4),
         "only_reference": differs.only_reference,
         "only_candidate": differs.only_candidate,
-        "min_score": MIN_SCORE,
+        "min_score": least,
         "range": RANGE,
         "image_size": [width, height],
         "cameras": [
@@ -152,7 +172,7 @@ def describe_frame(
         ],
         "boxes": {
             "truth": _drawn(sample, truth, classes, scored=False),
-            "reference": _drawn(sample, _above(reference, MIN_SCORE), classes, scored=True),
-            "candidate": _drawn(sample, _above(candidate, MIN_SCORE), classes, scored=True),
+            "reference": _drawn(sample, _above(reference, least), classes, scored=True),
+            "candidate": _drawn(sample, _above(candidate, least), classes, scored=True),
         },
     }

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from qat.compare.accuracy import RowAccuracy, run_accuracy
-from qat.compare.frames import describe_frame, disagreement
+from qat.compare.frames import describe_frame, disagreement, drawn_from
 from qat.compare.latency import measure
 from qat.compare.machine import machine_facts, versions
 from qat.compare.rows import Row, Sources, load_rows
@@ -124,15 +124,23 @@ def _add_speedups(rows: list[dict[str, Any]]) -> None:
 
 
 def _pictures(
-    dataset: NuScenesDataset, rows: list[dict[str, Any]], accuracies: Sequence[RowAccuracy], count: int
+    dataset: NuScenesDataset,
+    rows: list[dict[str, Any]],
+    accuracies: Sequence[RowAccuracy],
+    annotated: int,
+    count: int,
 ) -> list[dict[str, Any]]:
     reference, candidate = reference_of(rows), compared_row(rows, decide(rows))
     if candidate is None or reference is None:
         return []
     places = rows.index(reference), rows.index(candidate)
     a, b = (accuracies[place].detections for place in places)
-    order = sorted(dataset.tokens, key=lambda token: (-disagreement(a[token], b[token]).total, token))
-    return [describe_frame(dataset.load(token), a[token], b[token], places, dataset.classes) for token in order[:count]]
+    least = drawn_from(a.values(), annotated)
+    order = sorted(dataset.tokens, key=lambda token: (-disagreement(a[token], b[token], least).total, token))
+    return [
+        describe_frame(dataset.load(token), a[token], b[token], places, dataset.classes, least)
+        for token in order[:count]
+    ]
 
 
 def compare(options: CompareOptions) -> Comparison:
@@ -188,7 +196,7 @@ def compare(options: CompareOptions) -> Comparison:
         "machine": machine_facts(options.threads),
         "measurement": measurement,
         "rows": result_rows,
-        "frames": _pictures(dataset, result_rows, accuracies, options.pictures),
+        "frames": _pictures(dataset, result_rows, accuracies, objects.total(), options.pictures),
         "provenance": {
             "command": options.command,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

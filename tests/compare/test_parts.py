@@ -10,7 +10,7 @@ import pytest
 from nuscenes.utils.geometry_utils import view_points
 
 from qat.compare.accuracy import RowAccuracy, _Cache, run_accuracy
-from qat.compare.frames import disagreement, outlines
+from qat.compare.frames import disagreement, drawn_from, outlines
 from qat.compare.latency import measure
 from qat.core.centerhead import Detections
 from qat.core.errors import UserError
@@ -61,20 +61,29 @@ def _found(*boxes: tuple[float, float, float, int]) -> Detections:
 def test_disagreement_counts_what_has_no_partner_of_its_class_within_two_metres() -> None:
     reference = _found((0, 0, 0.9, 0), (10, 0, 0.8, 0), (20, 0, 0.7, 1), (30, 0, 0.2, 0))
     candidate = _found((1.9, 0, 0.6, 0), (12.1, 0, 0.5, 0), (20, 0, 0.7, 2))
-    found = disagreement(reference, candidate)
+    found = disagreement(reference, candidate, 0.3)
     assert (found.only_reference, found.only_candidate) == (2, 2)
     assert found.total == pytest.approx((0.9 - 0.6) + 0.8 + 0.7 + 0.5 + 0.7)
 
 
 def test_a_box_has_one_partner_and_the_better_score_chooses_first() -> None:
-    found = disagreement(_found((0, 0, 0.5, 0), (1, 0, 0.9, 0)), _found((0.6, 0, 0.9, 0)))
+    found = disagreement(_found((0, 0, 0.5, 0), (1, 0, 0.9, 0)), _found((0.6, 0, 0.9, 0)), 0.3)
     assert (found.only_reference, found.only_candidate) == (1, 0)
     assert found.total == pytest.approx(0.5)
 
 
 def test_disagreement_with_nothing() -> None:
-    assert disagreement(Detections.empty(), Detections.empty()).total == 0
-    assert disagreement(_found((0, 0, 0.5, 0)), Detections.empty()).only_reference == 1
+    assert disagreement(Detections.empty(), Detections.empty(), 0.3).total == 0
+    assert disagreement(_found((0, 0, 0.5, 0)), Detections.empty(), 0.3).only_reference == 1
+
+
+def test_as_many_boxes_are_drawn_as_objects_are_annotated() -> None:
+    frames = [_found((0, 0, 0.35, 0), (5, 0, 0.2, 0)), _found((0, 0, 0.3, 0), (5, 0, 0.05, 0))]
+    assert drawn_from(frames, 2) == 0.3
+    assert drawn_from(frames, 1) == 0.35
+    assert drawn_from(frames, 4) == 0.1
+    assert drawn_from(frames, 9) == 0.1
+    assert drawn_from([_found((0, 0, 0.9, 0))], 1) == 0.4
 
 
 FORWARD = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)  # looks along y
