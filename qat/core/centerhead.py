@@ -1,8 +1,8 @@
 """From CenterHead's maps to boxes: decode and non-maximum suppression, in numpy.
 
 Follows CenterPoint (Yin et al., CVPR 2021) as BEVFusion has it: a head's maps are [1, c, nx, ny] with x first;
-the box centre is (ix + reg_x, iy + reg_y) cells from the point-cloud range's lower corner; `height` is the
-gravity centre's z; `dim` is log(width, length, height) when `norm_bbox`; `rot` is (sin yaw, cos yaw).
+the box centre is (ix + reg_x, iy + reg_y) cells from the point-cloud range's lower corner; `height` is the z
+of the box's middle plus half its height (see `Detections`); `dim` is log(width, length, height) when `norm_bbox`; `rot` is (sin yaw, cos yaw).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ MAP_NAMES = ("reg", "height", "dim", "rot", "vel", "heatmap")
 class Detections:
     """Boxes in the lidar frame.
 
-    boxes: float32[K,9] of x, y, z (metres; z at the bottom face's centre), width, length, height (metres), yaw
+    boxes: float32[K,9] of x, y, z (metres; the box's middle), width, length, height (metres), yaw
     (radians), vx, vy (m/s). At yaw 0 the length lies along y; the box's heading, anticlockwise from x, is
     −yaw − π/2 (BEVFusion's LiDARInstance3DBoxes, that is mmdet3d before 1.0).
+    BEVFusion calls z the bottom's and hands its boxes the annotated centre as such, so its head learns centre + h/2
+    and its decode takes h/2 off again: what comes out, there and here, is the middle.
     scores: float32[K] in (0, 1). labels: int64[K] into the config's object_classes.
     """
 

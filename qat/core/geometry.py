@@ -190,6 +190,7 @@ def box_corners_bev(boxes: np.ndarray) -> np.ndarray:
 def box_corners(boxes: np.ndarray) -> np.ndarray:
     """All eight corners, float64[K,8,3]: the bottom face's four in order, front edge first, then the top face's."""
     bev = box_corners_bev(boxes)
-    bottom = np.concatenate([bev, np.broadcast_to(boxes[:, None, 2:3], (len(boxes), 4, 1))], -1)
-    top = bottom + np.array([0, 0, 1]) * boxes[:, None, 5:6]
+    middle = np.concatenate([bev, np.broadcast_to(boxes[:, None, 2:3], (len(boxes), 4, 1))], -1)
+    half = np.array([0, 0, 0.5]) * boxes[:, None, 5:6]
+    bottom, top = middle - half, middle + half
     return np.concatenate([bottom, top], 1)

@@ -290,7 +290,7 @@ class NuScenesDataset(Sequence[Sample]):
             heading = np.arctan2(forward[1], forward[0]) + turn
             velocity = rotation @ np.nan_to_num(self.nusc.box_velocity(annotation_token))
             yaw = -heading - np.pi / 2
-            boxes.append([*centre[:2], centre[2] - height / 2, width, length, height, yaw, *velocity[:2]])
+            boxes.append([*centre, width, length, height, yaw, *velocity[:2]])
             labels.append(self.classes.index(name))
             counts.append(annotation["num_lidar_pts"])
         return (

@@ -54,7 +54,7 @@ def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
             if category in classes:
                 x, y, z, length, width, height, yaw = instance["bbox_3d"]
                 vx, vy = np.nan_to_num(instance.get("velocity") or (0.0, 0.0))
-                boxes.append([x, y, z - height / 2, width, length, height, -yaw - np.pi / 2, vx, vy])
+                boxes.append([x, y, z, width, length, height, -yaw - np.pi / 2, vx, vy])
                 labels.append(classes.index(category))
     except (KeyError, TypeError) as error:
         raise UserError(

@@ -87,7 +87,7 @@ def to_global(
     boxes = []
     for i in np.argsort(-detections.scores, kind="stable")[:limit]:
         x, y, z, width, length, height, _, vx, vy = detections.boxes[i].astype(np.float64)
-        centre = rotation @ [x, y, z + height / 2] + lidar2global[:3, 3]
+        centre = rotation @ [x, y, z] + lidar2global[:3, 3]
         forward = rotation @ [np.cos(headings[i]), np.sin(headings[i]), 0.0]
         yaw = np.arctan2(forward[1], forward[0])
         velocity = rotation @ [vx, vy, 0.0]

@@ -12,7 +12,7 @@ import numpy as np
 @dataclass
 class TaskTargets:
     """One task's targets: heatmap float32[classes,nx,ny]; index int64[K], flat x·ny + y of each object's cell; boxes
-    float32[K,10]: dx, dy (cells), z of the gravity centre, log w, log l, log h, sin yaw, cos yaw, vx, vy."""
+    float32[K,10]: dx, dy (cells), z of the middle plus h/2 (as BEVFusion's head learns it), log w, log l, log h, sin yaw, cos yaw, vx, vy."""
 
     heatmap: np.ndarray
     index: np.ndarray

@@ -131,7 +131,7 @@ def test_two_points_on_one_pixel_leave_the_last_ones_depth():
 def test_yaw_zero_points_the_length_along_y():
     assert np.isclose(box_heading(np.array([0.0]))[0], -np.pi / 2)
     corners = box_corners(np.array([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, 0.0]]))[0]
-    assert np.allclose(corners.min(0), [0, 0, 3]) and np.allclose(corners.max(0), [2, 4, 4.5])
+    assert np.allclose(corners.min(0), [0, 0, 2.25]) and np.allclose(corners.max(0), [2, 4, 3.75])
 
 
 def test_yaw_turns_clockwise():

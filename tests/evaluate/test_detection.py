@@ -37,7 +37,7 @@ def present(result):
 
 
 def test_the_annotations_themselves_are_perfect_detections(dataset, truth):
-    """Holds the round trip of every convention: frame, bottom centre, size order, yaw, velocity."""
+    """Holds the round trip of every convention: frame, centre, size order, yaw, velocity."""
     result = evaluate_detections(dataset, truth)
     assert len(present(result)) >= 5
     for name in present(result):
