@@ -39,7 +39,7 @@ def latency_bars(rows: Sequence[Row]) -> str:
     parts = []
     for row in rows:
         median, p99 = row["latency_ms"]["median"], row["latency_ms"]["p99"]
-        at, tail = 72 * median / longest, 72 * max(p99 - median, 0) / longest
+        at, tail = 70 * median / longest, 70 * max(p99 - median, 0) / longest
         parts.append(
             f'<div>{escape(row_name(row, rows))}</div><div class="track {precision_class(row)}">'
             f'<div class="fill" style="width:{at:.2f}%"></div>'
@@ -88,7 +88,8 @@ def _place_labels(points: Sequence[tuple[float, float]], names: Sequence[str]) -
             area = (spot[0], spot[1] - 12, spot[0] + width, spot[1] + 4)
             inside = _overlap(area, (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM))
             outside = width * 16 - inside
-            return 100 * sum(_overlap(area, other) for other in taken) + 100 * outside + abs(spot[1] - 5 - y)
+            far = abs(spot[1] - 5 - y) + 0.3 * max(spot[0] - x, x - spot[0] - width, 0.0)
+            return 100 * sum(_overlap(area, other) for other in taken) + 100 * outside + far
 
         spot = min(spots, key=cost)
         taken.append((spot[0], spot[1] - 12, spot[0] + width, spot[1] + 4))
