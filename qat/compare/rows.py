@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qat import __version__
 from qat.calibrate import load_ptq
 from qat.core.errors import UserError
@@ -107,6 +109,9 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     settings = pipeline_settings(config)
     torch_version = metadata.version("torch")
     detector = load_float_model(config, sources.ckpt)
+    for network in (detector, quantized):
+        if network is not None:  # convolutions on a CPU are a third faster so
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = [
         Row(
             "pytorch",
@@ -138,9 +143,12 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
                 what = f"{precision} part, {manifest['flavour']}"
                 files.append({"what": what, "file": f"{folder.name}/{part['file']}", "sha256": part["sha256"]})
     for backend in backends:
+        own = {precision for _, precision, manifest in manifests if manifest["flavour"] == backend}
         for folder, precision, manifest in manifests:
             if manifest["flavour"] in BACKENDS and manifest["flavour"] != backend:
                 continue  # a flavour by the name of a backend is made for that one alone
+            if manifest["flavour"] != backend and precision in own:
+                continue  # and where that one is at hand, nobody would ship another on its backend
             pipeline = Pipeline.load(folder, backend, precision, options)
             hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
             size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())
