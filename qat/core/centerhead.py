@@ -108,7 +108,7 @@ def _decode_task(maps: Mapping[str, np.ndarray], head: Mapping[str, Any]) -> tup
     score = scores[label, index]
     top = _descending(score, count)
     label, index, score = label[top], index[top], score[top]
-    kept = score > coder["score_threshold"]
+    kept = score > (coder.get("score_threshold") or 0.0)  # null or 0: no threshold
     label, index, score = label[kept], index[kept], score[kept]
 
     def at(name: str) -> np.ndarray:
@@ -147,11 +147,15 @@ def decode(maps: Sequence[Mapping[str, np.ndarray]], head: Mapping[str, Any]) ->
         boxes, scores, labels = _decode_task(task_maps, head)
         if nms_types[task] == "circle":
             keep = circle_nms(boxes[:, :2], scores, test["min_radius"][task], test["post_max_size"])
-        else:
-            scaled = boxes.copy()
+        else:  # only here does BEVFusion's head apply test_cfg's own threshold and limits, beside the coder's
+            sure = np.flatnonzero(scores >= (test.get("score_threshold") or 0.0))
+            scaled = boxes[sure].copy()
             scale = scales[task] if isinstance(scales, list) else [scales] * len(tasks[task])
-            scaled[:, 3:5] *= np.asarray(scale, np.float32)[labels][:, None]
-            keep = rotated_nms(scaled, scores, test["nms_thr"], test["pre_max_size"], test["post_max_size"])
+            scaled[:, 3:5] *= np.asarray(scale, np.float32)[labels[sure]][:, None]
+            keep = sure[rotated_nms(scaled, scores[sure], test["nms_thr"], test["pre_max_size"], test["post_max_size"])]
+            if limits := test.get("post_center_limit_range"):
+                low, high = np.asarray(limits[:3], np.float32), np.asarray(limits[3:], np.float32)
+                keep = keep[((boxes[keep, :3] >= low) & (boxes[keep, :3] <= high)).all(1)]
         boxes, scores, labels = boxes[keep], scores[keep], labels[keep] + first_label
         boxes[:, 2] -= boxes[:, 5] * 0.5
         results.append((boxes, scores, labels))

@@ -90,3 +90,22 @@ def test_tensors_are_grouped_by_task():
     tensors = {"heatmap_1": np.ones(1), "reg_0": np.zeros(1), "heatmap_0": np.full(1, 2.0)}
     assert [sorted(task) for task in maps_from_tensors(tensors)] == [["heatmap", "reg"], ["heatmap"]]
     assert len(Detections.empty()) == 0
+
+
+def test_the_rotated_branch_applies_test_cfgs_own_threshold_and_limits(head):
+    maps = random_maps(head)
+    head["test_cfg"].update(
+        nms_type="rotate", nms_thr=2.0, score_threshold=0.0, post_center_limit_range=[-100] * 3 + [100] * 3
+    )
+    everything = decode(maps, head)
+    head["test_cfg"]["score_threshold"] = 0.9
+    assert len(decode(maps, head)) == int((everything.scores >= 0.9).sum()) < len(everything)
+    head["test_cfg"].update(score_threshold=0.0, post_center_limit_range=[0, -100, -100, 100, 100, 100])
+    assert len(decode(maps, head)) == int((everything.boxes[:, 0] >= 0).sum())
+    head["test_cfg"]["nms_type"] = "circle"
+    assert len(decode(maps, head)) == len(everything)  # the circle branch has neither
+
+
+def test_no_threshold_keeps_every_candidate(head):
+    head["bbox_coder"]["score_threshold"] = None
+    assert len(decode(random_maps(head), head)) == 3 * head["bbox_coder"]["max_num"]
