@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -131,8 +130,3 @@ def quantize_detector(
     The float detector is left as it was (its unchanged layers are shared).
     """
     return QuantizedDetector(detector.eval(), keep_float, parts_off)
-
-
-def short(name: str) -> str:
-    """A quantizer's path for people: without the part's prefix and `quant_`."""
-    return re.sub(r"^\w+\.quant_", "", name)
