@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """camera-tiny's config, made small: 64×96 images, 12.8 m of BEV, few channels."""
+    """camera-tiny's config, made small: 64×96 images, 12.8 m of BEV, few channels; three tasks where it has one."""
     config = copy.deepcopy(load_config(ROOT / "model" / "camera-tiny" / "config.yaml"))
     config["image_size"] = [64, 96]
     camera = config["model"]["encoders"]["camera"]
@@ -36,7 +36,13 @@ def tiny_config():
     config["model"]["decoder"]["backbone"].update(in_channels=10, blocks=[[1, 8, 1], [1, 12, 2]])
     config["model"]["decoder"]["neck"].update(in_channels=[12, 8], out_channels=12)
     head = config["model"]["heads"]["object"]
-    head.update(in_channels=12, share_conv_channel=8)
+    names = config["object_classes"]
+    head.update(in_channels=12, share_conv_channel=8, tasks=[names[:5], names[5:8], names[8:]])
+    head["test_cfg"].update(
+        nms_type=["rotate", "rotate", "circle"],
+        min_radius=[4.0, 1.0, 0.175],
+        nms_scale=[[1.0] * 5, [1.0] * 3, [1.0] * 2],
+    )
     head["separate_head"]["head_conv"] = 8
     low_high = [-12.8, -12.8, -5.0, 12.8, 12.8, 3.0]
     head["bbox_coder"].update(pc_range=low_high, max_num=20, out_size_factor=16)

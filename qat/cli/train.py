@@ -23,6 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", metavar="ROOT:SPLIT", help="evaluate on this at the end")
     parser.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR")
     parser.add_argument("--init", type=Path, metavar="CKPT", help="start from these weights")
+    parser.add_argument(
+        "--stage",
+        default="all",
+        choices=("all", "image", "bev"),
+        help="train the whole detector; the image part alone, on depth and on what each pixel shows; or all but the "
+        "image part, on its frozen outputs (default all)",
+    )
+    parser.add_argument(
+        "--variants", type=int, default=2, help="image augmentations of a keyframe that --stage bev keeps (default 2)"
+    )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -38,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.data import NuScenesDataset
     from qat.train import TrainOptions, train
 
-    for name, low in (("steps", 1), ("batch", 1)):
+    for name, low in (("steps", 1), ("batch", 1), ("variants", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected at least {low}")
     config = load_config(args.config)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from qat.core.errors import UserError
+from qat.core.schema import MAPS, problems
 
 Config = dict[str, Any]
 
@@ -23,8 +24,6 @@ TYPES = {
     "model.decoder.neck": ("LSSFPN", "SECONDFPN"),
     "model.heads.object": ("CenterHead",),
 }
-# key under vtransform: the only value that is supported (CUDA-BEVFusion's models have these)
-VTRANSFORM_ONLY = {"depth_input": "scalar", "height_expand": False, "add_depth_features": False, "use_points": "lidar"}
 
 
 class _Checker:
@@ -50,6 +49,16 @@ class _Checker:
         if not good or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
             raise self.fail(path, value, f"{count} numbers")
         return list(value)
+
+    def options(self, path: str, kind: str) -> None:
+        """Every option under `path` is one that a `kind` here understands."""
+        for name, found, expected in problems(kind, self.get(path)):
+            raise self.fail(f"{path}.{name}", found, expected)
+
+    def one_a_task(self, path: str, tasks: int) -> None:
+        value = self.get(path)
+        if not isinstance(value, list) or len(value) != tasks:
+            raise self.fail(path, value, f"a list of {tasks}, one for each task")
 
     def bound(self, path: str) -> None:
         low, high, step = self.numbers(path, 3)
@@ -93,14 +102,10 @@ def check_config(config: Mapping[str, Any], source: str = "config") -> None:
         kind = check.get(f"{path}.type")
         if kind not in types:
             raise check.fail(f"{path}.type", kind, "one of " + ", ".join(types))
-    if check.get("model.encoders.camera.backbone").get("dcn") is not None:
-        raise check.fail("model.encoders.camera.backbone.dcn", "set", "null: deformable convolution is not supported")
+        check.options(path, kind)
 
     vt = "model.encoders.camera.vtransform"
     transform = check.get(vt)
-    for key, only in VTRANSFORM_ONLY.items():
-        if key in transform and transform[key] != only:
-            raise check.fail(f"{vt}.{key}", transform[key], repr(only))
     for key in ("in_channels", "out_channels"):
         check.get(f"{vt}.{key}")
     size = [int(v) for v in check.numbers(f"{vt}.image_size", 2)]
@@ -113,21 +118,57 @@ def check_config(config: Mapping[str, Any], source: str = "config") -> None:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"stride 8, {[height // 8, width // 8]}: dtransform has it")
     for key in ("xbound", "ybound", "zbound", "dbound"):
         check.bound(f"{vt}.{key}")
-    if transform.get("downsample", 1) not in (1, 2):
-        raise check.fail(f"{vt}.downsample", transform["downsample"], "1 or 2")
+    _check_head(check)
 
+
+def _check_head(check: _Checker) -> None:
+    """The head's tasks, and what decode reads of test_cfg and bbox_coder."""
+    where = "model.heads.object"
     classes = list(check.get("object_classes"))
-    tasks = check.get("model.heads.object.tasks")
+    tasks = check.get(f"{where}.tasks")
     flat = [name for task in tasks for name in task]
     if flat != classes:
-        raise check.fail("model.heads.object.tasks", flat, f"object_classes in their order, {classes}")
-    for key in ("test_cfg.nms_type", "test_cfg.post_max_size", "bbox_coder.pc_range", "bbox_coder.voxel_size"):
-        check.get(f"model.heads.object.{key}")
-    test = model["heads"]["object"]["test_cfg"]
-    kinds = test["nms_type"] if isinstance(test["nms_type"], list) else [test["nms_type"]]
-    for kind in kinds:
+        raise check.fail(f"{where}.tasks", flat, f"object_classes in their order, {classes}")
+    if separate := check.get(where).get("separate_head"):
+        kind = separate.get("type", "SeparateHead")
+        if kind != "SeparateHead":
+            raise check.fail(f"{where}.separate_head.type", kind, "SeparateHead")
+        check.options(f"{where}.separate_head", kind)
+    maps = check.get(f"{where}.common_heads")
+    for name, shape in maps.items():
+        if name not in MAPS or shape[0] != MAPS[name]:
+            wanted = ", ".join(f"{known} ({channels})" for known, channels in MAPS.items())
+            raise check.fail(f"{where}.common_heads.{name}", shape, f"one of {wanted} channels")
+    for name in ("height", "dim", "rot"):
+        if name not in maps:
+            raise check.fail(f"{where}.common_heads", list(maps), f"{name} among them: decode needs it")
+
+    kind = check.get(f"{where}.bbox_coder").get("type", "CenterPointBBoxCoder")
+    if kind != "CenterPointBBoxCoder":
+        raise check.fail(f"{where}.bbox_coder.type", kind, "CenterPointBBoxCoder")
+    check.options(f"{where}.bbox_coder", kind)
+    check.numbers(f"{where}.bbox_coder.post_center_range", 6)
+    for key in ("max_num", "out_size_factor", "pc_range", "voxel_size"):
+        check.get(f"{where}.bbox_coder.{key}")
+
+    test = check.get(f"{where}.test_cfg")
+    check.get(f"{where}.test_cfg.post_max_size")
+    kinds = check.get(f"{where}.test_cfg.nms_type")
+    if isinstance(kinds, list):
+        check.one_a_task(f"{where}.test_cfg.nms_type", len(tasks))
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
         if kind not in ("circle", "rotate"):
-            raise check.fail("model.heads.object.test_cfg.nms_type", kind, "circle or rotate")
+            raise check.fail(f"{where}.test_cfg.nms_type", kind, "circle or rotate")
+        if kind == "circle":
+            check.one_a_task(f"{where}.test_cfg.min_radius", len(tasks))
+        else:
+            check.get(f"{where}.test_cfg.nms_thr")
+            check.get(f"{where}.test_cfg.pre_max_size")
+    if isinstance(test.get("nms_scale"), list):
+        check.one_a_task(f"{where}.test_cfg.nms_scale", len(tasks))
+        for task, scales in zip(tasks, test["nms_scale"], strict=True):
+            if len(scales) != len(task):
+                raise check.fail(f"{where}.test_cfg.nms_scale", scales, f"a factor for each of {list(task)}")
 
 
 def load_config(path: str | Path) -> Config:

@@ -59,6 +59,11 @@ def read_pipeline(config: Mapping[str, Any]) -> Pipeline:
     points: list[tuple[str, Any]] = []
     for step in test_pipeline(config):
         kind = step.get("type")
+        if (step.get("reduce_beams") or 32) < 32 or step.get("load_augmented"):
+            raise UserError(
+                f"config: data.test.pipeline: {kind}: found reduce_beams {step.get('reduce_beams')}, load_augmented "
+                f"{step.get('load_augmented')}, expected 32 and null: fewer beams and painted points are not supported"
+            )
         if kind == "ImageAug3D":
             if step.get("is_train") or np.any(step.get("rot_lim", 0)):
                 raise UserError(

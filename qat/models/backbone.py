@@ -18,6 +18,8 @@ def build_backbone(config: Mapping[str, Any]) -> nn.Module:
         ResNet: mmdet's `depth` and `out_indices` (0 is the first stage); timm's parameter names equal mmdet's.
         timm: any `model_name` that timm offers with `features_only`; `out_indices` are timm's own.
 
+    `pretrained` and `init_cfg` are not followed: every command here loads a checkpoint or trains from its own.
+
     Raises:
         UserError: timm does not have the model, or not with these indices.
     """
@@ -27,9 +29,7 @@ def build_backbone(config: Mapping[str, Any]) -> nn.Module:
     else:
         name, indices = config["model_name"], tuple(config["out_indices"])
     try:
-        return timm.create_model(
-            name, pretrained=bool(config.get("pretrained", False)), features_only=True, out_indices=indices
-        )
+        return timm.create_model(name, pretrained=False, features_only=True, out_indices=indices)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(
             f"model.encoders.camera.backbone: found {name!r} with out_indices {list(indices)}, expected a timm model "

@@ -51,6 +51,14 @@ def _grouped(names: list[str]) -> str:
     return ", ".join(f"{group}.* ({count})" for group, count in sorted(groups.items()))
 
 
+GEOMETRY = ("dx", "bx", "nx", "frustum")  # the view transform's fixed parameters
+
+
+def _short(value: torch.Tensor) -> str:
+    numbers = [f"{v:g}" for v in value.flatten()[:3].tolist()]
+    return f"[{', '.join(numbers)}{', …' if value.numel() > 3 else ''}]"
+
+
 def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
     """Loads a state dict by name; anything missing, unexpected or of another shape is a `UserError` that lists it."""
     own = model.state_dict()
@@ -69,6 +77,14 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str)
         parts = [f"missing {_grouped(missing)}"] if missing else []
         parts += [f"unexpected {_grouped(extra)}"] if extra else []
         raise UserError(f"{source}: does not fit the config: {'; '.join(parts)}")
+    for name in own:  # a checkpoint's grid decides where features go: another one's shape may be the same
+        if name.rpartition(".")[2] in GEOMETRY and not torch.allclose(
+            state[name].double(), own[name].double(), atol=1e-3
+        ):
+            raise UserError(
+                f"{source}: {name}: found {_short(state[name])}, the config's bounds make {_short(own[name])}; give the "
+                "config that the checkpoint was trained with"
+            )
     model.load_state_dict({name: state[name].to(own[name].dtype) for name in own})
 
 

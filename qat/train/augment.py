@@ -13,12 +13,13 @@ import numpy as np
 from qat.core.geometry import box_heading, rasterize_depth
 from qat.core.preprocess import load_image, normalize
 from qat.data import NuScenesDataset, Sample
+from qat.train.auxiliary import PixelTargets, pixel_targets
 
 
 @dataclass
 class TrainSample:
-    """One augmented sample: img float32[N,3,H,W], depth float32[N,1,H,W], boxes float32[K,9], labels int64[K] and the
-    matrices that `CameraBEVDetector.patterns` takes."""
+    """One augmented sample: img float32[N,3,H,W], depth float32[N,1,H,W], boxes float32[K,9], labels int64[K], the
+    matrices that `CameraBEVDetector.patterns` takes, and what each feature pixel shows."""
 
     img: np.ndarray
     depth: np.ndarray
@@ -28,6 +29,7 @@ class TrainSample:
     camera2lidar: np.ndarray
     img_aug_matrix: np.ndarray
     lidar_aug_matrix: np.ndarray
+    pixels: PixelTargets
 
 
 class TrainSet:
@@ -41,6 +43,8 @@ class TrainSet:
         self.scale = config["augment3d"]["scale"]
         self.turn = config["augment3d"]["rotate"]
         self.range = config["point_cloud_range"]
+        feature_size = config["model"]["encoders"]["camera"]["vtransform"]["feature_size"]
+        self.stride = self.image_size[0] // feature_size[0]
         self._loaded: dict[int, tuple[Sample, list[np.ndarray]]] = {}
 
     def __len__(self) -> int:
@@ -72,23 +76,40 @@ class TrainSet:
         depth = rasterize_depth(
             sample.points, sample.lidar2image, img_aug, np.eye(4, dtype=np.float32), self.image_size
         )
+        pixels = pixel_targets(
+            sample.gt_boxes,
+            sample.gt_labels,
+            sample.gt_points > 0,
+            sample.lidar2image,
+            sample.camera2lidar,
+            img_aug,
+            (height, width),
+            self.stride,
+            len(self.dataset.classes),
+        )
+        boxes, labels, lidar_aug = self.draw_boxes(index, rng)
+        return TrainSample(
+            img=np.stack([normalize(image, pipeline.mean, pipeline.std) for image in images]),
+            depth=depth,
+            boxes=boxes,
+            labels=labels,
+            camera_intrinsics=sample.camera_intrinsics,
+            camera2lidar=sample.camera2lidar,
+            img_aug_matrix=img_aug,
+            lidar_aug_matrix=lidar_aug,
+            pixels=pixels,
+        )
+
+    def draw_boxes(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The sample's boxes and labels under a random rotation, scale and mirroring, and its lidar_aug_matrix."""
+        sample = self._native(index)[0]
         turn = rng.uniform(*self.turn)
         scale = rng.uniform(*self.scale)
         flip = np.where(rng.random(2) < 0.5, -1.0, 1.0)
         kept = sample.gt_points > 0  # BEVFusion trains on what the lidar sees
         boxes, lidar_aug = augment_boxes(sample.gt_boxes[kept], turn, scale, flip)
-        labels = sample.gt_labels[kept]
         inside = (np.abs(boxes[:, :2]) < min(abs(v) for v in self.range[:2])).all(1)
-        return TrainSample(
-            img=np.stack([normalize(image, pipeline.mean, pipeline.std) for image in images]),
-            depth=depth,
-            boxes=boxes[inside],
-            labels=labels[inside],
-            camera_intrinsics=sample.camera_intrinsics,
-            camera2lidar=sample.camera2lidar,
-            img_aug_matrix=img_aug,
-            lidar_aug_matrix=lidar_aug,
-        )
+        return boxes[inside], sample.gt_labels[kept][inside], lidar_aug
 
     def _image_matrix(self, native_width: int, native_height: int, rng: np.random.Generator) -> np.ndarray:
         """Native pixels to network pixels, float32[4,4]: resize, crop, flip, rotation about the centre."""

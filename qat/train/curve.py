@@ -16,7 +16,7 @@ def draw_curve(history: Sequence[Mapping[str, float]], path: str | Path) -> None
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     steps = [entry["step"] for entry in history]
-    for name in ("heat", "box", "depth"):
+    for name in [name for name in history[0] if name not in ("step", "lr")]:
         axes.plot(steps, [entry[name] for entry in history], label=name)
     axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,28 @@ from qat.core.files import atomic_path, write_json
 from qat.data import NuScenesDataset
 from qat.evaluate import evaluate_detections
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
-from qat.train.augment import TrainSample, TrainSet
+from qat.train.augment import TrainSet
+from qat.train.auxiliary import PixelHead, pixel_loss, to_tensors
 from qat.train.curve import draw_curve
+from qat.train.features import FeatureCache
 from qat.train.losses import depth_loss, head_loss
 from qat.train.targets import make_targets
+
+STAGES = ("all", "image", "bev")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """steps: optimiser steps in all. decay: share of the steps at the end over which the rate falls to 0 (before
-    them it is constant after `warmup` steps, so `steps` may be changed between resumed runs)."""
+    them it is constant after `warmup` steps, so `steps` may be changed between resumed runs).
 
+    stage: "image" trains the image part (backbone, neck, depth net) on depth and on what each pixel shows; "bev"
+    trains the rest on the frozen image part's outputs, computed once for each of `variants` image augmentations of a
+    keyframe; "all" trains the whole detector on the sum of all losses.
+    """
+
+    stage: str = "all"
+    variants: int = 2
     steps: int = 4000
     batch: int = 2
     lr: float = 1e-3
@@ -38,6 +50,7 @@ class TrainOptions:
     warmup: int = 200
     decay: float = 0.35
     depth_weight: float = 3.0
+    pixel_weight: float = 1.0
     ema: float = 0.998
     clip: float = 35.0
     seed: int = 0
@@ -51,11 +64,17 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     return options.lr * min(rise, fall)
 
 
-def save_float_checkpoint(path: str | Path, model: CameraBEVDetector, meta: Mapping[str, Any]) -> None:
-    """Writes {"state_dict", "config", "meta"}: plain tensors and containers."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def save_float_checkpoint(
+    path: str | Path, model: CameraBEVDetector, meta: Mapping[str, Any], **modules: nn.Module
+) -> None:
+    """Writes {"state_dict", "config", "meta"} and the state of each further module: plain tensors and containers."""
+
+    def state(module: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+    further = {name: state(module) for name, module in modules.items()}
     with atomic_path(path) as temporary:
-        torch.save({"state_dict": state, "config": model.config, "meta": dict(meta)}, temporary)
+        torch.save({"state_dict": state(model), "config": model.config, "meta": dict(meta), **further}, temporary)
 
 
 def detect(
@@ -86,18 +105,6 @@ def dataset_head(model: nn.Module) -> dict[str, Any]:
     return model.config["model"]["heads"]["object"]  # type: ignore[index, return-value]
 
 
-def _batch(
-    samples: list[TrainSample], model: CameraBEVDetector, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    img = torch.from_numpy(np.stack([s.img for s in samples])).to(device)
-    depth = torch.from_numpy(np.stack([s.depth for s in samples])).to(device)
-    patterns = [
-        model.vtransform.pattern(s.camera_intrinsics, s.camera2lidar, s.img_aug_matrix, s.lidar_aug_matrix)
-        for s in samples
-    ]
-    return img, depth, patterns
-
-
 class _State:
     """What a resumed run needs."""
 
@@ -109,7 +116,10 @@ class _State:
         if init is not None:
             load_state(self.model, load_checkpoint(init)["state_dict"], str(init))
         self.average = copy.deepcopy(self.model).eval()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.pixels = PixelHead(self.model.vtransform.C, len(config["object_classes"])).to(device)
+        if init is not None and "pixel_head" in (saved := load_checkpoint(init)):
+            self.pixels.load_state_dict(saved["pixel_head"])
+        trained = [p for p in self.model.parameters() if p.requires_grad] + list(self.pixels.parameters())
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": options.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
@@ -124,6 +134,7 @@ class _State:
                 {
                     "model": self.model.state_dict(),
                     "average": self.average.state_dict(),
+                    "pixel_head": self.pixels.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "step": self.step,
                     "history": self.history,
@@ -136,6 +147,7 @@ class _State:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.average.load_state_dict(saved["average"])
+            self.pixels.load_state_dict(saved["pixel_head"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, KeyError, ValueError, EOFError) as error:
             raise UserError(
@@ -154,6 +166,70 @@ class _State:
                 value.copy_(own[name])
 
 
+class _Drawn:
+    """Samples drawn anew for each step, with their pooling patterns."""
+
+    def __init__(self, sets: list[TrainSet], model: CameraBEVDetector) -> None:
+        self.sets, self.model = sets, model
+        self.where = [(i, j) for i, dataset in enumerate(sets) for j in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def draw(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        i, j = self.where[index]
+        sample = self.sets[i].draw(j, rng)
+        matrices = (sample.camera_intrinsics, sample.camera2lidar, sample.img_aug_matrix, sample.lidar_aug_matrix)
+        return {**vars(sample), "pattern": self.model.vtransform.pattern(*matrices)}
+
+
+def _ahead(source: _Drawn | FeatureCache, options: TrainOptions, step: int) -> Iterator[list[dict[str, Any]]]:
+    """The batches of steps `step`, `step` + 1, …, each drawn while the one before it is used. What a step sees
+    depends on the seed and the step alone."""
+    per_epoch = max(1, len(source) // options.batch)
+
+    def draw(step: int) -> list[dict[str, Any]]:
+        epoch, position = divmod(step, per_epoch)
+        order = np.random.default_rng([options.seed, 1, epoch]).permutation(len(source))
+        rng = np.random.default_rng([options.seed, 2, step])
+        return [source.draw(k, rng) for k in order[position * options.batch : (position + 1) * options.batch]]
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(draw, step)
+        while step < options.steps:
+            batch = coming.result()
+            step += 1
+            if step < options.steps:
+                coming = pool.submit(draw, step)
+            yield batch
+
+
+def _losses(
+    state: _State,
+    drawn: list[dict[str, Any]],
+    head: Mapping[str, Any],
+    config: Mapping[str, Any],
+    options: TrainOptions,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The losses of one batch, weighted."""
+    model = state.model
+    losses: dict[str, torch.Tensor] = {}
+    if options.stage == "bev":
+        depth_weights, context = (torch.cat([d[name] for d in drawn]).float() for name in ("weights", "context"))
+    else:
+        img, depth = (torch.from_numpy(np.stack([d[name] for d in drawn])).to(device) for name in ("img", "depth"))
+        depth_weights, context = model.lift(img, depth)
+        dbound = config["model"]["encoders"]["camera"]["vtransform"]["dbound"]
+        losses["depth"] = options.depth_weight * depth_loss(depth_weights, depth.flatten(0, 1), dbound)
+        shown = pixel_loss(state.pixels(context), to_tensors([d["pixels"] for d in drawn], device))
+        losses.update({name: options.pixel_weight * value for name, value in shown.items()})
+    if options.stage != "image":
+        maps = model.bev_head(model.pool(depth_weights, context, [d["pattern"] for d in drawn]))
+        losses.update(head_loss(maps, [make_targets(d["boxes"], d["labels"], head) for d in drawn], head))
+    return losses
+
+
 def train(
     config: Mapping[str, Any],
     datasets: list[NuScenesDataset],
@@ -168,6 +244,8 @@ def train(
     A run that was killed goes on from `resume.pth`; which samples and augmentations a step sees depends on the seed
     and the step alone. Returns the held-out metrics if `held_out` is given.
     """
+    if options.stage not in STAGES:
+        raise UserError(f"--stage: found {options.stage!r}, expected one of {', '.join(STAGES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = _State(config, options, init, device)
     resume = out / "resume.pth"
@@ -175,27 +253,22 @@ def train(
         state.load(resume)
         log(f"resumed at step {state.step} from {resume}")
     sets = [TrainSet(dataset, config) for dataset in datasets]
-    where = [(i, j) for i, dataset in enumerate(sets) for j in range(len(dataset))]
     head = config["model"]["heads"]["object"]
-    dbound = config["model"]["encoders"]["camera"]["vtransform"]["dbound"]
-    per_epoch = max(1, len(where) // options.batch)
+    samples = sum(len(dataset) for dataset in sets)
+    source: _Drawn | FeatureCache
+    if options.stage == "bev":
+        state.model.eval()
+        source = FeatureCache(state.model, sets, options.variants, options.seed, device, log)
+    else:
+        source = _Drawn(sets, state.model)
     saved_at = started = time.monotonic()
     first_step = state.step
     recent: list[dict[str, float]] = []
     state.model.train()
-    while state.step < options.steps:
-        epoch, position = divmod(state.step, per_epoch)
-        order = np.random.default_rng([options.seed, 1, epoch]).permutation(len(where))
-        rng = np.random.default_rng([options.seed, 2, state.step])
-        chosen = [where[k] for k in order[position * options.batch : (position + 1) * options.batch]]
-        samples = [sets[i].draw(j, rng) for i, j in chosen]
-        img, depth, patterns = _batch(samples, state.model, device)
+    for drawn in _ahead(source, options, state.step):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, options)
-        depth_weights, context = state.model.lift(img, depth)
-        maps = state.model.bev_head(state.model.pool(depth_weights, context, patterns))
-        losses = head_loss(maps, [make_targets(s.boxes, s.labels, head) for s in samples], head)
-        losses["depth"] = options.depth_weight * depth_loss(depth_weights, depth.flatten(0, 1), dbound)
+        losses = _losses(state, drawn, head, config, options, device)
         total = torch.stack(list(losses.values())).sum()
         if not bool(torch.isfinite(total)):
             raise UserError(f"step {state.step}: the loss is not finite; lower --lr and resume from {resume}")
@@ -218,11 +291,11 @@ def train(
             state.save(resume)
             saved_at = time.monotonic()
     state.save(resume)
-    meta = {"options": asdict(options), "samples": len(where), "step": state.step, "bevqat": qat.__version__}
-    save_float_checkpoint(out / "model.pth", state.average, meta)
+    meta = {"options": asdict(options), "samples": samples, "step": state.step, "bevqat": qat.__version__}
+    save_float_checkpoint(out / "model.pth", state.average, meta, pixel_head=state.pixels)
     write_json(out / "history.json", {"options": asdict(options), "history": state.history})
     draw_curve(state.history, out / "curve.png")
-    if held_out is None:
+    if held_out is None or options.stage == "image":
         return None
     metrics = evaluate_detections(held_out, detect(state.average, held_out))
     write_json(out / "metrics.json", metrics)

@@ -75,8 +75,11 @@ def test_names_are_bevfusions():
                     "type": "CenterHead", "in_channels": 256, "tasks": tasks, "share_conv_channel": 64,
                     "common_heads": {"reg": [2, 2], "height": [1, 2], "dim": [3, 2], "rot": [2, 2], "vel": [2, 2]},
                     "separate_head": {"type": "SeparateHead", "init_bias": -2.19, "final_kernel": 3},
-                    "test_cfg": {"nms_type": "rotate", "post_max_size": 83},
-                    "bbox_coder": {"pc_range": [-51.2, -51.2], "voxel_size": [0.1, 0.1]},
+                    "test_cfg": {"nms_type": "rotate", "nms_thr": 0.2, "pre_max_size": 1000, "post_max_size": 83},
+                    "bbox_coder": {
+                        "type": "CenterPointBBoxCoder", "pc_range": [-51.2, -51.2, -5.0, 51.2, 51.2, 3.0], "max_num": 500,
+                        "post_center_range": [-61.2, -61.2, -10.0, 61.2, 61.2, 10.0], "out_size_factor": 8, "voxel_size": [0.1, 0.1],
+                    },
                 }
             },
         },
@@ -148,6 +151,23 @@ def test_another_shape_is_named(tiny_model):
     state = dict(tiny_model.state_dict())
     state["decoder.neck.fuse.0.weight"] = torch.zeros(3, 3, 1, 1)
     with pytest.raises(UserError, match=r"decoder\.neck\.fuse\.0\.weight: found shape \[3, 3, 1, 1\]"):
+        load_state(tiny_model, state, "x.pth")
+
+
+def test_a_checkpoint_of_another_grid_is_refused(tiny_model):
+    """Its tensors have the same shapes, but its features belong in other places."""
+    state = dict(tiny_model.state_dict())
+    state["encoders.camera.vtransform.dx"] = torch.tensor([0.6, 0.6, 20.0])
+    with pytest.raises(
+        UserError, match=r"vtransform\.dx: found \[0\.6, 0\.6, 20\], the config's bounds make \[0\.8, 0\.8, 20\]"
+    ):
+        load_state(tiny_model, state, "x.pth")
+    name = "encoders.camera.vtransform.frustum"
+    state = dict(tiny_model.state_dict())
+    state[name] = state[name] + 1e-5  # torch.linspace, which BEVFusion uses, rounds otherwise than numpy's
+    load_state(tiny_model, state, "x.pth")
+    state[name] = state[name] + 1.0
+    with pytest.raises(UserError, match=r"frustum: found \[1\.0"):
         load_state(tiny_model, state, "x.pth")
 
 

@@ -1,6 +1,7 @@
 """Targets, losses, augmentation and resuming, against plain definitions."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,10 @@ from qat.core.errors import UserError
 from qat.core.geometry import box_heading
 from qat.data import NuScenesDataset
 from qat.data.synth import SynthOptions, generate
+from qat.models import build_model
 from qat.train import TrainOptions, train
 from qat.train.augment import TrainSet, augment_boxes
+from qat.train.features import FeatureCache
 from qat.train.loop import learning_rate
 from qat.train.losses import depth_loss, gaussian_focal_loss, head_loss
 from qat.train.targets import draw_gaussian, gaussian_radius, make_targets
@@ -178,6 +181,66 @@ def test_a_killed_run_resumes_to_the_same_weights(dataset, tiny_config, tmp_path
     assert (cut / "curve.png").stat().st_size > 1000
     a, b = (torch.load(folder / "model.pth", weights_only=True)["state_dict"] for folder in (whole, cut))
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def moved(before, after):
+    """Groups of parameters of which any differs."""
+    return {".".join(n.split(".")[:3]) for n in before if not torch.equal(before[n], after[n])}
+
+
+def test_the_image_stage_then_the_bev_stage_then_all(dataset, tiny_config, tmp_path):
+    """Each stage trains its own part, from the checkpoint of the one before."""
+    torch.set_num_threads(1)
+    image_part = {f"encoders.camera.{name}" for name in ("backbone", "neck")}
+    before, pixel_head = None, None
+    for stage, init in (("image", None), ("bev", "image"), ("all", "bev")):
+        options = TrainOptions(stage=stage, steps=3, batch=2, warmup=1, ema=0.0)
+        start = init and tmp_path / init / "model.pth"
+        train(tiny_config, [dataset], tmp_path / stage, options, init=start, log=lambda _: None)
+        saved = torch.load(tmp_path / stage / "model.pth", weights_only=True)
+        after = saved["state_dict"]
+        groups = moved(before, after) if before else set()
+        history = json.loads((tmp_path / stage / "history.json").read_text())["history"][0]
+        if stage == "image":
+            assert {"depth", "class", "shape"} <= set(history) and "heat" not in history
+        elif stage == "bev":
+            assert "heat" in history and "depth" not in history
+            assert not groups & image_part and {"decoder.backbone.0", "heads.object.shared_conv"} <= groups
+            kept = [n for n in after if "vtransform.depthnet" in n or "vtransform.dtransform" in n]
+            assert kept and all(torch.equal(before[n], after[n]) for n in kept)
+            assert any("vtransform.downsample" in n and not torch.equal(before[n], after[n]) for n in after)
+            assert torch.equal(saved["pixel_head"]["layer.weight"], pixel_head)
+        else:
+            assert image_part <= groups and {"depth", "heat", "class"} <= set(history)
+            assert not torch.equal(saved["pixel_head"]["layer.weight"], pixel_head)
+        before, pixel_head = after, saved["pixel_head"]["layer.weight"]
+
+
+def test_cached_features_give_the_maps_that_the_images_give(dataset, tiny_config):
+    """The same draw through the cache and through the detector, to half precision."""
+    torch.manual_seed(0)
+    model = build_model(tiny_config).eval()
+    train_set = TrainSet(dataset, tiny_config)
+    cache = FeatureCache(model, [train_set], 2, 5, torch.device("cpu"), lambda _: None)
+    assert len(cache) == 2 * len(train_set)
+    index = len(train_set) + 1  # the second variant of keyframe 1
+    found = cache.draw(index, np.random.default_rng(9))
+    sample = train_set.draw(1, np.random.default_rng([5, 3, 1, 0, 1]))
+    boxes, labels, lidar_aug = train_set.draw_boxes(1, np.random.default_rng(9))
+    assert np.array_equal(found["boxes"], boxes) and np.array_equal(found["labels"], labels)
+    with torch.inference_mode():
+        weights, context = model.lift(torch.from_numpy(sample.img)[None], torch.from_numpy(sample.depth)[None])
+        pattern = model.vtransform.pattern(
+            sample.camera_intrinsics, sample.camera2lidar, sample.img_aug_matrix, lidar_aug
+        )
+        expected = model.pool(weights, context, [pattern])
+        pooled = model.pool(found["weights"].float(), found["context"].float(), [found["pattern"]])
+    assert torch.allclose(pooled, expected, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_an_unknown_stage_is_refused(dataset, tiny_config, tmp_path):
+    with pytest.raises(UserError, match="expected one of all, image, bev"):
+        train(tiny_config, [dataset], tmp_path, TrainOptions(stage="depth"), log=lambda _: None)
 
 
 def test_weights_of_another_config_do_not_resume(dataset, tiny_config, tmp_path):

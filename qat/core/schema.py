@@ -1,0 +1,134 @@
+"""Every option of BEVFusion's networks that is understood, so that no other is swallowed.
+
+An option is free (FREE), or has the one value, or the few, that the networks here are built with. BEVFusion, mmdet
+and mmcv accept more; what they would build differently is refused by name instead of ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+FREE = object()
+BATCH_NORMS = ("BN", "BN1d", "BN2d", "SyncBN", "naiveSyncBN2d")
+
+
+class Norm:
+    """A norm_cfg: batch norm, with PyTorch's eps unless `eps_free`."""
+
+    def __init__(self, eps_free: bool = False) -> None:
+        self.eps_free = eps_free
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return True
+        known = isinstance(value, Mapping) and value.get("type", "BN") in BATCH_NORMS
+        return known and (self.eps_free or value.get("eps", 1e-5) == 1e-5)
+
+    def __str__(self) -> str:
+        return "batch norm" + ("" if self.eps_free else " with eps 1e-5")
+
+
+PLAIN_CONV = (None, {"type": "Conv2d"})
+BIASLESS_CONV = (None, {"type": "Conv2d", "bias": False}, {"bias": False})
+RELU = (None, {"type": "ReLU"}, {"type": "ReLU", "inplace": True}, {"type": "ReLU", "inplace": False})
+
+_VTRANSFORM = {
+    **dict.fromkeys(
+        ("in_channels", "out_channels", "image_size", "feature_size", "xbound", "ybound", "zbound", "dbound"), FREE
+    ),
+    "downsample": (1, 2),
+    # CUDA-BEVFusion's models have these
+    "depth_input": ("scalar",),
+    "height_expand": (False,),
+    "add_depth_features": (False,),
+    "use_points": ("lidar",),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ResNet": {
+        **dict.fromkeys(
+            ("depth", "out_indices", "norm_eval", "init_cfg", "pretrained", "frozen_stages", "with_cp"), FREE
+        ),
+        "zero_init_residual": FREE,
+        "num_stages": (4,),
+        "norm_cfg": Norm(),
+        "style": ("pytorch",),
+        "deep_stem": (False,),
+        "avg_down": (False,),
+        "in_channels": (3,),
+        "stem_channels": (None, 64),
+        "base_channels": (64,),
+        "strides": ([1, 2, 2, 2],),
+        "dilations": ([1, 1, 1, 1],),
+        "conv_cfg": PLAIN_CONV,
+        "dcn": (None,),
+        "stage_with_dcn": ([False] * 4,),
+        "plugins": (None,),
+    },
+    "timm": dict.fromkeys(("model_name", "out_indices", "pretrained"), FREE),
+    "GeneralizedLSSFPN": {
+        **dict.fromkeys(("in_channels", "out_channels", "num_outs", "start_level", "upsample_cfg"), FREE),
+        "no_norm_on_lateral": (True, False),
+        "end_level": (-1,),
+        "norm_cfg": Norm(),
+        "act_cfg": RELU,
+        "conv_cfg": PLAIN_CONV,
+    },
+    "SECONDFPN": {
+        **dict.fromkeys(("in_channels", "out_channels", "upsample_strides", "init_cfg"), FREE),
+        "use_conv_for_no_stride": (True, False),
+        "norm_cfg": Norm(eps_free=True),
+        "upsample_cfg": (None, {"type": "deconv", "bias": False}),
+        "conv_cfg": BIASLESS_CONV,
+    },
+    "LSSTransform": _VTRANSFORM,
+    "DepthLSSTransform": _VTRANSFORM,
+    "GeneralizedResNet": dict.fromkeys(("in_channels", "blocks"), FREE),
+    "SECOND": {
+        **dict.fromkeys(("in_channels", "out_channels", "layer_nums", "layer_strides", "init_cfg", "pretrained"), FREE),
+        "norm_cfg": Norm(eps_free=True),
+        "conv_cfg": BIASLESS_CONV,
+    },
+    "LSSFPN": dict.fromkeys(("in_indices", "in_channels", "out_channels", "scale_factor"), FREE),
+    "CenterHead": {
+        **dict.fromkeys(("in_channels", "tasks", "train_cfg", "test_cfg", "bbox_coder", "common_heads"), FREE),
+        **dict.fromkeys(("loss_cls", "loss_bbox", "separate_head", "share_conv_channel", "num_heatmap_convs"), FREE),
+        "norm_bbox": (True, False),
+        "conv_cfg": PLAIN_CONV,
+        "norm_cfg": Norm(),
+        "bias": ("auto",),
+        "init_cfg": (None,),
+    },
+    "SeparateHead": {
+        **dict.fromkeys(("head_conv", "final_kernel", "init_bias"), FREE),
+        "conv_cfg": PLAIN_CONV,
+        "norm_cfg": Norm(),
+        "bias": ("auto",),
+        "init_cfg": (None,),
+    },
+    "CenterPointBBoxCoder": dict.fromkeys(
+        ("pc_range", "out_size_factor", "voxel_size", "post_center_range", "score_threshold", "max_num", "code_size"),
+        FREE,
+    ),
+}
+MAPS = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}  # common_heads: channels of each
+
+
+def problems(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """(option, what was found, what is expected) of every option of a network of type `kind` that is not understood."""
+    known = OPTIONS[kind]
+    for name, value in options.items():
+        if name == "type":
+            continue
+        if name not in known:
+            yield name, value, f"no such option: {kind} has {', '.join(sorted(known))}"
+            continue
+        rule = known[name]
+        if isinstance(rule, Norm):
+            if not rule.accepts(value):
+                yield name, value, str(rule)
+        elif rule is not FREE:
+            plain = list(value) if isinstance(value, tuple) else value
+            if plain not in rule:
+                yield name, value, " or ".join("null" if v is None else repr(v) for v in rule)
