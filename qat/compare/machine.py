@@ -1,22 +1,15 @@
-"""Facts about the machine and the software that figures depend on."""
+"""Facts about the machine that figures depend on."""
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qat import __version__
-
 INT8_FLAGS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
-PACKAGES = (
-    "torch", "openvino", "onnxruntime", "onnx", "onnxsim", "timm", "pytorch-quantization", "nuscenes-devkit", "numpy",
-    "numba",
-)  # fmt: skip
 
 
 def _read(path: str) -> str:
@@ -54,14 +47,3 @@ def machine_facts(threads: int) -> dict[str, Any]:
         "memory_gb": round(int(memory[0]) / 1e6, 1) if memory else None,
         "os": platform.platform(),
     }
-
-
-def versions() -> dict[str, str]:
-    """bevqat, Python and the packages that computed the figures."""
-    found = {"bevqat": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -19,10 +19,11 @@ from rich.table import Table
 from qat.compare.accuracy import RowAccuracy, run_accuracy
 from qat.compare.frames import describe_frame, disagreement, drawn_from
 from qat.compare.latency import measure
-from qat.compare.machine import machine_facts, versions
+from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
 from qat.core.errors import UserError
 from qat.core.files import write_json
+from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.engine import BACKENDS, Options
 from qat.evaluate import evaluate_detections
@@ -120,7 +121,7 @@ def _add_speedups(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         own = next((r for r in rows if r["backend"] == row["backend"] and r["precision"] == "fp32"), None)
         median = row["latency_ms"]["median"]
-        row["speedup_vs_fp32"] = None if own is None else round(own["latency_ms"]["median"] / median, 4)
+        row["speedup_vs_fp32"] = None if own is None else own["latency_ms"]["median"] / median
 
 
 def _pictures(

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -171,6 +172,17 @@ def box_heading(yaw: np.ndarray) -> np.ndarray:
     clockwise.
     """
     return -yaw - np.pi / 2
+
+
+def box_yaw(heading: Any) -> Any:
+    """`box_heading`'s inverse, which is itself: BEVFusion's yaw of a box that faces `heading`."""
+    return -heading - np.pi / 2
+
+
+def within(points: np.ndarray, bounds: Sequence[float]) -> np.ndarray:
+    """Which points [M,≥3] lie inside [x, y, z, x, y, z] bounds, as BEVFusion's PointsRangeFilter has it: bool[M]."""
+    low, high = np.asarray(bounds[:3]), np.asarray(bounds[3:])
+    return ((points[:, :3] > low) & (points[:, :3] < high)).all(1)
 
 
 def box_corners_bev(boxes: np.ndarray) -> np.ndarray:

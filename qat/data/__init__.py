@@ -1,5 +1,6 @@
 """nuScenes-format data: reading it, drawing it, generating it."""
 
-from qat.data.dataset import CAMERAS, NuScenesDataset, Sample
+from qat.data.dataset import CAMERAS, NuScenesDataset
+from qat.data.sample import Keyframe, Sample
 
-__all__ = ["CAMERAS", "NuScenesDataset", "Sample"]
+__all__ = ["CAMERAS", "Keyframe", "NuScenesDataset", "Sample"]

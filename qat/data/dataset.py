@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,12 @@ from pyquaternion import Quaternion
 from qat.core.config import CAMERAS
 from qat.core.errors import UserError
 from qat.core.files import read_json
-from qat.core.geometry import rasterize_depth
-from qat.core.preprocess import load_image, normalize
+from qat.core.geometry import box_yaw, within
+from qat.core.preprocess import load_image
 from qat.data.pipeline import Sweeps, read_pipeline
+from qat.data.sample import Keyframe, Sample, camera_matrices, prepare, read_points
 
 MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
-
-
-@dataclass
-class Sample:
-    """One keyframe, ready for the network. N cameras; float32 unless said otherwise; metres, pixels.
-
-    img [N,3,H,W]: normalised. depth [N,1,H,W]: metres, 0 = no point. images uint8[N,H,W,3]: before normalisation.
-    camera_intrinsics, camera2lidar, lidar2image, img_aug_matrix: [N,4,4]. lidar_aug_matrix, lidar2ego, ego2global:
-    [4,4]. points [M,5]: x, y, z, intensity, seconds before the keyframe, in the lidar frame.
-    gt_boxes [K,9] and gt_labels int64[K]: in the convention of `qat.core.centerhead.Detections`, the annotated
-    objects of the config's classes; gt_points int64[K]: lidar points in each.
-    """
-
-    token: str
-    img: np.ndarray
-    depth: np.ndarray
-    images: np.ndarray
-    camera_intrinsics: np.ndarray
-    camera2lidar: np.ndarray
-    lidar2image: np.ndarray
-    img_aug_matrix: np.ndarray
-    lidar_aug_matrix: np.ndarray
-    lidar2ego: np.ndarray
-    ego2global: np.ndarray
-    points: np.ndarray
-    gt_boxes: np.ndarray
-    gt_labels: np.ndarray
-    gt_points: np.ndarray
-    cameras: tuple[str, ...]
 
 
 def transform(record: Mapping[str, Any]) -> np.ndarray:
@@ -175,12 +146,15 @@ class NuScenesDataset(Sequence[Sample]):
         return sensor2ego, ego2global, intrinsic
 
     def load(self, token: str) -> Sample:
-        """Reads one keyframe by its token."""
+        """One keyframe by its token, as the network takes it."""
+        return prepare(self.read(token), self.pipeline)
+
+    def read(self, token: str) -> Keyframe:
+        """One keyframe by its token, before resizing, cropping and normalisation."""
         sample = self.nusc.get("sample", token)
         lidar_record, lidar2ego, ego2global = self._sensor(sample, "LIDAR_TOP")[:3]
         global2lidar = np.linalg.inv(ego2global @ lidar2ego)
-        steps = self.pipeline
-        images, intrinsics, camera2lidar, lidar2image, img_aug = [], [], [], [], []
+        images, intrinsics, camera2lidar = [], [], []
         for name in self.cameras:
             record, camera2ego, camera_ego2global, intrinsic = self._sensor(sample, name)
             path = Path(self.nusc.dataroot) / record["filename"]
@@ -190,56 +164,25 @@ class NuScenesDataset(Sequence[Sample]):
                 raise UserError(
                     f"{path}: found {width}×{height} pixels, sample_data.json says {record['width']}×{record['height']}"
                 )
-            full = np.eye(4)
-            full[:3, :3] = intrinsic
-            to_lidar = global2lidar @ camera_ego2global @ camera2ego  # through both ego poses
-            images.append(steps.resize_crop.apply(image))
-            intrinsics.append(full)
-            camera2lidar.append(to_lidar)
-            lidar2image.append(full @ np.linalg.inv(to_lidar))
-            img_aug.append(steps.resize_crop.matrix(width, height))
-        points = self._points(lidar_record, global2lidar)
-        matrices = {
-            "camera_intrinsics": np.stack(intrinsics).astype(np.float32),
-            "camera2lidar": np.stack(camera2lidar).astype(np.float32),
-            "lidar2image": np.stack(lidar2image).astype(np.float32),
-            "img_aug_matrix": np.stack(img_aug).astype(np.float32),
-            "lidar_aug_matrix": np.eye(4, dtype=np.float32),
-        }
-        depth = rasterize_depth(
-            points,
-            matrices["lidar2image"],
-            matrices["img_aug_matrix"],
-            matrices["lidar_aug_matrix"],
-            steps.resize_crop.final_dim,
-        )
+            images.append(image)
+            intrinsics.append(intrinsic)
+            camera2lidar.append(global2lidar @ camera_ego2global @ camera2ego)  # through both ego poses
         boxes, labels, counts = self._boxes(sample, global2lidar)
-        return Sample(
+        return Keyframe(
             token=token,
-            img=np.stack([normalize(image, steps.mean, steps.std) for image in images]),
-            depth=depth,
-            images=np.stack(images),
-            **matrices,
+            cameras=self.cameras,
+            images=images,
+            **camera_matrices(intrinsics, camera2lidar),
+            points=self._points(lidar_record, global2lidar),
             lidar2ego=lidar2ego.astype(np.float32),
             ego2global=ego2global,
-            points=points,
             gt_boxes=boxes,
             gt_labels=labels,
             gt_points=counts,
-            cameras=self.cameras,
         )
 
     def _read_points(self, record: Mapping[str, Any]) -> np.ndarray:
-        path = Path(self.nusc.dataroot) / record["filename"]
-        try:
-            values = np.fromfile(path, np.float32)
-        except OSError:
-            raise UserError(f"{path}: no such file; the data set is incomplete") from None
-        if len(values) == 0 or len(values) % self.pipeline.load_dim:
-            raise UserError(
-                f"{path}: found {len(values)} values, expected a multiple of load_dim {self.pipeline.load_dim}"
-            )
-        return values.reshape(-1, self.pipeline.load_dim)[:, :5].copy()
+        return read_points(Path(self.nusc.dataroot) / record["filename"], self.pipeline.load_dim)
 
     def _points(self, record: Mapping[str, Any], global2lidar: np.ndarray) -> np.ndarray:
         """Points of the keyframe and what the pipeline adds and filters, float32[M,5] in the keyframe's lidar frame."""
@@ -249,8 +192,7 @@ class NuScenesDataset(Sequence[Sample]):
             if step == "sweeps":
                 points = np.concatenate([points, *self._sweeps(record, points, argument, global2lidar)])
             else:
-                low, high = np.asarray(argument[:3]), np.asarray(argument[3:])
-                points = points[((points[:, :3] > low) & (points[:, :3] < high)).all(1)]
+                points = points[within(points, argument)]
         return points
 
     def _sweeps(
@@ -289,8 +231,7 @@ class NuScenesDataset(Sequence[Sample]):
             forward = Quaternion(annotation["rotation"]).rotation_matrix[:, 0]
             heading = np.arctan2(forward[1], forward[0]) + turn
             velocity = rotation @ np.nan_to_num(self.nusc.box_velocity(annotation_token))
-            yaw = -heading - np.pi / 2
-            boxes.append([*centre, width, length, height, yaw, *velocity[:2]])
+            boxes.append([*centre, width, length, height, box_yaw(heading), *velocity[:2]])
             labels.append(self.classes.index(name))
             counts.append(annotation["num_lidar_pts"])
         return (

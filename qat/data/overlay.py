@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from qat.core.geometry import box_corners
-from qat.data.dataset import Sample
+from qat.data.sample import Sample
 
 NEAR = 0.1  # metres in front of the camera; edges are cut there
 EDGES = [(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7)]

@@ -15,6 +15,7 @@ from nuscenes.eval.detection.data_classes import DetectionBox
 from nuscenes.eval.detection.evaluate import DetectionEval
 
 from qat.core.centerhead import Detections
+from qat.core.errors import UserError
 from qat.core.geometry import box_heading
 
 # The devkit draws a progress bar on stderr even when told not to be verbose, and even when stderr is no terminal.
@@ -65,6 +66,10 @@ class SampleEval(DetectionEval):
         predictions = add_center_dist(nusc, predictions)
         # The devkit reads the boxes' kind off the first one; where there is none, there is nothing to filter.
         self.pred_boxes = filter_eval_boxes(nusc, predictions, self.cfg.class_range) if predictions.all else predictions
+        if not truth.all:
+            raise UserError(
+                f"{nusc.dataroot}: found no annotated objects of the ten classes in {len(tokens)} keyframes"
+            )
         self.gt_boxes = filter_eval_boxes(nusc, add_center_dist(nusc, truth), self.cfg.class_range)
         self.sample_tokens = self.gt_boxes.sample_tokens
 
@@ -77,7 +82,8 @@ def to_global(
     classes: list[str],
     limit: int = 500,
 ) -> list[DetectionBox]:
-    """The devkit's boxes of one sample: in the global frame, best `limit` by score.
+    """The devkit's boxes of one sample: in the global frame, within each class's range of the ego vehicle (as mmdet3d
+    drops them before the devkit does), of these the best `limit` by score.
 
     lidar2ego, ego2global: float[4,4] at the keyframe's lidar time.
     """
@@ -85,7 +91,11 @@ def to_global(
     rotation = lidar2global[:3, :3]
     headings = box_heading(detections.boxes[:, 6].astype(np.float64))
     boxes = []
-    for i in np.argsort(-detections.scores, kind="stable")[:limit]:
+    in_ego = detections.boxes[:, :3] @ lidar2ego[:3, :3].T + lidar2ego[:3, 3]
+    ranges = config_factory("detection_cvpr_2019").class_range
+    limits = np.array([ranges.get(name, np.inf) for name in classes])[detections.labels]
+    near = np.flatnonzero(np.hypot(in_ego[:, 0], in_ego[:, 1]) < limits)
+    for i in near[np.argsort(-detections.scores[near], kind="stable")][:limit]:
         x, y, z, width, length, height, _, vx, vy = detections.boxes[i].astype(np.float64)
         centre = rotation @ [x, y, z] + lidar2global[:3, 3]
         forward = rotation @ [np.cos(headings[i]), np.sin(headings[i]), 0.0]

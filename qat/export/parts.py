@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from qat.core.config import CAMERAS
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, FORMAT, SCHEMA
+from qat.core.versions import versions
 from qat.export.flavour_onnxruntime import to_onnxruntime
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
@@ -27,19 +26,6 @@ from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, recording_sc
 PRECISIONS = ("fp32", "fp16", "int8")
 FLAVOURS = ("tensorrt", "onnxruntime")
 OPSET = 13
-VERSIONS_OF = ("torch", "onnx", "onnxsim", "onnxruntime", "timm", "pytorch-quantization", "numpy")
-
-
-def _versions() -> dict[str, str]:
-    from qat import __version__
-
-    found = {"bevqat": __version__, "python": platform.python_version()}
-    for package in VERSIONS_OF:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _inputs_of_parts(detector: Any, parts: Mapping[str, TorchPart], frame: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -149,7 +135,7 @@ def _export(
         "opset": opset,
         "checkpoint": None,
         "calibration": dict(recipe) if recipe is not None and precision == "int8" else None,
-        "versions": _versions(),
+        "versions": versions(),
         "pipeline": settings,
         "parts": {},
     }

@@ -10,7 +10,7 @@ import numpy as np
 from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 
-BOUND = 127
+from qat.lean.quantizer import BOUND
 
 
 def quantizers(module: nn.Module) -> dict[str, TensorQuantizer]:

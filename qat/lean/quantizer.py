@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
@@ -9,6 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 BOUND = 127
+
+
+def _round(x: torch.Tensor, amax: float) -> torch.Tensor:
+    """`torch.fake_quantize_per_tensor_affine` bit for bit, without the mask that it makes for gradients: a quarter of
+    its time."""
+    scale = np.float32(amax / BOUND)
+    return x.mul(float(np.float32(1) / scale)).round_().clamp_(-BOUND - 1, BOUND).mul_(float(scale))
 
 
 class Quantizer(TensorQuantizer):
@@ -28,6 +36,8 @@ class Quantizer(TensorQuantizer):
     def _quant_forward(self, inputs: torch.Tensor) -> torch.Tensor:
         amax = self._amax
         if amax.numel() == 1:
+            if not (torch.is_grad_enabled() or torch.jit.is_tracing()):
+                return _round(inputs, amax.item())
             return torch.fake_quantize_per_tensor_affine(inputs, amax.item() / BOUND, 0, -BOUND - 1, BOUND)
         axis = next(i for i, size in enumerate(amax.shape) if size > 1)
         scale = amax.flatten() / BOUND

@@ -13,7 +13,7 @@ import numpy as np
 
 from qat.core.centerhead import Detections, decode, maps_from_tensors
 from qat.core.errors import UserError
-from qat.core.geometry import rasterize_depth
+from qat.core.geometry import rasterize_depth, within
 from qat.core.manifest import load_manifest
 from qat.core.preprocess import ResizeCrop, normalize
 from qat.engine import Options, build
@@ -184,8 +184,7 @@ class Pipeline:
         if self.settings["depth_input"]:
             with self._timed("depth"):
                 if limits := self.settings["points"]["range"]:
-                    low, high = np.asarray(limits[:3]), np.asarray(limits[3:])
-                    points = points[((points[:, :3] > low) & (points[:, :3] < high)).all(1)]
+                    points = points[within(points, limits)]
                 depth = rasterize_depth(points, calibration.lidar2image, matrices, no_augmentation, cfg["size"])
         return _Frame(
             img,

@@ -10,9 +10,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from qat.core.geometry import box_heading, rasterize_depth
-from qat.core.preprocess import load_image, normalize
-from qat.data import NuScenesDataset, Sample
+from qat.core.geometry import box_heading, box_yaw, rasterize_depth
+from qat.core.preprocess import normalize
+from qat.data import Keyframe, NuScenesDataset
 from qat.train.auxiliary import PixelTargets, pixel_targets
 
 
@@ -32,8 +32,11 @@ class TrainSample:
     pixels: PixelTargets
 
 
+ROOM = 6 << 30  # bytes of native images that a training set keeps
+
+
 class TrainSet:
-    """A data set held in memory: native images as uint8, points and boxes as read."""
+    """A data set's keyframes as read (native images as uint8), kept in memory as far as there is `ROOM` for them."""
 
     def __init__(self, dataset: NuScenesDataset, config: Mapping[str, Any]) -> None:
         self.dataset = dataset
@@ -45,27 +48,27 @@ class TrainSet:
         self.range = config["point_cloud_range"]
         feature_size = config["model"]["encoders"]["camera"]["vtransform"]["feature_size"]
         self.stride = self.image_size[0] // feature_size[0]
-        self._loaded: dict[int, tuple[Sample, list[np.ndarray]]] = {}
+        self._kept: dict[int, Keyframe] = {}
+        self._room = ROOM
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _native(self, index: int) -> tuple[Sample, list[np.ndarray]]:
-        if index not in self._loaded:
-            sample = self.dataset.load(self.dataset.tokens[index])
-            nusc = self.dataset.nusc
-            channels = nusc.get("sample", sample.token)["data"]
-            paths = [f"{nusc.dataroot}/{nusc.get('sample_data', channels[c])['filename']}" for c in sample.cameras]
-            sample.img = sample.images = sample.depth = np.zeros(0, np.float32)  # made anew at each draw
-            self._loaded[index] = sample, [load_image(path) for path in paths]
-        return self._loaded[index]
+    def _keyframe(self, index: int) -> Keyframe:
+        if index in self._kept:
+            return self._kept[index]
+        keyframe = self.dataset.read(self.dataset.tokens[index])
+        self._room -= sum(image.nbytes for image in keyframe.images)
+        if self._room > 0:
+            self._kept[index] = keyframe
+        return keyframe
 
     def draw(self, index: int, rng: np.random.Generator) -> TrainSample:
         """The sample under a random augmentation."""
-        sample, natives = self._native(index)
+        sample = self._keyframe(index)
         height, width = self.image_size
         images, matrices = [], []
-        for native in natives:
+        for native in sample.images:
             matrix = self._image_matrix(native.shape[1], native.shape[0], rng)
             flat = np.array([[matrix[0, 0], matrix[0, 1], matrix[0, 3]], [matrix[1, 0], matrix[1, 1], matrix[1, 3]]])
             warped = cv2.warpAffine(native, flat, (width, height), flags=cv2.INTER_LINEAR)
@@ -102,7 +105,7 @@ class TrainSet:
 
     def draw_boxes(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The sample's boxes and labels under a random rotation, scale and mirroring, and its lidar_aug_matrix."""
-        sample = self._native(index)[0]
+        sample = self._keyframe(index)
         turn = rng.uniform(*self.turn)
         scale = rng.uniform(*self.scale)
         flip = np.where(rng.random(2) < 0.5, -1.0, 1.0)
@@ -149,7 +152,7 @@ def augment_boxes(boxes: np.ndarray, turn: float, scale: float, flip: np.ndarray
     out[:, 3:6] = boxes[:, 3:6] * scale
     heading = box_heading(boxes[:, 6]) + turn
     forward = np.stack([np.cos(heading) * flip[0], np.sin(heading) * flip[1]], 1)
-    out[:, 6] = -np.arctan2(forward[:, 1], forward[:, 0]) - np.pi / 2
+    out[:, 6] = box_yaw(np.arctan2(forward[:, 1], forward[:, 0]))
     out[:, 7:9] = boxes[:, 7:9] @ linear[:2, :2].T
     matrix = np.eye(4, dtype=np.float32)
     matrix[:3, :3] = linear

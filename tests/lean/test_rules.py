@@ -1,5 +1,7 @@
 """Each placement rule on the smallest graph that shows it."""
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -149,9 +151,20 @@ def test_a_channel_of_zeros_gets_a_floor_and_stays_zero():
 
 def test_rounding_equals_torchs_own_fake_quantize():
     x = torch.randn(4, 3, 5, 5) * 3
+    x[0, 0, 0] = torch.tensor([1e20, -1e20, 0.0, -0.0, 0.5 * 2.0 / 127])  # far outside, zeros, half a step
     quantizer = Quantizer()
     quantizer.set_range(torch.tensor(2.0))
-    assert torch.equal(quantizer(x), torch.fake_quantize_per_tensor_affine(x, 2.0 / 127, 0, -128, 127))
+    expected = torch.fake_quantize_per_tensor_affine(x, 2.0 / 127, 0, -128, 127)
+    assert torch.equal(quantizer(x)[0, 0, 0, 2:], expected[0, 0, 0, 2:]) and torch.equal(quantizer(x)[1:], expected[1:])
+    for amax in (0.013, 2.0, 517.3):
+        quantizer.set_range(torch.tensor(amax))
+        with torch.no_grad():  # another way, for speed: far outside, where torch's own overflows, it saturates
+            fast = quantizer(x)
+        assert torch.equal(fast[1:], quantizer(x)[1:])
+        step = float(np.float32(amax / 127))
+        assert fast[0, 0, 0, :2].tolist() == pytest.approx([127 * step, -128 * step])
+    quantizer.set_range(torch.tensor(2.0))
+    x = x[1:]
     by_hand = (x / (2.0 / 127)).round().clamp(-128, 127) * (2.0 / 127)
     assert torch.allclose(quantizer(x), by_hand, atol=1e-6)
 

@@ -138,7 +138,7 @@ def test_an_augmented_depth_map_agrees_with_the_augmented_image(dataset, tiny_co
     """Depth is drawn through img_aug_matrix: undoing it gives back points that project to those pixels."""
     train_set = TrainSet(dataset, tiny_config)
     sample = train_set.draw(1, np.random.default_rng(3))
-    raw = train_set._native(1)[0]
+    raw = train_set._keyframe(1)
     row, column = np.argwhere(sample.depth[0, 0] > 0)[5]
     depth = sample.depth[0, 0, row, column]
     undone = np.linalg.inv(sample.img_aug_matrix[0].astype(float)) @ [column + 0.5, row + 0.5, 0, 1]
