@@ -1,8 +1,10 @@
 """Train a float detector on nuScenes-format data; a killed run resumes where it was.
 
 example:
-  bevqat synth --out data/fit --scenes 270 --seed 100 --keyframes 3 --azimuths 180 --sweeps 0 --splits fit=270
-  bevqat train --data data/fit:fit --out runs/train --steps 4000
+  bevqat synth --out data/fit --scenes 450 --seed 101 --keyframes 2 --azimuths 180 --sweeps 0 --splits fit=450
+  bevqat train --data data/fit:fit --stage image --steps 2400 --out runs/image
+  bevqat train --data data/fit:fit --stage bev --init runs/image/model.pth --steps 2200 --batch 4 --out runs/bev
+  bevqat train --data data/fit:fit --init runs/bev/model.pth --lr 3e-4 --out runs/all
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ class TrainSet:
         self.rotate = config["augment2d"]["rotate"]
         self.scale = config["augment3d"]["scale"]
         self.turn = config["augment3d"]["rotate"]
+        self.translate = float(config["augment3d"].get("translate", 0.0))
         self.range = config["point_cloud_range"]
         feature_size = config["model"]["encoders"]["camera"]["vtransform"]["feature_size"]
         self.stride = self.image_size[0] // feature_size[0]
@@ -104,13 +105,14 @@ class TrainSet:
         )
 
     def draw_boxes(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The sample's boxes and labels under a random rotation, scale and mirroring, and its lidar_aug_matrix."""
+        """The sample's boxes and labels, moved at random, and its lidar_aug_matrix."""
         sample = self._keyframe(index)
         turn = rng.uniform(*self.turn)
         scale = rng.uniform(*self.scale)
         flip = np.where(rng.random(2) < 0.5, -1.0, 1.0)
+        shift = rng.normal(0.0, self.translate, 3)
         kept = sample.gt_points > 0  # BEVFusion trains on what the lidar sees
-        boxes, lidar_aug = augment_boxes(sample.gt_boxes[kept], turn, scale, flip)
+        boxes, lidar_aug = augment_boxes(sample.gt_boxes[kept], turn, scale, flip, shift)
         inside = (np.abs(boxes[:, :2]) < min(abs(v) for v in self.range[:2])).all(1)
         return boxes[inside], sample.gt_labels[kept][inside], lidar_aug
 
@@ -139,21 +141,25 @@ def _photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(image * gain.astype(np.float32) + np.float32(rng.uniform(-12, 12)), 0, 255)
 
 
-def augment_boxes(boxes: np.ndarray, turn: float, scale: float, flip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rotates (radians, anticlockwise), scales, then mirrors boxes about the lidar's origin.
+def augment_boxes(
+    boxes: np.ndarray, turn: float, scale: float, flip: np.ndarray, shift: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rotates (radians, anticlockwise), shifts (metres), scales, then mirrors boxes about the lidar's origin, in the
+    order of BEVFusion's GlobalRotScaleTrans and RandomFlip3D.
 
-    flip: (±1, ±1), the factors of x and y. Returns the boxes and the lidar_aug_matrix float32[4,4] that does the
+    flip: (±1, ±1), the factors of x and y. shift: (x, y, z), none if left out. Returns the boxes and the lidar_aug_matrix float32[4,4] that does the
     same to points.
     """
     c, s = np.cos(turn), np.sin(turn)
     linear = np.diag([flip[0], flip[1], 1.0]) @ (scale * np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]]))
     out = boxes.copy()
-    out[:, :3] = boxes[:, :3] @ linear.T
+    moved = np.zeros(3) if shift is None else scale * np.array([*flip, 1.0]) * shift
+    out[:, :3] = boxes[:, :3] @ linear.T + moved
     out[:, 3:6] = boxes[:, 3:6] * scale
     heading = box_heading(boxes[:, 6]) + turn
     forward = np.stack([np.cos(heading) * flip[0], np.sin(heading) * flip[1]], 1)
     out[:, 6] = box_yaw(np.arctan2(forward[:, 1], forward[:, 0]))
     out[:, 7:9] = boxes[:, 7:9] @ linear[:2, :2].T
     matrix = np.eye(4, dtype=np.float32)
-    matrix[:3, :3] = linear
+    matrix[:3, :3], matrix[:3, 3] = linear, moved
     return out, matrix

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from qat.core.centerhead import Detections
+from qat.core.errors import UserError
 from qat.data import NuScenesDataset
 from qat.data.synth import SynthOptions, generate
 from qat.evaluate import evaluate_detections
-from qat.evaluate.detection import attribute_of
+from qat.evaluate.detection import attribute_of, to_global
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,29 @@ def test_any_subset_of_samples_can_be_evaluated(dataset, truth):
 )
 def test_attributes_follow_class_and_speed(name, speed, attribute):
     assert attribute_of(name, speed) == attribute
+
+
+def test_boxes_beyond_their_class_range_do_not_crowd_out_those_within(dataset):
+    """The devkit takes 500 boxes a keyframe: 600 sure cones at 45 m (of 30 m that count) leave room for a faint one."""
+    sample = dataset[0]
+    boxes = np.zeros((601, 9), np.float32)
+    boxes[:, 1], boxes[:, 3:6] = 45.0, 0.5
+    boxes[600, 1] = 10.0
+    scores = np.full(601, 0.9, np.float32)
+    scores[600] = 0.1
+    label = dataset.classes.index("traffic_cone")
+    found = to_global(
+        sample.token,
+        Detections(boxes, scores, np.full(601, label)),
+        sample.lidar2ego,
+        sample.ego2global,
+        dataset.classes,
+    )
+    assert [round(box.detection_score, 3) for box in found] == [0.1]
+
+
+def test_keyframes_without_annotations_are_named(dataset, truth, monkeypatch):
+    token = next(iter(truth))
+    monkeypatch.setitem(dataset.nusc.get("sample", token), "anns", [])
+    with pytest.raises(UserError, match="no annotated objects of the ten classes in 1 keyframes"):
+        evaluate_detections(dataset, {token: truth[token]})

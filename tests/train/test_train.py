@@ -123,14 +123,15 @@ def test_depth_loss_reads_the_nearest_point_of_each_cell():
 @pytest.mark.parametrize("flip", [(1, 1), (-1, 1), (1, -1), (-1, -1)])
 def test_augmented_boxes_move_as_points_do(flip):
     boxes, _ = some_boxes()
-    out, matrix = augment_boxes(boxes, 0.4, 1.1, np.array(flip, float))
-    assert np.allclose(out[:, :3], boxes[:, :3] @ matrix[:3, :3].T, atol=1e-5)
+    out, matrix = augment_boxes(boxes, 0.4, 1.1, np.array(flip, float), np.array([0.5, -2.0, 0.1]))
+    assert np.allclose(out[:, :3], boxes[:, :3] @ matrix[:3, :3].T + matrix[:3, 3], atol=1e-5)
+    assert np.allclose(matrix[:3, 3], 1.1 * np.array([0.5 * flip[0], -2.0 * flip[1], 0.1]), atol=1e-6)
     for before, after in zip(boxes, out, strict=True):
         heading = box_heading(before[6:7])[0]
         tip = before[:3] + before[4] / 2 * np.array([np.cos(heading), np.sin(heading), 0])
         heading = box_heading(after[6:7])[0]
-        moved = after[:3] + after[4] / 2 * np.array([np.cos(heading), np.sin(heading), 0])
-        assert np.allclose(moved, tip @ matrix[:3, :3].T, atol=1e-4)
+        tip_moved = after[:3] + after[4] / 2 * np.array([np.cos(heading), np.sin(heading), 0])
+        assert np.allclose(tip_moved, tip @ matrix[:3, :3].T + matrix[:3, 3], atol=1e-4)
     assert np.allclose(out[:, 7:9], boxes[:, 7:9] @ matrix[:2, :2].T, atol=1e-5)
 
 
