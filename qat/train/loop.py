@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +50,6 @@ class TrainOptions:
     decay: float = 0.35
     depth_weight: float = 3.0
     pixel_weight: float = 1.0
-    ema: float = 0.998
     clip: float = 35.0
     seed: int = 0
     save_seconds: float = 120.0
@@ -115,7 +113,6 @@ class _State:
         self.model = build_model(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if init is not None:
             load_state(self.model, load_checkpoint(init)["state_dict"], str(init))
-        self.average = copy.deepcopy(self.model).eval()
         self.pixels = PixelHead(self.model.vtransform.C, len(config["object_classes"])).to(device)
         if init is not None and "pixel_head" in (saved := load_checkpoint(init)):
             self.pixels.load_state_dict(saved["pixel_head"])
@@ -133,7 +130,6 @@ class _State:
             torch.save(
                 {
                     "model": self.model.state_dict(),
-                    "average": self.average.state_dict(),
                     "pixel_head": self.pixels.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "step": self.step,
@@ -146,7 +142,6 @@ class _State:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(saved["model"])
-            self.average.load_state_dict(saved["average"])
             self.pixels.load_state_dict(saved["pixel_head"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, KeyError, ValueError, EOFError) as error:
@@ -154,16 +149,6 @@ class _State:
                 f"{path}: does not fit this run ({str(error).splitlines()[0]}); remove it or choose another --out"
             ) from None
         self.step, self.history = saved["step"], saved["history"]
-
-    def follow(self, ema: float) -> None:
-        """Moves the average towards the model; slower as training goes on."""
-        keep = min(ema, (1 + self.step) / (10 + self.step))
-        own, average = self.model.state_dict(), self.average.state_dict()
-        for name, value in average.items():
-            if value.is_floating_point():
-                value.lerp_(own[name].to(value.dtype), 1 - keep)
-            else:
-                value.copy_(own[name])
 
 
 class _Drawn:
@@ -277,7 +262,6 @@ def train(
         nn.utils.clip_grad_norm_(state.model.parameters(), options.clip)
         state.optimizer.step()
         state.step += 1
-        state.follow(options.ema)
         recent.append({name: float(value.detach()) for name, value in losses.items()})
         if state.step % 25 == 0 or state.step == options.steps:
             mean = {name: float(np.mean([r[name] for r in recent])) for name in recent[0]}
@@ -292,11 +276,11 @@ def train(
             saved_at = time.monotonic()
     state.save(resume)
     meta = {"options": asdict(options), "samples": samples, "step": state.step, "bevqat": qat.__version__}
-    save_float_checkpoint(out / "model.pth", state.average, meta, pixel_head=state.pixels)
+    save_float_checkpoint(out / "model.pth", state.model, meta, pixel_head=state.pixels)
     write_json(out / "history.json", {"options": asdict(options), "history": state.history})
     draw_curve(state.history, out / "curve.png")
     if held_out is None or options.stage == "image":
         return None
-    metrics = evaluate_detections(held_out, detect(state.average, held_out))
+    metrics = evaluate_detections(held_out, detect(state.model.eval(), held_out))
     write_json(out / "metrics.json", metrics)
     return metrics

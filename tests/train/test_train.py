@@ -195,7 +195,7 @@ def test_the_image_stage_then_the_bev_stage_then_all(dataset, tiny_config, tmp_p
     image_part = {f"encoders.camera.{name}" for name in ("backbone", "neck")}
     before, pixel_head = None, None
     for stage, init in (("image", None), ("bev", "image"), ("all", "bev")):
-        options = TrainOptions(stage=stage, steps=3, batch=2, warmup=1, ema=0.0)
+        options = TrainOptions(stage=stage, steps=3, batch=2, warmup=1)
         start = init and tmp_path / init / "model.pth"
         train(tiny_config, [dataset], tmp_path / stage, options, init=start, log=lambda _: None)
         saved = torch.load(tmp_path / stage / "model.pth", weights_only=True)
