@@ -10,6 +10,7 @@ from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 
 from qat.core.geometry import PoolPattern
+from qat.lean.clean import clean
 from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import Inventory, quantize_graph
 from qat.lean.modes import quantizers
@@ -50,6 +51,7 @@ class QuantizedDetector(nn.Module):
         self.inventory: dict[str, Inventory] = {}
         for name, method in PARTS.items():
             graph = trace(detector, method)
+            clean(graph)
             fold_batch_norm(graph)
             self.inventory[name] = quantize_graph(graph, keep_float)
             if name in parts_off:

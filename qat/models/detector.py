@@ -62,7 +62,7 @@ class CameraBEVDetector(nn.Module):
             {
                 "camera": nn.ModuleDict(
                     {
-                        "backbone": build_backbone(camera["backbone"]),
+                        "backbone": build_backbone(camera["backbone"], config["image_size"]),
                         "neck": _build(camera["neck"], f"{where}.neck"),
                         "vtransform": _build(camera["vtransform"], f"{where}.vtransform"),
                     }

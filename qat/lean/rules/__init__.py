@@ -4,5 +4,7 @@ from qat.lean.rules import weighted_layers  # isort: skip
 from qat.lean.rules import residual_add  # isort: skip
 from qat.lean.rules import pass_through  # isort: skip
 from qat.lean.rules import concat  # isort: skip
+from qat.lean.rules import attention  # isort: skip
+from qat.lean.rules import layer_norm  # isort: skip
 
-__all__ = ["concat", "pass_through", "residual_add", "weighted_layers"]
+__all__ = ["attention", "concat", "layer_norm", "pass_through", "residual_add", "weighted_layers"]

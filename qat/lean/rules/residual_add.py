@@ -6,16 +6,19 @@
 TensorRT fuses conv + add + ReLU into one INT8 kernel when the branch that is not the convolution's comes in INT8 and
 the convolution's own output does not (Developer Guide, "Explicit quantization: Q/DQ layer placement"). Where both
 inputs are convolutions (a downsampled identity), the identity is the shorter branch. An add that no convolution
-feeds has both inputs quantized on one scale.
+feeds has both inputs quantized on one scale. A linear layer is no convolution here: engines fuse no INT8 add into it, and
+the stream that a transformer adds to has too wide a range to be rounded at every block (see `layer_norm`).
 
 The convolution's output is watched: ONNX Runtime's flavour quantizes it too, and one calibration serves both.
 """
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
 from qat.lean.placement import WEIGHTED, Placement, is_add, rule
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def _depths(placement: Placement) -> dict[fx.Node, int]:
@@ -37,7 +40,11 @@ def residual_add(placement: Placement) -> None:
             continue
         left, right = node.args[:2]
         assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-        convs = [source for source in (left, right) if source in quantized and len(source.users) == 1]
+        convs = [
+            source
+            for source in (left, right)
+            if source in quantized and len(source.users) == 1 and isinstance(placement.module(source), CONVOLUTIONS)
+        ]
         if not convs:
             if all(placement.requests.get(source) for source in (left, right)):
                 placement.tie(left, right)
