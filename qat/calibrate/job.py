@@ -16,7 +16,8 @@ from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.data import NuScenesDataset
-from qat.lean import QuantizedDetector
+from qat.lean import Inventory, QuantizedDetector
+from qat.lean.placement import Kept
 from qat.models import load_float_model
 
 FEW_FRAMES = 8
@@ -74,6 +75,18 @@ def calibrate_checkpoint(
     return CalibrationResult(quantized, report, recipe)
 
 
+def by_reason(inventory: Inventory) -> dict[Kept, list[str]]:
+    """What stays float, grouped by rule and reason."""
+    groups: dict[Kept, list[str]] = {}
+    for name, kept in inventory.kept.items():
+        groups.setdefault(kept, []).append(name)
+    return groups
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
 def print_summary(result: CalibrationResult) -> None:
     """Prints a table of what is INT8 in each part and what stays float, and why."""
     model, report = result.model, result.report
@@ -91,8 +104,8 @@ def print_summary(result: CalibrationResult) -> None:
     console.print(table)
     console.print(f"INT8 share of all MACs: {report.int8_share:.1%}")
     for inventory in model.inventory.values():
-        for path, reason in inventory.kept.items():
-            console.print(f"float: {path} ({reason})", highlight=False)
+        for kept, names in by_reason(inventory).items():
+            console.print(f"float: {names[0]}{_more(names)} ({kept.reason})", highlight=False)
     for part in model.parts_off:
         console.print(f"float: all of {part} (CUDA-BEVFusion builds that part without QDQ)", highlight=False)
     for name in report.unexcited:

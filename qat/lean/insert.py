@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from qat.lean import rules  # noqa: F401  (importing registers them)
-from qat.lean.placement import RULES, FloatRule, Placement
+from qat.lean.placement import RULES, FloatRule, Kept, Placement
 from qat.lean.quantizer import input_quantizer, quantized_layer
 from qat.lean.trace import replace_module, submodule
 
@@ -19,13 +19,13 @@ class Inventory:
     """What was done to one graph.
 
     quantizers: activation quantizer name → names of the tensors (fx nodes) that it rounds. quantized: paths of the
-    layers with INT8 weights. kept: path of each layer left float → the reason. watched: quantizer names that are
+    layers with INT8 weights. kept: path of each layer left float → the rule and the reason. watched: quantizer names that are
     calibrated and switched off.
     """
 
     quantizers: dict[str, list[str]] = field(default_factory=dict)
     quantized: list[str] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
     watched: list[str] = field(default_factory=list)
 
 

@@ -32,6 +32,14 @@ class FloatRule:
     reason: str
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Something that stays float: the rule that says so, and why."""
+
+    rule: str
+    reason: str
+
+
 @dataclass
 class Placement:
     """The requests of all rules over one graph."""
@@ -41,7 +49,7 @@ class Placement:
     requests: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     watched: list[fx.Node] = field(default_factory=list)
     weighted: list[fx.Node] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
     _parent: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def nodes(self) -> list[fx.Node]:
@@ -64,6 +72,10 @@ class Placement:
         users = self.requests.setdefault(producer, [])
         if consumer not in users:
             users.append(consumer)
+
+    def keep(self, name: str, rule: str, reason: str) -> None:
+        """The layer or operation of this name stays float."""
+        self.kept[name] = Kept(rule, reason)
 
     def watch(self, producer: fx.Node) -> None:
         """Statistics of this tensor are recorded, but the default flavour does not quantize it."""

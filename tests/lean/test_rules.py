@@ -8,7 +8,7 @@ from torch import nn
 from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import quantize_graph
 from qat.lean.modes import quantizers
-from qat.lean.placement import FloatRule
+from qat.lean.placement import FloatRule, Kept
 from qat.lean.quantizer import Quantizer
 from qat.lean.trace import trace
 
@@ -119,7 +119,7 @@ def test_max_pooling_and_resize_pass_their_inputs_scale_on():
 def test_a_layer_kept_float_has_no_quantizers_and_its_reason_is_told():
     graph = trace(Residual())
     inventory = quantize_graph(graph, [FloatRule("stem", "because")])
-    assert inventory.kept == {"stem": "because"}
+    assert inventory.kept == {"stem": Kept("keep_float", "because")}
     assert "stem" not in inventory.quantized
     assert type(graph.get_submodule("stem")) is nn.Conv2d
     assert "quant_x" not in inventory.quantizers

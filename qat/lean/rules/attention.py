@@ -29,6 +29,6 @@ def attention(placement: Placement) -> None:
     for node in placement.nodes():
         tensors = [source for source in node.args[:2] if isinstance(source, fx.Node)]
         if node.op in ("call_function", "call_method") and node.target in MATMULS and len(tensors) == 2:
-            placement.kept[node.name] = REASON
+            placement.keep(node.name, "attention", REASON)
         elif isinstance(placement.module(node), nn.Softmax) or node.target in (torch.softmax, "softmax"):
-            placement.kept[node.name] = "softmax: its output spans too many magnitudes for one scale"
+            placement.keep(node.name, "attention", "softmax: its output spans too many magnitudes for one scale")

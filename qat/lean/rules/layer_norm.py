@@ -23,4 +23,4 @@ def layer_norm(placement: Placement) -> None:
     for node in placement.nodes():
         module = placement.module(node)
         if isinstance(module, nn.LayerNorm) or type(module).__name__ in ("LayerNorm2d", "RmsNorm", "RMSNorm"):
-            placement.kept[str(node.target)] = "layer norm: divides by its input's own deviation"
+            placement.keep(str(node.target), "layer_norm", "layer norm: divides by its input's own deviation")

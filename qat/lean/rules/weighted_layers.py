@@ -22,7 +22,7 @@ def weighted_layers(placement: Placement) -> None:
             continue
         reason = placement.float_reason(node)
         if reason is not None:
-            placement.kept[str(node.target)] = reason
+            placement.keep(str(node.target), "keep_float", reason)
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)

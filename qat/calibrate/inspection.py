@@ -1,0 +1,160 @@
+"""What a PTQ checkpoint quantizes, with which scales, and what it leaves float: read back from the file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from qat.calibrate.checkpoint import load_ptq
+from qat.lean import QuantizedDetector
+from qat.lean.quantizer import BOUND, QuantizedConv2d, QuantizedConvTranspose2d, QuantizedLinear, Quantizer
+
+LAYERS = QuantizedConv2d | QuantizedConvTranspose2d | QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors that share one activation quantizer. feeds: layers and operations that take one of them. state: "on",
+    "watched" (for the onnxruntime flavour alone) or "off" (its whole part is float)."""
+
+    part: str
+    quantizer: str
+    tensors: list[str]
+    feeds: list[str]
+    amax: float
+    scale: float
+    state: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with INT8 weights. scales: the smallest and the largest of its channels'."""
+
+    part: str
+    path: str
+    kind: str
+    weights: int
+    channels: int
+    scales: tuple[float, float]
+    state: str
+
+
+@dataclass(frozen=True)
+class FloatLayer:
+    """What stays float, by which rule and why."""
+
+    part: str
+    name: str
+    rule: str
+    reason: str
+
+
+@dataclass
+class Inspection:
+    """All of it."""
+
+    recipe: dict[str, Any]
+    groups: list[Group] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    floats: list[FloatLayer] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers."""
+        return asdict(self)
+
+
+def _feeds(node: fx.Node) -> list[str]:
+    return [str(user.target) if user.op == "call_module" else user.name for user in node.users]
+
+
+def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspection:
+    """Reads a calibrated detector."""
+    found = Inspection(recipe)
+    for part, inventory in model.inventory.items():
+        graph = model.parts[part]
+        assert isinstance(graph, fx.GraphModule)
+        off = part in model.parts_off
+        feeds: dict[str, list[str]] = {}
+        for node in graph.graph.nodes:
+            if node.op == "call_module":
+                feeds.setdefault(str(node.target), []).extend(_feeds(node))
+        for name, tensors in inventory.quantizers.items():
+            quantizer = graph.get_submodule(name)
+            assert isinstance(quantizer, Quantizer)
+            amax = float(quantizer._amax)
+            state = "off" if off else "watched" if name in inventory.watched else "on"
+            taking = [f for f in dict.fromkeys(feeds[name]) if f not in inventory.quantizers]
+            found.groups.append(Group(part, name, list(tensors), taking, amax, amax / BOUND, state))
+        for path in inventory.quantized:
+            layer = graph.get_submodule(path)
+            assert isinstance(layer, LAYERS)
+            scales = layer.weight_quantizer._amax.flatten() / BOUND
+            found.layers.append(
+                Layer(
+                    part,
+                    path,
+                    type(layer).__name__.removeprefix("Quantized"),
+                    layer.weight.numel(),
+                    scales.numel(),
+                    (float(scales.min()), float(scales.max())),
+                    "off" if off else "on",
+                )
+            )
+        found.floats += [FloatLayer(part, name, kept.rule, kept.reason) for name, kept in inventory.kept.items()]
+        if off:
+            reason = "all of the part: CUDA-BEVFusion builds it without QDQ"
+            found.floats.append(FloatLayer(part, "*", "parts_off", reason))
+    return found
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
+    """Reads a PTQ checkpoint.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    return inspect_detector(*load_ptq(path))
+
+
+def print_inspection(found: Inspection, name: str) -> None:
+    """Prints three tables: groups of activations, layers, what stays float."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    recipe = found.recipe
+    frames, method = recipe.get("frames", "?"), recipe.get("method", "?")
+    groups = Table(title=f"{name}: activations, {method} over {frames} frames", title_justify="left")
+    for heading in ("part", "quantizer", "amax", "scale", "tensors that share it", "feeds", "state"):
+        groups.add_column(heading, justify="right" if heading in ("amax", "scale") else "left", overflow="fold")
+    for g in found.groups:
+        groups.add_row(
+            g.part, g.quantizer, f"{g.amax:.4g}", f"{g.scale:.3g}", ", ".join(g.tensors), ", ".join(g.feeds), g.state
+        )
+    layers = Table(title="layers with INT8 weights", title_justify="left")
+    for heading in ("part", "layer", "kind", "weights", "channels", "scales", "state"):
+        layers.add_column(heading, justify="right" if heading in ("weights", "channels") else "left", overflow="fold")
+    for layer in found.layers:
+        low, high = layer.scales
+        cells = (layer.part, layer.path, layer.kind, f"{layer.weights:,}", str(layer.channels))
+        layers.add_row(*cells, f"{low:.2g} … {high:.2g}", layer.state)
+    floats = Table(title="what stays float", title_justify="left")
+    for heading in ("part", "rule", "how many", "which", "why"):
+        floats.add_column(heading, overflow="fold")
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for f in found.floats:
+        together.setdefault((f.part, f.rule, f.reason), []).append(f.name)
+    for (part, rule, reason), names in together.items():
+        floats.add_row(part, rule, str(len(names)), ", ".join(names), reason)
+    for table in (groups, layers, floats):
+        console.print(table)
+    on = [g for g in found.groups if g.state == "on"]
+    shared = sum(len(g.tensors) > 1 for g in on)
+    console.print(
+        f"{len(on)} activation quantizers on, {shared} of them shared by several tensors; "
+        f"{sum(layer.state == 'on' for layer in found.layers)} layers with INT8 weights",
+        highlight=False,
+    )
