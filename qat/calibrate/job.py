@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from qat.calibrate.checkpoint import save_ptq
+from qat.calibrate.distributed import device, place
 from qat.calibrate.ptq import CalibrationReport, calibrate
 from qat.core.config import load_config
 from qat.core.errors import UserError
@@ -42,8 +44,11 @@ def calibrate_checkpoint(
     frames: int | None = None,
     method: str = "mse",
     percentile: float = 99.99,
+    by_layer: Sequence[tuple[str, str]] = (),
 ) -> CalibrationResult:
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
+
+    Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
     Raises:
         UserError: anything wrong with the files or their content.
@@ -51,18 +56,26 @@ def calibrate_checkpoint(
     if not 50 < percentile <= 100:
         raise UserError(f"--percentile: found {percentile}, expected above 50 and at most 100")
     settings = load_config(config)
-    model = load_float_model(settings, checkpoint)
+    model = load_float_model(settings, checkpoint).to(device())
     dataset = NuScenesDataset(data, split, settings, version, frames)
+    rank, size = place()
+    own = [dataset.tokens[i] for i in range(rank, len(dataset), size)]
     console = Console(stderr=True)
     columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("", total=len(dataset))
+    with Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("", total=len(own))
         quantized, report = calibrate(
-            model, dataset, method, percentile, lambda done: progress.update(bar, completed=done)
+            model,
+            (dataset.load(token) for token in own),
+            method,
+            percentile,
+            lambda done: progress.update(bar, completed=done),
+            by_layer,
         )
     recipe: dict[str, object] = {
         "method": method,
-        "percentile": percentile if method == "percentile" else None,
+        "by_layer": [list(pair) for pair in by_layer],
+        "percentile": percentile if "percentile" in (method, *(other for _, other in by_layer)) else None,
         "frames": report.frames,
         "split": split,
         "dataset": data.name,
@@ -71,7 +84,10 @@ def calibrate_checkpoint(
         "int8_share_of_macs": round(report.int8_share, 4),
         "unexcited": report.unexcited,
     }
-    save_ptq(out, quantized, model, recipe)
+    quantized.cpu()
+    model.cpu()
+    if rank == 0:
+        save_ptq(out, quantized, model, recipe)
     return CalibrationResult(quantized, report, recipe)
 
 

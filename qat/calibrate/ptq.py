@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qat.calibrate.distributed import agree, merge_calibrators, total
 from qat.core.errors import UserError
 from qat.lean import METHODS, QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
@@ -103,6 +105,23 @@ def _counting_macs(model: QuantizedDetector, macs: dict[str, int]) -> Iterator[N
             handle.remove()
 
 
+def _methods(model: QuantizedDetector, method: str, by_layer: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The method of each activation quantizer."""
+    names = list(model.activation_quantizers())
+    for pattern, other in by_layer:
+        if other not in METHODS:
+            raise UserError(f"--method-for {pattern}={other}: expected a method of {', '.join(METHODS)}")
+        if not fnmatch.filter(names, pattern):
+            raise UserError(
+                f"--method-for {pattern}={other}: no quantizer has such a name; `bevqat inspect` lists them, such as "
+                f"{names[0]}"
+            )
+    return {
+        name: next((other for pattern, other in by_layer if fnmatch.fnmatchcase(name, pattern)), method)
+        for name in names
+    }
+
+
 def run_frame(model: QuantizedDetector, frame: Frame) -> None:
     """Runs one frame through all parts."""
     device = next(model.parameters()).device
@@ -117,6 +136,7 @@ def calibrate(
     method: str = "mse",
     percentile: float = 99.99,
     progress: Callable[[int], None] | None = None,
+    by_layer: Sequence[tuple[str, str]] = (),
 ) -> tuple[QuantizedDetector, CalibrationReport]:
     """Sets the range of every quantizer from what its tensor holds on `frames`.
 
@@ -126,6 +146,10 @@ def calibrate(
         method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.
         percentile: share of magnitudes inside the range, in percent, for `percentile`.
         progress: called with the number of frames done.
+        by_layer: (pattern, method) pairs for quantizers that are to have another method; the pattern (shell style) is
+            matched against `part.quantizer`, the first that fits counts.
+
+    Under torchrun each process passes its own share of the frames, and all end with the same ranges.
 
     Raises:
         UserError: no frames, a frame with NaN or without content, NaN in an activation (the layer is named).
@@ -134,18 +158,26 @@ def calibrate(
         raise UserError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
     quantized = model if isinstance(model, QuantizedDetector) else quantize_detector(model)
     report = CalibrationReport()
+    choice = _methods(quantized, method, by_layer)
+    error = None
     with torch.inference_mode(), _collecting(quantized) as calibrators, _counting_macs(quantized, report.macs):
-        for frame in frames:
-            check_frame(frame)
-            run_frame(quantized, frame)
-            report.frames += 1
-            if progress:
-                progress(report.frames)
-    if report.frames == 0:
-        raise UserError("calibration: found no frames, expected at least one")
+        try:
+            for frame in frames:
+                check_frame(frame)
+                run_frame(quantized, frame)
+                report.frames += 1
+                if progress:
+                    progress(report.frames)
+            if report.frames == 0:
+                raise UserError("calibration: found no frames, expected at least one for each process")
+        except UserError as found:
+            error = found
+    agree(error)
+    report.frames = total(report.frames)
+    merge_calibrators(calibrators)
     own = quantizers(quantized.parts)
     for name, calibrator in calibrators.items():
-        amax = calibrator.compute_amax(method, percentile)
+        amax = calibrator.compute_amax(choice[name], percentile)
         if amax < UNEXCITED:
             report.unexcited.append(name)
         quantizer = own[name]

@@ -2,6 +2,9 @@
 
 example:
   bevqat calibrate --data example-data --split calib --out runs/calibrate/ptq.pth
+
+Several processes share the frames and end with the same ranges:
+  torchrun --nproc-per-node 2 qat/calibrate.py --out runs/calibrate/ptq.pth
 """
 
 from __future__ import annotations
@@ -23,25 +26,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames", type=int, metavar="N", help="calibrate on N frames spread over the split (default all)"
     )
     parser.add_argument("--method", default="mse", choices=("max", "percentile", "mse", "entropy"))
+    parser.add_argument(
+        "--method-for",
+        action="append",
+        default=[],
+        metavar="PATTERN=METHOD",
+        help="another method for quantizers whose part.name matches; may be given again (`bevqat inspect` lists names)",
+    )
     parser.add_argument("--percentile", type=float, default=99.99, help="for --method percentile (default 99.99)")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate/ptq.pth"), metavar="CKPT")
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the PTQ checkpoint, prints what is INT8 and what is not."""
+    from qat.calibrate.distributed import process_group
     from qat.calibrate.job import calibrate_checkpoint, print_summary
+    from qat.core.errors import UserError
 
-    result = calibrate_checkpoint(
-        config=args.config,
-        checkpoint=args.ckpt,
-        data=args.data,
-        version=args.version,
-        split=args.split,
-        frames=args.frames,
-        method=args.method,
-        percentile=args.percentile,
-        out=args.out,
-    )
-    print_summary(result)
-    print(args.out)
+    by_layer = []
+    for text in args.method_for:
+        pattern, equals, method = text.rpartition("=")
+        if not (pattern and equals):
+            raise UserError(f"--method-for: found {text!r}, expected PATTERN=METHOD such as 'camera.*=max'")
+        by_layer.append((pattern, method))
+    with process_group() as (rank, _):
+        result = calibrate_checkpoint(
+            config=args.config,
+            checkpoint=args.ckpt,
+            data=args.data,
+            version=args.version,
+            split=args.split,
+            frames=args.frames,
+            method=args.method,
+            percentile=args.percentile,
+            out=args.out,
+            by_layer=by_layer,
+        )
+    if rank == 0:
+        print_summary(result)
+        print(args.out)
     return 0

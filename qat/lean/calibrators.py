@@ -74,7 +74,7 @@ class HistogramCalibrator:
             other._widen(self.log2_range)
             self._widen(other.log2_range)
             assert other.counts is not None
-            self.counts += other.counts
+            self.counts = self.counts + other.counts  # collected in inference mode: not to be changed in place
         self.largest = max(self.largest, other.largest)
 
     def compute_amax(self, method: str, percentile: float = 99.99) -> float:

@@ -1,0 +1,100 @@
+"""Calibration by several processes that torchrun started: each runs a share of the frames, all end with one result.
+
+A histogram's bins do not depend on the order of its values and its counts are whole numbers, so what the processes
+collected adds up to exactly what one process would have.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+
+from qat.core.errors import UserError
+from qat.lean.calibrators import HistogramCalibrator
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and the number of processes: torchrun's environment, (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU where there is none for it."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", local) if local < torch.cuda.device_count() else torch.device("cpu")
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """Joins the other processes (nccl where there is a GPU for each, gloo otherwise); alone, does nothing."""
+    rank, size = place()
+    if size == 1:
+        yield rank, size
+        return
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield rank, size
+    finally:
+        distributed.destroy_process_group()
+
+
+def agree(error: UserError | None) -> None:
+    """Ends every process if any of them has found bad input; rank 0 says which.
+
+    (A process that stopped alone would leave the others waiting for it.)
+
+    Raises:
+        UserError: on rank 0, and alone. Others leave silently with exit status 2.
+    """
+    rank, size = place()
+    if size == 1:
+        if error is not None:
+            raise error
+        return
+    found: list[str | None] = [None] * size
+    distributed.all_gather_object(found, None if error is None else str(error))
+    first = next((text for text in found if text is not None), None)
+    if first is not None:
+        if rank == 0:
+            raise UserError(first)
+        raise SystemExit(2)
+
+
+def merge_calibrators(calibrators: dict[str, HistogramCalibrator]) -> None:
+    """Adds to each process's histograms what the others collected; all end with the same."""
+    rank, size = place()
+    if size == 1:
+        return
+    own = {
+        name: (None if c.counts is None else c.counts.cpu(), c.log2_range, c.largest) for name, c in calibrators.items()
+    }
+    gathered: list[dict[str, Any]] = [{}] * size
+    distributed.all_gather_object(gathered, own)
+    for other_rank, others in enumerate(gathered):
+        if other_rank == rank:
+            continue
+        for name, (counts, log2_range, largest) in others.items():
+            other = HistogramCalibrator(name)
+            other.counts, other.log2_range, other.largest = counts, log2_range, largest
+            if counts is not None:
+                mine = calibrators[name].counts
+                other.counts = counts.to(counts.device if mine is None else mine.device)
+            calibrators[name].merge(other)
+
+
+def total(count: int) -> int:
+    """The sum over all processes."""
+    _, size = place()
+    if size == 1:
+        return count
+    counts: list[int] = [0] * size
+    distributed.all_gather_object(counts, count)
+    return sum(counts)
