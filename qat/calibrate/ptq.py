@@ -86,7 +86,9 @@ def _collecting(model: QuantizedDetector) -> Iterator[dict[str, HistogramCalibra
 
 
 @contextmanager
-def _counting_macs(model: QuantizedDetector, macs: dict[str, int]) -> Iterator[None]:
+def counting_macs(model: QuantizedDetector, macs: dict[str, int]) -> Iterator[None]:
+    """Inside the block, notes the multiply-accumulates of each weighted layer that runs, by `part.path`."""
+
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             weight = module.weight
@@ -160,7 +162,7 @@ def calibrate(
     report = CalibrationReport()
     choice = _methods(quantized, method, by_layer)
     error = None
-    with torch.inference_mode(), _collecting(quantized) as calibrators, _counting_macs(quantized, report.macs):
+    with torch.inference_mode(), _collecting(quantized) as calibrators, counting_macs(quantized, report.macs):
         try:
             for frame in frames:
                 check_frame(frame)

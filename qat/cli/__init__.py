@@ -21,6 +21,7 @@ VERBS = {
     "train": "train a float detector",
     "calibrate": "insert TensorQuantizers and run PTQ over calibration frames",
     "inspect": "print what a PTQ checkpoint quantizes, with which scales, and what stays float",
+    "sensitivity": "measure the damage that each quantized unit does alone",
     "export-camera": "write a checkpoint's ONNX parts and their manifest",
     "compare": "run every backend and precision over the evaluation frames, beside FP32",
     "report": "make report.html from results.json",

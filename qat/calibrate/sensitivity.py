@@ -1,0 +1,267 @@
+"""Where accuracy goes: the damage that each quantized unit does alone.
+
+The float network's tensors between the parts are kept for a frame, so a unit of the head costs a pass through the head,
+not through the camera part. What a frame gave is kept on disk: an interrupted run goes on with the next frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qat import __version__
+from qat.calibrate.ptq import Frame, check_frame, counting_macs
+from qat.core.centerhead import Detections, decode
+from qat.core.errors import UserError
+from qat.core.files import atomic_path
+from qat.core.tensors import EQUAL_DB
+from qat.lean import QuantizedDetector
+from qat.lean.modes import quantizers_off
+from qat.lean.units import Unit, only_on, units
+
+TENSORS = ("bev", "heads")  # the decoder's map, and all of the head's maps together
+ALL = "all of them"
+Metric = Callable[[Mapping[str, Detections]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class UnitDamage:
+    """What one unit does alone.
+
+    layers: with INT8 weights. macs_share: theirs, of all multiply-accumulates. sqnr_db: at the BEV features and the head
+    maps, against float. metric: with this unit alone in INT8, and drop: what it lost of float's; None without a metric.
+    """
+
+    name: str
+    layers: list[str]
+    macs_share: float
+    sqnr_db: dict[str, float]
+    metric: dict[str, float] | None = None
+    drop: dict[str, float] | None = None
+
+
+@dataclass
+class Sensitivity:
+    """units: the most harmful first. together: with all units on. reference: the float network's metric."""
+
+    frames: int
+    units: list[UnitDamage]
+    together: UnitDamage
+    reference: dict[str, float] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers."""
+        return asdict(self)
+
+
+class _FloatTensors:
+    """What the float network has between its parts on one frame, and any part's continuation from there."""
+
+    def __init__(self, model: QuantizedDetector, frame: Frame, macs: dict[str, int] | None) -> None:
+        self.model = model
+        matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
+        self.patterns = model.patterns(*(matrix[None] for matrix in matrices))
+        device = next(model.parameters()).device
+        self.img, self.depth = (
+            torch.from_numpy(np.ascontiguousarray(x))[None].to(device) for x in (frame.img, frame.depth)
+        )
+        with quantizers_off(model), nullcontext() if macs is None else counting_macs(model, macs):
+            self.pooled = model.pool(*model.lift(self.img, self.depth), self.patterns)
+            self.lowered = model.downsample(self.pooled)
+            self.bev = model.decode_bev(self.lowered)
+            self.maps = model.head(self.bev)
+
+    def run(self, part: str) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        """The BEV features and head maps when everything up to `part` was float."""
+        model = self.model
+        if part == "head":
+            return self.bev, model.head(self.bev)
+        if part == "decoder":
+            lowered = self.lowered
+        elif part == "vtransform":
+            lowered = model.downsample(self.pooled)
+        else:
+            lowered = model.downsample(model.pool(*model.lift(self.img, self.depth), self.patterns))
+        bev = model.decode_bev(lowered)
+        return bev, model.head(bev)
+
+
+def _flat(maps: Sequence[Mapping[str, torch.Tensor]]) -> np.ndarray:
+    return torch.cat([value.flatten() for task in maps for value in task.values()]).double().cpu().numpy()
+
+
+def _energy(reference: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    noise = reference - found
+    return float(reference @ reference), float(noise @ noise)
+
+
+def _boxes(maps: Sequence[Mapping[str, torch.Tensor]], head: Mapping[str, Any]) -> Detections:
+    return decode([{k: v.float().cpu().numpy() for k, v in task.items()} for task in maps], head)
+
+
+def _db(signal: float, noise: float) -> float:
+    return EQUAL_DB if noise == 0 else min(EQUAL_DB, 10 * float(np.log10(max(signal, 1e-300) / noise)))
+
+
+def _one_frame(
+    model: QuantizedDetector,
+    frame: Frame,
+    every: Sequence[Unit],
+    with_boxes: bool,
+    macs: dict[str, int] | None,
+    progress: Callable[[], None],
+) -> dict[str, np.ndarray]:
+    """Arrays of one frame: energies [units + 1, tensors, 2] (the last row with all units on), and, if asked, boxes of
+    each row and, last, of the float network."""
+    head = model.config["model"]["heads"]["object"]
+    found: dict[str, np.ndarray] = {}
+    with torch.inference_mode():
+        tensors = _FloatTensors(model, frame, macs)
+        bev, maps = tensors.bev.double().flatten().cpu().numpy(), _flat(tensors.maps)
+        if not (np.isfinite(bev).all() and np.isfinite(maps).all()):
+            raise UserError(f"frame {frame.token}: the float network gives values that are not finite")
+        rows = [([unit], unit.part) for unit in every] + [(list(every), "camera")]
+        energies = np.zeros((len(rows), len(TENSORS), 2))
+        boxes = []
+        for n, (chosen, part) in enumerate(rows):
+            with only_on(model, chosen):
+                own_bev, own_maps = tensors.run(part)
+            energies[n, 0] = _energy(bev, own_bev.double().flatten().cpu().numpy())
+            energies[n, 1] = _energy(maps, _flat(own_maps))
+            if with_boxes:
+                boxes.append(_boxes(own_maps, head))
+            progress()
+        found["energies"] = energies
+        if with_boxes:
+            for n, detections in enumerate([*boxes, _boxes(tensors.maps, head)]):
+                found[f"boxes{n}"], found[f"scores{n}"], found[f"labels{n}"] = (
+                    detections.boxes,
+                    detections.scores,
+                    detections.labels,
+                )
+    return found
+
+
+def measure_sensitivity(
+    model: QuantizedDetector,
+    frames: Sequence[Frame],
+    cache: Path,
+    key: str,
+    metric: Metric | None = None,
+) -> Sensitivity:
+    """Runs every unit alone on every frame.
+
+    Args:
+        model: calibrated.
+        cache: folder for what each frame gave.
+        key: of the checkpoint, so that another one's results are not taken for this one's.
+        metric: boxes by frame token → figures such as {"map": …, "nds": …}.
+
+    Raises:
+        UserError: no frames, nothing quantized, or a frame with NaN.
+    """
+    every = units(model)
+    if not every:
+        raise UserError("sensitivity: found no quantizer that is on, expected a calibrated detector")
+    if not len(frames):
+        raise UserError("sensitivity: found no frames, expected at least one")
+    name = hashlib.sha256(json.dumps([__version__, key, [u.name for u in every]]).encode()).hexdigest()[:16]
+    console = Console(stderr=True)
+    columns = (TextColumn("units × frames"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    energies = np.zeros((len(every) + 1, len(TENSORS), 2))
+    boxes: list[dict[str, Detections]] = [{} for _ in range(len(every) + 2)]
+    macs: dict[str, int] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=len(frames) * (len(every) + 1))
+        for frame in frames:
+            check_frame(frame)
+            if not macs:
+                with torch.inference_mode():
+                    _FloatTensors(model, frame, macs)
+            path = cache / f"{name}-{frame.token}.npz"
+            found = _read(path)
+            if "energies" not in found or (metric is not None and "boxes0" not in found):
+                found = _one_frame(model, frame, every, metric is not None, None, lambda: bar.advance(task))
+                with atomic_path(path) as temporary, temporary.open("wb") as stream:
+                    np.savez(stream, **found)
+            else:
+                bar.advance(task, len(every) + 1)
+            energies += found["energies"]
+            if metric is not None:
+                for n, own in enumerate(boxes):
+                    own[frame.token] = Detections(found[f"boxes{n}"], found[f"scores{n}"], found[f"labels{n}"])
+    reference = dict(metric(boxes[-1])) if metric is not None else None
+    total = sum(macs.values())
+    rows = []
+    for n, (title, layers) in enumerate(
+        [*((u.name, u.layers) for u in every), (ALL, [x for u in every for x in u.layers])]
+    ):
+        figures = dict(metric(boxes[n])) if metric is not None else None
+        drop = {k: reference[k] - v for k, v in figures.items()} if figures is not None and reference else None
+        sqnr = {tensor: round(_db(*energies[n, t]), 2) for t, tensor in enumerate(TENSORS)}
+        share = sum(macs[layer] for layer in layers) / total
+        rows.append(UnitDamage(title, list(layers), round(share, 6), sqnr, figures, drop))
+    *alone, together = rows
+
+    def harm(row: UnitDamage) -> tuple[float, float]:
+        return (-next(iter(row.drop.values())) if row.drop else 0.0, row.sqnr_db["heads"])
+
+    return Sensitivity(len(frames), sorted(alone, key=harm), together, reference)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, EOFError, KeyError):
+        path.unlink(missing_ok=True)
+        return {}
+
+
+def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
+    """Prints the most harmful units, and all of them together."""
+    table = Table(title=f"damage of each quantized unit alone, over {found.frames} frames", title_justify="left")
+    names = list(found.reference or {})
+    for heading in ("unit", "layers", "MACs", "SQNR BEV", "SQNR heads", *(f"Δ {name}" for name in names)):
+        table.add_column(heading, justify="left" if heading == "unit" else "right", overflow="fold")
+    for row in [*found.units[:most], found.together]:
+        drops = [f"{-row.drop[name]:+.4f}" for name in names] if row.drop else []
+        sqnr = [f"{row.sqnr_db[t]:.1f} dB" for t in TENSORS]
+        table.add_row(row.name, str(len(row.layers)), f"{row.macs_share:.1%}", *sqnr, *drops)
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+    if len(found.units) > most:
+        print(f"and {len(found.units) - most} more, which do less")
+
+
+def draw_sensitivity(found: Sensitivity, path: Path, most: int = 40) -> None:
+    """Writes a PNG: noise at the head maps, in dB below the signal, of the most harmful units."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(found.units, key=lambda row: row.sqnr_db["heads"])[:most][::-1]
+    figure = Figure(figsize=(8, 1.2 + 0.2 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([row.name for row in rows], [row.sqnr_db["heads"] for row in rows], color="#4477aa")
+    axes.axvline(found.together.sqnr_db["heads"], color="#cc3311", label="all units on")
+    axes.set(xlabel="SQNR at the head maps, dB (lower does more harm)")
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(y=0.01)
+    axes.legend(loc="lower right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())

@@ -1,0 +1,57 @@
+"""Measure the damage that each quantized unit does alone: where a PTQ checkpoint's accuracy goes.
+
+A unit is one activation quantizer with the weights of the layers that it feeds. An interrupted run goes on where it was.
+
+example:
+  bevqat calibrate --out runs/calibrate/ptq.pth
+  bevqat sensitivity runs/calibrate/ptq.pth --data example-data --split calib --frames 4 --out runs/sensitivity
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument("ckpt", type=Path, metavar="CKPT", help="a checkpoint that calibrate wrote")
+    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
+    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
+    parser.add_argument("--split", default="calib")
+    parser.add_argument("--frames", type=int, metavar="N", help="N frames spread over the split (default all)")
+    parser.add_argument(
+        "--metric",
+        choices=("sqnr", "map"),
+        default="sqnr",
+        help="map: mAP and NDS of each unit too, by the official devkit over the same frames (default sqnr)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/sensitivity"), metavar="DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the table, writes sensitivity.json and sensitivity.png."""
+    from qat.calibrate import load_ptq
+    from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity, print_sensitivity
+    from qat.core.files import sha256, write_json
+    from qat.data import NuScenesDataset
+    from qat.evaluate import evaluate_detections
+
+    model, _ = load_ptq(args.ckpt)
+    dataset = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
+
+    def metric(detections: Mapping[str, Any]) -> dict[str, float]:
+        figures = evaluate_detections(dataset, detections)
+        return {name: figures[name] for name in ("map", "nds")}
+
+    found = measure_sensitivity(
+        model, dataset, args.out / "cache", sha256(args.ckpt), metric if args.metric == "map" else None
+    )
+    print_sensitivity(found)
+    write_json(args.out / "sensitivity.json", found.to_json())
+    draw_sensitivity(found, args.out / "sensitivity.png")
+    print(args.out / "sensitivity.json")
+    print(args.out / "sensitivity.png")
+    return 0

@@ -1,0 +1,63 @@
+"""The pieces of a quantized detector that can be INT8 or float by themselves.
+
+A unit is one activation quantizer with the weights of every layer that it feeds: a layer is INT8 only when both its
+input and its weights are, and consumers of one tensor share its quantizer. Units do not overlap, and together they are
+all that is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import fx
+
+from qat.lean.detector import QuantizedDetector
+from qat.lean.modes import quantizers
+
+
+@dataclass(frozen=True)
+class Unit:
+    """name: `part.quantizer`. quantizers: their paths under the detector's `parts`. layers: `part.path` of the INT8
+    layers that it feeds; none for a unit that only serves an add."""
+
+    name: str
+    part: str
+    quantizers: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+def units(model: QuantizedDetector) -> list[Unit]:
+    """The units of every part that is on, in order of execution; watched quantizers belong to none."""
+    found = []
+    for part, inventory in model.inventory.items():
+        if part in model.parts_off:
+            continue
+        graph = model.parts[part]
+        assert isinstance(graph, fx.GraphModule)
+        fed: dict[str, list[str]] = {name: [] for name in inventory.quantizers if name not in inventory.watched}
+        for node in graph.graph.nodes:
+            if node.op == "call_module" and node.target in inventory.quantized:
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                fed[str(source.target)].append(f"{part}.{node.target}")
+        for name, layers in fed.items():
+            weights = [f"{layer}.weight_quantizer" for layer in layers]
+            found.append(Unit(f"{part}.{name}", part, (f"{part}.{name}", *weights), tuple(layers)))
+    return found
+
+
+@contextmanager
+def only_on(model: QuantizedDetector, chosen: Sequence[Unit]) -> Iterator[None]:
+    """Inside the block these units are INT8 and everything else is float."""
+    own = quantizers(model.parts)
+    before = {name: quantizer._disabled for name, quantizer in own.items()}
+    on = {name for unit in chosen for name in unit.quantizers}
+    for name, quantizer in own.items():
+        quantizer._disabled = name not in on
+    try:
+        yield
+    finally:
+        for name, quantizer in own.items():
+            quantizer._disabled = before[name]

@@ -1,0 +1,136 @@
+"""Each unit alone, against turning quantizers on by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from qat.calibrate import calibrate, save_ptq
+from qat.calibrate import sensitivity as module
+from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity
+from qat.cli import main
+from qat.core.errors import UserError
+from qat.core.tensors import EQUAL_DB, compare_tensors
+from qat.data.synth import SynthOptions, generate
+from qat.lean.modes import quantizers
+from qat.lean.units import only_on, units
+
+
+@pytest.fixture
+def quantized(tiny_model, tiny_frames):
+    return calibrate(tiny_model, tiny_frames, "max")[0]
+
+
+def head_maps(model, frame):
+    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
+    with torch.inference_mode():
+        patterns = model.patterns(*(m[None] for m in matrices))
+        maps = model(torch.from_numpy(frame.img)[None], torch.from_numpy(frame.depth)[None], patterns)
+    return torch.cat([value.flatten() for task in maps for value in task.values()]).numpy()
+
+
+def test_units_are_all_that_is_on_and_do_not_overlap(quantized):
+    on = {name for name, q in quantizers(quantized.parts).items() if not q._disabled}
+    listed = [name for unit in units(quantized) for name in unit.quantizers]
+    assert len(listed) == len(set(listed)) and set(listed) == on
+    layers = [layer for unit in units(quantized) for layer in unit.layers]
+    assert len(layers) == len(set(layers)) == sum(name.endswith("weight_quantizer") for name in on)
+
+
+def test_a_units_damage_is_that_of_its_quantizers_alone(quantized, tiny_model, tiny_frames, tmp_path):
+    found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
+    by_name = {row.name: row for row in found.units}
+    expected = head_maps(tiny_model, tiny_frames[0])
+    picked = [next(u for u in units(quantized) if u.part == part) for part in ("camera", "decoder", "head")]
+    for unit in picked:
+        own = quantizers(quantized.parts)
+        before = {name: q._disabled for name, q in own.items()}
+        for name, quantizer in own.items():
+            quantizer._disabled = name not in unit.quantizers
+        alone = head_maps(quantized, tiny_frames[0])
+        for name, quantizer in own.items():
+            quantizer._disabled = before[name]
+        plain = compare_tensors(expected, alone)["sqnr_db"]
+        assert by_name[unit.name].sqnr_db["heads"] == pytest.approx(plain, abs=0.1), unit.name
+    together = compare_tensors(expected, head_maps(quantized, tiny_frames[0]))["sqnr_db"]
+    assert found.together.sqnr_db["heads"] == pytest.approx(together, abs=0.05)
+
+
+def test_a_unit_of_the_head_leaves_the_bev_features_alone(quantized, tiny_frames, tmp_path):
+    found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
+    for row in found.units:
+        assert (row.sqnr_db["bev"] == EQUAL_DB) == row.name.startswith("head."), row.name
+    shares = sum(row.macs_share for row in found.units)
+    assert shares == pytest.approx(found.together.macs_share, abs=1e-4) and 0.3 < shares < 1
+
+
+def test_the_most_harmful_unit_comes_first(quantized, tiny_frames, tmp_path):
+    broken = units(quantized)[3]
+    quantizers(quantized.parts)[broken.name].set_range(torch.tensor(1e-3))  # saturates nearly everything
+    found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
+    assert found.units[0].name == broken.name
+    levels = [row.sqnr_db["heads"] for row in found.units]
+    assert levels == sorted(levels)
+    draw_sensitivity(found, tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_block_restores_what_was_on(quantized):
+    before = {name: q._disabled for name, q in quantizers(quantized.parts).items()}
+    with pytest.raises(RuntimeError), only_on(quantized, []):
+        assert all(q._disabled for q in quantizers(quantized.parts).values())
+        raise RuntimeError
+    assert before == {name: q._disabled for name, q in quantizers(quantized.parts).items()}
+
+
+def test_an_interrupted_run_goes_on_with_the_next_frame(quantized, tiny_frames, tmp_path, monkeypatch):
+    whole = measure_sensitivity(quantized, tiny_frames, tmp_path / "whole", "k")
+    real, seen = module._one_frame, []
+
+    def cut(model, frame, *rest):
+        seen.append(frame.token)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(model, frame, *rest)
+
+    monkeypatch.setattr(module, "_one_frame", cut)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(quantized, tiny_frames, tmp_path / "cut", "k")
+    again = measure_sensitivity(quantized, tiny_frames, tmp_path / "cut", "k")
+    assert seen == ["frame0", "frame1", "frame1", "frame2"]
+    assert again.to_json() == whole.to_json()
+    measure_sensitivity(quantized, tiny_frames[:1], tmp_path / "cut", "another checkpoint")
+    assert seen[-1] == "frame0"  # another's results are not taken
+
+
+def test_a_metric_sees_every_units_boxes(quantized, tiny_frames, tmp_path):
+    calls = []
+
+    def metric(boxes):
+        calls.append({token: len(found) for token, found in boxes.items()})
+        return {"boxes": float(sum(calls[-1].values()))}
+
+    found = measure_sensitivity(quantized, tiny_frames[:2], tmp_path, "k", metric)
+    assert len(calls) == len(units(quantized)) + 2 and all(set(c) == {"frame0", "frame1"} for c in calls)
+    for row in found.units:
+        assert row.drop["boxes"] == found.reference["boxes"] - row.metric["boxes"]
+
+
+def test_no_frames_is_an_error(quantized, tmp_path):
+    with pytest.raises(UserError, match="no frames"):
+        measure_sensitivity(quantized, [], tmp_path, "k")
+
+
+def test_the_command_with_map(quantized, tiny_model, tmp_path, capsys):
+    options = SynthOptions(scenes=1, seed=5, keyframes=2, width=192, height=128, azimuths=60, sweeps=0, splits={"a": 1})
+    data = generate(tmp_path / "set", options, quiet=True)
+    save_ptq(tmp_path / "ptq.pth", quantized, tiny_model, {"method": "max"})
+    out = tmp_path / "out"
+    arguments = ["sensitivity", tmp_path / "ptq.pth", "--data", data, "--split", "a", "--metric", "map", "--out", out]
+    assert main(list(map(str, arguments))) == 0
+    text = capsys.readouterr().out
+    assert "Δ map" in text and "SQNR heads" in text
+    written = json.loads((out / "sensitivity.json").read_text())
+    assert written["frames"] == 2 and set(written["reference"]) == {"map", "nds"}
+    assert np.isfinite([row["sqnr_db"]["heads"] for row in written["units"]]).all()
