@@ -22,6 +22,7 @@ VERBS = {
     "calibrate": "insert TensorQuantizers and run PTQ over calibration frames",
     "inspect": "print what a PTQ checkpoint quantizes, with which scales, and what stays float",
     "sensitivity": "measure the damage that each quantized unit does alone",
+    "health": "name the first layer that gives NaN or infinity, and quantizers that saturate",
     "export-camera": "write a checkpoint's ONNX parts and their manifest",
     "compare": "run every backend and precision over the evaluation frames, beside FP32",
     "report": "make report.html from results.json",

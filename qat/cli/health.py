@@ -1,0 +1,63 @@
+"""Name the first layer that gives NaN or infinity, and the quantizers that saturate, in a checkpoint or exported parts.
+
+Exit status 1 if anything is not finite.
+
+example:
+  bevqat calibrate --out runs/calibrate/ptq.pth
+  bevqat health runs/calibrate/ptq.pth --data example-data --split calib --frames 4
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument(
+        "source", type=Path, metavar="CKPT|DIR", help="a float or PTQ checkpoint, or a folder that export-camera wrote"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="YAML",
+        help="for a folder, the config whose test pipeline reads the data (default camera-tiny's); for a float checkpoint, "
+        "instead of the one inside or beside it",
+    )
+    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
+    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
+    parser.add_argument("--split", default="calib")
+    parser.add_argument("--frames", type=int, metavar="N", help="N frames spread over the split (default all)")
+    parser.add_argument(
+        "--saturation",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="name quantizers with a larger share of values beyond their range (default 0.01)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks and prints."""
+    from qat.calibrate import load_ptq
+    from qat.cli import FAILED, OK
+    from qat.compare.health import check_detector, check_parts, print_health
+    from qat.core.config import load_config
+    from qat.data import NuScenesDataset
+    from qat.export.checkpoint import config_of
+    from qat.models import load_checkpoint, load_float_model
+
+    if args.source.is_dir():
+        config = load_config(args.config or Path("model/camera-tiny/config.yaml"))
+        frames = NuScenesDataset(args.data, args.split, config, args.version, args.frames)
+        found = check_parts(args.source, frames)
+    else:
+        checkpoint = load_checkpoint(args.source)
+        if checkpoint.get("format") == "bevqat-ptq":
+            model = load_ptq(args.source)[0]
+        else:
+            model = load_float_model(config_of(args.source, checkpoint, args.config), args.source)
+        found = check_detector(model, NuScenesDataset(args.data, args.split, model.config, args.version, args.frames))
+    print_health(found, args.saturation)
+    return OK if found.first is None else FAILED
