@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         checkpoint = load_checkpoint(args.source)
         if checkpoint.get("format") == "bevqat-ptq":
-            model = load_ptq(args.source)[0]
+            model: Any = load_ptq(args.source)[0]
         else:
             model = load_float_model(config_of(args.source, checkpoint, args.config), args.source)
         found = check_detector(model, NuScenesDataset(args.data, args.split, model.config, args.version, args.frames))
