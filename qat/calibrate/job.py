@@ -18,7 +18,7 @@ from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.data import NuScenesDataset
-from qat.lean import Inventory, QuantizedDetector
+from qat.lean import AUTO, Inventory, QuantizedDetector
 from qat.lean.placement import Kept
 from qat.models import load_float_model
 
@@ -42,12 +42,13 @@ def calibrate_checkpoint(
     out: Path,
     version: str | None = None,
     frames: int | None = None,
-    method: str = "mse",
+    method: str = "auto",
     percentile: float = 99.99,
     by_layer: Sequence[tuple[str, str]] = (),
 ) -> CalibrationResult:
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
 
+    method: one of `qat.lean.METHODS`, or "auto": what serves each part best (`qat.lean.AUTO`). by_layer goes before it.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
     Raises:
@@ -55,6 +56,10 @@ def calibrate_checkpoint(
     """
     if not 50 < percentile <= 100:
         raise UserError(f"--percentile: found {percentile}, expected above 50 and at most 100")
+    title = method
+    if method == "auto":
+        method, parts = AUTO
+        by_layer = (*by_layer, *parts)
     settings = load_config(config)
     model = load_float_model(settings, checkpoint).to(device())
     dataset = NuScenesDataset(data, split, settings, version, frames)
@@ -73,7 +78,8 @@ def calibrate_checkpoint(
             by_layer,
         )
     recipe: dict[str, object] = {
-        "method": method,
+        "method": title,
+        "default_method": method,
         "by_layer": [list(pair) for pair in by_layer],
         "percentile": percentile if "percentile" in (method, *(other for _, other in by_layer)) else None,
         "frames": report.frames,

@@ -25,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", type=int, metavar="N", help="calibrate on N frames spread over the split (default all)"
     )
-    parser.add_argument("--method", default="mse", choices=("max", "percentile", "mse", "entropy"))
+    parser.add_argument(
+        "--method",
+        default="auto",
+        choices=("auto", "max", "percentile", "mse", "entropy"),
+        help="how ranges are chosen; auto (the default): max in the BEV decoder and the head, mse in the camera part",
+    )
     parser.add_argument(
         "--method-for",
         action="append",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -29,9 +29,15 @@ class Inventory:
     watched: list[str] = field(default_factory=list)
 
 
-def _name(node: fx.Node) -> str:
-    base = str(node.target) if node.op == "call_module" else node.name
-    return "quant_" + re.sub(r"\W", "_", base)
+def _name(node: fx.Node, taken: Container[str]) -> str:
+    """A name after the module that made the tensor. One that is called again (a block's only ReLU) makes another
+    tensor, whose quantizer is another: `…_1`."""
+    base = "quant_" + re.sub(r"\W", "_", str(node.target) if node.op == "call_module" else node.name)
+    name, count = base, 0
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    return name
 
 
 def quantize_graph(graph: fx.GraphModule, keep_float: Sequence[FloatRule] = ()) -> Inventory:
@@ -45,7 +51,7 @@ def quantize_graph(graph: fx.GraphModule, keep_float: Sequence[FloatRule] = ()) 
     for tensor, consumers in placement.requests.items():
         group = placement.group(tensor)
         if group not in names:
-            names[group] = _name(group)
+            names[group] = _name(group, names.values())
             graph.add_submodule(names[group], input_quantizer())
         inventory.quantizers.setdefault(names[group], []).append(tensor.name)
         with graph.graph.inserting_after(tensor):
@@ -54,7 +60,7 @@ def quantize_graph(graph: fx.GraphModule, keep_float: Sequence[FloatRule] = ()) 
             consumer.replace_input_with(tensor, rounded)
     for tensor in placement.watched:
         # Beside the graph's way: its value is used by the output only through the statistics it leaves.
-        name = _name(tensor) + "_output"
+        name = _name(tensor, ()) + "_output"
         quantizer = input_quantizer()
         quantizer.disable()
         graph.add_submodule(name, quantizer)

@@ -200,3 +200,20 @@ def test_a_convolution_that_feeds_two_layers_is_not_folded():
             return self.bn(y) + y
 
     assert fold_batch_norm(trace(Net())) == 0
+
+
+def test_a_module_that_is_called_twice_makes_two_tensors_with_two_quantizers():
+    """ResNet's basic block has one ReLU for both of its activations."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.relu = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.ReLU()
+
+        def forward(self, x):
+            return self.c(self.relu(self.b(self.relu(self.a(x)))))
+
+    graph = trace(Block())
+    inventory = quantize_graph(graph)
+    assert inventory.quantizers == {"quant_x": ["x"], "quant_relu": ["relu"], "quant_relu_1": ["relu_1"]}
+    assert graph.get_submodule("quant_relu") is not graph.get_submodule("quant_relu_1")
