@@ -75,9 +75,9 @@ def _lost(row: Row, reference: Row) -> str:
         return "no mAP or NDS"
     if all(change <= 0 for _, change in changes):
         return "no accuracy: " + " and ".join(f"{name} {signed(-change)}" for name, change in changes)
-    return " and ".join(
-        f"{abs(change):.3f} {name}{' (gained)' if change < -0.0005 else ''}" for name, change in changes
-    )
+    lost = " and ".join(f"{change:.3f} {name}" for name, change in changes if change > 0)
+    gained = "".join(f" ({name} {signed(-change)})" for name, change in changes if change <= 0)
+    return lost + gained
 
 
 def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:

@@ -73,3 +73,12 @@ def test_rows_of_one_backend_and_precision_are_told_apart_by_flavour(results: di
     verdict = decide(rows)
     assert verdict.headline == "Ship ONNX Runtime INT8 (own flavour)"
     assert verdict.reasons[-1].startswith("Not ONNX Runtime INT8 (TensorRT flavour): it is 1.30× as slow")
+
+
+def test_what_is_lost_and_what_is_gained_are_told_apart(results: dict) -> None:
+    reference = next(r for r in results["rows"] if (r["backend"], r["precision"]) == ("pytorch", "fp32"))
+    rows = _rows(results, openvino_int8={"map": reference["map"] - 0.004, "nds": reference["nds"] + 0.001})
+    reasons = " ".join(decide(rows).reasons)
+    assert "it costs 0.004 mAP (NDS +0.001)." in reasons
+    rows = _rows(results, openvino_int8={"map": reference["map"] - 0.004, "nds": reference["nds"] - 0.002})
+    assert "it costs 0.004 mAP and 0.002 NDS." in " ".join(decide(rows).reasons)
