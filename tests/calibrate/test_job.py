@@ -55,8 +55,14 @@ def torchrun(files, data, out, *more):
 
 
 def test_two_processes_end_with_the_ranges_of_one(files, data, tmp_path):
-    """Three frames: one process has two of them, the other one."""
-    calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / "one.pth")
+    """Three frames: one process has two of them, the other one. torchrun gives each process one thread; convolutions
+    on another number of threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / "one.pth")
+    finally:
+        torch.set_num_threads(threads)
     result = torchrun(files, data, tmp_path / "two.pth")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("two.pth") == 1  # rank 0 alone prints
@@ -94,5 +100,24 @@ def test_a_pattern_or_method_that_fits_nothing_is_told(tiny_model, tiny_frames, 
 
 
 def test_methods_by_layer_are_kept_in_the_recipe(files, data, tmp_path):
-    calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / "m.pth", by_layer=[("camera.*", "max")])
+    calibrate_checkpoint(
+        **files, data=data, split="a", out=tmp_path / "m.pth", method="mse", by_layer=[("camera.*", "max")]
+    )
     assert load_ptq(tmp_path / "m.pth")[1]["by_layer"] == [["camera.*", "max"]]
+
+
+def test_auto_is_a_method_for_each_part(files, data, tmp_path):
+    """What the user names goes before it."""
+    for method in ("auto", "mse", "max"):
+        calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / f"{method}.pth", method=method)
+    asked = [("head.quant_x", "mse")]
+    calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / "asked.pth", by_layer=asked)
+    auto, mse, widest, named = (
+        torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("auto", "mse", "max", "asked")
+    )
+    assert auto["recipe"]["method"] == "auto" and mse["recipe"]["by_layer"] == []
+    for name, amax in auto["amax"].items():
+        other = mse if name.startswith(("camera.", "vtransform.")) else widest
+        assert torch.equal(amax, other["amax"][name]), name
+    assert any(not torch.equal(mse["amax"][name], widest["amax"][name]) for name in mse["amax"] if "decoder." in name)
+    assert torch.equal(named["amax"]["head.quant_x"], mse["amax"]["head.quant_x"])
