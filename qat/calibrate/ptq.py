@@ -124,12 +124,13 @@ def _methods(model: QuantizedDetector, method: str, by_layer: Sequence[tuple[str
     }
 
 
-def run_frame(model: QuantizedDetector, frame: Frame) -> None:
-    """Runs one frame through all parts."""
+def run_frame(model: CameraBEVDetector | QuantizedDetector, frame: Frame) -> list[dict[str, torch.Tensor]]:
+    """Runs one frame through all parts; the head's maps for each task."""
     device = next(model.parameters()).device
     matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
     img, depth = (torch.from_numpy(np.ascontiguousarray(x))[None].to(device) for x in (frame.img, frame.depth))
-    model(img, depth, model.patterns(*(matrix[None] for matrix in matrices)))
+    maps: list[dict[str, torch.Tensor]] = model(img, depth, model.patterns(*(matrix[None] for matrix in matrices)))
+    return maps
 
 
 def calibrate(

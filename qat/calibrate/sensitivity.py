@@ -25,8 +25,8 @@ from qat import __version__
 from qat.calibrate.ptq import Frame, check_frame, counting_macs
 from qat.core.centerhead import Detections, decode
 from qat.core.errors import UserError
-from qat.core.files import atomic_path
-from qat.core.tensors import EQUAL_DB
+from qat.core.files import atomic_path, read_arrays, write_arrays
+from qat.core.tensors import decibels
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers_off
 from qat.lean.units import Unit, only_on, units
@@ -69,7 +69,7 @@ class Sensitivity:
 class _FloatTensors:
     """What the float network has between its parts on one frame, and any part's continuation from there."""
 
-    def __init__(self, model: QuantizedDetector, frame: Frame, macs: dict[str, int] | None) -> None:
+    def __init__(self, model: QuantizedDetector, frame: Frame, macs: dict[str, int] | None = None) -> None:
         self.model = model
         matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
         self.patterns = model.patterns(*(matrix[None] for matrix in matrices))
@@ -111,16 +111,11 @@ def _boxes(maps: Sequence[Mapping[str, torch.Tensor]], head: Mapping[str, Any]) 
     return decode([{k: v.float().cpu().numpy() for k, v in task.items()} for task in maps], head)
 
 
-def _db(signal: float, noise: float) -> float:
-    return EQUAL_DB if noise == 0 else min(EQUAL_DB, 10 * float(np.log10(max(signal, 1e-300) / noise)))
-
-
 def _one_frame(
     model: QuantizedDetector,
     frame: Frame,
     every: Sequence[Unit],
     with_boxes: bool,
-    macs: dict[str, int] | None,
     progress: Callable[[], None],
 ) -> dict[str, np.ndarray]:
     """Arrays of one frame: energies [units + 1, tensors, 2] (the last row with all units on), and, if asked, boxes of
@@ -128,7 +123,7 @@ def _one_frame(
     head = model.config["model"]["heads"]["object"]
     found: dict[str, np.ndarray] = {}
     with torch.inference_mode():
-        tensors = _FloatTensors(model, frame, macs)
+        tensors = _FloatTensors(model, frame)
         bev, maps = tensors.bev.double().flatten().cpu().numpy(), _flat(tensors.maps)
         if not (np.isfinite(bev).all() and np.isfinite(maps).all()):
             raise UserError(f"frame {frame.token}: the float network gives values that are not finite")
@@ -191,11 +186,10 @@ def measure_sensitivity(
                 with torch.inference_mode():
                     _FloatTensors(model, frame, macs)
             path = cache / f"{name}-{frame.token}.npz"
-            found = _read(path)
+            found = read_arrays(path)
             if "energies" not in found or (metric is not None and "boxes0" not in found):
-                found = _one_frame(model, frame, every, metric is not None, None, lambda: bar.advance(task))
-                with atomic_path(path) as temporary, temporary.open("wb") as stream:
-                    np.savez(stream, **found)
+                found = _one_frame(model, frame, every, metric is not None, lambda: bar.advance(task))
+                write_arrays(path, found)
             else:
                 bar.advance(task, len(every) + 1)
             energies += found["energies"]
@@ -210,7 +204,7 @@ def measure_sensitivity(
     ):
         figures = dict(metric(boxes[n])) if metric is not None else None
         drop = {k: reference[k] - v for k, v in figures.items()} if figures is not None and reference else None
-        sqnr = {tensor: round(_db(*energies[n, t]), 2) for t, tensor in enumerate(TENSORS)}
+        sqnr = {tensor: round(decibels(*energies[n, t]), 2) for t, tensor in enumerate(TENSORS)}
         share = sum(macs[layer] for layer in layers) / total
         rows.append(UnitDamage(title, list(layers), round(share, 6), sqnr, figures, drop))
     *alone, together = rows
@@ -219,17 +213,6 @@ def measure_sensitivity(
         return (-next(iter(row.drop.values())) if row.drop else 0.0, row.sqnr_db["heads"])
 
     return Sensitivity(len(frames), sorted(alone, key=harm), together, reference)
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, EOFError, KeyError):
-        path.unlink(missing_ok=True)
-        return {}
 
 
 def print_sensitivity(found: Sensitivity, most: int = 30) -> None:

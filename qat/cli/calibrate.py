@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qat.cli.flags import add_data_flags
+
 MODEL = Path("model/camera-tiny")
 
 
@@ -19,12 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("--config", type=Path, default=MODEL / "config.yaml", metavar="YAML")
     parser.add_argument("--ckpt", type=Path, default=MODEL / "camera-tiny.pth", metavar="CKPT", help="float checkpoint")
-    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--split", default="calib")
-    parser.add_argument(
-        "--frames", type=int, metavar="N", help="calibrate on N frames spread over the split (default all)"
-    )
+    add_data_flags(parser, "calib", "calibrate on")
     parser.add_argument(
         "--method",
         default="auto",

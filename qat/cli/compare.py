@@ -17,6 +17,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from qat.cli.flags import add_data_flags
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
@@ -30,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backends", default="openvino,onnxruntime", metavar="NAMES", help="default openvino,onnxruntime"
     )
-    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--split", default="eval")
-    parser.add_argument(
-        "--frames", type=int, metavar="N", help="evaluate N keyframes spread over the split (default all)"
-    )
+    add_data_flags(parser, "eval", "evaluate on")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="latency rounds (default 10)")
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="counted runs of a row in a round (default 3)"

@@ -13,6 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qat.cli.flags import add_data_flags
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
@@ -26,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for a folder, the config whose test pipeline reads the data (default camera-tiny's); for a float checkpoint, "
         "instead of the one inside or beside it",
     )
-    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--split", default="calib")
-    parser.add_argument("--frames", type=int, metavar="N", help="N frames spread over the split (default all)")
+    add_data_flags(parser, "calib", "check on")
     parser.add_argument(
         "--saturation",
         type=float,

@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qat.cli.flags import add_data_flags
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("ckpt", type=Path, metavar="CKPT", help="a checkpoint that calibrate wrote")
-    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--split", default="calib")
-    parser.add_argument("--frames", type=int, metavar="N", help="N frames spread over the split (default all)")
+    add_data_flags(parser, "calib", "measure on")
     parser.add_argument(
         "--metric",
         choices=("sqnr", "map"),

@@ -7,7 +7,6 @@ not be kept. What a row found on a keyframe is kept in a cache, so that an inter
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,8 @@ import numpy as np
 from qat.compare.rows import Row
 from qat.core.centerhead import Detections
 from qat.core.errors import UserError
-from qat.core.files import atomic_path
-from qat.core.tensors import EQUAL_DB
+from qat.core.files import read_arrays, write_arrays
+from qat.core.tensors import decibels
 from qat.data import NuScenesDataset, Sample
 
 # In the order in which they arise; "heads" stands for all of the head's maps.
@@ -38,7 +37,7 @@ class RowAccuracy:
         result = {}
         for name, (signal, noise) in zip(TENSORS, self.energies, strict=True):
             if signal > 0:
-                result[name] = EQUAL_DB if noise == 0 else min(EQUAL_DB, 10 * float(np.log10(signal / noise)))
+                result[name] = decibels(signal, noise)
         return result
 
 
@@ -68,19 +67,10 @@ class _Cache:
         self.folder = folder
 
     def read(self, name: str) -> dict[str, np.ndarray]:
-        path = self.folder / f"{name}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            path.unlink(missing_ok=True)
-            return {}
+        return read_arrays(self.folder / f"{name}.npz")
 
     def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        with atomic_path(self.folder / f"{name}.npz") as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **arrays)
+        write_arrays(self.folder / f"{name}.npz", arrays)
 
 
 def run_accuracy(

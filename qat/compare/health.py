@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from qat.calibrate.ptq import run_frame
 from qat.core.manifest import load_manifest
 from qat.lean.quantizer import Quantizer
 from qat.runtime import Pipeline, SampleTensors
@@ -125,10 +126,7 @@ def check_detector(model: Any, frames: Iterable[Any]) -> Health:
             watch.begin(frame.token)
             watch.see("the frame's img", frame.img)
             watch.see("the frame's depth", frame.depth)
-            matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
-            patterns = model.patterns(*(matrix[None] for matrix in matrices))
-            img, depth = (torch.from_numpy(x)[None] for x in (frame.img, frame.depth))
-            for task in model(img, depth, patterns):
+            for task in run_frame(model, frame):
                 for name, value in task.items():
                     watch.see(f"the head's {name}", value.numpy())
     return watch.health

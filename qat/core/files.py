@@ -7,10 +7,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qat.core.errors import UserError
 
@@ -76,6 +79,25 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an .npz, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads an .npz of a cache: none for a missing file, and none for a damaged one, which is removed."""
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        path.unlink(missing_ok=True)
+        return {}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

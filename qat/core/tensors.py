@@ -22,6 +22,13 @@ class TensorDifference(TypedDict):
     sqnr_db: float
 
 
+def decibels(signal: float, noise: float) -> float:
+    """10·log10(signal / noise) of two energies, EQUAL_DB at most and where there is no noise."""
+    if noise == 0:
+        return EQUAL_DB
+    return min(EQUAL_DB, 10 * math.log10(max(signal, sys.float_info.min) / noise))
+
+
 def compare_tensors(reference: np.ndarray, candidate: np.ndarray) -> TensorDifference:
     """Compares a candidate with its reference, in double precision.
 
@@ -36,9 +43,9 @@ def compare_tensors(reference: np.ndarray, candidate: np.ndarray) -> TensorDiffe
         raise UserError("compare: found NaN or infinite values, expected finite tensors")
     signal, noise = float(a @ a), float(difference @ difference)
     norms = math.sqrt(signal * float(b @ b))
-    if noise == 0:
-        sqnr, cosine = EQUAL_DB, 1.0
-    else:
-        sqnr = min(EQUAL_DB, 10 * math.log10(max(signal, sys.float_info.min) / noise))
-        cosine = float(a @ b) / norms if norms else 0.0
-    return {"max_abs": float(np.abs(difference).max(initial=0.0)), "cosine": cosine, "sqnr_db": sqnr}
+    cosine = 1.0 if noise == 0 else float(a @ b) / norms if norms else 0.0
+    return {
+        "max_abs": float(np.abs(difference).max(initial=0.0)),
+        "cosine": cosine,
+        "sqnr_db": decibels(signal, noise),
+    }

@@ -179,6 +179,8 @@ def _ahead(source: _Drawn | FeatureCache, options: TrainOptions, step: int) -> I
         rng = np.random.default_rng([options.seed, 2, step])
         return [source.draw(k, rng) for k in order[position * options.batch : (position + 1) * options.batch]]
 
+    if step >= options.steps:
+        return
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(draw, step)
         while step < options.steps:
@@ -240,12 +242,10 @@ def train(
     sets = [TrainSet(dataset, config) for dataset in datasets]
     head = config["model"]["heads"]["object"]
     samples = sum(len(dataset) for dataset in sets)
-    source: _Drawn | FeatureCache
-    if options.stage == "bev":
+    source: _Drawn | FeatureCache = _Drawn(sets, state.model)
+    if options.stage == "bev" and state.step < options.steps:
         state.model.eval()
         source = FeatureCache(state.model, sets, options.variants, options.seed, device, log)
-    else:
-        source = _Drawn(sets, state.model)
     saved_at = started = time.monotonic()
     first_step = state.step
     recent: list[dict[str, float]] = []

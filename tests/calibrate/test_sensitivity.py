@@ -104,6 +104,14 @@ def test_an_interrupted_run_goes_on_with_the_next_frame(quantized, tiny_frames, 
     assert seen[-1] == "frame0"  # another's results are not taken
 
 
+def test_a_damaged_file_of_an_earlier_run_is_made_anew(quantized, tiny_frames, tmp_path):
+    whole = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
+    (path,) = tmp_path.glob("*.npz")
+    for damage in (path.read_bytes()[:200], b"", b"PK\x03\x04 not a zip"):
+        path.write_bytes(damage)
+        assert measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k").to_json() == whole.to_json()
+
+
 def test_a_metric_sees_every_units_boxes(quantized, tiny_frames, tmp_path):
     calls = []
 

@@ -244,6 +244,14 @@ def test_an_unknown_stage_is_refused(dataset, tiny_config, tmp_path):
         train(tiny_config, [dataset], tmp_path, TrainOptions(stage="depth"), log=lambda _: None)
 
 
+def test_a_finished_run_draws_nothing_more(dataset, tiny_config, tmp_path, monkeypatch):
+    """The same command again writes the same files, without going over the data."""
+    options = TrainOptions(stage="bev", steps=2, batch=1)
+    train(tiny_config, [dataset], tmp_path, options, log=lambda _: None)
+    monkeypatch.setattr(TrainSet, "_keyframe", None)
+    train(tiny_config, [dataset], tmp_path, options, log=lambda _: None)
+
+
 def test_weights_of_another_config_do_not_resume(dataset, tiny_config, tmp_path):
     options = TrainOptions(steps=1, batch=1)
     train(tiny_config, [dataset], tmp_path, options, log=lambda _: None)
