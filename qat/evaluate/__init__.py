@@ -1,6 +1,8 @@
-"""What a result is worth: nuScenes mAP and NDS through the official devkit, and tensor against tensor."""
+"""What a result is worth: nuScenes mAP and NDS through the official devkit, how sure a difference is, and tensor against
+tensor."""
 
 from qat.core.tensors import compare_tensors
+from qat.evaluate.bootstrap import Interval, paired_bootstrap
 from qat.evaluate.detection import evaluate_detections
 
-__all__ = ["compare_tensors", "evaluate_detections"]
+__all__ = ["Interval", "compare_tensors", "evaluate_detections", "paired_bootstrap"]

@@ -117,6 +117,25 @@ def to_global(
     return boxes
 
 
+def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEval:
+    """The devkit's evaluation of exactly the samples in `detections`, with both sides' boxes loaded and filtered.
+
+    Args:
+        dataset: a `qat.data.NuScenesDataset`.
+        detections: for each sample token, boxes in the keyframe's lidar frame.
+    """
+    from qat.data.dataset import transform
+
+    nusc = dataset.nusc
+    predictions = EvalBoxes()
+    for token, found in detections.items():
+        record = nusc.get("sample_data", nusc.get("sample", token)["data"]["LIDAR_TOP"])
+        lidar2ego = transform(nusc.get("calibrated_sensor", record["calibrated_sensor_token"]))
+        ego2global = transform(nusc.get("ego_pose", record["ego_pose_token"]))
+        predictions.add_boxes(token, to_global(token, found, lidar2ego, ego2global, dataset.classes))
+    return SampleEval(nusc, predictions, list(detections))
+
+
 def evaluate_detections(dataset: Any, detections: Mapping[str, Detections]) -> dict[str, Any]:
     """nuScenes metrics over exactly the samples in `detections`.
 
@@ -128,16 +147,7 @@ def evaluate_detections(dataset: Any, detections: Mapping[str, Detections]) -> d
         map, nds (0 to 1); per_class_ap {class: AP averaged over 0.5, 1, 2, 4 m}; tp_errors {ATE, ASE, AOE, AVE, AAE
         means}; per_class_tp_errors; samples.
     """
-    from qat.data.dataset import transform
-
-    nusc = dataset.nusc
-    predictions = EvalBoxes()
-    for token, found in detections.items():
-        record = nusc.get("sample_data", nusc.get("sample", token)["data"]["LIDAR_TOP"])
-        lidar2ego = transform(nusc.get("calibrated_sensor", record["calibrated_sensor_token"]))
-        ego2global = transform(nusc.get("ego_pose", record["ego_pose_token"]))
-        predictions.add_boxes(token, to_global(token, found, lidar2ego, ego2global, dataset.classes))
-    metrics, _ = SampleEval(nusc, predictions, list(detections)).evaluate()
+    metrics, _ = sample_eval(dataset, detections).evaluate()
 
     def finite(value: float) -> float | None:
         return float(value) if np.isfinite(value) else None
