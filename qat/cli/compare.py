@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="counted runs of a row in a round (default 3)"
     )
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="resamples of the scenes for the 95 %% intervals of mAP and NDS differences (default 1000, 0: none)",
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: all cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR")
 
@@ -56,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             backends=[name for name in args.backends.split(",") if name],
             rounds=args.rounds,
             repeats=args.repeats,
+            resamples=args.resamples,
             threads=args.threads,
             command=shlex.join(["bevqat", *sys.argv[1:]]),
         )

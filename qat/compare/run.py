@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -26,7 +26,7 @@ from qat.core.files import write_json
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.engine import BACKENDS, Options
-from qat.evaluate import evaluate_detections
+from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.report import SCHEMA, Verdict, compared_row, decide, reference_of, row_name, write_report
 
 RESULTS, REPORT, CACHE = "results.json", "report.html", "cache"
@@ -39,7 +39,7 @@ class CompareOptions:
     data, split, version, frames: the evaluation keyframes, as for `NuScenesDataset`. backends: of `qat.engine`.
     out: folder for results.json, report.html and the cache of finished keyframes. rounds, repeats, latency_frames: as
     `qat.compare.latency.measure` has them; as many of the keyframes, spread evenly, are timed. pictures: keyframes to
-    draw in the report. threads: 0 for all cores. model: its name in the results. command: for the provenance.
+    draw in the report. resamples: of the scenes, for the intervals of the differences; 0 for none. threads: 0 for all cores. model: its name in the results. command: for the provenance.
     """
 
     sources: Sources
@@ -53,6 +53,7 @@ class CompareOptions:
     repeats: int = 3
     latency_frames: int = 4
     pictures: int = 2
+    resamples: int = 1000
     threads: int = 0
     model: str = ""
     command: str = ""
@@ -78,7 +79,14 @@ def _progress(console: Console, what: str, total: int) -> Iterator[Any]:
 
 
 def _check(options: CompareOptions) -> None:
-    for name, low in (("rounds", 1), ("repeats", 1), ("latency_frames", 1), ("pictures", 0), ("threads", 0)):
+    for name, low in (
+        ("rounds", 1),
+        ("repeats", 1),
+        ("latency_frames", 1),
+        ("pictures", 0),
+        ("resamples", 0),
+        ("threads", 0),
+    ):
         if getattr(options, name) < low:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: found {getattr(options, name)}, expected at least {low}")
@@ -122,6 +130,20 @@ def _add_speedups(rows: list[dict[str, Any]]) -> None:
         own = next((r for r in rows if r["backend"] == row["backend"] and r["precision"] == "fp32"), None)
         median = row["latency_ms"]["median"]
         row["speedup_vs_fp32"] = None if own is None else own["latency_ms"]["median"] / median
+
+
+def _add_intervals(
+    results: list[dict[str, Any]],
+    accuracies: Sequence[RowAccuracy],
+    dataset: NuScenesDataset,
+    resamples: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Each row's difference to the reference, the first, with its interval over scenes."""
+    others = {str(n): accuracy.detections for n, accuracy in enumerate(accuracies) if n}
+    changes = paired_bootstrap(dataset, accuracies[0].detections, others, resamples, progress=progress)
+    for n, intervals in changes.items():
+        results[int(n)]["change"] = {metric: interval.to_json() for metric, interval in intervals.items()}
 
 
 def _pictures(
@@ -176,6 +198,9 @@ def compare(options: CompareOptions) -> Comparison:
         for n, (row, accuracy) in enumerate(zip(rows, accuracies, strict=True)):
             result_rows.append(_result_row(row, accuracy, evaluate_detections(dataset, accuracy.detections)))
             progress(n + 1)
+    if options.resamples:
+        with _progress(console, "resampled scenes", len(rows)) as progress:
+            _add_intervals(result_rows, accuracies, dataset, options.resamples, progress)
     with _progress(console, "latency rounds", options.rounds) as progress:
         timings = measure(rows, timing_samples, options.rounds, options.repeats, progress)
     for result, timing in zip(result_rows, timings, strict=True):
@@ -187,6 +212,7 @@ def compare(options: CompareOptions) -> Comparison:
         "repeats": options.repeats,
         "frames": len(timing_samples),
         "order": "interleaved, turned by one row each round",
+        "resamples": options.resamples,
     }
     if rebuilds:
         measurement["pattern_rebuild_ms"] = float(np.median(rebuilds))
@@ -211,6 +237,12 @@ def compare(options: CompareOptions) -> Comparison:
     return Comparison(results, results_file, report_file, write_report(results_file, report_file))
 
 
+def _change(row: dict[str, Any], reference: dict[str, Any], key: str) -> str:
+    change = f"{row[key] - reference[key]:+.3f}"
+    interval = row.get("change", {}).get(key)
+    return change if interval is None else f"{change} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+
+
 def print_summary(comparison: Comparison) -> None:
     """Prints the table and the verdict."""
     rows = comparison.results["rows"]
@@ -219,7 +251,7 @@ def print_summary(comparison: Comparison) -> None:
     for heading in ("", "mAP", "Δ", "NDS", "Δ", "median", "p99", "speed-up", "size", "SQNR heads"):
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
-        changes = ["", ""] if reference is None else [f"{row[key] - reference[key]:+.3f}" for key in ("map", "nds")]
+        changes = ["", ""] if reference is None else [_change(row, reference, key) for key in ("map", "nds")]
         speed, heads = row["speedup_vs_fp32"], row["sqnr_db"].get("heads")
         table.add_row(
             row_name(row, rows),

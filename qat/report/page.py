@@ -72,12 +72,14 @@ def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> 
     )
 
 
-def _difference(value: float, base: float | None) -> Cell:
+def _difference(row: Row, base: Row | None, key: str) -> Cell:
     if base is None:
         return "–", 0.0
-    change = value - base
+    change = row[key] - base[key]
     tone = "good" if change > 0.0005 else "bad" if change < -MAX_LOSS else ""
-    return f'<span class="{tone}">{signed(change)}</span>', change
+    interval = row.get("change", {}).get(key)
+    bounds = "" if interval is None else f"<br><small>{signed(interval['low'])} … {signed(interval['high'])}</small>"
+    return f'<span class="{tone}">{signed(change)}</span>{bounds}', change
 
 
 def _name_cell(row: Row, rows: Sequence[Row]) -> Cell:
@@ -106,9 +108,9 @@ def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
         cells: list[Cell] = [
             _name_cell(row, rows),
             (f"{row['map']:.3f}", row["map"]),
-            _difference(row["map"], None if base is None else base["map"]),
+            _difference(row, base, "map"),
             (f"{row['nds']:.3f}", row["nds"]),
-            _difference(row["nds"], None if base is None else base["nds"]),
+            _difference(row, base, "nds"),
             (milliseconds(latency["median"]), latency["median"]),
             (milliseconds(latency["p99"]), latency["p99"]),
             _optional(row.get("speedup_vs_fp32"), lambda value: f"{value:.2f}×"),
@@ -157,6 +159,11 @@ def _how_measured(results: Results) -> str:
         f"mAP and NDS are what the official nuScenes devkit computes over all {dataset['samples']:g} evaluation "
         "keyframes, the same ones for every row."
     ]
+    if measured.get("resamples"):
+        sentences.append(
+            f"Under each difference stand the bounds between which 95 % of {measured['resamples']} paired resamples of the "
+            f"{dataset.get('scenes', '')} scenes lie."
+        )
     if "rounds" in measured:
         sentences.append(
             f"Latency is of the whole detector, from preprocessed tensors to boxes, in {measured['rounds']} rounds "

@@ -72,6 +72,10 @@ class _Checker:
         for key in ("speedup_vs_fp32", "size_mb"):
             if row.get(key) is not None:
                 self.number(row[key], f"{path}.{key}", 0)
+        for metric, interval in self.mapping(row.get("change", {}), f"{path}.change").items():
+            where = f"{path}.change.{metric}"
+            for key in ("low", "high"):
+                self.number(self.mapping(interval, where).get(key), f"{where}.{key}", -1, 1)
         for key in ("sqnr_db", "stages_ms", "tp_errors"):
             self.numbers(row.get(key, {}), f"{path}.{key}")
 

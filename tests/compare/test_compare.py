@@ -92,6 +92,18 @@ def test_fp32_engines_agree_with_pytorch_and_int8_with_its_simulation(demonstrat
                 assert row["sqnr_db"]["camera_feature"] == pytest.approx(expected, abs=1.5)
 
 
+def test_every_row_but_the_reference_has_intervals_of_its_difference(demonstration) -> None:
+    results = demonstration[1].comparison.results
+    reference, *others = results["rows"]
+    assert "change" not in reference
+    for row in others:
+        for metric in ("map", "nds"):
+            interval = row["change"][metric]
+            assert interval["difference"] == pytest.approx(row[metric] - reference[metric], abs=1e-6)
+            assert interval["low"] <= interval["high"]
+    assert results["measurement"]["resamples"] == 1000
+
+
 def test_latency_and_speed_up_are_of_the_same_backend(demonstration) -> None:
     rows = demonstration[1].comparison.results["rows"]
     for row in rows:

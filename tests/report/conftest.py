@@ -100,12 +100,18 @@ def results() -> dict:
             "cpu": "Example CPU @ 2.50GHz", "cores": 2, "threads": 2, "int8_instructions": ["avx512_vnni"],
             "memory_gb": 7.6,
         },
-        "measurement": {"rounds": 10, "repeats": 3, "frames": 4, "pattern_rebuild_ms": 12.3},
+        "measurement": {"rounds": 10, "repeats": 3, "frames": 4, "pattern_rebuild_ms": 12.3, "resamples": 1000},
         "rows": [
             _row("pytorch", "fp32", 0.0, 118.0, 1.0, 200.0),
             _row("pytorch", "int8-fake", 0.004, 320.0, 0.37, 28.0),
             _row("openvino", "fp32", 0.0, 71.0, 1.0, 120.0),
-            _row("openvino", "int8", 0.005, 33.0, 71 / 33, 27.0),
+            {
+                **_row("openvino", "int8", 0.005, 33.0, 71 / 33, 27.0),
+                "change": {
+                    "map": {"difference": -0.005, "low": -0.009, "high": 0.002, "confidence": 0.95},
+                    "nds": {"difference": -0.004, "low": -0.0071, "high": 0.0012, "confidence": 0.95},
+                },
+            },
             _row("onnxruntime", "fp32", 0.0, 74.0, 1.0, 118.0),
             _row("onnxruntime", "int8", 0.0042, 96.0, 74 / 96, 27.5),
         ],
