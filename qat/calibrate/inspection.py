@@ -20,7 +20,7 @@ LAYERS = QuantizedConv2d | QuantizedConvTranspose2d | QuantizedLinear
 @dataclass(frozen=True)
 class Group:
     """The tensors that share one activation quantizer. feeds: layers and operations that take one of them. state: "on",
-    "watched" (for the onnxruntime flavour alone) or "off" (its whole part is float)."""
+    "watched" (for the onnxruntime flavour alone) or "off" (float: its whole part is, or it was left so for a budget)."""
 
     part: str
     quantizer: str
@@ -87,7 +87,7 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
             quantizer = graph.get_submodule(name)
             assert isinstance(quantizer, Quantizer)
             amax = float(quantizer._amax)
-            state = "off" if off else "watched" if name in inventory.watched else "on"
+            state = "watched" if name in inventory.watched and not off else "off" if quantizer._disabled else "on"
             taking = [f for f in dict.fromkeys(feeds[name]) if f not in inventory.quantizers]
             found.groups.append(Group(part, name, list(tensors), taking, amax, amax / BOUND, state))
         for path in inventory.quantized:
@@ -102,9 +102,11 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
                     layer.weight.numel(),
                     scales.numel(),
                     (float(scales.min()), float(scales.max())),
-                    "off" if off else "on",
+                    "off" if layer.weight_quantizer._disabled else "on",
                 )
             )
+            if layer.weight_quantizer._disabled and not off:
+                found.floats.append(FloatLayer(part, path, "budget", "its INT8 costs more mAP than the budget allows"))
         found.floats += [FloatLayer(part, name, kept.rule, kept.reason) for name, kept in inventory.kept.items()]
         if off:
             reason = "all of the part: CUDA-BEVFusion builds it without QDQ"

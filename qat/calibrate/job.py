@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qat.calibrate.budget import Budget, draw_budget, keep_within_budget, print_budget
 from qat.calibrate.checkpoint import save_ptq
 from qat.calibrate.distributed import device, place
-from qat.calibrate.ptq import CalibrationReport, calibrate
+from qat.calibrate.ptq import CalibrationReport, calibrate, int8_layers
+from qat.calibrate.sensitivity import Metric, measure_sensitivity
 from qat.core.config import load_config
 from qat.core.errors import UserError
-from qat.core.files import sha256
+from qat.core.files import sha256, write_json
 from qat.data import NuScenesDataset
 from qat.lean import AUTO, Inventory, QuantizedDetector
 from qat.lean.placement import Kept
@@ -25,13 +28,31 @@ from qat.models import load_float_model
 FEW_FRAMES = 8
 
 
+@dataclass(frozen=True)
+class BudgetOptions:
+    """What may be lost for INT8, and where that is measured.
+
+    drop: of mAP. data, version, split, frames: annotated keyframes, as for `NuScenesDataset`. metric: of such a data set,
+    what scores boxes by frame token. ranked_on: frames that the units' own damage is measured on.
+    """
+
+    drop: float
+    data: Path
+    split: str
+    metric: Callable[[NuScenesDataset], Metric]
+    version: str | None = None
+    frames: int | None = None
+    ranked_on: int = 4
+
+
 @dataclass
 class CalibrationResult:
-    """The quantized detector, what calibration saw, and how it was done."""
+    """The quantized detector, what calibration saw, how it was done, and what a budget led to."""
 
     model: QuantizedDetector
     report: CalibrationReport
     recipe: dict[str, object]
+    budget: Budget | None = None
 
 
 def calibrate_checkpoint(
@@ -45,10 +66,12 @@ def calibrate_checkpoint(
     method: str = "auto",
     percentile: float = 99.99,
     by_layer: Sequence[tuple[str, str]] = (),
+    budget: BudgetOptions | None = None,
 ) -> CalibrationResult:
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
 
     method: one of `qat.lean.METHODS`, or "auto": what serves each part best (`qat.lean.AUTO`). by_layer goes before it.
+    budget: leaves units float for it, and writes `<out>.budget.json` and `.budget.png` beside `out`.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
     Raises:
@@ -56,6 +79,8 @@ def calibrate_checkpoint(
     """
     if not 50 < percentile <= 100:
         raise UserError(f"--percentile: found {percentile}, expected above 50 and at most 100")
+    if budget is not None and place()[1] > 1:
+        raise UserError("--budget: found several processes, expected one; leave torchrun out")
     title = method
     if method == "auto":
         method, parts = AUTO
@@ -77,6 +102,10 @@ def calibrate_checkpoint(
             lambda done: progress.update(bar, completed=done),
             by_layer,
         )
+    quantized.cpu()
+    model.cpu()
+    found = None if budget is None else _keep_within(budget, quantized, out, sha256(checkpoint))
+    report.int8 = int8_layers(quantized)
     recipe: dict[str, object] = {
         "method": title,
         "default_method": method,
@@ -90,11 +119,24 @@ def calibrate_checkpoint(
         "int8_share_of_macs": round(report.int8_share, 4),
         "unexcited": report.unexcited,
     }
-    quantized.cpu()
-    model.cpu()
+    if found is not None:
+        recipe["budget"] = {"drop": found.budget, "of": found.of, "float_units": found.chosen.floats}
     if rank == 0:
         save_ptq(out, quantized, model, recipe)
-    return CalibrationResult(quantized, report, recipe)
+    if found is not None:
+        write_json(out.with_suffix(".budget.json"), found.to_json())
+        draw_budget(found, out.with_suffix(".budget.png"))
+    return CalibrationResult(quantized, report, recipe, found)
+
+
+def _keep_within(options: BudgetOptions, model: QuantizedDetector, out: Path, checkpoint: str) -> Budget:
+    dataset = NuScenesDataset(options.data, options.split, model.config, options.version, options.frames)
+    cache = out.with_suffix(".budget-cache")
+    ranges = hashlib.sha256(b"".join(amax.numpy().tobytes() for amax in model.amax().values())).hexdigest()
+    key = f"{checkpoint} {ranges}"
+    few = np.linspace(0, len(dataset) - 1, min(options.ranked_on, len(dataset))).round().astype(int)
+    ranking = measure_sensitivity(model, [dataset[int(i)] for i in few], cache, key)
+    return keep_within_budget(model, dataset, options.drop, options.metric(dataset), ranking, cache, key)
 
 
 def by_reason(inventory: Inventory) -> dict[Kept, list[str]]:
@@ -117,10 +159,11 @@ def print_summary(result: CalibrationResult) -> None:
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for part, inventory in model.inventory.items():
         on = part not in model.parts_off
-        layers = [f"{part}.{path}" for path in inventory.quantized] if on else []
+        layers = [name for name in report.int8 if name.startswith(part + ".")]
         total = sum(count for name, count in report.macs.items() if name.startswith(part + "."))
         share = sum(report.macs[name] for name in layers) / total if total else 0.0
-        active = len(inventory.quantizers) - len(inventory.watched) if on else 0
+        graph = model.parts[part]
+        active = sum(not graph.get_submodule(name)._disabled for name in inventory.quantizers)
         table.add_row(part, str(active), str(len(layers)), f"{share:.1%}" if on else "off")
     console = Console()
     console.print(table)
@@ -130,6 +173,8 @@ def print_summary(result: CalibrationResult) -> None:
             console.print(f"float: {names[0]}{_more(names)} ({kept.reason})", highlight=False)
     for part in model.parts_off:
         console.print(f"float: all of {part} (CUDA-BEVFusion builds that part without QDQ)", highlight=False)
+    if result.budget is not None:
+        print_budget(result.budget)
     for name in report.unexcited:
         console.print(f"warning: {name} was zero on every frame; its scale is a floor", highlight=False)
     if report.frames < FEW_FRAMES:

@@ -186,7 +186,12 @@ def calibrate(
         quantizer = own[name]
         assert isinstance(quantizer, Quantizer)
         quantizer.set_range(torch.tensor(max(amax, UNEXCITED)))
-    for part, inventory in quantized.inventory.items():
-        if part not in quantized.parts_off:
-            report.int8 += [f"{part}.{path}" for path in inventory.quantized]
+    report.int8 = int8_layers(quantized)
     return quantized, report
+
+
+def int8_layers(model: QuantizedDetector) -> list[str]:
+    """`part.path` of every layer whose weights are INT8 and on."""
+    own = quantizers(model.parts)
+    named = [f"{part}.{path}" for part, inventory in model.inventory.items() for path in inventory.quantized]
+    return [name for name in named if not own[f"{name}.weight_quantizer"]._disabled]

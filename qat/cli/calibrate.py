@@ -36,14 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another method for quantizers whose part.name matches; may be given again (`bevqat inspect` lists names)",
     )
     parser.add_argument("--percentile", type=float, default=99.99, help="for --method percentile (default 99.99)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="DROP",
+        help="mAP that INT8 may cost, such as 0.001: the fewest and cheapest layers that pay for more stay float",
+    )
+    parser.add_argument("--budget-data", type=Path, metavar="ROOT", help="annotated data for it (default --data)")
+    parser.add_argument("--budget-split", default="calib", metavar="NAME", help="its split (default calib)")
+    parser.add_argument("--budget-frames", type=int, metavar="N", help="N of its frames (default all)")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate/ptq.pth"), metavar="CKPT")
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the PTQ checkpoint, prints what is INT8 and what is not."""
     from qat.calibrate.distributed import process_group
-    from qat.calibrate.job import calibrate_checkpoint, print_summary
+    from qat.calibrate.job import BudgetOptions, calibrate_checkpoint, print_summary
     from qat.core.errors import UserError
+    from qat.evaluate import devkit_metric
 
     by_layer = []
     for text in args.method_for:
@@ -51,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
         if not (pattern and equals):
             raise UserError(f"--method-for: found {text!r}, expected PATTERN=METHOD such as 'camera.*=max'")
         by_layer.append((pattern, method))
+    budget = None
+    if args.budget is not None:
+        data = args.budget_data or args.data
+        version = args.version if args.budget_data is None else None
+        budget = BudgetOptions(args.budget, data, args.budget_split, devkit_metric, version, args.budget_frames)
     with process_group() as (rank, _):
         result = calibrate_checkpoint(
             config=args.config,
@@ -63,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             percentile=args.percentile,
             out=args.out,
             by_layer=by_layer,
+            budget=budget,
         )
     if rank == 0:
         print_summary(result)

@@ -10,9 +10,7 @@ example:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qat.cli.flags import add_data_flags
 
@@ -36,17 +34,13 @@ def run(args: argparse.Namespace) -> int:
     from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity, print_sensitivity
     from qat.core.files import sha256, write_json
     from qat.data import NuScenesDataset
-    from qat.evaluate import evaluate_detections
+    from qat.evaluate import devkit_metric
 
     model, _ = load_ptq(args.ckpt)
     dataset = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
 
-    def metric(detections: Mapping[str, Any]) -> dict[str, float]:
-        figures = evaluate_detections(dataset, detections)
-        return {name: figures[name] for name in ("map", "nds")}
-
     found = measure_sensitivity(
-        model, dataset, args.out / "cache", sha256(args.ckpt), metric if args.metric == "map" else None
+        model, dataset, args.out / "cache", sha256(args.ckpt), devkit_metric(dataset) if args.metric == "map" else None
     )
     print_sensitivity(found)
     write_json(args.out / "sensitivity.json", found.to_json())

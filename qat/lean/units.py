@@ -29,7 +29,7 @@ class Unit:
 
 
 def units(model: QuantizedDetector) -> list[Unit]:
-    """The units of every part that is on, in order of execution; watched quantizers belong to none."""
+    """The units that are on, in order of execution; watched quantizers belong to none."""
     found = []
     for part, inventory in model.inventory.items():
         if part in model.parts_off:
@@ -43,6 +43,8 @@ def units(model: QuantizedDetector) -> list[Unit]:
                 assert isinstance(source, fx.Node)
                 fed[str(source.target)].append(f"{part}.{node.target}")
         for name, layers in fed.items():
+            if graph.get_submodule(name)._disabled:
+                continue
             weights = [f"{layer}.weight_quantizer" for layer in layers]
             found.append(Unit(f"{part}.{name}", part, (f"{part}.{name}", *weights), tuple(layers)))
     return found

@@ -1,0 +1,217 @@
+"""Mixed precision: the fewest and cheapest units in float that keep the metric's drop within a budget.
+
+The units are ranked by the damage that each does alone; the shortest beginning of that ranking that keeps the drop within
+the budget is searched for, doubling and halving; then units are given back to INT8, the dearest first, as long as the
+budget holds. Each set that is tried runs over all frames and is scored by the metric itself: damages do not add up exactly.
+What a set gave on a frame is kept on disk, so an interrupted search goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qat import __version__
+from qat.calibrate.ptq import Frame, run_frame
+from qat.calibrate.sensitivity import Metric, Sensitivity
+from qat.core.centerhead import Detections, decode
+from qat.core.errors import UserError
+from qat.core.files import atomic_path, read_arrays, write_arrays
+from qat.lean import QuantizedDetector
+from qat.lean.modes import quantizers
+from qat.lean.units import Unit, only_on, units
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """One set of units left float: their names, the share of multiply-accumulates that stays INT8, the metric, and what it
+    lost of the float network's first figure."""
+
+    floats: list[str]
+    int8_share: float
+    metric: dict[str, float]
+    drop: float
+
+
+@dataclass
+class Budget:
+    """budget: the drop that is allowed, of the figure `of`. reference: the float network's metric. points: all sets that
+    were tried, most INT8 first. chosen: the one that was taken."""
+
+    budget: float
+    of: str
+    frames: int
+    reference: dict[str, float]
+    points: list[BudgetPoint]
+    chosen: BudgetPoint
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers."""
+        return asdict(self)
+
+
+class _Trials:
+    """Runs sets of units over the frames, each once."""
+
+    def __init__(
+        self,
+        model: QuantizedDetector,
+        frames: Sequence[Frame],
+        metric: Metric,
+        shares: Mapping[str, float],
+        cache: Path,
+        key: str,
+    ) -> None:
+        self.model, self.frames, self.metric, self.shares = model, frames, metric, shares
+        self.cache, self.key = cache, key
+        self.every = units(model)
+        self.head = model.config["model"]["heads"]["object"]
+        self.reference: dict[str, float] = {}
+        self.points: dict[frozenset[str], BudgetPoint] = {}
+        self.reference = self._score([])
+        self.of = next(iter(self.reference))
+
+    def _score(self, on: Sequence[Unit]) -> dict[str, float]:
+        named = json.dumps([__version__, self.key, sorted(unit.name for unit in on)])
+        name = hashlib.sha256(named.encode()).hexdigest()[:16]
+        console = Console(stderr=True)
+        columns = (
+            TextColumn(f"set {len(self.points) + 1}: frames"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        boxes = {}
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("", total=len(self.frames))
+            for frame in self.frames:
+                path = self.cache / f"{name}-{frame.token}.npz"
+                found = read_arrays(path)
+                if not {"boxes", "scores", "labels"} <= found.keys():
+                    with torch.inference_mode(), only_on(self.model, on):
+                        maps = run_frame(self.model, frame)
+                    own = decode([{k: v.float().cpu().numpy() for k, v in task.items()} for task in maps], self.head)
+                    found = {"boxes": own.boxes, "scores": own.scores, "labels": own.labels}
+                    write_arrays(path, found)
+                boxes[frame.token] = Detections(found["boxes"], found["scores"], found["labels"])
+                bar.advance(task)
+        return dict(self.metric(boxes))
+
+    def point(self, floats: Sequence[str]) -> BudgetPoint:
+        """The figures with these units in float."""
+        chosen = frozenset(floats)
+        if chosen not in self.points:
+            on = [unit for unit in self.every if unit.name not in chosen]
+            metric = self._score(on)
+            share = sum(self.shares[unit.name] for unit in on)
+            ordered = [unit.name for unit in self.every if unit.name in chosen]
+            drop = self.reference[self.of] - metric[self.of]
+            self.points[chosen] = BudgetPoint(ordered, round(share, 6), metric, drop)
+        return self.points[chosen]
+
+
+def keep_within_budget(
+    model: QuantizedDetector,
+    frames: Sequence[Frame],
+    budget: float,
+    metric: Metric,
+    sensitivity: Sensitivity,
+    cache: Path,
+    key: str,
+) -> Budget:
+    """Switches units of `model` off until the metric drops by no more than `budget` from the float network's.
+
+    Args:
+        model: calibrated; changed in place.
+        frames: annotated, as many as the budget's size calls for: on few frames a metric moves more than that by chance.
+        budget: of the metric's first figure, such as 0.001 mAP.
+        metric: boxes by frame token → figures such as {"map": …, "nds": …}.
+        sensitivity: the units of this model, most harmful first.
+        cache: folder for what each set gave.
+        key: of the calibrated model, so that another one's results are not taken for this one's.
+
+    Raises:
+        UserError: a negative budget, no frames, or a ranking of other units.
+    """
+    if not budget >= 0:
+        raise UserError(f"--budget: found {budget}, expected 0 or more of mAP, such as 0.001")
+    if not len(frames):
+        raise UserError("--budget: found no frames, expected at least one with annotated objects")
+    shares = {row.name: row.macs_share for row in sensitivity.units}
+    if set(shares) != {unit.name for unit in units(model)}:
+        raise ValueError("the ranking is of other units")
+    ranking = [row.name for row in sensitivity.units]
+    trials = _Trials(model, frames, metric, shares, cache, key)
+
+    def holds(floats: Sequence[str]) -> bool:
+        return trials.point(floats).drop <= budget
+
+    fails, count = -1, 0
+    while not holds(ranking[:count]):  # ends: with all of them in float the drop is 0
+        fails, count = count, min(len(ranking), max(1, 2 * count))
+    while count - fails > 1:
+        middle = (count + fails) // 2
+        fails, count = (fails, middle) if holds(ranking[:middle]) else (middle, count)
+    floats = ranking[:count]
+    # The last one is needed: without it the search went on.
+    for name in sorted(floats[:-1], key=lambda unit: -shares[unit]):
+        fewer = [other for other in floats if other != name]
+        if holds(fewer):
+            floats = fewer
+    chosen = trials.point(floats)
+    own = quantizers(model.parts)
+    for unit in trials.every:
+        if unit.name in chosen.floats:
+            for name in unit.quantizers:
+                own[name].disable()
+    points = sorted(trials.points.values(), key=lambda point: -point.int8_share)
+    return Budget(budget, trials.of, len(frames), trials.reference, points, chosen)
+
+
+def print_budget(found: Budget) -> None:
+    """Prints the trade-off curve, and what stays float."""
+    names = list(found.reference)
+    table = Table(title=f"float for accuracy, over {found.frames} frames", title_justify="left")
+    for heading in ("units in float", "MACs in INT8", *(f"Δ {name}" for name in names), ""):
+        table.add_column(heading, justify="right")
+    for point in found.points:
+        changes = [f"{point.metric[name] - found.reference[name]:+.4f}" for name in names]
+        mark = "chosen" if point is found.chosen else "" if point.drop <= found.budget else "over"
+        table.add_row(str(len(point.floats)), f"{point.int8_share:.1%}", *changes, mark)
+    console = Console()
+    console.print(table)
+    if not found.chosen.floats:
+        console.print(
+            f"all units within a drop of {found.budget:g} {found.of}: nothing has to stay float", highlight=False
+        )
+    for name in found.chosen.floats:
+        console.print(f"float: {name} (the budget of {found.budget:g} {found.of})", highlight=False)
+
+
+def draw_budget(found: Budget, path: Path) -> None:
+    """Writes a PNG: the drop against the INT8 share of multiply-accumulates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    shares = [100 * point.int8_share for point in found.points]
+    axes.plot(shares, [point.drop for point in found.points], "o", color="#4477aa", label="sets tried")
+    axes.plot([100 * found.chosen.int8_share], [found.chosen.drop], "o", color="#228833", ms=10, label="chosen")
+    axes.axhline(found.budget, color="#cc3311", lw=1, label=f"budget {found.budget:g}")
+    axes.set(xlabel="multiply-accumulates in INT8, %", ylabel=f"drop of {found.of}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
