@@ -233,7 +233,10 @@ def measure(
                 mode = MODES[(turn + r + f) % len(MODES)]
                 with collecting(network, collectors[mode]):
                     passes[mode][r, f] = seconds(lambda frame=frame: network.camera_logits(*frame))  # type: ignore[misc]
-            print(f"round {r + 1} of {rounds}, frame {f + 1} of {len(frames)}", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(
+                    f"\rround {r + 1} of {rounds}, frame {f + 1} of {len(frames)}", end="", file=sys.stderr, flush=True
+                )
         amax: dict[str, float] = {}
         our_searches.append(seconds(lambda o=ours, a=amax: a.update({n: c.compute_amax("mse") for n, c in o.items()})))  # type: ignore[misc]
     chosen = list(names)
