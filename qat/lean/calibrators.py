@@ -2,7 +2,8 @@
 
 The histogram's range is a power of two, doubled by merging pairs of bins when a larger value comes. So its bins do
 not depend on the order of the frames, histograms of two processes merge exactly, and memory does not grow with the
-number of frames. It lives on the tensor's own device.
+number of frames. It lives on the tensor's own device. On the CPU a compiled kernel counts (`_histogram_kernel`),
+elsewhere torch; both give the same counts, on any number of threads.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 
 from qat.core.errors import UserError
 
-BINS = 4096
+LOG2_BINS = 12
+BINS = 2**LOG2_BINS
 LEVELS = 128  # magnitudes that s8 can tell apart
 METHODS = ("max", "percentile", "mse", "entropy")
-SMALLEST_LOG2 = -24  # of the range of a tensor that has been zero so far
+SMALLEST_LOG2 = -24  # of the range that a histogram starts with
 
 
 class HistogramCalibrator:
@@ -31,31 +33,30 @@ class HistogramCalibrator:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.counts: torch.Tensor | None = None
-        self.log2_range = 0
+        self.counts: torch.Tensor | None = None  # float64[BINS], whole numbers
+        self.log2_range = SMALLEST_LOG2  # of a power of two greater than every magnitude seen
         self.largest = 0.0
 
     def collect(self, x: torch.Tensor) -> None:
-        """Adds a tensor of any shape.
+        """Adds a tensor of any shape, layout and floating type.
 
         Raises:
             UserError: it holds NaN or infinity.
         """
-        magnitude = x.detach().abs().flatten().float()
-        largest = float(magnitude.max())
+        values = _flat(x.detach().float())
+        count = count_on_cpu if x.device.type == "cpu" else count_with_torch
+        counts, largest = count(values, self.log2_range)
         if not math.isfinite(largest):
             raise UserError(
                 f"calibration: {self.name}: found NaN or infinity in its values; look at the layers before it and at the input frame"
             )
-        needed = math.ceil(math.log2(largest)) if largest > 0 else SMALLEST_LOG2
-        needed = max(needed, SMALLEST_LOG2)
         if self.counts is None:
             self.counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
-            self.log2_range = needed
+        if largest >= 2.0**self.log2_range:  # seldom but for the first frame: not worth a pass over every tensor
+            self._widen(math.frexp(largest)[1])
+            counts, _ = count(values, self.log2_range)
         self.largest = max(self.largest, largest)
-        self._widen(needed)
-        present = magnitude[magnitude > 0]
-        self.counts += torch.histc(present, BINS, 0.0, 2.0**self.log2_range).double()
+        self.counts = self.counts + counts
 
     def _widen(self, log2_range: int) -> None:
         assert self.counts is not None
@@ -100,20 +101,61 @@ class HistogramCalibrator:
         return min(amax, self.largest)
 
 
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """All values of a tensor as one dimension, in the order of memory: a channels-last tensor is not copied."""
+    order = sorted(range(x.ndim), key=lambda d: x.stride()[d], reverse=True)
+    return x.permute(order).reshape(-1)
+
+
+def count_on_cpu(values: torch.Tensor, log2_range: int) -> tuple[torch.Tensor, float]:
+    """Counts of the magnitudes of float32[n] in bins that divide [0, 2**log2_range) evenly, zeros left out, int64[BINS];
+    and the largest magnitude, NaN or infinity where there is one. Counts are for use only if it lies in the range."""
+    from qat.lean._histogram_kernel import count_magnitudes
+
+    counts, largest = count_magnitudes(values.numpy(), log2_range, LOG2_BINS, torch.get_num_threads())
+    return torch.from_numpy(counts), largest
+
+
+def count_with_torch(values: torch.Tensor, log2_range: int) -> tuple[torch.Tensor, float]:
+    """As `count_on_cpu`, on any device.
+
+    (Not torch.histc, whose counts are float32: above 2²⁴ values in a bin it loses some.)
+    """
+    magnitude = values.abs()
+    largest = float(magnitude.max()) if len(values) else 0.0
+    if not largest < 2.0**log2_range:
+        return torch.zeros(BINS, dtype=torch.int64, device=values.device), largest
+    index = (magnitude * 2.0 ** (LOG2_BINS - log2_range)).int()  # exact but for the truncation: a power of two
+    index.masked_fill_(magnitude == 0, BINS)
+    return torch.bincount(index, minlength=BINS + 1)[:BINS], largest
+
+
 def best_mse_bin(counts: torch.Tensor) -> int:
     """The number of bins to keep so that rounding costs the least squared error.
 
-    Σ counts·(v − q(v))² over bin centres v, q rounding to amax/127 and saturating at amax, for every candidate amax
-    at once.
+    Values are taken as spread evenly over their bin. (At the bins' centres, a step of a whole number of bins would seem
+    better than it is.) Rounding to multiples of s = amax/127 that saturates at amax then costs
+    ∫ v²f(v) dv − 2s·Σ_k G((k − ½)·s), k = 1…127, with G(e) = ∫_e (v − e)·f(v) dv: each boundary between two levels
+    that a value lies beyond takes from its error. 127 terms for a candidate, instead of one for each bin.
     """
     last = int(counts.nonzero().max()) + 1
-    centres = torch.arange(BINS, dtype=torch.float64, device=counts.device)[:last] + 0.5
-    candidates = _candidates(last).to(counts.device)
-    amax = candidates.double()[:, None]
-    scale = amax / (LEVELS - 1)
-    rounded = (centres / scale).round().clamp(max=LEVELS - 1) * scale
-    error = ((rounded - centres) ** 2 * counts[:last]).sum(1)
-    return int(candidates[error.argmin()])
+    kept = counts[:last]
+    beyond = kept.flip(0).cumsum(0).flip(0)  # from the bin's lower edge on
+    gain = (beyond - kept / 2).flip(0).cumsum(0).flip(0)  # G at that edge
+    table = torch.nn.functional.pad(torch.stack([gain, -beyond, kept / 2]), (0, 1))  # nothing beyond the last edge
+    level = torch.arange(1, LEVELS, dtype=torch.float64, device=counts.device)
+
+    def best(candidates: torch.Tensor) -> int:
+        step = candidates.to(counts) / (LEVELS - 1)
+        edge = ((level - 0.5) * step[:, None]).clamp_(max=last)
+        inside = edge.frac()
+        constant, linear, quadratic = table[:, edge.long()]
+        return int(candidates[(step * (constant + inside * (linear + inside * quadratic)).sum(1)).argmax()])
+
+    coarse = _candidates(last)
+    near = best(coarse)
+    apart = last // len(coarse) + 1
+    return best(torch.arange(max(int(coarse[0]), near - apart), min(last, near + apart) + 1))
 
 
 def _candidates(last: int) -> torch.Tensor:

@@ -1,0 +1,34 @@
+"""The benchmarks that are cheap on a tiny network run to their end, and refuse bad flags."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(monkeypatch, name, *flags):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+    monkeypatch.chdir(ROOT)
+    spec.loader.exec_module(module)
+    return module.main()
+
+
+def test_calibration_compares_costs_and_errors(monkeypatch, capsys, tmp_path, tiny_config):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config))
+    flags = ("--config", tmp_path / "tiny.yaml", "--frames", 2, "--peer-search", 1)
+    assert run(monkeypatch, "calibration", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "ours / plain:" in printed
+    assert "searched 1 of" in printed
+    assert "squared rounding error" in printed
+
+
+def test_calibration_refuses_a_search_of_nothing(monkeypatch, capsys):
+    assert run(monkeypatch, "calibration", "--peer-search", "none") == 2
+    assert capsys.readouterr().err == "error: --peer-search: found 'none', expected all or a number above 0\n"
