@@ -33,7 +33,7 @@ from qat.data import NuScenesDataset
 from qat.data.augment import AugmentedSet
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
 
-LOG_EVERY = 10  # steps
+LOG_EVERY = 25  # steps
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,6 @@ class _State:
             ranges = list(learn_ranges(self.student).values())
             groups.append({"params": ranges, "share": options.range_lr / options.lr})
         self.parameters: dict[str, nn.Parameter] = dict(self.student.parts.named_parameters())
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if options.ema else None
         self.step = 0

@@ -47,7 +47,8 @@ class AugmentedSet:
         for name in ("augment2d", "augment3d"):
             if name not in config:
                 raise UserError(
-                    f"config: found no {name}, expected its resize, scale and rotate, as BEVFusion's configs have"
+                    f"config: found no {name}, expected its ranges, as BEVFusion's configs have; `finetune --no-augment` "
+                    "does without"
                 )
         self.dataset = dataset
         self.image_size = tuple(config["image_size"])

@@ -49,5 +49,11 @@ def settle_ranges(model: QuantizedDetector) -> None:
 
 
 def trained_parameters(model: QuantizedDetector) -> dict[str, nn.Parameter]:
-    """All weights and biases of the parts by path, those of layers that stay float too; not ranges that are learned."""
-    return {name: p for name, p in model.parts.named_parameters() if not name.endswith(f".{Quantizer.LEARNED}")}
+    """All weights and biases of the parts by path, those of layers that stay float too; not ranges that are learned.
+
+    From here on they want gradients: a bias that folding a batch norm made does not by itself.
+    """
+    found = {name: p for name, p in model.parts.named_parameters() if not name.endswith(f".{Quantizer.LEARNED}")}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
