@@ -1,5 +1,6 @@
 """QAT: losses, gradients through rounding, resuming, several processes, and the checkpoint that comes of it."""
 
+import json
 import math
 import os
 import signal
@@ -395,18 +396,23 @@ def torchrun(ptq, data, out, *more):
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_end_with_the_weights_of_one(ptq, data, tmp_path):
-    """A batch of two frames, one for each process: their gradients are averaged."""
-    one = run(ptq, data, tmp_path / "one", replace(FEW, steps=2))
-    result = torchrun(ptq, data, tmp_path / "two", "--steps", "2", "--batch", "2")
+def test_two_processes_have_the_gradient_of_one(ptq, data, tmp_path):
+    """A batch of two frames, one for each process: their gradients are averaged. (A convolution of one frame rounds
+    other than of two, which moves a value to its other step here and there; hence not to the last bit.)"""
+
+    def gradient(out):
+        state = saved(out / "resume.pth")["optimizer"]["state"]  # AdamW's first average after one step: a tenth of it
+        return torch.cat([state[key]["exp_avg"].flatten() for key in sorted(state)])
+
+    run(ptq, data, tmp_path / "one", replace(FEW, steps=1))
+    run(ptq, data, tmp_path / "half", replace(FEW, steps=1, batch=1))
+    result = torchrun(ptq, data, tmp_path / "two", "--steps", "1", "--batch", "2")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("qat.pth") == 1 and result.stdout.count("step 2/2") == 1  # rank 0 alone prints
-    one, two = saved(one.checkpoint), saved(tmp_path / "two" / "qat.pth")
-    start = load_ptq(ptq)[0].weights()
-    for name, weight in one["weights"].items():
-        if weight.is_floating_point():
-            moved = (weight - start[name]).abs().max()
-            assert torch.allclose(two["weights"][name], weight, atol=0.05 * float(moved) + 1e-7), name
+    assert result.stdout.count("qat.pth") == 1 and result.stdout.count("step 1/1") == 1  # rank 0 alone prints
+    one, two, half = (gradient(tmp_path / name) for name in ("one", "two", "half"))
+    assert (two - one).norm() < 0.02 * one.norm() < (half - one).norm()
+    history = [json.loads((tmp_path / name / "history.json").read_text())["history"][0] for name in ("one", "two")]
+    assert history[0] == pytest.approx(history[1], rel=0.02)
 
 
 def test_a_batch_that_the_processes_cannot_share_is_told_once(ptq, data, tmp_path):
