@@ -84,19 +84,29 @@ def tiny_frames():
 
 
 @pytest.fixture
-def tiny_model(tiny_config):
-    """A seeded random detector whose batch norms are not the identity and whose head maps depend on the images (with
+def tiny_model(make_tiny_model):
+    """`make_tiny_model`'s, the test's own."""
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(tiny_config):
+    """() → a seeded random detector whose batch norms are not the identity and whose head maps depend on the images (with
     PyTorch's own initialisation they would not: it shrinks a signal at every layer)."""
-    torch.manual_seed(0)
-    model = build_model(tiny_config).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.7, 1.4)
-            torch.nn.init.uniform_(module.weight, 0.7, 1.3)  # timm zeroes that of a block's last one
-    return model
+
+    def make():
+        torch.manual_seed(0)
+        model = build_model(tiny_config).eval()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.7, 1.4)
+                torch.nn.init.uniform_(module.weight, 0.7, 1.3)  # timm zeroes that of a block's last one
+        return model
+
+    return make
 
 
 CAMERAS = ("FRONT", "LEFT", "RIGHT")

@@ -1,13 +1,17 @@
 """The PTQ checkpoint: plain tensors and containers, from which a new process rebuilds the same quantized network.
 
-    {"format": "bevqat-ptq", "schema": 1,
+    {"format": "bevqat-ptq", "schema": 1 or 2,
      "config":     the model's config,
      "state_dict": the float weights by BEVFusion's names, batch norm not folded,
      "amax":       {quantizer path: range},
      "disabled":   [quantizer paths that are off],
-     "recipe":     how it was calibrated; keep_float and parts_off decide the placement}
+     "recipe":     how it was calibrated; keep_float and parts_off decide the placement,
+     "weights":    schema 2: {path in the parts: tensor}, the trained weights, batch norm folded}
 
-Folding and placement are functions of these alone, so a reload gives bit-identical outputs.
+Folding and placement are functions of these alone, so a reload gives bit-identical outputs. A network that was trained
+after folding (`finetune`) has weights that no float state dict with batch norms gives: they are kept apart, under a
+schema that an older version refuses rather than reading the file without them. The float weights stay: training goes
+on from them as the teacher.
 """
 
 from __future__ import annotations
@@ -26,13 +30,22 @@ from qat.lean.placement import FloatRule
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
 
 FORMAT = "bevqat-ptq"
-SCHEMA = 1
+CALIBRATED, TRAINED = 1, 2  # schemas
 
 
 def save_ptq(
-    path: str | Path, model: QuantizedDetector, float_model: CameraBEVDetector, recipe: Mapping[str, Any]
+    path: str | Path,
+    model: QuantizedDetector,
+    float_model: CameraBEVDetector,
+    recipe: Mapping[str, Any],
+    trained: bool = False,
 ) -> None:
-    """Writes the checkpoint, whole or not at all. `float_model` is the one that `model` was made from."""
+    """Writes the checkpoint, whole or not at all.
+
+    Args:
+        float_model: the one that `model` was made from.
+        trained: `model`'s weights are others than folding `float_model` gives; they are written too.
+    """
     disabled = [name for name, quantizer in quantizers(model.parts).items() if quantizer._disabled]
     placement = {
         "keep_float": [[rule.pattern, rule.reason] for rule in model.keep_float],
@@ -40,37 +53,66 @@ def save_ptq(
     }
     checkpoint = {
         "format": FORMAT,
-        "schema": SCHEMA,
+        "schema": TRAINED if trained else CALIBRATED,
         "config": model.config,
         "state_dict": {name: tensor.detach().cpu() for name, tensor in float_model.state_dict().items()},
         "amax": {name: tensor.cpu() for name, tensor in model.amax().items()},
         "disabled": disabled,
         "recipe": {**recipe, **placement},
     }
+    if trained:
+        checkpoint["weights"] = {name: tensor.cpu().contiguous() for name, tensor in model.weights().items()}
     with atomic_path(path) as temporary:
         torch.save(checkpoint, temporary)
 
 
-def load_ptq(path: str | Path) -> tuple[QuantizedDetector, dict[str, Any]]:
-    """The quantized detector and its recipe.
-
-    Raises:
-        UserError: not a PTQ checkpoint, one of another schema, or one whose quantizers do not fit its config.
-    """
+def _read(path: str | Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     if checkpoint.get("format") != FORMAT:
         raise UserError(
             f"{path}: found a checkpoint without quantizer ranges, expected a PTQ one; run calibrate on it first"
         )
-    if checkpoint.get("schema") != SCHEMA:
-        raise UserError(f"{path}: found schema {checkpoint.get('schema')!r}, expected {SCHEMA}; calibrate again")
+    if checkpoint.get("schema") not in (CALIBRATED, TRAINED):
+        raise UserError(
+            f"{path}: found schema {checkpoint.get('schema')!r}, expected {CALIBRATED} or {TRAINED}; calibrate again"
+        )
+    return checkpoint
+
+
+def _build(
+    checkpoint: Mapping[str, Any], path: str | Path, trained: bool
+) -> tuple[QuantizedDetector, CameraBEVDetector]:
+    """The quantized detector, with the trained weights if asked and there are some, and the float one."""
     try:
         recipe = checkpoint["recipe"]
         model = build_model(checkpoint["config"])
         load_state(model, checkpoint["state_dict"], str(path))
         rules = [FloatRule(pattern, reason) for pattern, reason in recipe["keep_float"]]
         quantized = QuantizedDetector(model.eval(), rules, recipe["parts_off"])
+        if trained and checkpoint["schema"] == TRAINED:
+            quantized.load_weights(checkpoint["weights"])
         quantized.load_amax(checkpoint["amax"], checkpoint["disabled"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or made by another version: {error}; calibrate again") from None
-    return quantized, dict(recipe)
+    return quantized, model
+
+
+def load_ptq(path: str | Path) -> tuple[QuantizedDetector, dict[str, Any]]:
+    """The quantized detector, calibrated or trained, and its recipe.
+
+    Raises:
+        UserError: not a PTQ checkpoint, one of another schema, or one whose quantizers do not fit its config.
+    """
+    checkpoint = _read(path)
+    return _build(checkpoint, path, trained=True)[0], dict(checkpoint["recipe"])
+
+
+def load_float_reference(path: str | Path) -> tuple[QuantizedDetector, CameraBEVDetector]:
+    """The float network that a PTQ checkpoint was made from: folded, with every quantizer off; and with its batch norms.
+
+    The two share weights. Raises as `load_ptq`.
+    """
+    reference, model = _build(_read(path), path, trained=False)
+    for quantizer in quantizers(reference.parts).values():
+        quantizer.disable()
+    return reference, model

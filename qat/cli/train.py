@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from qat.cli.flags import root_and_split
 from qat.core.errors import UserError
 
 
@@ -55,15 +56,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected at least {low}")
     config = load_config(args.config)
 
-    def opened(text: str) -> NuScenesDataset:
-        root, _, split = text.rpartition(":")
-        if not root:
-            raise UserError(f"--data: found {text!r}, expected ROOT:SPLIT such as data/fit:fit")
-        return NuScenesDataset(root, split, config)
+    def opened(text: str, flag: str = "--data") -> NuScenesDataset:
+        return NuScenesDataset(*root_and_split(text, flag), config)
 
     names = {field.name for field in dataclasses.fields(TrainOptions)}
     options = TrainOptions(**{name: value for name, value in vars(args).items() if name in names})
-    held_out = opened(args.held_out) if args.held_out else None
+    held_out = opened(args.held_out, "--held-out") if args.held_out else None
     metrics = train(
         config,
         [opened(text) for text in args.data],

@@ -112,6 +112,27 @@ class QuantizedDetector(nn.Module):
         """Every quantizer's range by its path; for those that have one."""
         return {name: q.amax.detach().clone() for name, q in quantizers(self.parts).items() if q.amax is not None}
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The parts' parameters and buffers by path, as the parts compute with them (batch norm folded), without the
+        quantizers'."""
+        own = quantizers(self.parts)
+        return {name: x.detach() for name, x in self.parts.state_dict().items() if name.rpartition(".")[0] not in own}
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Sets what `weights` gave; ranges are left as they are.
+
+        Raises:
+            KeyError: the names are not this detector's. ValueError: a shape is not.
+        """
+        own = self.weights()
+        strange = set(weights) ^ set(own)
+        if strange:
+            raise KeyError(f"weights differ: {', '.join(sorted(strange)[:5])}")
+        for name, tensor in own.items():
+            if tensor.shape != weights[name].shape:
+                raise ValueError(f"{name}: found shape {list(weights[name].shape)}, expected {list(tensor.shape)}")
+            tensor.copy_(weights[name])
+
     def load_amax(self, amax: Mapping[str, torch.Tensor], disabled: Sequence[str]) -> None:
         """Sets ranges and on/off as saved.
 

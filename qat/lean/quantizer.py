@@ -19,11 +19,23 @@ def _round(x: torch.Tensor, amax: float) -> torch.Tensor:
     return x.mul(float(np.float32(1) / scale)).round_().clamp_(-BOUND - 1, BOUND).mul_(float(scale))
 
 
+def _round_learned(x: torch.Tensor, log2_range: torch.Tensor) -> torch.Tensor:
+    """As `_round`, with a gradient for the scale (LSQ, Esser et al., ICLR 2020, arXiv 1902.08153, eq. 3 and its factor
+    1/√(values · levels))."""
+    scale = torch.exp2(log2_range).reshape(1) / BOUND
+    factor = 1.0 / (x.numel() * BOUND) ** 0.5
+    return torch._fake_quantize_learnable_per_tensor_affine(
+        x, scale, torch.zeros_like(scale), -BOUND - 1, BOUND, factor
+    )
+
+
 class Quantizer(TensorQuantizer):
     """A TensorQuantizer that rounds to the whole s8 range [−128, 127] with scale amax/127, as ONNX's QuantizeLinear.
 
     (pytorch-quantization's own simulation saturates at −127, its export at −128; a simulation must equal its export.)
     """
+
+    LEARNED = "log2_range"  # the parameter's name, while the range is learned
 
     def set_range(self, amax: torch.Tensor) -> None:
         """Sets the magnitude that 127 stands for: one value, or one for each channel with all dimensions kept.
@@ -33,7 +45,24 @@ class Quantizer(TensorQuantizer):
         self._buffers.pop("_amax", None)
         self.register_buffer("_amax", amax.detach().clone())
 
+    def learn_range(self) -> nn.Parameter:
+        """Makes the range, one value, a parameter: log2 of the magnitude. Until `settle_range` it counts."""
+        learned = nn.Parameter(self._amax.detach().log2())
+        self.register_parameter(self.LEARNED, learned)
+        return learned
+
+    def settle_range(self) -> None:
+        """The range is a plain one again, with the value that it has."""
+        learned = self._parameters.pop(self.LEARNED, None)
+        if learned is not None:
+            self.set_range(learned.detach().exp2())
+
     def _quant_forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.dtype in (torch.bfloat16, torch.float16):
+            inputs = inputs.float()  # under autocast: in half precision neighbouring steps of a scale fall together
+        learned = self._parameters.get(self.LEARNED)
+        if learned is not None:
+            return _round_learned(inputs, learned)
         amax = self._amax
         if amax.numel() == 1:
             if not (torch.is_grad_enabled() or torch.jit.is_tracing()):
@@ -58,18 +87,21 @@ def weight_axis(module: nn.Module) -> int:
     return 1 if isinstance(module, nn.ConvTranspose2d) else 0
 
 
-def weight_quantizer(module: nn.Module) -> Quantizer:
-    """One scale for each output channel, from the weights' largest magnitudes."""
+def weight_range(module: nn.Module) -> torch.Tensor:
+    """The largest magnitude of each output channel's weights, all dimensions kept."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    axis = weight_axis(module)
-    quantizer = Quantizer(QuantDescriptor(num_bits=8, axis=(axis,)))
-    quantizer._calibrator = None
-    other = [d for d in range(weight.ndim) if d != axis]
+    other = [d for d in range(weight.ndim) if d != weight_axis(module)]
     amax = weight.detach().abs().amax(dim=other, keepdim=True)
     # A channel of zeros has no range of its own: the floor keeps its scale above zero and its weights at zero.
-    floor = amax.max().clamp(min=1e-6) * 2.0**-16
-    quantizer.set_range(amax.clamp(min=float(floor)))
+    return torch.maximum(amax, amax.max().clamp(min=1e-6) * 2.0**-16)
+
+
+def weight_quantizer(module: nn.Module) -> Quantizer:
+    """One scale for each output channel, from the weights' largest magnitudes."""
+    quantizer = Quantizer(QuantDescriptor(num_bits=8, axis=(weight_axis(module),)))
+    quantizer._calibrator = None
+    quantizer.set_range(weight_range(module))
     return quantizer
 
 

@@ -12,10 +12,11 @@ from qat.core.centerhead import decode
 from qat.core.errors import UserError
 from qat.core.geometry import box_heading
 from qat.data import NuScenesDataset
+from qat.data.augment import augment_boxes
 from qat.data.synth import SynthOptions, generate
 from qat.models import build_model
 from qat.train import TrainOptions, train
-from qat.train.augment import TrainSet, augment_boxes
+from qat.train.augment import TrainSet
 from qat.train.features import FeatureCache
 from qat.train.loop import learning_rate
 from qat.train.losses import depth_loss, gaussian_focal_loss, head_loss

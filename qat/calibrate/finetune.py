@@ -1,0 +1,440 @@
+"""Quantization-aware training: the weights learn to live with the rounding, from the float network's own outputs.
+
+The student is the network of a PTQ checkpoint: batch norms folded, quantizers on, rounding with the straight-through
+estimator (`qat.lean.learn`). The teacher is the float network of the same checkpoint. Frames need no annotation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import distributed, nn
+
+from qat.calibrate.checkpoint import load_float_reference, load_ptq, save_ptq
+from qat.calibrate.distill import Outputs, distillation_losses, run_network
+from qat.calibrate.distributed import agree, device, place
+from qat.core.errors import UserError
+from qat.core.files import atomic_path, sha256, write_json
+from qat.core.geometry import PoolPattern
+from qat.data import NuScenesDataset
+from qat.data.augment import AugmentedSet
+from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
+
+LOG_EVERY = 25  # steps
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """steps: optimiser steps in all. batch: frames of a step, shared by the processes. lr: AdamW's, without weight
+    decay; it rises over `warmup` steps and falls to 0 as a cosine. clip: largest norm of the gradient.
+
+    ema: decay of an exponential average of the weights, which is then what is saved; 0 for none. learn_ranges: the
+    ranges of activations are trained too, at `range_lr` in log2 units. augment: as in training of the float network.
+    amp: bfloat16 layers on a GPU. The weights are of the losses of `qat.calibrate.distill`.
+    """
+
+    steps: int = 1000
+    batch: int = 2
+    lr: float = 1e-5
+    warmup: int = 50
+    clip: float = 35.0
+    ema: float = 0.0
+    learn_ranges: bool = False
+    range_lr: float = 1e-3
+    augment: bool = True
+    amp: bool = True
+    seed: int = 0
+    image_weight: float = 1.0
+    bev_weight: float = 1.0
+    heat_weight: float = 50.0
+    box_weight: float = 0.3
+    save_seconds: float = 60.0
+
+
+@dataclass
+class FinetuneResult:
+    """checkpoint: what was written, read by `load_ptq`. history: a mean of each loss every few steps."""
+
+    checkpoint: Path
+    history: list[dict[str, float]]
+    recipe: dict[str, Any]
+
+
+def learning_rate(step: int, options: FinetuneOptions) -> float:
+    """Linear warm-up times a cosine from 1 at the first step to 0 after the last."""
+    rise = min(1.0, (step + 1) / max(1, options.warmup))
+    return options.lr * rise * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+
+
+def check_options(options: FinetuneOptions, processes: int = 1) -> None:
+    """Raises `UserError` for values that make no run; `--flag` names the one."""
+    bounds: dict[str, tuple[float, float]] = {
+        "steps": (1, math.inf),
+        "batch": (1, math.inf),
+        "warmup": (0, math.inf),
+        "lr": (0.0, 1.0),
+        "clip": (0.0, math.inf),
+        "ema": (0.0, 0.99999),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(options, name)
+        if not low <= value <= high or (name in ("lr", "clip") and value == 0):
+            above = f"above {low:g}" if name in ("lr", "clip") else f"at least {low:g}"
+            below = "" if math.isinf(high) else f" and at most {high:g}"
+            raise UserError(f"--{name}: found {value}, expected {above}{below}")
+    if options.batch % processes:
+        raise UserError(
+            f"--batch: found {options.batch} frames for {processes} processes, expected a multiple of {processes}"
+        )
+
+
+@dataclass
+class _Batch:
+    """This process's frames of a step: img [B,N,3,H,W], depth [B,N,1,H,W], and their pooling patterns."""
+
+    tokens: list[str]
+    img: np.ndarray
+    depth: np.ndarray
+    patterns: list[PoolPattern]
+
+
+class _Source:
+    """Frames of all data sets, augmented or as the test pipeline gives them."""
+
+    def __init__(
+        self, datasets: Sequence[NuScenesDataset], config: Mapping[str, Any], options: FinetuneOptions
+    ) -> None:
+        self.options = options
+        self.sets = [AugmentedSet(dataset, config) if options.augment else dataset for dataset in datasets]
+        self.where = [(i, j) for i, dataset in enumerate(datasets) for j in range(len(dataset))]
+        if len(self.where) < options.batch:
+            raise UserError(f"--batch: found {options.batch}, --data has {len(self.where)} keyframes")
+
+    def batch(self, step: int, pattern: Callable[..., PoolPattern]) -> _Batch:
+        """What this process sees at a step: a function of the seed, the step and its rank alone. All processes together
+        see what one would."""
+        rank, size = place()
+        epoch, position = divmod(step, len(self.where) // self.options.batch)
+        order = np.random.default_rng([self.options.seed, 1, epoch]).permutation(len(self.where))
+        start = position * self.options.batch
+        drawn: list[Any] = []
+        for k in range(rank, self.options.batch, size):
+            i, j = self.where[order[start + k]]
+            chosen = self.sets[i]
+            if isinstance(chosen, AugmentedSet):
+                drawn.append(chosen.draw(j, np.random.default_rng([self.options.seed, 2, step, k])))
+            else:
+                drawn.append(chosen[j])
+        names = ("camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
+        return _Batch(
+            [d.token for d in drawn],
+            np.stack([d.img for d in drawn]),
+            np.stack([d.depth for d in drawn]),
+            [pattern(*(getattr(d, name) for name in names)) for d in drawn],
+        )
+
+    def ahead(self, step: int, pattern: Callable[..., PoolPattern]) -> Iterator[_Batch]:
+        """The batches of `step` and all later steps, each drawn while the one before it is used."""
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.batch, step, pattern)
+            while step < self.options.steps:
+                batch = coming.result()
+                step += 1
+                if step < self.options.steps:
+                    coming = pool.submit(self.batch, step, pattern)
+                yield batch
+
+
+class _State:
+    """The student, its optimiser, and all else that a resumed run needs."""
+
+    def __init__(self, checkpoint: Path, options: FinetuneOptions, where: torch.device) -> None:
+        torch.manual_seed(options.seed)
+        self.student, self.recipe = load_ptq(checkpoint)
+        self.student.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        groups: list[dict[str, Any]] = [{"params": list(trained_parameters(self.student).values()), "share": 1.0}]
+        if options.learn_ranges:
+            ranges = list(learn_ranges(self.student).values())
+            groups.append({"params": ranges, "share": options.range_lr / options.lr})
+        self.parameters: dict[str, nn.Parameter] = dict(self.student.parts.named_parameters())
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if options.ema else None
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+
+    def save(self, path: Path, run: Mapping[str, Any]) -> None:
+        with atomic_path(path) as temporary:
+            torch.save(
+                {
+                    "run": dict(run),
+                    "step": self.step,
+                    "history": self.history,
+                    "parameters": {name: p.detach() for name, p in self.parameters.items()},
+                    "optimizer": self.optimizer.state_dict(),
+                    "ema": self.ema,
+                },
+                temporary,
+            )
+
+    def load(self, path: Path, run: Mapping[str, Any]) -> None:
+        mend = "remove it or choose another --out"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            other = next((name for name in run if saved["run"].get(name) != run[name]), None)
+            if other is not None:
+                raise UserError(
+                    f"{path}: left by a run with another {other}: found {saved['run'].get(other)}, expected {run[other]}; {mend}"
+                )
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(saved["parameters"][name])
+                    if self.ema is not None:
+                        self.ema[name].copy_(saved["ema"][name])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.history = saved["step"], saved["history"]
+        except UserError:
+            raise
+        except Exception as error:  # torch.load of a damaged file raises almost anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: damaged, or of another version ({reason}); {mend}") from None
+
+    def update_ema(self, decay: float) -> None:
+        """Early on the average follows faster, so that it does not remember the first step."""
+        if self.ema is None:
+            return
+        decay = min(decay, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self.ema[name].lerp_(parameter, 1 - decay)
+
+    def settle(self) -> None:
+        """The student as it is to be saved: averaged weights if there are any, plain ranges."""
+        if self.ema is not None:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self.ema[name])
+        settle_ranges(self.student)
+        refresh_weight_ranges(self.student)
+        self.student.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[list[int]]:
+    """Inside the block Ctrl-C and SIGTERM only append to the list: a step is finished before the run stops. A second
+    one stops at once."""
+    seen: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone gets signals
+        before = {}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _average(parameters: Sequence[nn.Parameter], figures: torch.Tensor) -> torch.Tensor:
+    """Averages the gradients, in place, and `figures` over the processes; returns the figures' average."""
+    _, size = place()
+    if size == 1:
+        return figures
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(g.reshape(-1) for g in gradients), figures])
+    distributed.all_reduce(flat)
+    flat /= size
+    start = 0
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = flat[start : start + gradient.numel()].view_as(gradient)
+        start += gradient.numel()
+    return flat[start:]
+
+
+def _check_teacher(outputs: Outputs, tokens: Sequence[str]) -> None:
+    finite = outputs.bev.flatten(1).isfinite().all(1)
+    if not bool(finite.all()):
+        token = tokens[int((~finite).nonzero()[0])]
+        raise UserError(
+            f"frame {token}: the float network gives values that are not finite; run `bevqat health` on the checkpoint, "
+            "or leave the frame out"
+        )
+
+
+def _step(
+    state: _State, teacher: Any, batch: _Batch, options: FinetuneOptions, where: torch.device, stop: bool
+) -> tuple[dict[str, float], bool]:
+    """One step of the optimiser. Returns the losses, averaged over the processes, and whether any of them was told to
+    stop."""
+    img, depth = (torch.from_numpy(x).to(where) for x in (batch.img, batch.depth))
+    with torch.no_grad():
+        wanted = run_network(teacher, img, depth, batch.patterns, nullcontext())
+    _check_teacher(wanted, batch.tokens)
+    amp = options.amp and where.type == "cuda"
+    precision = torch.autocast(where.type, torch.bfloat16, enabled=amp)
+    refresh_weight_ranges(state.student)
+    found = run_network(state.student, img, depth, batch.patterns, precision)
+    losses = distillation_losses(found, wanted)
+    total = torch.stack([getattr(options, f"{name}_weight") * value for name, value in losses.items()]).sum()
+    state.optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    parameters = list(state.parameters.values())
+    figures = torch.stack([*(value.detach() for value in losses.values()), torch.tensor(float(stop), device=where)])
+    *means, stopping = _average(parameters, figures).tolist()
+    norm = nn.utils.clip_grad_norm_(parameters, options.clip)
+    if not (math.isfinite(sum(means)) and bool(torch.isfinite(norm))):
+        # The same in every process: these are averages.
+        raise UserError(
+            f"step {state.step}: the loss or its gradient is not finite; run again with a lower --lr (it was "
+            f"{options.lr:g}) and another --out"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, options) * group["share"]
+    state.optimizer.step()
+    state.step += 1
+    state.update_ema(options.ema)
+    return {**dict(zip(losses, means, strict=True)), "norm": float(norm)}, stopping > 0
+
+
+def _train(
+    state: _State,
+    teacher: Any,
+    source: _Source,
+    options: FinetuneOptions,
+    where: torch.device,
+    save: Callable[[], None],
+    log: Callable[[str], None],
+) -> None:
+    """All steps that are left.
+
+    Raises:
+        KeyboardInterrupt: told to stop; the steps that were done are saved.
+    """
+    rank, _ = place()
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    recent: list[dict[str, float]] = []
+    started = saved_at = time.monotonic()
+    first_step = state.step
+    with (
+        _deferred_interrupts() as interrupts,
+        Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal, transient=True) as progress,
+    ):
+        bar = progress.add_task("", total=options.steps, completed=state.step, losses="")
+        for batch in source.ahead(state.step, teacher.vtransform.pattern):
+            figures, stopping = _step(state, teacher, batch, options, where, bool(interrupts))
+            recent.append(figures)
+            text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            progress.update(bar, completed=state.step, losses=text)
+            if state.step % LOG_EVERY == 0 or state.step == options.steps or stopping:
+                mean = {name: float(np.mean([r[name] for r in recent])) for name in recent[0]}
+                recent.clear()
+                state.history.append({"step": state.step, "lr": learning_rate(state.step - 1, options), **mean})
+                rate = (time.monotonic() - started) / (state.step - first_step)
+                text = " ".join(f"{name} {value:.4f}" for name, value in mean.items())
+                left = rate * (options.steps - state.step) / 60
+                log(f"step {state.step}/{options.steps} {text} | {rate:.2f} s/step, {left:.0f} min left")
+            if stopping:
+                save()
+                raise KeyboardInterrupt
+            if time.monotonic() - saved_at > options.save_seconds:
+                save()
+                saved_at = time.monotonic()
+
+
+def finetune(
+    checkpoint: Path,
+    data: Sequence[tuple[Path, str]],
+    out: Path,
+    options: FinetuneOptions,
+    version: str | None = None,
+    log: Callable[[str], None] = print,
+) -> FinetuneResult:
+    """Trains the network of a PTQ checkpoint and writes `out/qat.pth`, `out/history.json` and, at times, `out/resume.pth`.
+
+    A run that was killed goes on from `resume.pth` to the very weights that it would have had; one that is finished does
+    nothing more. Under torchrun (inside `process_group`) the processes share each step's frames, and rank 0 writes.
+
+    Args:
+        checkpoint: what `calibrate` wrote, or an earlier `finetune`: its weights go on, the teacher stays.
+        data: (root, split) of each data set. version: of all of them, where a root holds several.
+
+    Raises:
+        UserError: bad input, or a loss that is not finite. KeyboardInterrupt: told to stop; what was done is saved.
+    """
+    rank, size = place()
+    where = device()
+    quiet: Callable[[str], None] = log if rank == 0 else lambda _: None
+    error = None
+    resume, result = out / "resume.pth", out / "qat.pth"
+    try:
+        check_options(options, size)
+        state = _State(checkpoint, options, where)
+        config = state.student.config
+        datasets = [NuScenesDataset(root, split, config, version) for root, split in data]
+        tokens = "".join(token for dataset in datasets for token in dataset.tokens)
+        run = {
+            **{name: value for name, value in asdict(options).items() if name != "save_seconds"},
+            "checkpoint": sha256(checkpoint),
+            "frames": hashlib.sha256(tokens.encode()).hexdigest(),
+        }
+        if resume.exists():
+            state.load(resume, run)
+            quiet(f"{resume}: goes on at step {state.step}")
+        source = _Source(datasets, config, options)
+        reference, float_model = load_float_reference(checkpoint)
+    except UserError as found:
+        error = found
+    agree(error)
+
+    def save() -> None:
+        if rank == 0:
+            state.save(resume, run)
+
+    recipe = {
+        **state.recipe,
+        "finetune": {
+            **asdict(options),
+            "processes": size,
+            "data": [f"{root.name}:{split}" for root, split in data],
+            "keyframes": len(source.where),
+            "frames_sha256": run["frames"],
+            "ptq_checkpoint": {"file": checkpoint.name, "sha256": run["checkpoint"]},
+        },
+    }
+    if state.step < options.steps:
+        reference.to(device=where, memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
+        _train(state, reference, source, options, where, save, quiet)
+        save()
+    elif result.exists():
+        return FinetuneResult(result, state.history, recipe)
+    state.settle()
+    float_model.cpu()
+    if rank == 0:
+        save_ptq(result, state.student, float_model, recipe, trained=True)
+        write_json(out / "history.json", {"options": asdict(options), "history": state.history})
+    return FinetuneResult(result, state.history, recipe)

@@ -1,0 +1,100 @@
+"""Train a PTQ checkpoint with its quantizers on (QAT), from the float network's own outputs; no annotation is read.
+
+A killed run goes on with the same command. What it writes is exported, compared and inspected as a PTQ checkpoint is.
+
+example:
+  bevqat calibrate --out runs/calibrate/ptq.pth
+  bevqat finetune --ckpt runs/calibrate/ptq.pth --data example-data:calib --steps 20 --out runs/finetune
+  bevqat export-camera --ckpt runs/finetune/qat.pth
+
+Several processes share each step's frames:
+  torchrun --nproc-per-node 2 qat/finetune.py --ckpt runs/calibrate/ptq.pth --data example-data:calib --out runs/two
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from qat.cli.flags import root_and_split
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="a checkpoint that calibrate wrote")
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="ROOT:SPLIT", help="frames to train on; may be given again"
+    )
+    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
+    parser.add_argument("--held-out", metavar="ROOT:SPLIT", help="mAP and NDS of float, PTQ and QAT on this at the end")
+    parser.add_argument("--out", type=Path, default=Path("runs/finetune"), metavar="DIR")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=2, help="frames of a step, of all processes together (default 2)")
+    parser.add_argument("--lr", type=float, default=1e-5, help="highest rate; it falls as a cosine (default 1e-5)")
+    parser.add_argument("--warmup", type=int, default=50, help="steps over which the rate rises (default 50)")
+    parser.add_argument("--clip", type=float, default=35.0, help="largest norm of the gradient (default 35)")
+    parser.add_argument(
+        "--ema", type=float, default=0.0, metavar="DECAY", help="save an average of the weights, such as 0.999"
+    )
+    parser.add_argument("--learn-ranges", action="store_true", help="train the ranges of activations too")
+    parser.add_argument("--range-lr", type=float, default=1e-3, help="their rate, in log2 units (default 1e-3)")
+    parser.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="augment frames as the config's augment2d and augment3d say (default yes)",
+    )
+    parser.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 layers on a GPU (default yes)"
+    )
+    for name, weight, what in (
+        ("image", 1.0, "depth weights and context"),
+        ("bev", 1.0, "the decoder's map"),
+        ("heat", 50.0, "heat maps"),
+        ("box", 0.3, "the other head maps"),
+    ):
+        parser.add_argument(
+            f"--{name}-weight",
+            type=float,
+            default=weight,
+            metavar="W",
+            help=f"of the loss on {what} (default {weight:g})",
+        )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and prints the held-out figures."""
+    from qat.calibrate.distributed import process_group
+    from qat.calibrate.finetune import FinetuneOptions, finetune
+
+    names = {field.name for field in dataclasses.fields(FinetuneOptions)}
+    options = FinetuneOptions(**{name: value for name, value in vars(args).items() if name in names})
+    data = [root_and_split(text, "--data") for text in args.data]
+    held_out = root_and_split(args.held_out, "--held-out") if args.held_out else None
+    with process_group() as (rank, _):
+        result = finetune(args.ckpt, data, args.out, options, args.version, lambda s: print(s, flush=True))
+    if rank > 0:
+        return 0
+    if held_out is not None:
+        _print_held_out(args, held_out, result.checkpoint)
+    print(result.checkpoint)
+    return 0
+
+
+def _print_held_out(args: argparse.Namespace, held_out: tuple[Path, str], trained: Path) -> None:
+    from qat.calibrate import load_ptq
+    from qat.calibrate.checkpoint import load_float_reference
+    from qat.core.files import write_json
+    from qat.data import NuScenesDataset
+    from qat.evaluate import evaluate_detections
+    from qat.train.loop import detect
+
+    models = {"float": load_float_reference(args.ckpt)[0], "ptq": load_ptq(args.ckpt)[0], "qat": load_ptq(trained)[0]}
+    figures = {}
+    for name, model in models.items():
+        dataset = NuScenesDataset(*held_out, model.config, args.version)
+        figures[name] = evaluate_detections(dataset, detect(model, dataset))
+        print(f"{name:5s} mAP {figures[name]['map']:.4f}, NDS {figures[name]['nds']:.4f} over {len(dataset)} keyframes")
+    write_json(args.out / "metrics.json", figures)
