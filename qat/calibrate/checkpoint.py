@@ -5,6 +5,7 @@
      "state_dict": the float weights by BEVFusion's names, batch norm not folded,
      "amax":       {quantizer path: range},
      "disabled":   [quantizer paths that are off],
+     "equalized":  {part.quantizer: what the channels that it rounds are divided by},
      "recipe":     how it was calibrated; keep_float and parts_off decide the placement,
      "weights":    schema 2: {path in the parts: tensor}, the trained weights, batch norm folded}
 
@@ -58,6 +59,7 @@ def save_ptq(
         "state_dict": {name: tensor.detach().cpu() for name, tensor in float_model.state_dict().items()},
         "amax": {name: tensor.cpu() for name, tensor in model.amax().items()},
         "disabled": disabled,
+        "equalized": {name: scales.cpu() for name, scales in model.equalized.items()},
         "recipe": {**recipe, **placement},
     }
     if trained:
@@ -89,6 +91,8 @@ def _build(
         load_state(model, checkpoint["state_dict"], str(path))
         rules = [FloatRule(pattern, reason) for pattern, reason in recipe["keep_float"]]
         quantized = QuantizedDetector(model.eval(), rules, recipe["parts_off"])
+        for name, scales in checkpoint["equalized"].items():
+            quantized.equalize(name, scales)
         if trained and checkpoint["schema"] == TRAINED:
             quantized.load_weights(checkpoint["weights"])
         quantized.load_amax(checkpoint["amax"], checkpoint["disabled"])

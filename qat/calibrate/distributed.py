@@ -74,16 +74,17 @@ def merge_calibrators(calibrators: dict[str, HistogramCalibrator]) -> None:
     if size == 1:
         return
     own = {
-        name: (None if c.counts is None else c.counts.cpu(), c.log2_range, c.largest) for name, c in calibrators.items()
+        name: (*(None if x is None else x.cpu() for x in (c.counts, c.channels)), c.log2_range, c.largest)
+        for name, c in calibrators.items()
     }
     gathered: list[dict[str, Any]] = [{}] * size
     distributed.all_gather_object(gathered, own)
     for other_rank, others in enumerate(gathered):
         if other_rank == rank:
             continue
-        for name, (counts, log2_range, largest) in others.items():
+        for name, (counts, channels, log2_range, largest) in others.items():
             other = HistogramCalibrator(name)
-            other.counts, other.log2_range, other.largest = counts, log2_range, largest
+            other.counts, other.channels, other.log2_range, other.largest = counts, channels, log2_range, largest
             if counts is not None:
                 mine = calibrators[name].counts
                 other.counts = counts.to(counts.device if mine is None else mine.device)

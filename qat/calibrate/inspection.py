@@ -19,7 +19,8 @@ LAYERS = QuantizedConv2d | QuantizedConvTranspose2d | QuantizedLinear
 
 @dataclass(frozen=True)
 class Group:
-    """The tensors that share one activation quantizer. feeds: layers and operations that take one of them. state: "on",
+    """The tensors that share one activation quantizer. feeds: layers and operations that take one of them. channels: the
+    smallest and the largest of what its channels are divided by before it; None where they are not. state: "on",
     "watched" (for the onnxruntime flavour alone) or "off" (float: its whole part is, or it was left so for a budget)."""
 
     part: str
@@ -29,6 +30,7 @@ class Group:
     amax: float
     scale: float
     state: str
+    channels: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
             amax = float(quantizer._amax)
             state = "watched" if name in inventory.watched and not off else "off" if quantizer._disabled else "on"
             taking = [f for f in dict.fromkeys(feeds[name]) if f not in inventory.quantizers]
-            found.groups.append(Group(part, name, list(tensors), taking, amax, amax / BOUND, state))
+            divisors = model.equalized.get(f"{part}.{name}")
+            channels = None if divisors is None else (float(divisors.min()), float(divisors.max()))
+            found.groups.append(Group(part, name, list(tensors), taking, amax, amax / BOUND, state, channels))
         for path in inventory.quantized:
             layer = graph.get_submodule(path)
             assert isinstance(layer, LAYERS)
@@ -134,7 +138,15 @@ def print_inspection(found: Inspection, name: str) -> None:
         groups.add_column(heading, justify="right" if heading in ("amax", "scale") else "left", overflow="fold")
     for g in found.groups:
         groups.add_row(
-            g.part, g.quantizer, f"{g.amax:.4g}", f"{g.scale:.3g}", ", ".join(g.tensors), ", ".join(g.feeds), g.state
+            g.part,
+            g.quantizer,
+            f"{g.amax:.4g}",
+            f"{g.scale:.3g}",
+            ", ".join(g.tensors),
+            ", ".join(g.feeds),
+            g.state
+            if g.channels is None
+            else f"{g.state}, channels divided by {g.channels[0]:.3g} … {g.channels[1]:.3g}",
         )
     layers = Table(title="layers with INT8 weights", title_justify="left")
     for heading in ("part", "layer", "kind", "weights", "channels", "scales", "state"):

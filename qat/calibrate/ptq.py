@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,6 +16,7 @@ from qat.calibrate.distributed import agree, merge_calibrators, total
 from qat.core.errors import UserError
 from qat.lean import METHODS, QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
+from qat.lean.equalize import channel_scales
 from qat.lean.modes import quantizers
 from qat.lean.placement import WEIGHTED
 from qat.lean.quantizer import Quantizer
@@ -70,12 +71,13 @@ def _collecting(model: QuantizedDetector) -> Iterator[dict[str, HistogramCalibra
     own = quantizers(model.parts)
     before = {name: quantizer._disabled for name, quantizer in own.items()}
     calibrators = {}
+    inputs = model.equalizable()
     for name, quantizer in own.items():
         records = name in model.activation_quantizers()
         quantizer._disabled = not records
         quantizer._if_quant = False
         if records:
-            calibrators[name] = quantizer._calibrator = HistogramCalibrator(name)
+            calibrators[name] = quantizer._calibrator = HistogramCalibrator(name, name in inputs)
             quantizer._if_calib = True
     try:
         yield calibrators
@@ -186,8 +188,22 @@ def calibrate(
         quantizer = own[name]
         assert isinstance(quantizer, Quantizer)
         quantizer.set_range(torch.tensor(max(amax, UNEXCITED)))
+    _equalize(quantized, calibrators)
     report.int8 = int8_layers(quantized)
     return quantized, report
+
+
+def _equalize(model: QuantizedDetector, calibrators: Mapping[str, HistogramCalibrator]) -> None:
+    """Equalizes the channels of parts' inputs, where that pays. Like a weight's, an equalized channel's range is its
+    largest magnitude, whatever the method."""
+    modules = dict(model.parts.named_modules())
+    for name, layers in model.equalizable().items():
+        largest = calibrators[name].channels
+        assert largest is not None
+        weights = [modules[path].weight for path in layers]
+        scales = channel_scales(largest, weights)
+        if scales is not None:
+            model.equalize(name, scales)
 
 
 def int8_layers(model: QuantizedDetector) -> list[str]:

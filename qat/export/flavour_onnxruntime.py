@@ -32,6 +32,7 @@ KEEPS_SIGN = (
     "GlobalAveragePool",
     "Concat",
     "Add",
+    "Mul",
     "Reshape",
     "Transpose",
     "Slice",

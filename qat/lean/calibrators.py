@@ -29,10 +29,13 @@ class HistogramCalibrator:
 
     Args:
         name: of the tensor, for messages.
+        by_channel: also note each channel's largest magnitude (dimension 1).
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, by_channel: bool = False) -> None:
         self.name = name
+        self.by_channel = by_channel
+        self.channels: torch.Tensor | None = None  # [C], largest magnitudes
         self.counts: torch.Tensor | None = None  # float64[BINS], whole numbers
         self.log2_range = SMALLEST_LOG2  # of a power of two greater than every magnitude seen
         self.largest = 0.0
@@ -57,6 +60,9 @@ class HistogramCalibrator:
             counts, _ = count(values, self.log2_range)
         self.largest = max(self.largest, largest)
         self.counts = self.counts + counts
+        if self.by_channel:
+            found = x.detach().abs().transpose(0, 1).flatten(1).amax(1)
+            self.channels = found if self.channels is None else torch.maximum(self.channels, found)
 
     def _widen(self, log2_range: int) -> None:
         assert self.counts is not None
@@ -77,6 +83,9 @@ class HistogramCalibrator:
             assert other.counts is not None
             self.counts = self.counts + other.counts  # collected in inference mode: not to be changed in place
         self.largest = max(self.largest, other.largest)
+        if other.channels is not None:
+            mine = self.channels
+            self.channels = other.channels if mine is None else torch.maximum(mine, other.channels.to(mine.device))
 
     def compute_amax(self, method: str, percentile: float = 99.99) -> float:
         """The magnitude that 127 stands for; 0 for a tensor that was always zero.

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from pytorch_quantization.nn import TensorQuantizer
-from torch import nn
+from torch import fx, nn
 
 from qat.core.geometry import PoolPattern
 from qat.lean.clean import clean
+from qat.lean.equalize import equalizable, equalize
 from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import Inventory, quantize_graph
 from qat.lean.modes import quantizers
@@ -53,6 +54,7 @@ class QuantizedDetector(nn.Module):
         self.parts_off = tuple(parts_off)
         self.parts = nn.ModuleDict()
         self.inventory: dict[str, Inventory] = {}
+        self.equalized: dict[str, torch.Tensor] = {}  # `part.quantizer` → what its channels are divided by
         for name, method in PARTS.items():
             graph = trace(detector, method)
             clean(graph)
@@ -107,6 +109,30 @@ class QuantizedDetector(nn.Module):
         """Quantizers of activations by `part.name`, those switched off too."""
         named = quantizers(self.parts)
         return {name: q for name, q in named.items() if not name.endswith("weight_quantizer")}
+
+    def equalizable(self) -> dict[str, list[str]]:
+        """Quantizers by `part.name` whose channels can be equalized (`qat.lean.equalize`), with their consumers' paths."""
+        found = {}
+        for part, inventory in self.inventory.items():
+            graph = self.parts[part]
+            assert isinstance(graph, fx.GraphModule)
+            for name, layers in equalizable(graph, inventory).items():
+                found[f"{part}.{name}"] = [f"{part}.{path}" for path in layers]
+        return found
+
+    def equalize(self, name: str, scales: torch.Tensor) -> None:
+        """Divides the channels of the tensor that quantizer `part.name` rounds by `scales`, float32[C].
+
+        Raises:
+            ValueError: they cannot be.
+        """
+        part, _, quantizer = name.partition(".")
+        if part not in self.parts:
+            raise ValueError(f"{name}: there is no such quantizer")
+        graph = self.parts[part]
+        assert isinstance(graph, fx.GraphModule)
+        equalize(graph, quantizer, scales)
+        self.equalized[name] = scales
 
     def amax(self) -> dict[str, torch.Tensor]:
         """Every quantizer's range by its path; for those that have one."""

@@ -1,0 +1,115 @@
+"""Equalizing the channels of a part's input, so that one scale serves them all.
+
+    before   x ─► Q ─┬─► conv(W₁)           after   x ─► · 1/s ─► Q ─┬─► conv(W₁ · s)
+                     └─► conv(W₂)                                    └─► conv(W₂ · s)
+
+An activation has one scale for all channels, so a channel that stays small is rounded as coarsely as the largest one. In a
+pooled BEV grid the channels' largest magnitudes differ by a factor of 25 and more (camera-tiny), and the INT8 decoder loses
+more by that than by all the rest. Divided by its own largest magnitude, s, every channel uses the whole of INT8; the
+consumers' weights take s back, so that the function stays what it was. (Nagel et al., "Data-Free Quantization Through
+Weight Equalization and Bias Correction", ICCV 2019, do so between two layers. At a part's input there is no layer before
+to take 1/s, and the tensor's meaning is a contract with other files, so the division is written out: one product for each
+value, which runtimes join with the rounding.)
+
+It is done where it pays: where the rounding noise that reaches the consumers' outputs, Σ_c step_c² · ‖W_c‖², falls by at
+least `GAIN`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from qat.lean.insert import Inventory
+from qat.lean.quantizer import QuantizedConv2d, Quantizer, weight_range
+
+GAIN = 4.0  # of the noise's power: one bit
+FLOOR = 2.0**-8  # of the largest channel's magnitude: a channel that calibration left empty gets no scale near zero
+
+
+class ChannelScale(nn.Module):
+    """x [B,C,H,W] → x · inverse, inverse [1,C,1,1]."""
+
+    inverse: torch.Tensor
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("inverse", (1.0 / scales).reshape(1, -1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.inverse
+
+
+def _rounded_input(graph: fx.GraphModule, name: str) -> tuple[fx.Node, list[fx.Node]] | None:
+    """The one call of a quantizer and what takes it, if it rounds a part's input for plain convolutions alone."""
+    calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == name]
+    if len(calls) != 1 or not isinstance(calls[0].args[0], fx.Node) or calls[0].args[0].op != "placeholder":
+        return None
+    takers = list(calls[0].users)
+    for node in takers:
+        layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not (isinstance(layer, QuantizedConv2d) and layer.groups == 1):
+            return None
+    return (calls[0], takers) if takers else None
+
+
+def equalizable(graph: fx.GraphModule, inventory: Inventory) -> dict[str, list[str]]:
+    """Quantizers whose channels can be equalized, with the paths of the convolutions that would take the scales."""
+    found = {}
+    for name in inventory.quantizers:
+        place = _rounded_input(graph, name)
+        if place is not None and not graph.get_submodule(name)._disabled:
+            found[name] = [str(node.target) for node in place[1]]
+    return found
+
+
+def channel_scales(largest: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What to divide each channel by, float32[C]; None where it does not pay.
+
+    Args:
+        largest: magnitude of each channel, [C].
+        weights: of the consumers, [O,C,kh,kw] each.
+    """
+    top = float(largest.max())
+    if top == 0.0:
+        return None
+    scales = largest.float().clamp(min=top * FLOOR)
+    energy = torch.stack([weight.detach().double().square().sum((0, 2, 3)) for weight in weights]).sum(0)
+    noise = (scales.double().square() * energy).sum()
+    if float(noise) == 0.0 or float(top**2 * energy.sum() / noise) < GAIN:
+        return None
+    return scales
+
+
+def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
+    """Divides what quantizer `name` takes by `scales` and multiplies its consumers' weights by them, in place.
+
+    The layers get weights of their own (they share the float network's until then), with their ranges. The quantizer's
+    range becomes 1.
+
+    Raises:
+        ValueError: the quantizer is none that `equalizable` lists, or has another number of channels.
+    """
+    place = _rounded_input(graph, name)
+    if place is None:
+        raise ValueError(f"{name}: its channels cannot be equalized")
+    call, takers = place
+    layers = [graph.get_submodule(str(node.target)) for node in takers]
+    if any(layer.weight.shape[1] != len(scales) for layer in layers):  # type: ignore[index]
+        raise ValueError(f"{name}: found {len(scales)} scales, expected {layers[0].weight.shape[1]}")  # type: ignore[index]
+    path = f"{name}_scale"
+    graph.add_submodule(path, ChannelScale(scales))
+    with graph.graph.inserting_before(call):
+        call.replace_input_with(call.args[0], graph.graph.call_module(path, (call.args[0],)))  # type: ignore[arg-type]
+    for layer in layers:
+        assert isinstance(layer, QuantizedConv2d)
+        scaled = layer.weight.detach() * scales.to(layer.weight.device).reshape(1, -1, 1, 1)
+        layer.weight = nn.Parameter(scaled, requires_grad=layer.weight.requires_grad)
+        layer.weight_quantizer.set_range(weight_range(layer))
+    quantizer = graph.get_submodule(name)
+    assert isinstance(quantizer, Quantizer)
+    quantizer.set_range(torch.ones((), device=scales.device))
+    graph.graph.lint()
+    graph.recompile()
