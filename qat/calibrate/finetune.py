@@ -48,7 +48,7 @@ class FinetuneOptions:
 
     steps: int = 1000
     batch: int = 2
-    lr: float = 1e-5
+    lr: float = 3e-5
     warmup: int = 50
     clip: float = 35.0
     ema: float = 0.0

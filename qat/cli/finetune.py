@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"), metavar="DIR")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=2, help="frames of a step, of all processes together (default 2)")
-    parser.add_argument("--lr", type=float, default=1e-5, help="highest rate; it falls as a cosine (default 1e-5)")
+    parser.add_argument("--lr", type=float, default=3e-5, help="highest rate; it falls as a cosine (default 3e-5)")
     parser.add_argument("--warmup", type=int, default=50, help="steps over which the rate rises (default 50)")
     parser.add_argument("--clip", type=float, default=35.0, help="largest norm of the gradient (default 35)")
     parser.add_argument(
