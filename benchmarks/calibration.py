@@ -119,9 +119,8 @@ def benchmark(args: argparse.Namespace) -> None:
         sizes = warm_up(network, names, frames[0])
         print(f"values in them: {sum(sizes.values()) / 1e6:.0f} million a frame")
         measured = measure(network, names, frames, args.rounds, args.peer_search)
-        errors = rounding_errors(network, frames, measured.ours, measured.theirs)
-    print_times(measured, len(names))
-    print_errors(measured, errors)
+        print_times(measured, len(names))
+        print_errors(measured, rounding_errors(network, frames, measured.ours, measured.theirs))
 
 
 def load_frames(config: dict[str, Any], args: argparse.Namespace) -> list[Inputs]:
