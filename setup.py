@@ -39,6 +39,20 @@ setup(
         "gpu": ["onnxruntime-gpu"],
         "mmdet3d": ["mmengine>=0.10.7", "mmcv>=2.0.0,<2.2.0", "mmdet>=3.2.0", "mmdet3d>=1.4.0"],
         "bevfusion": ["torchpack"],
+        # For benchmarks/peers_accuracy.py. modelopt's own [onnx] extra pins an older onnx and ONNX Runtime's CUDA build, neither
+        # of which goes with ours; these are the rest of it, and requests, which modelopt imports and does not declare.
+        "peers": [
+            "nncf>=3.4",
+            "nvidia-modelopt>=0.47",
+            "requests",
+            "cppimport",
+            "lief",
+            "onnx-graphsurgeon>=0.6.1",
+            "onnxconverter-common>=1.16",
+            "onnxscript",
+            "onnxslim>=0.1.76",
+            "polygraphy>=0.53.4",
+        ],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["bevqat = qat.cli:main"]},

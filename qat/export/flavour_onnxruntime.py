@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ KEEPS_SIGN = (
 class _Graph:
     """Lookups over a graph that is being changed."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
+    def __init__(self, graph: onnx.GraphProto, never_negative: Collection[str] = ()) -> None:
         self.graph = graph
         self.producer = {output: node for node in graph.node for output in node.output}
         self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -55,7 +56,7 @@ class _Graph:
             if node.op_type == "Constant":
                 self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         self.added: dict[str, np.ndarray] = {}
-        self._signs: dict[str, bool] = {}
+        self._signs: dict[str, bool] = dict.fromkeys(never_negative, True)
 
     def add(self, name: str, value: np.ndarray) -> str:
         self.added[name] = value
@@ -133,14 +134,24 @@ def _store_bias(g: _Graph, conv: onnx.NodeProto) -> onnx.NodeProto | None:
     return helper.make_node("DequantizeLinear", inputs, [conv.input[2]], name=f"{stem}_bias_dq", axis=0)
 
 
-def to_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
+def never_negative_outputs(model: onnx.ModelProto, never_negative: Collection[str] = ()) -> list[str]:
+    """The graph's outputs that cannot be negative, given the inputs that cannot."""
+    g = _Graph(model.graph, never_negative)
+    return [output.name for output in model.graph.output if g.never_negative(output.name)]
+
+
+def to_onnxruntime(model: onnx.ModelProto, never_negative: Collection[str] = ()) -> onnx.ModelProto:
     """The `onnxruntime` flavour of a `tensorrt`-flavoured graph; the argument is left as it is.
+
+    Args:
+        never_negative: the graph's inputs that cannot be negative, for the graph alone does not tell: the part before
+            this one ends in a ReLU.
 
     Raises:
         UserError: the graph's activations are not in symmetric s8.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
-    g = _Graph(model.graph)
+    g = _Graph(model.graph, never_negative)
     for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
         zero = g.constants.get(quantize.input[2]) if len(quantize.input) > 2 else None
         if zero is None or zero.dtype != np.int8 or zero.any():

@@ -16,7 +16,7 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, FORMAT, SCHEMA
 from qat.core.versions import versions
-from qat.export.flavour_onnxruntime import to_onnxruntime
+from qat.export.flavour_onnxruntime import never_negative_outputs, to_onnxruntime
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
@@ -142,6 +142,9 @@ def _export(
     if checkpoint is not None:
         manifest["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
     passed = True
+    # Of the tensor before the next part, for what is behind a part's last ReLU is u8 in the next one too. Pooled features
+    # have a sign: the context of a pixel has.
+    positive = False
     with atomic_directory(out) as folder:
         for name, part in parts.items():
             feeds = inputs[name]
@@ -151,7 +154,9 @@ def _export(
             model = simplify(model, name)
             scales_found = graph_scales(model)
             if flavour == "onnxruntime":
-                model = to_onnxruntime(model)
+                known = part.wrapper.inputs if positive else ()
+                model = to_onnxruntime(model, known)
+                positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
             counts = op_counts(model)
             graph = model.SerializeToString(deterministic=True)
             (folder / f"{name}.onnx").write_bytes(graph)

@@ -151,6 +151,15 @@ def test_onnxruntime_flavour_is_fused_into_integer_convolutions(tmp_path, folder
         assert loss < 6, name
 
 
+def test_onnxruntime_flavour_knows_the_sign_of_what_comes_out_of_the_part_before(tmp_path, quantized, small_cameras):
+    export_parts(quantized, tmp_path / "ort", "int8", flavour="onnxruntime", cameras=small_cameras)
+    for part, tensor in (("fuser", "camera"), ("head.bbox", "middle")):
+        graph = onnx.load(tmp_path / "ort" / f"{part}.onnx").graph
+        constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
+        (rounding,) = (n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == tensor)
+        assert constants[rounding.input[2]].dtype == np.uint8 and constants[rounding.input[2]] == 0, part
+
+
 def test_onnxruntime_flavour_is_for_int8_alone(tmp_path, quantized):
     with pytest.raises(UserError, match="flavour onnxruntime: found precision fp16, expected int8"):
         export_parts(quantized, tmp_path / "out", "fp16", flavour="onnxruntime")

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
-from qat.export.flavour_onnxruntime import to_onnxruntime
+from qat.export.flavour_onnxruntime import never_negative_outputs, to_onnxruntime
 
 SCALE = np.float32(1 / 32)
 
@@ -84,6 +84,27 @@ def test_activations_behind_a_relu_use_all_of_u8(x):
     # the bias rounds to the products' scale: half a step is all it may differ
     expected = np.einsum("oi,nihw->nohw", weight[:, :, 0, 0], rounded) + bias[:, None, None]
     np.testing.assert_allclose(run(changed, x), expected, rtol=1e-6, atol=float(scale) / 256 * 0.51)
+
+
+def test_an_input_that_is_known_not_to_be_negative_uses_all_of_u8(x):
+    """The BEV decoder's input comes out of the ReLU of the part before."""
+    model, weight, bias = conv_graph(relu=False)
+    changed = to_onnxruntime(model, ["x"])
+    values, nodes = parts(changed)
+    zero, scale = values[nodes["xq"].input[2]], values[nodes["xq"].input[1]]
+    assert zero.dtype == np.uint8 and zero == 0
+    np.testing.assert_allclose(scale * 255, SCALE * 127, rtol=1e-6)
+    rounded = np.clip(np.rint(np.abs(x) / scale), 0, 255) * scale
+    expected = np.einsum("oi,nihw->nohw", weight[:, :, 0, 0], rounded) + bias[:, None, None]
+    np.testing.assert_allclose(run(changed, np.abs(x)), expected, rtol=1e-6, atol=float(scale) / 256 * 0.51)
+
+
+def test_only_outputs_behind_a_relu_are_never_negative():
+    assert never_negative_outputs(conv_graph(relu=True)[0]) == []
+    model, _, _ = conv_graph(relu=False)
+    model.graph.node.append(helper.make_node("Relu", ["y"], ["z_out"]))
+    model.graph.output.append(helper.make_tensor_value_info("z_out", TensorProto.FLOAT, [1, 4, 5, 6]))
+    assert never_negative_outputs(model) == ["z_out"]
 
 
 def test_weights_and_biases_are_stored_as_integers():
