@@ -67,6 +67,7 @@ def calibrate_checkpoint(
     percentile: float = 99.99,
     by_layer: Sequence[tuple[str, str]] = (),
     budget: BudgetOptions | None = None,
+    equalize: bool = True,
 ) -> CalibrationResult:
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
 
@@ -101,6 +102,7 @@ def calibrate_checkpoint(
             percentile,
             lambda done: progress.update(bar, completed=done),
             by_layer,
+            equalize,
         )
     quantized.cpu()
     model.cpu()
@@ -111,6 +113,7 @@ def calibrate_checkpoint(
         "default_method": method,
         "by_layer": [list(pair) for pair in by_layer],
         "percentile": percentile if "percentile" in (method, *(other for _, other in by_layer)) else None,
+        "equalized": sorted(quantized.equalized),
         "frames": report.frames,
         "split": split,
         "dataset": data.name,

@@ -142,6 +142,7 @@ def calibrate(
     percentile: float = 99.99,
     progress: Callable[[int], None] | None = None,
     by_layer: Sequence[tuple[str, str]] = (),
+    equalize: bool = True,
 ) -> tuple[QuantizedDetector, CalibrationReport]:
     """Sets the range of every quantizer from what its tensor holds on `frames`.
 
@@ -153,6 +154,7 @@ def calibrate(
         progress: called with the number of frames done.
         by_layer: (pattern, method) pairs for quantizers that are to have another method; the pattern (shell style) is
             matched against `part.quantizer`, the first that fits counts.
+        equalize: divide the channels of a part's input by their magnitudes where that pays (`qat.lean.equalize`).
 
     Under torchrun each process passes its own share of the frames, and all end with the same ranges.
 
@@ -188,7 +190,8 @@ def calibrate(
         quantizer = own[name]
         assert isinstance(quantizer, Quantizer)
         quantizer.set_range(torch.tensor(max(amax, UNEXCITED)))
-    _equalize(quantized, calibrators)
+    if equalize:
+        _equalize(quantized, calibrators)
     report.int8 = int8_layers(quantized)
     return quantized, report
 

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--percentile", type=float, default=99.99, help="for --method percentile (default 99.99)")
     parser.add_argument(
+        "--no-equalize",
+        action="store_true",
+        help="do not divide the channels of a part's input by their magnitudes (it writes one product before the rounding)",
+    )
+    parser.add_argument(
         "--budget",
         type=float,
         metavar="DROP",
@@ -79,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             out=args.out,
             by_layer=by_layer,
             budget=budget,
+            equalize=not args.no_equalize,
         )
     if rank == 0:
         print_summary(result)

@@ -108,6 +108,7 @@ def test_calibration_equalizes_a_decoders_skewed_input_and_a_reload_has_it(tiny_
         last.bias.mul_(skew)
     model, _ = calibrate(tiny_model, tiny_frames, "mse")
     assert list(model.equalized) == ["decoder.quant_x"]
+    assert calibrate(tiny_model, tiny_frames, "mse", equalize=False)[0].equalized == {}
     assert model.amax()["decoder.quant_x"] == 1.0  # whatever the method
     group = next(g for g in inspect_detector(model, {}).groups if g.quantizer == "quant_x" and g.part == "decoder")
     assert group.channels[1] / group.channels[0] > 16
