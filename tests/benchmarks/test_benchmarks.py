@@ -4,9 +4,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(monkeypatch, name, *flags):
@@ -32,3 +33,15 @@ def test_calibration_compares_costs_and_errors(monkeypatch, capsys, tmp_path, ti
 def test_calibration_refuses_a_search_of_nothing(monkeypatch, capsys):
     assert run(monkeypatch, "calibration", "--peer-search", "none") == 2
     assert capsys.readouterr().err == "error: --peer-search: found 'none', expected all or a number above 0\n"
+
+
+def test_corrections_measure_every_variant(monkeypatch, capsys, tmp_path, tiny_config, tiny_model):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config))
+    torch.save({"state_dict": tiny_model.state_dict()}, tmp_path / "float.pth")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    flags = ("--ckpt", tmp_path / "float.pth", "--frames", 1)
+    assert run(monkeypatch, "corrections", *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    figures = {line[2:40].strip(): float(line.split("│")[2]) for line in lines if line.startswith("│")}
+    assert len(figures) == 7 and min(figures.values()) > 0
+    assert figures["activations left float"] < figures["equalized inputs (calibrate)"]
