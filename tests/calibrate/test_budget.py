@@ -150,5 +150,6 @@ def test_the_command_leaves_a_checkpoint_a_curve_and_an_inventory(tmp_path, tiny
     assert curve["chosen"]["drop"] <= 0 and (tmp_path / "ptq.budget.png").read_bytes()[:4] == b"\x89PNG"
     assert "MACs in INT8" in capsys.readouterr().out
     assert not {unit.name for unit in units(model)} & set(curve["chosen"]["floats"])
-    floats = [f for f in inspect_checkpoint(tmp_path / "ptq.pth").floats if f.rule == "budget"]
-    assert bool(floats) == bool(curve["chosen"]["floats"])
+    groups = inspect_checkpoint(tmp_path / "ptq.pth").groups
+    off = {f"{g.part}.{g.quantizer}" for g in groups if g.state == "off" and g.part not in model.parts_off}
+    assert off == set(curve["chosen"]["floats"])

@@ -8,6 +8,7 @@ import torch
 
 from qat.calibrate import calibrate, save_ptq
 from qat.calibrate import sensitivity as module
+from qat.calibrate.ptq import run_frame
 from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity
 from qat.cli import main
 from qat.core.errors import UserError
@@ -57,6 +58,28 @@ def test_a_units_damage_is_that_of_its_quantizers_alone(quantized, tiny_model, t
     assert found.together.sqnr_db["heads"] == pytest.approx(together, abs=0.05)
 
 
+def test_noise_at_objects_is_that_of_the_cells_the_float_network_sees_them_in(
+    quantized, tiny_model, tiny_frames, tmp_path
+):
+    found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
+    frame = tiny_frames[0]
+    with torch.inference_mode():
+        expected, rounded = (run_frame(model, frame) for model in (tiny_model, quantized))
+        hot = [task["heatmap"].sigmoid().amax(1) > 0.1 for task in expected]
+        assert 0 < sum(int(cells.sum()) for cells in hot) < sum(cells.numel() for cells in hot)
+        values = [
+            np.concatenate(
+                [
+                    value.movedim(1, -1)[cells].flatten().numpy()
+                    for task, cells in zip(maps, hot, strict=True)
+                    for value in task.values()
+                ]
+            )
+            for maps in (expected, rounded)
+        ]
+    assert found.together.sqnr_db["objects"] == pytest.approx(compare_tensors(*values)["sqnr_db"], abs=0.05)
+
+
 def test_a_unit_of_the_head_leaves_the_bev_features_alone(quantized, tiny_frames, tmp_path):
     found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
     for row in found.units:
@@ -70,7 +93,8 @@ def test_the_most_harmful_unit_comes_first(quantized, tiny_frames, tmp_path):
     quantizers(quantized.parts)[broken.name].set_range(torch.tensor(1e-3))  # saturates nearly everything
     found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
     assert found.units[0].name == broken.name
-    levels = [row.sqnr_db["heads"] for row in found.units]
+    levels = [row.sqnr_db["objects"] for row in found.units]
+    assert levels[0] < 200
     assert levels == sorted(levels)
     draw_sensitivity(found, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
