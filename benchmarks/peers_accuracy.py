@@ -46,7 +46,7 @@ from qat.core.manifest import PARTS, load_manifest
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.engine import Options, build
-from qat.evaluate import evaluate_detections, paired_bootstrap
+from qat.evaluate import difference, evaluate_detections, resample
 from qat.export import torch_parts
 from qat.export.checkpoint import export_checkpoint
 from qat.models import load_float_model
@@ -530,7 +530,8 @@ def run(args: argparse.Namespace) -> int:
     say(f"intervals from {args.resamples} resamples of the scenes")
     found = {c.label: a.detections for c, a in zip(candidates, accuracies[1:], strict=True)}
     with progress_bar("intervals", len(found) + 1) as progress:
-        intervals = paired_bootstrap(dataset, accuracies[0].detections, found, args.resamples, progress=progress)
+        tables = resample(dataset, {"float": accuracies[0].detections, **found}, args.resamples, progress=progress)
+    ours = {c.row.backend: c.label for c in reversed(candidates) if c.peer == "ours"}
     results = []
     for candidate, accuracy, figures in zip(candidates, accuracies[1:], metrics[1:], strict=True):
         results.append(
@@ -540,7 +541,10 @@ def run(args: argparse.Namespace) -> int:
                 "backend": candidate.row.backend,
                 "map": figures["map"],
                 "nds": figures["nds"],
-                "change": {name: value.to_json() for name, value in intervals[candidate.label].items()},
+                "change": intervals(tables[candidate.label], tables["float"]),
+                "ours_minus": None
+                if candidate.peer == "ours" or candidate.row.backend not in ours
+                else intervals(tables[ours[candidate.row.backend]], tables[candidate.label]),
                 "int8_convolutions": candidate.convolutions,
                 "int8_share_of_macs": None if candidate.share is None else round(candidate.share, 4),
                 "calibration_seconds": None if candidate.seconds is None else round(candidate.seconds, 1),
@@ -570,6 +574,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def intervals(candidate: np.ndarray, reference: np.ndarray) -> dict[str, dict[str, float]]:
+    """Differences of mAP and NDS, with their bounds."""
+    return {name: value.to_json() for name, value in difference(candidate, reference).items()}
+
+
 def peer_versions() -> dict[str, str]:
     """Of the installed peers."""
     found = {}
@@ -586,7 +595,10 @@ def print_table(result: Mapping[str, Any]) -> None:
         title=f"{result['model']} on {data['keyframes']} keyframes of {data['name']}:{data['split']}; "
         f"float mAP {exact['map']:.4f}, NDS {exact['nds']:.4f}"
     )
-    headings = ("peer", "setting", "backend", "mAP", "change [95 %]", "NDS", "change [95 %]", "INT8 convs", "MACs", "s")
+    headings = (
+        *("peer", "setting", "backend", "mAP", "change [95 %]", "ours − it [95 %]", "NDS", "change [95 %]"),
+        *("INT8 convs", "MACs", "s"),
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if heading in headings[:3] else "right")
 
@@ -603,6 +615,7 @@ def print_table(result: Mapping[str, Any]) -> None:
             row["backend"],
             f"{row['map']:.4f}",
             change(row["change"]["map"]),
+            "" if row["ours_minus"] is None else change(row["ours_minus"]["map"]),
             f"{row['nds']:.4f}",
             change(row["change"]["nds"]),
             "" if convolutions is None else f"{convolutions[0]}/{convolutions[1]}",
@@ -611,7 +624,7 @@ def print_table(result: Mapping[str, Any]) -> None:
         )
     console = Console()
     # Piped output has no width of its own; rich's 80 columns would cut the names.
-    (console if console.is_terminal else Console(width=170)).print(table)
+    (console if console.is_terminal else Console(width=200)).print(table)
     print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     for label, error in result["failed"].items():
         print(f"failed: {label}: {error}")

@@ -179,6 +179,50 @@ def metrics_of(matches: Matches, times: np.ndarray) -> tuple[float, float]:
     return mean_ap, (matches.map_weight * mean_ap + sum(scores)) / (matches.map_weight + len(scores))
 
 
+def resample(
+    dataset: Any,
+    detectors: Mapping[str, Mapping[str, Detections]],
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, np.ndarray]:
+    """mAP and NDS of each detector on the set as it is, then on each draw, with replacement, of as many scenes as there
+    are; the same draws for all: {detector: float[1 + resamples, 2]}.
+
+    Args:
+        dataset: a `qat.data.NuScenesDataset`.
+        detectors: boxes by sample token of each, over the same samples.
+        progress: called with the number of detectors done.
+
+    Raises:
+        ValueError: a detector has other samples than the first.
+    """
+    tokens = list(next(iter(detectors.values())))
+    scenes: dict[str, int] = {}
+    scene_of = {t: scenes.setdefault(dataset.nusc.get("sample", t)["scene_token"], len(scenes)) for t in tokens}
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(scenes), np.full(len(scenes), 1 / len(scenes)), size=resamples)
+    draws = np.concatenate([np.ones((1, len(scenes)), dtype=draws.dtype), draws])
+    result = {}
+    for n, (name, detections) in enumerate(detectors.items()):
+        if set(detections) != set(tokens):
+            raise ValueError(f"{name}: other samples than the first detector's")
+        matches = match(sample_eval(dataset, {token: detections[token] for token in tokens}), scene_of)
+        result[name] = np.array([metrics_of(matches, times) for times in draws])
+        progress(n + 1)
+    return result
+
+
+def difference(candidate: np.ndarray, reference: np.ndarray, confidence: float = 0.95) -> dict[str, Interval]:
+    """Intervals of mAP and NDS of one detector of `resample` minus another's: percentiles of the differences."""
+    tail = 100 * (1 - confidence) / 2
+    change = candidate - reference
+    low, high = np.percentile(change[1:], [tail, 100 - tail], axis=0)
+    return {
+        name: Interval(float(change[0, k]), float(low[k]), float(high[k]), confidence) for k, name in enumerate(METRICS)
+    }
+
+
 def paired_bootstrap(
     dataset: Any,
     reference: Mapping[str, Detections],
@@ -188,45 +232,9 @@ def paired_bootstrap(
     confidence: float = 0.95,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, Interval]]:
-    """Intervals of each candidate's mAP and NDS minus the reference's.
+    """{candidate: {"map": interval, "nds": interval}} of each candidate's metrics minus the reference's.
 
-    Args:
-        dataset: a `qat.data.NuScenesDataset`.
-        reference: boxes by sample token.
-        candidates: the same of each candidate, over the same samples.
-        resamples: draws, with replacement, of as many scenes as there are; the same draws for all.
-        confidence: share of the resamples between the bounds (percentiles of the differences).
-        progress: called with the number of detectors done, the reference too.
-
-    Returns:
-        {candidate: {"map": interval, "nds": interval}}.
-
-    Raises:
-        ValueError: a candidate has other samples than the reference.
+    Arguments and errors as `resample` has them; `progress` counts the reference too.
     """
-    tokens = list(reference)
-    scenes: dict[str, int] = {}
-    scene_of = {t: scenes.setdefault(dataset.nusc.get("sample", t)["scene_token"], len(scenes)) for t in tokens}
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(scenes), np.full(len(scenes), 1 / len(scenes)), size=resamples)
-    draws = np.concatenate([np.ones((1, len(scenes)), dtype=draws.dtype), draws])  # the first: the set as it is
-
-    def table(detections: Mapping[str, Detections]) -> np.ndarray:
-        matches = match(sample_eval(dataset, detections), scene_of)
-        return np.array([metrics_of(matches, times) for times in draws])
-
-    expected = table(reference)
-    progress(1)
-    tail = 100 * (1 - confidence) / 2
-    result = {}
-    for n, (name, detections) in enumerate(candidates.items()):
-        if set(detections) != set(tokens):
-            raise ValueError(f"{name}: other samples than the reference")
-        change = table({token: detections[token] for token in tokens}) - expected
-        low, high = np.percentile(change[1:], [tail, 100 - tail], axis=0)
-        result[name] = {
-            key: Interval(float(change[0, k]), float(low[k]), float(high[k]), confidence)
-            for k, key in enumerate(METRICS)
-        }
-        progress(n + 2)
-    return result
+    tables = resample(dataset, {"": reference, **candidates}, resamples, seed, progress)
+    return {name: difference(tables[name], tables[""], confidence) for name in candidates}
