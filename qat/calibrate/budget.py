@@ -120,6 +120,12 @@ class _Trials:
         return self.points[chosen]
 
 
+def check_budget(budget: float) -> None:
+    """Raises `UserError` for a negative one, or NaN."""
+    if not budget >= 0:
+        raise UserError(f"--budget: found {budget}, expected 0 or more of mAP, such as 0.001")
+
+
 def keep_within_budget(
     model: QuantizedDetector,
     frames: Sequence[Frame],
@@ -143,8 +149,7 @@ def keep_within_budget(
     Raises:
         UserError: a negative budget, no frames, or a ranking of other units.
     """
-    if not budget >= 0:
-        raise UserError(f"--budget: found {budget}, expected 0 or more of mAP, such as 0.001")
+    check_budget(budget)
     if not len(frames):
         raise UserError("--budget: found no frames, expected at least one with annotated objects")
     shares = {row.name: row.macs_share for row in sensitivity.units}

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qat.calibrate.budget import Budget, draw_budget, keep_within_budget, print_budget
+from qat.calibrate.budget import Budget, check_budget, draw_budget, keep_within_budget, print_budget
 from qat.calibrate.checkpoint import save_ptq
 from qat.calibrate.distributed import device, place
 from qat.calibrate.ptq import CalibrationReport, calibrate, int8_layers
@@ -89,6 +89,10 @@ def calibrate_checkpoint(
     settings = load_config(config)
     model = load_float_model(settings, checkpoint).to(device())
     dataset = NuScenesDataset(data, split, settings, version, frames)
+    scored = None
+    if budget is not None:  # opened before the work begins: what is wrong with it is told at once
+        check_budget(budget.drop)
+        scored = NuScenesDataset(budget.data, budget.split, settings, budget.version, budget.frames)
     rank, size = place()
     own = [dataset.tokens[i] for i in range(rank, len(dataset), size)]
     console = Console(stderr=True)
@@ -106,7 +110,9 @@ def calibrate_checkpoint(
         )
     quantized.cpu()
     model.cpu()
-    found = None if budget is None else _keep_within(budget, quantized, out, sha256(checkpoint))
+    found = None
+    if budget is not None and scored is not None:
+        found = _keep_within(budget, quantized, scored, out, sha256(checkpoint))
     report.int8 = int8_layers(quantized)
     recipe: dict[str, object] = {
         "method": title,
@@ -132,8 +138,9 @@ def calibrate_checkpoint(
     return CalibrationResult(quantized, report, recipe, found)
 
 
-def _keep_within(options: BudgetOptions, model: QuantizedDetector, out: Path, checkpoint: str) -> Budget:
-    dataset = NuScenesDataset(options.data, options.split, model.config, options.version, options.frames)
+def _keep_within(
+    options: BudgetOptions, model: QuantizedDetector, dataset: NuScenesDataset, out: Path, checkpoint: str
+) -> Budget:
     cache = out.with_suffix(".budget-cache")
     ranges = hashlib.sha256(b"".join(amax.numpy().tobytes() for amax in model.amax().values())).hexdigest()
     key = f"{checkpoint} {ranges}"

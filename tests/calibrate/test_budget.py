@@ -133,7 +133,9 @@ def test_a_budget_below_zero_is_refused(quantized, tiny_frames, tmp_path, budget
         search(quantized, tiny_frames, budget, lambda boxes: {"map": 0.0}, tmp_path)
 
 
-def test_the_command_leaves_a_checkpoint_a_curve_and_an_inventory(tmp_path, tiny_config, tiny_model, capsys):
+def test_the_command_leaves_a_checkpoint_a_curve_and_an_inventory(
+    tmp_path, tiny_config, tiny_model, capsys, monkeypatch
+):
     """A negative budget is told; with 0, whatever lowers mAP stays float, and a reload has it so."""
     options = SynthOptions(scenes=1, seed=5, keyframes=2, width=192, height=128, azimuths=60, sweeps=0, splits={"a": 1})
     data = generate(tmp_path / "set", options, quiet=True)
@@ -141,8 +143,12 @@ def test_the_command_leaves_a_checkpoint_a_curve_and_an_inventory(tmp_path, tiny
     torch.save({"state_dict": tiny_model.state_dict()}, tmp_path / "float.pth")
     base = ["calibrate", "--config", tmp_path / "config.yaml", "--ckpt", tmp_path / "float.pth", "--data", data]
     base += ["--split", "a", "--budget-split", "a", "--out", tmp_path / "ptq.pth", "--budget"]
+    monkeypatch.setattr("qat.calibrate.job.calibrate", None)  # what is wrong is told before the work begins
+    assert main([*map(str, base), "0.1", "--budget-split", "none"]) == 2
+    assert "error: " in (said := capsys.readouterr().err) and "split 'none' not found" in said
     assert main([*map(str, base), "-1"]) == 2
     assert "error: --budget: found -1.0" in capsys.readouterr().err and not (tmp_path / "ptq.pth").exists()
+    monkeypatch.undo()
     assert main([*map(str, base), "0"]) == 0
     curve = json.loads((tmp_path / "ptq.budget.json").read_text())
     model, recipe = load_ptq(tmp_path / "ptq.pth")
