@@ -24,9 +24,9 @@ def place() -> tuple[int, int]:
 
 
 def device() -> torch.device:
-    """This process's GPU, or the CPU where there is none for it."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device("cuda", local) if local < torch.cuda.device_count() else torch.device("cpu")
+    """This process's GPU; the CPU where this machine has fewer GPUs than processes, so that all of them agree."""
+    local, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return torch.device("cuda", local) if size <= torch.cuda.device_count() else torch.device("cpu")
 
 
 @contextmanager
@@ -74,7 +74,10 @@ def merge_calibrators(calibrators: dict[str, HistogramCalibrator]) -> None:
     if size == 1:
         return
     own = {
-        name: (*(None if x is None else x.cpu() for x in (c.counts, c.channels)), c.log2_range, c.largest)
+        name: (
+            *(None if x is None else x.cpu() for x in (c.counts, c.channels, c.squares)),
+            *(c.values, c.log2_range, c.largest),
+        )
         for name, c in calibrators.items()
     }
     gathered: list[dict[str, Any]] = [{}] * size
@@ -82,9 +85,10 @@ def merge_calibrators(calibrators: dict[str, HistogramCalibrator]) -> None:
     for other_rank, others in enumerate(gathered):
         if other_rank == rank:
             continue
-        for name, (counts, channels, log2_range, largest) in others.items():
+        for name, (counts, channels, squares, values, log2_range, largest) in others.items():
             other = HistogramCalibrator(name)
-            other.counts, other.channels, other.log2_range, other.largest = counts, channels, log2_range, largest
+            other.counts, other.log2_range, other.largest = counts, log2_range, largest
+            other.channels, other.squares, other.values = channels, squares, values
             if counts is not None:
                 mine = calibrators[name].counts
                 other.counts = counts.to(counts.device if mine is None else mine.device)

@@ -147,7 +147,7 @@ def calibrate(
     """Sets the range of every quantizer from what its tensor holds on `frames`.
 
     Args:
-        model: a float detector, or an already quantized one to calibrate anew.
+        model: a float detector, or an already quantized one to calibrate anew; what was equalized in it stays so.
         frames: preprocessed samples.
         method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.
         percentile: share of magnitudes inside the range, in percent, for `percentile`.
@@ -165,7 +165,7 @@ def calibrate(
         raise UserError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
     quantized = model if isinstance(model, QuantizedDetector) else quantize_detector(model)
     report = CalibrationReport()
-    choice = _methods(quantized, method, by_layer)
+    choice = _methods(quantized, method, by_layer) | dict.fromkeys(quantized.equalized, "max")
     error = None
     with torch.inference_mode(), _collecting(quantized) as calibrators, counting_macs(quantized, report.macs):
         try:
@@ -191,22 +191,30 @@ def calibrate(
         assert isinstance(quantizer, Quantizer)
         quantizer.set_range(torch.tensor(max(amax, UNEXCITED)))
     if equalize:
-        _equalize(quantized, calibrators)
+        _equalize(quantized, calibrators, by_layer)
     report.int8 = int8_layers(quantized)
     return quantized, report
 
 
-def _equalize(model: QuantizedDetector, calibrators: Mapping[str, HistogramCalibrator]) -> None:
-    """Equalizes the channels of parts' inputs, where that pays. Like a weight's, an equalized channel's range is its
-    largest magnitude, whatever the method."""
-    modules = dict(model.parts.named_modules())
+def _equalize(
+    model: QuantizedDetector, calibrators: Mapping[str, HistogramCalibrator], by_layer: Sequence[tuple[str, str]]
+) -> None:
+    """Equalizes the channels of parts' inputs, where that pays and no method was asked for the quantizer by its name.
+
+    Like a weight's, an equalized channel's range is its largest magnitude, whatever the method.
+    """
+    own, modules = quantizers(model.parts), dict(model.parts.named_modules())
     for name, layers in model.equalizable().items():
-        largest = calibrators[name].channels
-        assert largest is not None
+        calibrator = calibrators[name]
+        assert calibrator.channels is not None and calibrator.squares is not None
         weights = [modules[path].weight for path in layers]
-        scales = channel_scales(largest, weights)
-        if scales is not None:
-            model.equalize(name, scales)
+        scales = channel_scales(calibrator.channels, calibrator.squares / calibrator.values, weights)
+        if scales is None or name in (pattern for pattern, _ in by_layer):
+            continue
+        model.equalize(name, scales)
+        quantizer = own[name]
+        assert isinstance(quantizer, Quantizer)
+        quantizer.set_range(torch.tensor(calibrator.largest))
 
 
 def int8_layers(model: QuantizedDetector) -> list[str]:

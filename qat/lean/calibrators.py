@@ -29,13 +29,15 @@ class HistogramCalibrator:
 
     Args:
         name: of the tensor, for messages.
-        by_channel: also note each channel's largest magnitude (dimension 1).
+        by_channel: also note each channel's largest magnitude and its energy (dimension 1).
     """
 
     def __init__(self, name: str, by_channel: bool = False) -> None:
         self.name = name
         self.by_channel = by_channel
         self.channels: torch.Tensor | None = None  # [C], largest magnitudes
+        self.squares: torch.Tensor | None = None  # float64[C], Σ x²
+        self.values = 0  # of each channel
         self.counts: torch.Tensor | None = None  # float64[BINS], whole numbers
         self.log2_range = SMALLEST_LOG2  # of a power of two greater than every magnitude seen
         self.largest = 0.0
@@ -61,8 +63,11 @@ class HistogramCalibrator:
         self.largest = max(self.largest, largest)
         self.counts = self.counts + counts
         if self.by_channel:
-            found = x.detach().abs().transpose(0, 1).flatten(1).amax(1)
-            self.channels = found if self.channels is None else torch.maximum(self.channels, found)
+            apart = x.detach().float().transpose(0, 1).flatten(1)
+            other = HistogramCalibrator(self.name, by_channel=True)
+            other.channels, other.squares = apart.abs().amax(1), apart.square().sum(1, dtype=torch.float64)
+            other.values = apart.shape[1]
+            self._merge_channels(other)
 
     def _widen(self, log2_range: int) -> None:
         assert self.counts is not None
@@ -83,9 +88,17 @@ class HistogramCalibrator:
             assert other.counts is not None
             self.counts = self.counts + other.counts  # collected in inference mode: not to be changed in place
         self.largest = max(self.largest, other.largest)
-        if other.channels is not None:
-            mine = self.channels
-            self.channels = other.channels if mine is None else torch.maximum(mine, other.channels.to(mine.device))
+        self._merge_channels(other)
+
+    def _merge_channels(self, other: HistogramCalibrator) -> None:
+        if other.channels is None or other.squares is None:
+            return
+        self.values += other.values
+        if self.channels is None or self.squares is None:
+            self.channels, self.squares = other.channels, other.squares
+        else:
+            self.channels = torch.maximum(self.channels, other.channels.to(self.channels.device))
+            self.squares = self.squares + other.squares.to(self.squares.device)
 
     def compute_amax(self, method: str, percentile: float = 99.99) -> float:
         """The magnitude that 127 stands for; 0 for a tensor that was always zero.

@@ -5,14 +5,15 @@
 
 An activation has one scale for all channels, so a channel that stays small is rounded as coarsely as the largest one. In a
 pooled BEV grid the channels' largest magnitudes differ by a factor of 25 and more (camera-tiny), and the INT8 decoder loses
-more by that than by all the rest. Divided by its own largest magnitude, s, every channel uses the whole of INT8; the
-consumers' weights take s back, so that the function stays what it was. (Nagel et al., "Data-Free Quantization Through
-Weight Equalization and Bias Correction", ICCV 2019, do so between two layers. At a part's input there is no layer before
-to take 1/s, and the tensor's meaning is a contract with other files, so the division is written out: one product for each
-value, which runtimes join with the rounding.)
+more by that than by all the rest. Divided by s, its own magnitude over the largest channel's, every channel uses the whole
+of INT8; the consumers' weights take s back, so that the function stays what it was. (Nagel et al., "Data-Free Quantization
+Through Weight Equalization and Bias Correction", ICCV 2019, do so between two layers. At a part's input there is no layer
+before to take 1/s, and the tensor's meaning is a contract with other files, so the division is written out: one product for
+each value, which runtimes join with the rounding.)
 
-It is done where it pays: where the rounding noise that reaches the consumers' outputs, Σ_c step_c² · ‖W_c‖², falls by at
-least `GAIN`.
+It is done where it pays: where the noise that is expected at the consumers' outputs, of rounded inputs and of rounded
+weights together, falls to a half or less. (Scaled weights are rounded more coarsely, so dense inputs of nearly one size may
+gain nothing.)
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import torch
 from torch import fx, nn
 
 from qat.lean.insert import Inventory
-from qat.lean.quantizer import QuantizedConv2d, Quantizer, weight_range
+from qat.lean.quantizer import BOUND, QuantizedConv2d, weight_range
 
-GAIN = 4.0  # of the noise's power: one bit
-FLOOR = 2.0**-8  # of the largest channel's magnitude: a channel that calibration left empty gets no scale near zero
+GAIN = 2.0  # of the noise's power
+FLOOR = 2.0**-5  # the smallest s: calibration has seen only some frames, and what exceeds a channel's range is cut off
 
 
 class ChannelScale(nn.Module):
@@ -65,29 +66,57 @@ def equalizable(graph: fx.GraphModule, inventory: Inventory) -> dict[str, list[s
     return found
 
 
-def channel_scales(largest: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """What to divide each channel by, float32[C]; None where it does not pay.
+def output_noise(
+    steps: torch.Tensor, scales: torch.Tensor, energy: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> float:
+    """Expected square of what rounding adds to all output channels of convolutions, for one position of each.
+
+    A step of width q adds q²/12 (uniform noise): the inputs' through the weights, the weights' through the inputs.
+
+    Args:
+        steps: of the input's channels, back in the input's own units, [C].
+        scales: what each channel is divided by, [C].
+        energy: mean square of each channel, [C].
+        weights: [O,C,kh,kw] each.
+    """
+    total = 0.0
+    for weight in weights:
+        kernel = weight.detach().double()
+        total += float((steps.double().square() * kernel.square().sum((0, 2, 3))).sum())
+        scaled = kernel * scales.double().reshape(1, -1, 1, 1)
+        weight_steps = scaled.abs().amax((1, 2, 3)) / BOUND
+        taps = kernel.shape[2] * kernel.shape[3]
+        total += float(weight_steps.square().sum() * (energy.double() / scales.double().square()).sum() * taps)
+    return total / 12
+
+
+def channel_scales(largest: torch.Tensor, energy: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What to divide each channel by, float32[C], 1 for the largest; None where it does not pay.
+
+    A channel that was zero on every frame says nothing of its range: it keeps the tensor's.
 
     Args:
         largest: magnitude of each channel, [C].
+        energy: mean square of each channel, [C].
         weights: of the consumers, [O,C,kh,kw] each.
     """
     top = float(largest.max())
     if top == 0.0:
         return None
-    scales = largest.float().clamp(min=top * FLOOR)
-    energy = torch.stack([weight.detach().double().square().sum((0, 2, 3)) for weight in weights]).sum(0)
-    noise = (scales.double().square() * energy).sum()
-    if float(noise) == 0.0 or float(top**2 * energy.sum() / noise) < GAIN:
-        return None
-    return scales
+    relative = (largest.float() / top).clamp(min=FLOOR)
+    scales = torch.where(largest > 0, relative, torch.ones_like(relative))
+    ones = torch.ones_like(scales)
+    step = top / BOUND
+    before = output_noise(step * ones, ones, energy, weights)
+    after = output_noise(step * scales, scales, energy, weights)
+    return scales if after > 0 and before / after >= GAIN else None
 
 
 def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
     """Divides what quantizer `name` takes by `scales` and multiplies its consumers' weights by them, in place.
 
     The layers get weights of their own (they share the float network's until then), with their ranges. The quantizer's
-    range becomes 1.
+    own range is for the caller to set: the largest magnitude of all channels, as `channel_scales` has them.
 
     Raises:
         ValueError: the quantizer is none that `equalizable` lists, or has another number of channels.
@@ -108,8 +137,5 @@ def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
         scaled = layer.weight.detach() * scales.to(layer.weight.device).reshape(1, -1, 1, 1)
         layer.weight = nn.Parameter(scaled, requires_grad=layer.weight.requires_grad)
         layer.weight_quantizer.set_range(weight_range(layer))
-    quantizer = graph.get_submodule(name)
-    assert isinstance(quantizer, Quantizer)
-    quantizer.set_range(torch.ones((), device=scales.device))
     graph.graph.lint()
     graph.recompile()

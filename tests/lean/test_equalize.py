@@ -7,7 +7,7 @@ from torch import nn
 from qat.calibrate import calibrate, load_ptq, save_ptq
 from qat.calibrate.inspection import inspect_detector
 from qat.core.tensors import compare_tensors
-from qat.lean.equalize import FLOOR, channel_scales, equalizable, equalize
+from qat.lean.equalize import FLOOR, channel_scales, equalizable, equalize, output_noise
 from qat.lean.insert import quantize_graph
 from qat.lean.modes import quantizers_off
 from qat.lean.trace import trace
@@ -49,7 +49,7 @@ def test_the_function_stays_what_it_was(x):
     graph, inventory = quantized(network)
     before = network(x)
     assert equalizable(graph, inventory) == {"quant_x": ["a", "b"]}
-    equalize(graph, "quant_x", 4 * SPREAD)
+    equalize(graph, "quant_x", SPREAD)
     with quantizers_off(graph):
         assert torch.allclose(graph(x), before, atol=1e-5)
     assert torch.equal(network(x), before)  # the float network keeps its weights
@@ -63,7 +63,7 @@ def test_small_channels_are_rounded_as_finely_as_large_ones(x):
     expected = network(x).detach().numpy()
     with torch.no_grad():
         before = compare_tensors(expected, graph(x).numpy())["sqnr_db"]
-        equalize(graph, "quant_x", 4 * SPREAD)
+        equalize(graph, "quant_x", SPREAD)
         after = compare_tensors(expected, graph(x).numpy())["sqnr_db"]
         rounded = graph.quant_x(graph.quant_x_scale(x)) / graph.quant_x_scale.inverse
     assert after > before + 5
@@ -71,19 +71,46 @@ def test_small_channels_are_rounded_as_finely_as_large_ones(x):
     assert torch.allclose(noise, (4 * SPREAD / 127) ** 2 / 12, rtol=0.2)
 
 
+def sparse(spread):
+    """Mean squares of inputs that are mostly zero, as a pooled BEV grid's."""
+    return (4 * spread) ** 2 / 100
+
+
 def test_scales_are_the_channels_ranges_where_that_pays():
-    weights = [torch.ones(4, 8, 3, 3), torch.ones(2, 8, 1, 1)]
-    assert torch.equal(channel_scales(4 * SPREAD, weights), 4 * SPREAD)
-    assert channel_scales(torch.linspace(3.0, 4.0, 8), weights) is None
+    weights = [torch.randn(4, 8, 3, 3), torch.randn(2, 8, 1, 1)]
+    assert torch.equal(channel_scales(4 * SPREAD, sparse(SPREAD), weights), SPREAD.clamp(min=FLOOR))
+    even = torch.linspace(0.75, 1.0, 8)
+    assert channel_scales(4 * even, sparse(even), weights) is None
     only_the_largest_counts = [torch.cat([torch.ones(4, 1, 1, 1), torch.zeros(4, 7, 1, 1)], 1)]
-    assert channel_scales(4 * SPREAD, only_the_largest_counts) is None
-    assert channel_scales(torch.zeros(8), weights) is None
+    assert channel_scales(4 * SPREAD, sparse(SPREAD), only_the_largest_counts) is None
+    assert channel_scales(torch.zeros(8), torch.zeros(8), weights) is None
 
 
-def test_an_empty_channel_gets_a_floor():
-    largest = torch.cat([torch.full((1,), 4.0), torch.zeros(7)])
-    scales = channel_scales(largest, [torch.ones(4, 8, 1, 1)])
-    assert torch.equal(scales[1:], torch.full((7,), 4.0 * FLOOR))
+def test_dense_inputs_whose_weights_would_pay_for_it_are_left_alone():
+    """Always near their range: what coarser weights add outweighs what finer inputs save, or nearly."""
+    torch.manual_seed(1)
+    assert channel_scales(4 * SPREAD, (4 * SPREAD) ** 2 * 0.9, [torch.randn(4, 8, 3, 3)]) is None
+
+
+def test_the_expected_noise_is_what_rounding_makes():
+    torch.manual_seed(2)
+    layer = nn.Conv2d(8, 8, 3, bias=False)
+    x = torch.randn(4, 8, 64, 64).clamp(-4, 4) * SPREAD.reshape(1, 8, 1, 1)
+    for scales in (torch.ones(8), SPREAD):
+        step = 4.0 / 127 * scales
+        rounded = (x / step.reshape(1, -1, 1, 1)).round() * step.reshape(1, -1, 1, 1)
+        scaled = layer.weight.detach() * scales.reshape(1, -1, 1, 1)
+        weight_step = scaled.abs().amax((1, 2, 3), keepdim=True) / 127
+        weight = (scaled / weight_step).round() * weight_step / scales.reshape(1, -1, 1, 1)
+        made = torch.conv2d(rounded, weight) - torch.conv2d(x, layer.weight.detach())
+        expected = output_noise(step, scales, x.square().mean((0, 2, 3)), [layer.weight])
+        assert float(made.square().mean((0, 2, 3)).sum()) == pytest.approx(expected, rel=0.25)
+
+
+def test_a_channel_that_calibration_left_empty_keeps_the_tensors_range():
+    largest = torch.cat([torch.full((1,), 4.0), torch.full((6,), 0.01), torch.zeros(1)])
+    scales = channel_scales(largest, largest**2 / 100, [torch.ones(4, 8, 1, 1)])
+    assert scales.tolist() == [1.0, *[FLOOR] * 6, 1.0]
 
 
 @pytest.mark.parametrize("network", [Residual(), Two(groups=8)])
@@ -109,9 +136,14 @@ def test_calibration_equalizes_a_decoders_skewed_input_and_a_reload_has_it(tiny_
     model, _ = calibrate(tiny_model, tiny_frames, "mse")
     assert list(model.equalized) == ["decoder.quant_x"]
     assert calibrate(tiny_model, tiny_frames, "mse", equalize=False)[0].equalized == {}
-    assert model.amax()["decoder.quant_x"] == 1.0  # whatever the method
+    widest = calibrate(tiny_model, tiny_frames, "max", equalize=False)[0].amax()["decoder.quant_x"]
+    assert torch.equal(model.amax()["decoder.quant_x"], widest)  # whatever the method
+    asked, _ = calibrate(tiny_model, tiny_frames, "max", by_layer=[("decoder.quant_x", "mse")])
+    assert asked.equalized == {} and asked.amax()["decoder.quant_x"] < widest  # but what was asked by name
+    anew, _ = calibrate(model, tiny_frames, "mse")
+    assert torch.allclose(anew.amax()["decoder.quant_x"], widest, rtol=1e-5)
     group = next(g for g in inspect_detector(model, {}).groups if g.quantizer == "quant_x" and g.part == "decoder")
-    assert group.channels[1] / group.channels[0] > 16
+    assert group.channels[1] == 1.0 and group.channels[0] < 1 / 8
     save_ptq(tmp_path / "ptq.pth", model, tiny_model, {})
     again, _ = load_ptq(tmp_path / "ptq.pth")
     bev = torch.rand(1, tiny_model.vtransform.C, 16, 16)
