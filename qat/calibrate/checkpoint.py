@@ -1,18 +1,18 @@
 """The PTQ checkpoint: plain tensors and containers, from which a new process rebuilds the same quantized network.
 
-    {"format": "bevqat-ptq", "schema": 1 or 2,
+    {"format": "bevqat-ptq", "schema": 2,
      "config":     the model's config,
      "state_dict": the float weights by BEVFusion's names, batch norm not folded,
      "amax":       {quantizer path: range},
      "disabled":   [quantizer paths that are off],
      "equalized":  {part.quantizer: what the channels that it rounds are divided by},
      "recipe":     how it was calibrated; keep_float and parts_off decide the placement,
-     "weights":    schema 2: {path in the parts: tensor}, the trained weights, batch norm folded}
+     "weights":    after training only: {path in the parts: tensor}, batch norm folded}
 
-Folding and placement are functions of these alone, so a reload gives bit-identical outputs. A network that was trained
-after folding (`finetune`) has weights that no float state dict with batch norms gives: they are kept apart, under a
-schema that an older version refuses rather than reading the file without them. The float weights stay: training goes
-on from them as the teacher.
+Folding, placement and equalization are functions of these alone, so a reload gives bit-identical outputs. A network that
+was trained after folding (`finetune`) has weights that no float state dict with batch norms gives: they are kept apart.
+The float weights stay: training goes on from them as the teacher. Schema 1, which is still read, knew neither equalized
+channels nor trained weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qat.lean.placement import FloatRule
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
 
 FORMAT = "bevqat-ptq"
-CALIBRATED, TRAINED = 1, 2  # schemas
+SCHEMA, READ = 2, (1, 2)
 
 
 def save_ptq(
@@ -54,7 +54,7 @@ def save_ptq(
     }
     checkpoint = {
         "format": FORMAT,
-        "schema": TRAINED if trained else CALIBRATED,
+        "schema": SCHEMA,
         "config": model.config,
         "state_dict": {name: tensor.detach().cpu() for name, tensor in float_model.state_dict().items()},
         "amax": {name: tensor.cpu() for name, tensor in model.amax().items()},
@@ -74,27 +74,28 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: found a checkpoint without quantizer ranges, expected a PTQ one; run calibrate on it first"
         )
-    if checkpoint.get("schema") not in (CALIBRATED, TRAINED):
-        raise UserError(
-            f"{path}: found schema {checkpoint.get('schema')!r}, expected {CALIBRATED} or {TRAINED}; calibrate again"
-        )
+    if checkpoint.get("schema") not in READ:
+        found, expected = checkpoint.get("schema"), " or ".join(map(str, READ))
+        raise UserError(f"{path}: found schema {found!r}, expected {expected}; calibrate again")
     return checkpoint
 
 
 def _build(
-    checkpoint: Mapping[str, Any], path: str | Path, trained: bool
+    checkpoint: Mapping[str, Any], path: str | Path, as_saved: bool
 ) -> tuple[QuantizedDetector, CameraBEVDetector]:
-    """The quantized detector, with the trained weights if asked and there are some, and the float one."""
+    """The quantized detector, and the float one. as_saved: with equalized channels and trained weights; otherwise its
+    weights are the float one's, folded."""
     try:
         recipe = checkpoint["recipe"]
         model = build_model(checkpoint["config"])
         load_state(model, checkpoint["state_dict"], str(path))
         rules = [FloatRule(pattern, reason) for pattern, reason in recipe["keep_float"]]
         quantized = QuantizedDetector(model.eval(), rules, recipe["parts_off"])
-        for name, scales in checkpoint["equalized"].items():
-            quantized.equalize(name, scales)
-        if trained and checkpoint["schema"] == TRAINED:
-            quantized.load_weights(checkpoint["weights"])
+        if as_saved:
+            for name, scales in checkpoint.get("equalized", {}).items():
+                quantized.equalize(name, scales)
+            if "weights" in checkpoint:
+                quantized.load_weights(checkpoint["weights"])
         quantized.load_amax(checkpoint["amax"], checkpoint["disabled"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or made by another version: {error}; calibrate again") from None
@@ -108,7 +109,7 @@ def load_ptq(path: str | Path) -> tuple[QuantizedDetector, dict[str, Any]]:
         UserError: not a PTQ checkpoint, one of another schema, or one whose quantizers do not fit its config.
     """
     checkpoint = _read(path)
-    return _build(checkpoint, path, trained=True)[0], dict(checkpoint["recipe"])
+    return _build(checkpoint, path, as_saved=True)[0], dict(checkpoint["recipe"])
 
 
 def load_float_reference(path: str | Path) -> tuple[QuantizedDetector, CameraBEVDetector]:
@@ -116,7 +117,7 @@ def load_float_reference(path: str | Path) -> tuple[QuantizedDetector, CameraBEV
 
     The two share weights. Raises as `load_ptq`.
     """
-    reference, model = _build(_read(path), path, trained=False)
+    reference, model = _build(_read(path), path, as_saved=False)
     for quantizer in quantizers(reference.parts).values():
         quantizer.disable()
     return reference, model

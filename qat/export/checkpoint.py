@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.calibrate import load_ptq
+from qat.calibrate.checkpoint import load_float_reference
 from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.export.parts import export_parts
@@ -57,7 +58,8 @@ def export_checkpoint(
     if quantized:
         if config is not None:
             raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")
-        detector, recipe = load_ptq(path)
+        # FP32 and FP16 parts are of the float network: weights that were trained for rounding are not it without rounding.
+        detector, recipe = load_ptq(path) if precision == "int8" else (load_float_reference(path)[0], None)
     elif precision == "int8":
         raise UserError(f"{path}: a float checkpoint has no scales for INT8; mend by running calibrate on it first")
     else:

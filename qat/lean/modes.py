@@ -49,14 +49,20 @@ def qdq_tracing() -> Iterator[None]:
 def watched_on(detector: Any) -> Iterator[None]:
     """Inside the block a QuantizedDetector's watched quantizers round too: those of convolutions before residual adds.
 
-    They are calibrated with the others, and are part of the `onnxruntime` flavour alone.
+    They are calibrated with the others, and are part of the `onnxruntime` flavour alone. That of a convolution which was
+    left float stays off.
     """
     changed = []
     for name, inventory in detector.inventory.items():
         if name in detector.parts_off:
             continue
+        graph = detector.parts[name]
+        rounded = {node.target: node.args[0] for node in graph.graph.nodes if node.op == "call_module"}
         for watched in inventory.watched:
-            quantizer = detector.parts[name].get_submodule(watched)
+            layer = graph.get_submodule(str(rounded[watched].target))
+            if layer.weight_quantizer._disabled:
+                continue
+            quantizer = graph.get_submodule(watched)
             changed.append((quantizer, quantizer._disabled))
             quantizer._disabled = False
     try:
