@@ -662,6 +662,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     args.command = shlex.join(["python", "benchmarks/peers_accuracy.py", *words])
     try:
+        if args.resamples < 1:
+            raise UserError(f"--resamples: found {args.resamples}, expected at least 1")
         return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from qat.calibrate.sensitivity import Metric, Sensitivity
 from qat.core.centerhead import Detections, decode
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, read_arrays, write_arrays
+from qat.core.tensors import frame_digest
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers
 from qat.lean.units import Unit, only_on, units
@@ -82,7 +84,7 @@ class _Trials:
         self.of = next(iter(self.reference))
 
     def _score(self, on: Sequence[Unit]) -> dict[str, float]:
-        named = json.dumps([__version__, self.key, sorted(unit.name for unit in on)])
+        named = json.dumps([__version__, self.key, self.model.config, sorted(unit.name for unit in on)], sort_keys=True)
         name = hashlib.sha256(named.encode()).hexdigest()[:16]
         console = Console(stderr=True)
         columns = (
@@ -95,7 +97,7 @@ class _Trials:
         with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
             task = bar.add_task("", total=len(self.frames))
             for frame in self.frames:
-                path = self.cache / f"{name}-{frame.token}.npz"
+                path = self.cache / f"{name}-{frame_digest(frame)}.npz"
                 found = read_arrays(path)
                 if not {"boxes", "scores", "labels"} <= found.keys():
                     with torch.inference_mode(), only_on(self.model, on):
@@ -121,8 +123,8 @@ class _Trials:
 
 
 def check_budget(budget: float) -> None:
-    """Raises `UserError` for a negative one, or NaN."""
-    if not budget >= 0:
+    """Raises `UserError` for a negative one, or none."""
+    if not 0 <= budget < math.inf:
         raise UserError(f"--budget: found {budget}, expected 0 or more of mAP, such as 0.001")
 
 

@@ -29,7 +29,7 @@ from qat.calibrate.distributed import agree, device, place
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, sha256, write_json
 from qat.core.geometry import PoolPattern
-from qat.data import NuScenesDataset
+from qat.data import NuScenesDataset, version_in
 from qat.data.augment import AugmentedSet
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
 
@@ -88,13 +88,16 @@ def check_options(options: FinetuneOptions, processes: int = 1) -> None:
         "lr": (0.0, 1.0),
         "clip": (0.0, math.inf),
         "ema": (0.0, 0.99999),
+        "range_lr": (0.0, 1.0),
+        "seed": (0, 2**32 - 1),
+        **{f"{name}_weight": (0.0, math.inf) for name in ("image", "bev", "heat", "box")},
     }
     for name, (low, high) in bounds.items():
         value = getattr(options, name)
-        if not low <= value <= high or (name in ("lr", "clip") and value == 0):
+        if not (low <= value <= high and math.isfinite(value)) or (name in ("lr", "clip") and value == 0):
             above = f"above {low:g}" if name in ("lr", "clip") else f"at least {low:g}"
             below = "" if math.isinf(high) else f" and at most {high:g}"
-            raise UserError(f"--{name}: found {value}, expected {above}{below}")
+            raise UserError(f"--{name.replace('_', '-')}: found {value}, expected {above}{below}")
     if options.batch % processes:
         raise UserError(
             f"--batch: found {options.batch} frames for {processes} processes, expected a multiple of {processes}"
@@ -280,14 +283,25 @@ def _check_teacher(outputs: Outputs, tokens: Sequence[str]) -> None:
 
 
 def _step(
-    state: _State, teacher: Any, batch: _Batch, options: FinetuneOptions, where: torch.device, stop: bool
+    state: _State, teacher: Any, batches: Iterator[_Batch], options: FinetuneOptions, where: torch.device, stop: bool
 ) -> tuple[dict[str, float], bool]:
-    """One step of the optimiser. Returns the losses, averaged over the processes, and whether any of them was told to
-    stop."""
-    img, depth = (torch.from_numpy(x).to(where) for x in (batch.img, batch.depth))
-    with torch.no_grad():
-        wanted = run_network(teacher, img, depth, batch.patterns, nullcontext())
-    _check_teacher(wanted, batch.tokens)
+    """One step of the optimiser, on the next batch. Returns the losses, averaged over the processes, and whether any of
+    them was told to stop.
+
+    Raises:
+        UserError: a frame that cannot be read or that the teacher cannot take, in any process; or a loss that is not
+            finite.
+    """
+    error = None
+    try:
+        batch = next(batches)
+        img, depth = (torch.from_numpy(x).to(where) for x in (batch.img, batch.depth))
+        with torch.no_grad():
+            wanted = run_network(teacher, img, depth, batch.patterns, nullcontext())
+        _check_teacher(wanted, batch.tokens)
+    except UserError as found_error:
+        error = found_error
+    agree(error)  # the others would wait for this process's gradients
     amp = options.amp and where.type == "cuda"
     precision = torch.autocast(where.type, torch.bfloat16, enabled=amp)
     refresh_weight_ranges(state.student)
@@ -345,8 +359,9 @@ def _train(
         Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal, transient=True) as progress,
     ):
         bar = progress.add_task("", total=options.steps, completed=state.step, losses="")
-        for batch in source.ahead(state.step, teacher.vtransform.pattern):
-            figures, stopping = _step(state, teacher, batch, options, where, bool(interrupts))
+        batches = source.ahead(state.step, teacher.vtransform.pattern)
+        while state.step < options.steps:
+            figures, stopping = _step(state, teacher, batches, options, where, bool(interrupts))
             recent.append(figures)
             text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
             progress.update(bar, completed=state.step, losses=text)
@@ -364,6 +379,14 @@ def _train(
             if time.monotonic() - saved_at > options.save_seconds:
                 save()
                 saved_at = time.monotonic()
+
+
+def _is_of(result: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written by the run of this recipe; an earlier run may have left another."""
+    try:
+        return bool(load_ptq(result)[1].get("finetune") == recipe["finetune"])
+    except UserError:
+        return False
 
 
 def finetune(
@@ -395,7 +418,7 @@ def finetune(
         check_options(options, size)
         state = _State(checkpoint, options, where)
         config = state.student.config
-        datasets = [NuScenesDataset(root, split, config, version) for root, split in data]
+        datasets = [NuScenesDataset(root, split, config, version_in(root, version)) for root, split in data]
         tokens = "".join(token for dataset in datasets for token in dataset.tokens)
         run = {
             **{name: value for name, value in asdict(options).items() if name != "save_seconds"},
@@ -430,7 +453,7 @@ def finetune(
         reference.to(device=where, memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
         _train(state, reference, source, options, where, save, quiet)
         save()
-    elif result.exists():
+    elif _is_of(result, recipe):
         return FinetuneResult(result, state.history, recipe)
     state.settle()
     float_model.cpu()

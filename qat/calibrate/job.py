@@ -20,7 +20,7 @@ from qat.calibrate.sensitivity import Metric, measure_sensitivity
 from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import sha256, write_json
-from qat.data import NuScenesDataset
+from qat.data import NuScenesDataset, check_annotated
 from qat.lean import AUTO, Inventory, QuantizedDetector
 from qat.lean.placement import Kept
 from qat.models import load_float_model
@@ -93,6 +93,7 @@ def calibrate_checkpoint(
     if budget is not None:  # opened before the work begins: what is wrong with it is told at once
         check_budget(budget.drop)
         scored = NuScenesDataset(budget.data, budget.split, settings, budget.version, budget.frames)
+        check_annotated(scored)
     rank, size = place()
     own = [dataset.tokens[i] for i in range(rank, len(dataset), size)]
     console = Console(stderr=True)
@@ -108,11 +109,11 @@ def calibrate_checkpoint(
             by_layer,
             equalize,
         )
-    quantized.cpu()
-    model.cpu()
     found = None
     if budget is not None and scored is not None:
         found = _keep_within(budget, quantized, scored, out, sha256(checkpoint))
+    quantized.cpu()
+    model.cpu()
     report.int8 = int8_layers(quantized)
     recipe: dict[str, object] = {
         "method": title,
@@ -132,9 +133,13 @@ def calibrate_checkpoint(
         recipe["budget"] = {"drop": found.budget, "of": found.of, "float_units": found.chosen.floats}
     if rank == 0:
         save_ptq(out, quantized, model, recipe)
+    curve = [out.with_suffix(f".budget.{kind}") for kind in ("json", "png")]
     if found is not None:
-        write_json(out.with_suffix(".budget.json"), found.to_json())
-        draw_budget(found, out.with_suffix(".budget.png"))
+        write_json(curve[0], found.to_json())
+        draw_budget(found, curve[1])
+    elif rank == 0:
+        for file in curve:  # of an earlier checkpoint of this name
+            file.unlink(missing_ok=True)
     return CalibrationResult(quantized, report, recipe, found)
 
 
@@ -142,7 +147,7 @@ def _keep_within(
     options: BudgetOptions, model: QuantizedDetector, dataset: NuScenesDataset, out: Path, checkpoint: str
 ) -> Budget:
     cache = out.with_suffix(".budget-cache")
-    ranges = hashlib.sha256(b"".join(amax.numpy().tobytes() for amax in model.amax().values())).hexdigest()
+    ranges = hashlib.sha256(b"".join(amax.cpu().numpy().tobytes() for amax in model.amax().values())).hexdigest()
     key = f"{checkpoint} {ranges}"
     few = np.linspace(0, len(dataset) - 1, min(options.ranked_on, len(dataset))).round().astype(int)
     ranking = measure_sensitivity(model, [dataset[int(i)] for i in few], cache, key)

@@ -26,7 +26,7 @@ from qat.calibrate.ptq import Frame, check_frame, counting_macs
 from qat.core.centerhead import Detections, decode
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, read_arrays, write_arrays
-from qat.core.tensors import decibels
+from qat.core.tensors import decibels, frame_digest
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers_off
 from qat.lean.units import Unit, only_on, units
@@ -183,7 +183,9 @@ def measure_sensitivity(
         raise UserError("sensitivity: found no quantizer that is on, expected a calibrated detector")
     if not len(frames):
         raise UserError("sensitivity: found no frames, expected at least one")
-    name = hashlib.sha256(json.dumps([__version__, key, [u.name for u in every]]).encode()).hexdigest()[:16]
+    name = hashlib.sha256(
+        json.dumps([__version__, key, model.config, [u.name for u in every]], sort_keys=True).encode()
+    ).hexdigest()[:16]
     console = Console(stderr=True)
     columns = (TextColumn("units × frames"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     energies = np.zeros((len(every) + 1, len(TENSORS), 2))
@@ -196,7 +198,7 @@ def measure_sensitivity(
             if not macs:
                 with torch.inference_mode():
                     _FloatTensors(model, frame, macs)
-            path = cache / f"{name}-{frame.token}.npz"
+            path = cache / f"{name}-{frame_digest(frame)}.npz"
             found = read_arrays(path)
             if found.get("energies", np.empty(0)).shape != energies.shape or (
                 metric is not None and "boxes0" not in found

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mAP that INT8 may cost, such as 0.001: the fewest and cheapest layers that pay for more stay float",
     )
     parser.add_argument("--budget-data", type=Path, metavar="ROOT", help="annotated data for it (default --data)")
-    parser.add_argument("--budget-split", default="calib", metavar="NAME", help="its split (default calib)")
+    parser.add_argument("--budget-version", metavar="NAME", help="needed where --budget-data holds several")
+    parser.add_argument("--budget-split", metavar="NAME", help="its split (default calib)")
     parser.add_argument("--budget-frames", type=int, metavar="N", help="N of its frames (default all)")
     parser.add_argument("--out", type=Path, default=Path("runs/calibrate/ptq.pth"), metavar="CKPT")
 
@@ -69,8 +70,14 @@ def run(args: argparse.Namespace) -> int:
     budget = None
     if args.budget is not None:
         data = args.budget_data or args.data
-        version = args.version if args.budget_data is None else None
-        budget = BudgetOptions(args.budget, data, args.budget_split, devkit_metric, version, args.budget_frames)
+        version = args.budget_version or (args.version if args.budget_data is None else None)
+        budget = BudgetOptions(
+            args.budget, data, args.budget_split or "calib", devkit_metric, version, args.budget_frames
+        )
+    else:
+        for name in ("data", "version", "split", "frames"):
+            if getattr(args, f"budget_{name}") is not None:
+                raise UserError(f"--budget-{name}: found without --budget, expected both, such as --budget 0.001")
     with process_group() as (rank, _):
         result = calibrate_checkpoint(
             config=args.config,

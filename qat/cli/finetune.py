@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qat.cli.flags import root_and_split
+
+if TYPE_CHECKING:
+    from qat.data import NuScenesDataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +71,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints the held-out figures."""
+    from qat.calibrate import load_ptq
     from qat.calibrate.distributed import process_group
     from qat.calibrate.finetune import FinetuneOptions, finetune
+    from qat.data import check_annotated
 
     names = {field.name for field in dataclasses.fields(FinetuneOptions)}
     options = FinetuneOptions(**{name: value for name, value in vars(args).items() if name in names})
     data = [root_and_split(text, "--data") for text in args.data]
     held_out = root_and_split(args.held_out, "--held-out") if args.held_out else None
+    if held_out is not None:  # opened before the work begins: what is wrong with it is told at once
+        check_annotated(_held_out(args, held_out, load_ptq(args.ckpt)[0].config))
     with process_group() as (rank, _):
         result = finetune(args.ckpt, data, args.out, options, args.version, lambda s: print(s, flush=True))
     if rank > 0:
@@ -83,18 +92,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _held_out(args: argparse.Namespace, held_out: tuple[Path, str], config: Mapping[str, Any]) -> NuScenesDataset:
+    from qat.data import NuScenesDataset, version_in
+
+    return NuScenesDataset(*held_out, config, version_in(held_out[0], args.version))
+
+
 def _print_held_out(args: argparse.Namespace, held_out: tuple[Path, str], trained: Path) -> None:
     from qat.calibrate import load_ptq
     from qat.calibrate.checkpoint import load_float_reference
     from qat.core.files import write_json
-    from qat.data import NuScenesDataset
     from qat.evaluate import evaluate_detections
     from qat.train.loop import detect
 
     models = {"float": load_float_reference(args.ckpt)[0], "ptq": load_ptq(args.ckpt)[0], "qat": load_ptq(trained)[0]}
     figures = {}
     for name, model in models.items():
-        dataset = NuScenesDataset(*held_out, model.config, args.version)
+        dataset = _held_out(args, held_out, model.config)
         figures[name] = evaluate_detections(dataset, detect(model, dataset))
         print(f"{name:5s} mAP {figures[name]['map']:.4f}, NDS {figures[name]['nds']:.4f} over {len(dataset)} keyframes")
     write_json(args.out / "metrics.json", figures)

@@ -6,7 +6,6 @@ not be kept. What a row found on a keyframe is kept in a cache, so that an inter
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,11 @@ from qat.compare.rows import Row
 from qat.core.centerhead import Detections
 from qat.core.errors import UserError
 from qat.core.files import read_arrays, write_arrays
-from qat.core.tensors import decibels
+from qat.core.tensors import decibels, frame_digest
 from qat.data import NuScenesDataset, Sample
 
 # In the order in which they arise; "heads" stands for all of the head's maps.
 TENSORS = ("camera_feature", "camera_depth_weights", "feat_in", "feat_out", "middle", "heads")
-_FED = ("img", "depth", "camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
 
 
 @dataclass
@@ -50,14 +48,6 @@ def _energies(reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarra
                 difference = expected - found[tensor].ravel()
                 result[n] += np.dot(expected, expected), np.dot(difference, difference)
     return result
-
-
-def digest(sample: Sample) -> str:
-    """Hash of what a detector is fed: the same pictures and geometry give the same name."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for name in _FED:
-        hashed.update(np.ascontiguousarray(getattr(sample, name)).tobytes())
-    return hashed.hexdigest()
 
 
 class _Cache:
@@ -104,7 +94,7 @@ def run_accuracy(
     for index in range(len(dataset)):
         sample = dataset[index]
         keep(index, sample)
-        name = digest(sample)
+        name = frame_digest(sample)
         known = store.read(name)
         names = [f"{reference.key}-{row.key}" for row in rows]
         if any(f"{key}.energies" not in known for key in names):

@@ -27,6 +27,7 @@ from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.engine import BACKENDS, Options
 from qat.evaluate import evaluate_detections, paired_bootstrap
+from qat.evaluate.bootstrap import MIN_SCENES
 from qat.report import SCHEMA, Verdict, compared_row, decide, reference_of, row_name, write_report
 
 RESULTS, REPORT, CACHE = "results.json", "report.html", "cache"
@@ -198,7 +199,8 @@ def compare(options: CompareOptions) -> Comparison:
         for n, (row, accuracy) in enumerate(zip(rows, accuracies, strict=True)):
             result_rows.append(_result_row(row, accuracy, evaluate_detections(dataset, accuracy.detections)))
             progress(n + 1)
-    if options.resamples:
+    facts_of_data = _dataset_facts(dataset, options, objects, image)
+    if options.resamples and facts_of_data["scenes"] >= MIN_SCENES:
         with _progress(console, "resampled scenes", len(rows)) as progress:
             _add_intervals(result_rows, accuracies, dataset, options.resamples, progress)
     with _progress(console, "latency rounds", options.rounds) as progress:
@@ -212,14 +214,14 @@ def compare(options: CompareOptions) -> Comparison:
         "repeats": options.repeats,
         "frames": len(timing_samples),
         "order": "interleaved, turned by one row each round",
-        "resamples": options.resamples,
+        "resamples": options.resamples if facts_of_data["scenes"] >= MIN_SCENES else 0,
     }
     if rebuilds:
         measurement["pattern_rebuild_ms"] = float(np.median(rebuilds))
     results = {
         "schema": SCHEMA,
         "model": options.model or options.sources.ckpt.resolve().parent.name,
-        "dataset": _dataset_facts(dataset, options, objects, image),
+        "dataset": facts_of_data,
         "machine": machine_facts(options.threads),
         "measurement": measurement,
         "rows": result_rows,

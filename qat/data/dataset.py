@@ -81,6 +81,20 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
     return tokens
 
 
+def check_annotated(dataset: NuScenesDataset) -> None:
+    """Raises `UserError` where no keyframe has an annotated object: nothing could be scored."""
+    if not any(dataset.nusc.get("sample", token)["anns"] for token in dataset.tokens):
+        raise UserError(
+            f"{dataset.nusc.dataroot}: split {dataset.split!r} has no annotated objects in {len(dataset)} keyframes; "
+            "choose an annotated split"
+        )
+
+
+def version_in(root: str | Path, version: str | None) -> str | None:
+    """`version` where this root has it, else None: of several roots one may hold a single version of another name."""
+    return version if version is not None and (Path(root) / version).is_dir() else None
+
+
 class NuScenesDataset(Sequence[Sample]):
     """The keyframes of one split, preprocessed as the config's test pipeline says.
 

@@ -16,12 +16,14 @@ from nuscenes.eval.common.utils import attr_acc, center_distance, cummean, scale
 from nuscenes.eval.detection.constants import TP_METRICS
 
 from qat.core.centerhead import Detections
+from qat.core.errors import UserError
 from qat.evaluate.detection import SampleEval, sample_eval
 
 RECALLS = np.linspace(0, 1, 101)
 # What has no meaning for a class, as the devkit's DetectionEval.evaluate has it.
 WITHOUT = {"traffic_cone": ("attr_err", "vel_err", "orient_err"), "barrier": ("attr_err", "vel_err")}
 METRICS = ("map", "nds")
+MIN_SCENES = 2  # a draw of one scene is that scene: its bounds would claim to be sure
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,17 @@ def resample(
         progress: called with the number of detectors done.
 
     Raises:
-        ValueError: a detector has other samples than the first.
+        ValueError: a detector has other samples than the first. UserError: fewer than two scenes, or no resamples.
     """
+    if resamples < 1:
+        raise UserError(f"--resamples: found {resamples}, expected at least 1")
     tokens = list(next(iter(detectors.values())))
     scenes: dict[str, int] = {}
     scene_of = {t: scenes.setdefault(dataset.nusc.get("sample", t)["scene_token"], len(scenes)) for t in tokens}
+    if len(scenes) < MIN_SCENES:
+        raise UserError(
+            f"found {len(scenes)} scene, expected at least {MIN_SCENES} to resample; take more of the data set"
+        )
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(len(scenes), np.full(len(scenes), 1 / len(scenes)), size=resamples)
     draws = np.concatenate([np.ones((1, len(scenes)), dtype=draws.dtype), draws])

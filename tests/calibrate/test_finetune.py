@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -373,6 +374,18 @@ def test_a_finished_run_does_nothing_more(ptq, data, tmp_path, monkeypatch):
     assert run(ptq, data, tmp_path / "out").checkpoint.stat().st_mtime_ns == before
 
 
+def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_ones(ptq, data, tmp_path, monkeypatch):
+    """Killed between its last step and its checkpoint, in a folder where an earlier run had left one."""
+    earlier = run(ptq, data, tmp_path / "out", replace(FEW, steps=1))
+    (tmp_path / "out" / "resume.pth").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "save_ptq", None)
+        with pytest.raises(TypeError):
+            run(ptq, data, tmp_path / "out")
+    assert load_ptq(earlier.checkpoint)[1]["finetune"]["steps"] == 1
+    assert load_ptq(run(ptq, data, tmp_path / "out").checkpoint)[1]["finetune"]["steps"] == 4
+
+
 def test_what_another_run_left_is_refused(ptq, data, tmp_path, capsys):
     run(ptq, data, tmp_path / "out", replace(FEW, steps=1))
     with pytest.raises(UserError, match=r"another lr: found 0.001, expected 0.002; remove it or choose another --out"):
@@ -421,6 +434,16 @@ def test_a_batch_that_the_processes_cannot_share_is_told_once(ptq, data, tmp_pat
     assert result.stderr.count("error: --batch: found 3 frames for 2 processes, expected a multiple of 2") == 1
 
 
+def test_a_frame_that_one_process_cannot_read_ends_all_with_one_line(ptq, data, tmp_path):
+    broken = shutil.copytree(data, tmp_path / "set")
+    dataset = NuScenesDataset(broken, "a", load_ptq(ptq)[0].config)
+    image = dataset.nusc.get("sample", dataset.tokens[1])["data"]["CAM_FRONT"]
+    (broken / dataset.nusc.get("sample_data", image)["filename"]).write_bytes(b"no picture")
+    result = torchrun(ptq, broken, tmp_path / "out", "--no-augment", "--steps", "3")
+    assert result.returncode != 0 and not (tmp_path / "out" / "qat.pth").exists()
+    assert result.stderr.count("error: ") == 1 and "CAM_FRONT" in result.stderr
+
+
 def test_bfloat16_layers_train_float32_weights(ptq, data):
     """What autocast does on a GPU, on the CPU: rounding and pooling stay float32."""
     student, _ = load_ptq(ptq)
@@ -445,6 +468,16 @@ def test_a_trained_checkpoint_exports_and_agrees_with_its_simulation(ptq, data, 
     assert manifest["verification"]["passed"] and manifest["calibration"]["finetune"]["steps"] == 4
     assert manifest["parts"]["fuser"]["operators"]["QuantizeLinear"] > 0
     assert main(["export-camera", "--ckpt", str(path), "--fp16"]) == 0
+
+
+def test_fp32_parts_of_a_trained_checkpoint_are_the_float_networks(ptq, data, tmp_path):
+    """Weights that were trained for rounding, and scales that serve it, have no place in them."""
+    path = run(ptq, data, tmp_path / "out").checkpoint
+    for checkpoint, out in ((ptq, "before"), (path, "after")):
+        assert main(["export-camera", "--ckpt", str(checkpoint), "--fp32", "--out", str(tmp_path / out)]) == 0
+    for part in load_manifest(tmp_path / "before")["parts"].values():
+        assert (tmp_path / "before" / part["file"]).read_bytes() == (tmp_path / "after" / part["file"]).read_bytes()
+        assert "Mul" not in part["operators"]
 
 
 def test_other_verbs_take_a_trained_checkpoint(ptq, data, tmp_path, capsys):
@@ -473,6 +506,10 @@ def test_the_command_trains_and_measures(ptq, data, tmp_path, capsys):
         (["--data", "DATA:a", "--batch", "4"], "--batch: found 4, --data has 3 keyframes"),
         (["--data", "DATA:a", "--lr", "0"], "--lr: found 0.0, expected above 0 and at most 1"),
         (["--data", "DATA:a", "--ema", "1"], "--ema: found 1.0, expected at least 0 and at most 0.99999"),
+        (["--data", "DATA:a", "--clip", "inf"], "--clip: found inf, expected above 0"),
+        (["--data", "DATA:a", "--seed", "-1"], "--seed: found -1, expected at least 0"),
+        (["--data", "DATA:a", "--heat-weight", "nan"], "--heat-weight: found nan, expected at least 0"),
+        (["--data", "DATA:a", "--steps", "1", "--held-out", "DATA:b"], "split 'b' not found"),
     ],
 )
 def test_bad_input_is_one_line(ptq, data, tmp_path, capsys, arguments, message):
@@ -480,6 +517,7 @@ def test_bad_input_is_one_line(ptq, data, tmp_path, capsys, arguments, message):
     assert main(["finetune", "--ckpt", str(ptq), *arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "qat.pth").exists()
 
 
 def test_a_float_checkpoint_is_refused(tiny_model, data, tmp_path, capsys):
@@ -488,9 +526,11 @@ def test_a_float_checkpoint_is_refused(tiny_model, data, tmp_path, capsys):
     assert "run calibrate on it first" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_says_what_to_do(ptq, data, tmp_path):
+def test_a_loss_that_is_not_finite_says_what_to_do(ptq, data, tmp_path, monkeypatch):
+    real = stage.distillation_losses
+    monkeypatch.setattr(stage, "distillation_losses", lambda *two: {k: v / 0 for k, v in real(*two).items()})
     with pytest.raises(UserError, match=r"not finite; run again with a lower --lr"):
-        run(ptq, data, tmp_path / "out", replace(FEW, heat_weight=math.inf))
+        run(ptq, data, tmp_path / "out")
 
 
 def test_a_frame_that_the_float_network_cannot_take_is_named(ptq, data, tmp_path, monkeypatch):

@@ -128,6 +128,18 @@ def test_an_interrupted_run_goes_on_with_the_next_frame(quantized, tiny_frames, 
     assert seen[-1] == "frame0"  # another's results are not taken
 
 
+def test_other_settings_or_pictures_are_not_taken_from_an_earlier_run(quantized, tiny_frames, tmp_path):
+    def files():
+        measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
+        return len(list(tmp_path.glob("*.npz")))
+
+    assert files() == files() == 1
+    tiny_frames[0].img = tiny_frames[0].img * 0.5  # the same token
+    assert files() == 2
+    quantized.config = {**quantized.config, "changed": True}
+    assert files() == 3
+
+
 def test_a_damaged_file_of_an_earlier_run_is_made_anew(quantized, tiny_frames, tmp_path):
     whole = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
     (path,) = tmp_path.glob("*.npz")

@@ -26,7 +26,7 @@ from qat.runtime import Pipeline
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = SynthOptions(
-        scenes=2, keyframes=3, width=96, height=64, azimuths=60, sweeps=0, splits={"calib": 1, "eval": 1}
+        scenes=6, keyframes=1, width=96, height=64, azimuths=60, sweeps=0, splits={"calib": 3, "eval": 3}
     )
     return generate(tmp_path_factory.mktemp("data") / "streets", options, quiet=True)
 

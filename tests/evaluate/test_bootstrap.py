@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qat.core.centerhead import Detections
+from qat.core.errors import UserError
 from qat.data import NuScenesDataset
 from qat.data.synth import SynthOptions, generate
 from qat.evaluate import evaluate_detections, paired_bootstrap
@@ -81,6 +82,15 @@ def test_intervals_hold_the_difference_and_are_the_same_again(dataset):
     assert found == paired_bootstrap(dataset, reference, candidates, resamples=50)
     said = [evaluate_detections(dataset, boxes)["map"] for boxes in (candidates["worse"], reference)]
     assert found["worse"]["map"].difference == pytest.approx(said[0] - said[1], abs=1e-9)
+
+
+def test_one_scene_gives_no_interval(dataset):
+    found = worse(dataset, 7)
+    one = {token: boxes for token, boxes in found.items() if scenes(dataset, found)[token] == 0}
+    with pytest.raises(UserError, match="found 1 scene, expected at least 2"):
+        paired_bootstrap(dataset, one, {}, resamples=2)
+    with pytest.raises(UserError, match="--resamples: found 0"):
+        paired_bootstrap(dataset, found, {}, resamples=0)
 
 
 def test_other_samples_cannot_be_paired(dataset):

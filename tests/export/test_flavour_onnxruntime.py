@@ -107,6 +107,17 @@ def test_only_outputs_behind_a_relu_are_never_negative():
     assert never_negative_outputs(model) == ["z_out"]
 
 
+@pytest.mark.parametrize(("factor", "zero"), [(0.5, 0), (-0.5, 128)])
+def test_a_product_with_a_positive_constant_keeps_the_sign(factor, zero):
+    """An equalized part's input: what comes in is never negative, and is multiplied before it is rounded."""
+    model, *_ = conv_graph(relu=False)
+    model.graph.node.insert(0, helper.make_node("Mul", ["x", "factor"], ["scaled"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.full((1, 3, 1, 1), factor, np.float32), "factor"))
+    next(node for node in model.graph.node if node.output[0] == "xq").input[0] = "scaled"
+    values, nodes = parts(to_onnxruntime(model, ["x"]))
+    assert values[nodes["xq"].input[2]] == zero
+
+
 def test_weights_and_biases_are_stored_as_integers():
     model, weight, bias = conv_graph(relu=False)
     values, nodes = parts(to_onnxruntime(model))
