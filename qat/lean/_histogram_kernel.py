@@ -8,7 +8,7 @@ import numba
 import numpy as np
 
 BLOCK = 4096  # values whose bins are computed before they are counted: the buffer stays in the first-level cache
-LANES = 4  # histograms that take turns, so that equal values in a row do not wait for one counter
+LANES = 16  # histograms that take turns, so that like values in a row (a tensor with a long tail) do not wait for one counter
 WORTH_A_THREAD = 100_000  # values
 
 

@@ -49,6 +49,10 @@ class HistogramCalibrator:
             UserError: it holds NaN or infinity.
         """
         values = _flat(x.detach().float())
+        if self.counts is None and len(values):
+            low, high = (float(end) for end in torch.aminmax(values))
+            if math.isfinite(low) and math.isfinite(high):  # a first guess: the first frame need not be counted twice
+                self.log2_range = max(SMALLEST_LOG2, math.frexp(max(-low, high))[1])
         count = count_on_cpu if x.device.type == "cpu" else count_with_torch
         counts, largest = count(values, self.log2_range)
         if not math.isfinite(largest):
