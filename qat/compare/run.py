@@ -269,7 +269,7 @@ def print_summary(comparison: Comparison) -> None:
         )
     console = Console()
     # Piped output has no width of its own; rich's 80 columns would cut the names.
-    (console if console.is_terminal else Console(width=120)).print(table)
+    (console if console.is_terminal else Console(width=160)).print(table)
     print(f"{comparison.verdict.headline}. {' '.join(comparison.verdict.reasons)}")
     print(f"results: {comparison.results_file}")
     print(f"report: {comparison.report_file}")
