@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qat.calibrate.job import calibrate_checkpoint
@@ -43,6 +42,7 @@ from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import read_json, sha256, write_json
 from qat.core.manifest import PARTS, load_manifest
+from qat.core.progress import progress_bar
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.engine import Options, build
@@ -473,16 +473,6 @@ def installed(peer: str, say: Callable[[str], None]) -> bool:
         say(f"{peer}: skipped, {error}; to have it: pip install {install}")
         return False
     return True
-
-
-@contextlib.contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda done: progress.update(bar, completed=done)
 
 
 def run(args: argparse.Namespace) -> int:

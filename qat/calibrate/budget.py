@@ -9,7 +9,6 @@ What a set gave on a frame is kept on disk, so an interrupted search goes on.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,19 +18,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qat import __version__
-from qat.calibrate.ptq import Frame, run_frame
 from qat.calibrate.sensitivity import Metric, Sensitivity
-from qat.core.centerhead import Detections, decode
+from qat.core.centerhead import Detections
 from qat.core.errors import UserError
-from qat.core.files import atomic_path, read_arrays, write_arrays
+from qat.core.files import read_arrays, write_arrays, write_figure
+from qat.core.progress import progress_bar
 from qat.core.tensors import frame_digest
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers
 from qat.lean.units import Unit, only_on, units
+from qat.models.run import Frame, boxes_of, run_frame
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,6 @@ class _Trials:
         self.model, self.frames, self.metric, self.shares = model, frames, metric, shares
         self.cache, self.key = cache, key
         self.every = units(model)
-        self.head = model.config["model"]["heads"]["object"]
         self.reference: dict[str, float] = {}
         self.points: dict[frozenset[str], BudgetPoint] = {}
         self.reference = self._score([])
@@ -86,27 +84,18 @@ class _Trials:
     def _score(self, on: Sequence[Unit]) -> dict[str, float]:
         named = json.dumps([__version__, self.key, self.model.config, sorted(unit.name for unit in on)], sort_keys=True)
         name = hashlib.sha256(named.encode()).hexdigest()[:16]
-        console = Console(stderr=True)
-        columns = (
-            TextColumn(f"set {len(self.points) + 1}: frames"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
         boxes = {}
-        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-            task = bar.add_task("", total=len(self.frames))
-            for frame in self.frames:
+        with progress_bar(f"set {len(self.points) + 1}: frames", len(self.frames)) as done:
+            for n, frame in enumerate(self.frames):
                 path = self.cache / f"{name}-{frame_digest(frame)}.npz"
                 found = read_arrays(path)
                 if not {"boxes", "scores", "labels"} <= found.keys():
                     with torch.inference_mode(), only_on(self.model, on):
-                        maps = run_frame(self.model, frame)
-                    own = decode([{k: v.float().cpu().numpy() for k, v in task.items()} for task in maps], self.head)
+                        own = boxes_of(run_frame(self.model, frame), self.model.config)
                     found = {"boxes": own.boxes, "scores": own.scores, "labels": own.labels}
                     write_arrays(path, found)
                 boxes[frame.token] = Detections(found["boxes"], found["scores"], found["labels"])
-                bar.advance(task)
+                done(n + 1)
         return dict(self.metric(boxes))
 
     def point(self, floats: Sequence[str]) -> BudgetPoint:
@@ -218,7 +207,4 @@ def draw_budget(found: Budget, path: Path) -> None:
     axes.set(xlabel="multiply-accumulates in INT8, %", ylabel=f"drop of {found.of}")
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_figure(path, figure)

@@ -11,7 +11,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import distributed, nn
 
 from qat.calibrate.checkpoint import load_float_reference, load_ptq, save_ptq
@@ -29,11 +26,10 @@ from qat.calibrate.distributed import agree, device, place
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, sha256, write_json
 from qat.core.geometry import PoolPattern
+from qat.core.progress import StepLog, drawn_ahead, progress_bar
 from qat.data import NuScenesDataset, version_in
 from qat.data.augment import AugmentedSet
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
-
-LOG_EVERY = 25  # steps
 
 
 @dataclass(frozen=True)
@@ -151,14 +147,7 @@ class _Source:
 
     def ahead(self, step: int, pattern: Callable[..., PoolPattern]) -> Iterator[_Batch]:
         """The batches of `step` and all later steps, each drawn while the one before it is used."""
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.batch, step, pattern)
-            while step < self.options.steps:
-                batch = coming.result()
-                step += 1
-                if step < self.options.steps:
-                    coming = pool.submit(self.batch, step, pattern)
-                yield batch
+        return drawn_ahead(lambda at: self.batch(at, pattern), step, self.options.steps)
 
 
 class _State:
@@ -343,36 +332,17 @@ def _train(
         KeyboardInterrupt: told to stop; the steps that were done are saved.
     """
     rank, _ = place()
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-    )
-    recent: list[dict[str, float]] = []
-    started = saved_at = time.monotonic()
-    first_step = state.step
+    saved_at = time.monotonic()
+    steps = StepLog(state.history, log, state.step, options.steps, digits=4)
     with (
         _deferred_interrupts() as interrupts,
-        Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal, transient=True) as progress,
+        progress_bar("training", options.steps, state.step, show=rank == 0) as done,
     ):
-        bar = progress.add_task("", total=options.steps, completed=state.step, losses="")
         batches = source.ahead(state.step, teacher.vtransform.pattern)
         while state.step < options.steps:
             figures, stopping = _step(state, teacher, batches, options, where, bool(interrupts))
-            recent.append(figures)
-            text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            progress.update(bar, completed=state.step, losses=text)
-            if state.step % LOG_EVERY == 0 or state.step == options.steps or stopping:
-                mean = {name: float(np.mean([r[name] for r in recent])) for name in recent[0]}
-                recent.clear()
-                state.history.append({"step": state.step, "lr": learning_rate(state.step - 1, options), **mean})
-                rate = (time.monotonic() - started) / (state.step - first_step)
-                text = " ".join(f"{name} {value:.4f}" for name, value in mean.items())
-                left = rate * (options.steps - state.step) / 60
-                log(f"step {state.step}/{options.steps} {text} | {rate:.2f} s/step, {left:.0f} min left")
+            done(state.step, " ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+            steps.add(state.step, learning_rate(state.step - 1, options), figures, stopping)
             if stopping:
                 save()
                 raise KeyboardInterrupt

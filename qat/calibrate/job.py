@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qat.calibrate.budget import Budget, check_budget, draw_budget, keep_within_budget, print_budget
@@ -20,6 +19,7 @@ from qat.calibrate.sensitivity import Metric, measure_sensitivity
 from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import sha256, write_json
+from qat.core.progress import progress_bar
 from qat.data import NuScenesDataset, check_annotated
 from qat.lean import AUTO, Inventory, QuantizedDetector
 from qat.lean.placement import Kept
@@ -96,16 +96,13 @@ def calibrate_checkpoint(
         check_annotated(scored)
     rank, size = place()
     own = [dataset.tokens[i] for i in range(rank, len(dataset), size)]
-    console = Console(stderr=True)
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("", total=len(own))
+    with progress_bar("calibrating", len(own), show=rank == 0) as done:
         quantized, report = calibrate(
             model,
             (dataset.load(token) for token in own),
             method,
             percentile,
-            lambda done: progress.update(bar, completed=done),
+            done,
             by_layer,
             equalize,
         )

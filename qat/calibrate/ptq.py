@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,20 +20,9 @@ from qat.lean.modes import quantizers
 from qat.lean.placement import WEIGHTED
 from qat.lean.quantizer import Quantizer
 from qat.models import CameraBEVDetector
+from qat.models.run import Frame, run_frame
 
 UNEXCITED = 1e-6  # amax of a tensor that was zero on every frame: any positive scale serves
-
-
-class Frame(Protocol):
-    """What calibration reads of a sample: `qat.data.Sample` has it. float32, N cameras."""
-
-    token: str
-    img: np.ndarray
-    depth: np.ndarray
-    camera_intrinsics: np.ndarray
-    camera2lidar: np.ndarray
-    img_aug_matrix: np.ndarray
-    lidar_aug_matrix: np.ndarray
 
 
 @dataclass
@@ -124,15 +112,6 @@ def _methods(model: QuantizedDetector, method: str, by_layer: Sequence[tuple[str
         name: next((other for pattern, other in by_layer if fnmatch.fnmatchcase(name, pattern)), method)
         for name in names
     }
-
-
-def run_frame(model: CameraBEVDetector | QuantizedDetector, frame: Frame) -> list[dict[str, torch.Tensor]]:
-    """Runs one frame through all parts; the head's maps for each task."""
-    device = next(model.parameters()).device
-    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
-    img, depth = (torch.from_numpy(np.ascontiguousarray(x))[None].to(device) for x in (frame.img, frame.depth))
-    maps: list[dict[str, torch.Tensor]] = model(img, depth, model.patterns(*(matrix[None] for matrix in matrices)))
-    return maps
 
 
 def calibrate(

@@ -7,7 +7,6 @@ not through the camera part. What a frame gave is kept on disk: an interrupted r
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,18 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qat import __version__
-from qat.calibrate.ptq import Frame, check_frame, counting_macs
-from qat.core.centerhead import Detections, decode
+from qat.calibrate.ptq import check_frame, counting_macs
+from qat.core.centerhead import Detections
 from qat.core.errors import UserError
-from qat.core.files import atomic_path, read_arrays, write_arrays
+from qat.core.files import read_arrays, write_arrays, write_figure
+from qat.core.progress import progress_bar
 from qat.core.tensors import decibels, frame_digest
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers_off
 from qat.lean.units import Unit, only_on, units
+from qat.models.run import Frame, boxes_of, frame_tensors
 
 # The decoder's map; all of the head's maps together; and these in the cells where the float network sees an object.
 TENSORS = ("bev", "heads", "objects")
@@ -73,12 +73,7 @@ class _FloatTensors:
 
     def __init__(self, model: QuantizedDetector, frame: Frame, macs: dict[str, int] | None = None) -> None:
         self.model = model
-        matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
-        self.patterns = model.patterns(*(matrix[None] for matrix in matrices))
-        device = next(model.parameters()).device
-        self.img, self.depth = (
-            torch.from_numpy(np.ascontiguousarray(x))[None].to(device) for x in (frame.img, frame.depth)
-        )
+        self.img, self.depth, self.patterns = frame_tensors(model, frame)
         with quantizers_off(model), nullcontext() if macs is None else counting_macs(model, macs):
             self.pooled = model.pool(*model.lift(self.img, self.depth), self.patterns)
             self.lowered = model.downsample(self.pooled)
@@ -115,20 +110,15 @@ def _energy(reference: np.ndarray, found: np.ndarray) -> tuple[float, float]:
     return float(reference @ reference), float(noise @ noise)
 
 
-def _boxes(maps: Sequence[Mapping[str, torch.Tensor]], head: Mapping[str, Any]) -> Detections:
-    return decode([{k: v.float().cpu().numpy() for k, v in task.items()} for task in maps], head)
-
-
 def _one_frame(
     model: QuantizedDetector,
     frame: Frame,
     every: Sequence[Unit],
     with_boxes: bool,
-    progress: Callable[[], None],
+    progress: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
     """Arrays of one frame: energies [units + 1, tensors, 2] (the last row with all units on), and, if asked, boxes of
     each row and, last, of the float network."""
-    head = model.config["model"]["heads"]["object"]
     found: dict[str, np.ndarray] = {}
     with torch.inference_mode():
         tensors = _FloatTensors(model, frame)
@@ -147,11 +137,11 @@ def _one_frame(
             energies[n, 1] = _energy(maps, found_maps)
             energies[n, 2] = _energy(maps[objects], found_maps[objects])
             if with_boxes:
-                boxes.append(_boxes(own_maps, head))
-            progress()
+                boxes.append(boxes_of(own_maps, model.config))
+            progress(n + 1)
         found["energies"] = energies
         if with_boxes:
-            for n, detections in enumerate([*boxes, _boxes(tensors.maps, head)]):
+            for n, detections in enumerate([*boxes, boxes_of(tensors.maps, model.config)]):
                 found[f"boxes{n}"], found[f"scores{n}"], found[f"labels{n}"] = (
                     detections.boxes,
                     detections.scores,
@@ -186,14 +176,17 @@ def measure_sensitivity(
     name = hashlib.sha256(
         json.dumps([__version__, key, model.config, [u.name for u in every]], sort_keys=True).encode()
     ).hexdigest()[:16]
-    console = Console(stderr=True)
-    columns = (TextColumn("units × frames"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     energies = np.zeros((len(every) + 1, len(TENSORS), 2))
     boxes: list[dict[str, Detections]] = [{} for _ in range(len(every) + 2)]
     macs: dict[str, int] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=len(frames) * (len(every) + 1))
-        for frame in frames:
+    rows_each = len(every) + 1
+    with progress_bar("units × frames", len(frames) * rows_each) as done:
+        for index, frame in enumerate(frames):
+            before = index * rows_each
+
+            def row_done(row: int, before: int = before) -> None:
+                done(before + row)
+
             check_frame(frame)
             if not macs:
                 with torch.inference_mode():
@@ -203,10 +196,9 @@ def measure_sensitivity(
             if found.get("energies", np.empty(0)).shape != energies.shape or (
                 metric is not None and "boxes0" not in found
             ):
-                found = _one_frame(model, frame, every, metric is not None, lambda: bar.advance(task))
+                found = _one_frame(model, frame, every, metric is not None, row_done)
                 write_arrays(path, found)
-            else:
-                bar.advance(task, len(every) + 1)
+            done(before + rows_each)
             energies += found["energies"]
             if metric is not None:
                 for n, own in enumerate(boxes):
@@ -260,7 +252,4 @@ def draw_sensitivity(found: Sensitivity, path: Path, most: int = 40) -> None:
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
     axes.legend(loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_figure(path, figure)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from qat.compare.accuracy import RowAccuracy, run_accuracy
@@ -23,6 +21,7 @@ from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
 from qat.core.errors import UserError
 from qat.core.files import write_json
+from qat.core.progress import progress_bar
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.engine import BACKENDS, Options
@@ -69,14 +68,6 @@ class Comparison:
     results_file: Path
     report_file: Path
     verdict: Verdict
-
-
-@contextmanager
-def _progress(console: Console, what: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda done: progress.update(bar, completed=done)
 
 
 def _check(options: CompareOptions) -> None:
@@ -174,7 +165,6 @@ def compare(options: CompareOptions) -> Comparison:
         UserError: anything wrong with the files, the data or the flags.
     """
     _check(options)
-    console = Console(stderr=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     rows, facts = load_rows(options.sources, options.backends, Options(options.threads, options.engines.cache))
@@ -192,18 +182,19 @@ def compare(options: CompareOptions) -> Comparison:
         if index in timed:
             timing_samples.append(sample)
 
-    with _progress(console, "keyframes", len(dataset)) as progress:
+    with progress_bar("keyframes", len(dataset)) as progress:
         accuracies, rebuilds = run_accuracy(rows, dataset, options.out / CACHE, keep, progress)
     result_rows = []
-    with _progress(console, "nuScenes metrics", len(rows)) as progress:
+    with progress_bar("nuScenes metrics", len(rows)) as progress:
         for n, (row, accuracy) in enumerate(zip(rows, accuracies, strict=True)):
             result_rows.append(_result_row(row, accuracy, evaluate_detections(dataset, accuracy.detections)))
             progress(n + 1)
     facts_of_data = _dataset_facts(dataset, options, objects, image)
-    if options.resamples and facts_of_data["scenes"] >= MIN_SCENES:
-        with _progress(console, "resampled scenes", len(rows)) as progress:
-            _add_intervals(result_rows, accuracies, dataset, options.resamples, progress)
-    with _progress(console, "latency rounds", options.rounds) as progress:
+    resamples = options.resamples if facts_of_data["scenes"] >= MIN_SCENES else 0
+    if resamples:
+        with progress_bar("resampled scenes", len(rows)) as progress:
+            _add_intervals(result_rows, accuracies, dataset, resamples, progress)
+    with progress_bar("latency rounds", options.rounds) as progress:
         timings = measure(rows, timing_samples, options.rounds, options.repeats, progress)
     for result, timing in zip(result_rows, timings, strict=True):
         result["latency_ms"] = timing.summary()
@@ -214,7 +205,7 @@ def compare(options: CompareOptions) -> Comparison:
         "repeats": options.repeats,
         "frames": len(timing_samples),
         "order": "interleaved, turned by one row each round",
-        "resamples": options.resamples if facts_of_data["scenes"] >= MIN_SCENES else 0,
+        "resamples": resamples,
     }
     if rebuilds:
         measurement["pattern_rebuild_ms"] = float(np.median(rebuilds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -98,6 +99,14 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         path.unlink(missing_ok=True)
         return {}
+
+
+def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
+    """Writes a matplotlib figure as a PNG, whole or not at all; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -68,10 +68,7 @@ class HistogramCalibrator:
         self.counts = self.counts + counts
         if self.by_channel:
             apart = x.detach().float().transpose(0, 1).flatten(1)
-            other = HistogramCalibrator(self.name, by_channel=True)
-            other.channels, other.squares = apart.abs().amax(1), apart.square().sum(1, dtype=torch.float64)
-            other.values = apart.shape[1]
-            self._merge_channels(other)
+            self._add_channels(apart.abs().amax(1), apart.square().sum(1, dtype=torch.float64), apart.shape[1])
 
     def _widen(self, log2_range: int) -> None:
         assert self.counts is not None
@@ -92,17 +89,16 @@ class HistogramCalibrator:
             assert other.counts is not None
             self.counts = self.counts + other.counts  # collected in inference mode: not to be changed in place
         self.largest = max(self.largest, other.largest)
-        self._merge_channels(other)
+        if other.channels is not None and other.squares is not None:
+            self._add_channels(other.channels, other.squares, other.values)
 
-    def _merge_channels(self, other: HistogramCalibrator) -> None:
-        if other.channels is None or other.squares is None:
-            return
-        self.values += other.values
+    def _add_channels(self, channels: torch.Tensor, squares: torch.Tensor, values: int) -> None:
+        self.values += values
         if self.channels is None or self.squares is None:
-            self.channels, self.squares = other.channels, other.squares
+            self.channels, self.squares = channels, squares
         else:
-            self.channels = torch.maximum(self.channels, other.channels.to(self.channels.device))
-            self.squares = self.squares + other.squares.to(self.squares.device)
+            self.channels = torch.maximum(self.channels, channels.to(self.channels.device))
+            self.squares = self.squares + squares.to(self.squares.device)
 
     def compute_amax(self, method: str, percentile: float = 99.99) -> float:
         """The magnitude that 127 stands for; 0 for a tensor that was always zero.

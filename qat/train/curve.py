@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qat.core.files import atomic_path
+from qat.core.files import write_figure
 
 
 def draw_curve(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
@@ -21,7 +20,4 @@ def draw_curve(history: Sequence[Mapping[str, float]], path: str | Path) -> None
     axes.set(xlabel="optimiser step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    write_figure(path, figure)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ import torch
 from torch import nn
 
 import qat
-from qat.core.centerhead import Detections, decode
+from qat.core.centerhead import Detections
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, write_json
+from qat.core.progress import StepLog, drawn_ahead
 from qat.data import NuScenesDataset
 from qat.evaluate import evaluate_detections
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
+from qat.models.run import boxes_of, run_frame
 from qat.train.augment import TrainSet
 from qat.train.auxiliary import PixelHead, pixel_loss, to_tensors
 from qat.train.curve import draw_curve
@@ -79,28 +80,14 @@ def detect(
     model: nn.Module, dataset: NuScenesDataset, progress: Callable[[int], None] | None = None
 ) -> dict[str, Detections]:
     """Boxes of every sample: {token: Detections}. `model` has CameraBEVDetector's interface and a `config`."""
-    head = dataset_head(model)
-    device = next(model.parameters()).device
+    config: Mapping[str, Any] = model.config  # type: ignore[assignment]
     out = {}
     with torch.inference_mode():
         for i, sample in enumerate(dataset):
-            patterns = model.patterns(  # type: ignore[operator]
-                sample.camera_intrinsics[None],
-                sample.camera2lidar[None],
-                sample.img_aug_matrix[None],
-                sample.lidar_aug_matrix[None],
-            )
-            img, depth = torch.from_numpy(sample.img)[None].to(device), torch.from_numpy(sample.depth)[None].to(device)
-            maps = model(img, depth, patterns)
-            out[sample.token] = decode([{k: v.float().cpu().numpy() for k, v in task.items()} for task in maps], head)
+            out[sample.token] = boxes_of(run_frame(model, sample), config)
             if progress:
                 progress(i + 1)
     return out
-
-
-def dataset_head(model: nn.Module) -> dict[str, Any]:
-    """The head's config of a detector."""
-    return model.config["model"]["heads"]["object"]  # type: ignore[index, return-value]
 
 
 class _State:
@@ -179,16 +166,7 @@ def _ahead(source: _Drawn | FeatureCache, options: TrainOptions, step: int) -> I
         rng = np.random.default_rng([options.seed, 2, step])
         return [source.draw(k, rng) for k in order[position * options.batch : (position + 1) * options.batch]]
 
-    if step >= options.steps:
-        return
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(draw, step)
-        while step < options.steps:
-            batch = coming.result()
-            step += 1
-            if step < options.steps:
-                coming = pool.submit(draw, step)
-            yield batch
+    return drawn_ahead(draw, step, options.steps)
 
 
 def _losses(
@@ -246,9 +224,8 @@ def train(
     if options.stage == "bev" and state.step < options.steps:
         state.model.eval()
         source = FeatureCache(state.model, sets, options.variants, options.seed, device, log)
-    saved_at = started = time.monotonic()
-    first_step = state.step
-    recent: list[dict[str, float]] = []
+    saved_at = time.monotonic()
+    steps = StepLog(state.history, log, state.step, options.steps, digits=3)
     state.model.train()
     for drawn in _ahead(source, options, state.step):
         for group in state.optimizer.param_groups:
@@ -262,15 +239,8 @@ def train(
         nn.utils.clip_grad_norm_(state.model.parameters(), options.clip)
         state.optimizer.step()
         state.step += 1
-        recent.append({name: float(value.detach()) for name, value in losses.items()})
-        if state.step % 25 == 0 or state.step == options.steps:
-            mean = {name: float(np.mean([r[name] for r in recent])) for name in recent[0]}
-            recent.clear()
-            state.history.append({"step": state.step, "lr": learning_rate(state.step - 1, options), **mean})
-            rate = (time.monotonic() - started) / (state.step - first_step)
-            left = rate * (options.steps - state.step) / 60
-            figures = " ".join(f"{name} {value:.3f}" for name, value in mean.items())
-            log(f"step {state.step}/{options.steps} {figures} | {rate:.2f} s/step, {left:.0f} min left")
+        figures = {name: float(value.detach()) for name, value in losses.items()}
+        steps.add(state.step, learning_rate(state.step - 1, options), figures)
         if time.monotonic() - saved_at > options.save_seconds:
             state.save(resume)
             saved_at = time.monotonic()

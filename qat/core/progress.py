@@ -1,0 +1,87 @@
+"""Long work in view: a bar on a terminal, the means of a training run's losses, batches drawn ahead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+LOG_EVERY = 25  # steps
+
+
+class Done(Protocol):
+    """Called with how much is done in all, and what to say beside the bar."""
+
+    def __call__(self, completed: int, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress_bar(what: str, total: int, start: int = 0, show: bool = True) -> Iterator[Done]:
+    """A bar with an ETA on stderr where that is a terminal, nothing elsewhere or without `show`. start: done before."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
+        bar = progress.add_task("", total=total, completed=start, note="")
+
+        def done(completed: int, note: str = "") -> None:
+            progress.update(bar, completed=completed, note=note)
+
+        yield done
+
+
+def drawn_ahead(draw: Callable[[int], T], step: int, stop: int) -> Iterator[T]:
+    """draw(step), draw(step + 1), … up to `stop`, each drawn while the one before it is used."""
+    if step >= stop:
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(draw, step)
+        while step < stop:
+            batch = coming.result()
+            step += 1
+            if step < stop:
+                coming = pool.submit(draw, step)
+            yield batch
+
+
+class StepLog:
+    """Every LOG_EVERY steps, and at the last: the losses' means since the entry before, into `history` and as a line.
+
+    Args:
+        history: gets {"step", "lr", and each loss}.
+        log: called with the line.
+        step, steps: where the run begins, and how many there are in all.
+        digits: of the losses in a line.
+    """
+
+    def __init__(
+        self, history: list[dict[str, float]], log: Callable[[str], None], step: int, steps: int, digits: int
+    ) -> None:
+        self.history, self.log, self.first, self.steps, self.digits = history, log, step, steps, digits
+        self.recent: list[Mapping[str, float]] = []
+        self.started = time.monotonic()
+
+    def add(self, step: int, lr: float, losses: Mapping[str, float], now: bool = False) -> None:
+        """Adds what a step had; `step` are done with it. now: the run stops here."""
+        self.recent.append(losses)
+        if not (step % LOG_EVERY == 0 or step == self.steps or now):
+            return
+        mean = {name: float(np.mean([r[name] for r in self.recent])) for name in losses}
+        self.recent.clear()
+        self.history.append({"step": step, "lr": lr, **mean})
+        rate = (time.monotonic() - self.started) / (step - self.first)
+        left = rate * (self.steps - step) / 60
+        figures = " ".join(f"{name} {value:.{self.digits}f}" for name, value in mean.items())
+        self.log(f"step {step}/{self.steps} {figures} | {rate:.2f} s/step, {left:.0f} min left")

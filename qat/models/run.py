@@ -1,0 +1,44 @@
+"""A detector on a frame: tensors in, head maps or boxes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from qat.core.centerhead import Detections, decode
+from qat.core.geometry import PoolPattern
+
+
+class Frame(Protocol):
+    """What a detector reads of a sample: `qat.data.Sample` has it. float32, N cameras."""
+
+    token: str
+    img: np.ndarray
+    depth: np.ndarray
+    camera_intrinsics: np.ndarray
+    camera2lidar: np.ndarray
+    img_aug_matrix: np.ndarray
+    lidar_aug_matrix: np.ndarray
+
+
+def frame_tensors(model: Any, frame: Frame) -> tuple[torch.Tensor, torch.Tensor, list[PoolPattern]]:
+    """img [1,N,3,H,W] and depth [1,N,1,H,W] on the model's device, and the pooling pattern."""
+    device = next(model.parameters()).device
+    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
+    img, depth = (torch.from_numpy(np.ascontiguousarray(x))[None].to(device) for x in (frame.img, frame.depth))
+    return img, depth, model.patterns(*(matrix[None] for matrix in matrices))
+
+
+def run_frame(model: Any, frame: Frame) -> list[dict[str, torch.Tensor]]:
+    """Runs one frame through all parts; the head's maps for each task. `model` has CameraBEVDetector's interface."""
+    maps: list[dict[str, torch.Tensor]] = model(*frame_tensors(model, frame))
+    return maps
+
+
+def boxes_of(maps: Sequence[Mapping[str, torch.Tensor]], config: Mapping[str, Any]) -> Detections:
+    """Boxes of one frame's head maps. config: the detector's."""
+    head = config["model"]["heads"]["object"]
+    return decode([{name: x.float().cpu().numpy() for name, x in task.items()} for task in maps], head)
