@@ -8,16 +8,17 @@ import numba
 import numpy as np
 
 BLOCK = 4096  # values whose bins are computed before they are counted: the buffer stays in the first-level cache
-LANES = 16  # histograms that take turns, so that like values in a row (a tensor with a long tail) do not wait for one counter
+LANES = 8  # counters of each bin that take turns, so that like values in a row (a long tail) do not wait for one
 WORTH_A_THREAD = 100_000  # values
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def count_bits(bits: np.ndarray, log2_range: int, log2_bins: int) -> tuple[np.ndarray, np.uint32]:
-    """Counts float32 values by magnitude, from their bits alone.
+    """Counts float32 values by magnitude.
 
-    A float's bits without the sign, read as an integer, grow with its magnitude; mantissa (with its leading one) and
-    exponent give the bin by a shift. So NaN and infinity are large magnitudes like others, and nothing is rounded.
+    Three short loops for each block, the first two of which the compiler turns into vector instructions: bins, largest
+    magnitude and zeros, counting. A bin is the magnitude times a power of two, cut off: exact. NaN and infinity lie
+    beyond the range, and in the largest magnitude's bits, which grow with the magnitude, they come last.
 
     Args:
         bits: uint32[n], the values' bits.
@@ -28,30 +29,37 @@ def count_bits(bits: np.ndarray, log2_range: int, log2_bins: int) -> tuple[np.nd
         Counts int64[bins], without zeros and without what lies beyond the range; the largest magnitude's bits.
     """
     bins = 1 << log2_bins
-    left_out = np.uint32(bins)
-    # value = mantissa · 2^(exponent − 150), a bin is 2^(log2_range − log2_bins) wide
-    full_shift = np.int32(150 + log2_range - log2_bins)
-    least_shift = np.int32(
-        23 - log2_bins
-    )  # of the octave beyond the range: it, and those after it, give `bins` or more
-    counts = np.zeros((LANES, bins + 1), np.int64)
+    beyond = np.float32(bins)
+    scale = np.float32(2.0 ** (log2_bins - log2_range))
+    values = bits.view(np.float32)
+    counts = np.zeros((bins + 1) * LANES, np.uint32)  # a bin's lanes side by side: its count is in one cache line
     index = np.empty(BLOCK, np.uint32)
     largest = np.uint32(0)
+    zeros = 0
     for start in range(0, len(bits), BLOCK):
-        size = min(BLOCK, len(bits) - start)
-        for i in range(size):
-            magnitude = bits[start + i] & np.uint32(0x7FFFFFFF)
+        value_block = values[start : start + BLOCK]
+        for i in range(len(value_block)):
+            scaled = abs(value_block[i]) * scale
+            index[i] = np.uint32(np.int32(scaled if scaled < beyond else beyond)) * np.uint32(LANES)
+        bit_block = bits[start : start + BLOCK]
+        zeros_here = np.uint32(0)
+        for i in range(len(bit_block)):
+            magnitude = np.uint32(bit_block[i] & np.uint32(0x7FFFFFFF))
             largest = max(largest, magnitude)
-            mantissa = (magnitude & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
-            shift = full_shift - np.int32(magnitude >> np.uint32(23))
-            shift = min(max(shift, least_shift), np.int32(31))
-            index[i] = min(mantissa >> np.uint32(shift), left_out) if magnitude else left_out
-        for i in range(0, size - LANES + 1, LANES):
+            zeros_here += np.uint32(magnitude == 0)
+        zeros += zeros_here
+        whole = len(bit_block) - len(bit_block) % LANES
+        for i in range(0, whole, LANES):
             for lane in range(LANES):
-                counts[lane, index[i + lane]] += 1
-        for i in range(size - size % LANES, size):
-            counts[0, index[i]] += 1
-    return counts.sum(0)[:bins], largest
+                counts[np.uint64(index[i + lane]) + np.uint64(lane)] += np.uint32(1)
+        for i in range(whole, len(bit_block)):
+            counts[index[i]] += np.uint32(1)
+    found = np.zeros(bins, np.int64)
+    for i in range(bins):
+        for lane in range(LANES):
+            found[i] += counts[i * LANES + lane]
+    found[0] -= zeros
+    return found, largest
 
 
 def count_magnitudes(values: np.ndarray, log2_range: int, log2_bins: int, threads: int) -> tuple[np.ndarray, float]:
