@@ -5,6 +5,7 @@ examples:
   bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime      INT8 into runs/onnx_int8_onnxruntime
   bevqat export-camera --ckpt runs/ptq.pth --fp16       for a builder's FP16 flag, into runs/onnx_fp16
   bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth    a float checkpoint: FP32 into onnx_fp32
+  bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform
 
 Exit status 1 when a part's ONNX and PyTorch differ by more than the tolerance; the files are written all the same.
 """
@@ -33,6 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="tensorrt",
         help="form of the INT8 graph: tensorrt (default; TensorRT and OpenVINO) or onnxruntime (its CPU's fusions)",
     )
+    parser.add_argument("--opset", type=int, default=13, metavar="N", help="ONNX operator set, 13 (default) to 20")
+    batch = parser.add_argument_group("batch")
+    batch.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="samples, of all cameras, in an input (default 1)"
+    )
+    batch.add_argument("--dynamic-batch", action="store_true", help="any number of samples in an input")
+    chosen = parser.add_argument_group("parts")
+    chosen.add_argument("--parts", nargs="+", metavar="PART", help="write these alone, such as camera.backbone")
+    chosen.add_argument(
+        "--parts-int8",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="quantize a part that stays float by itself: vtransform",
+    )
+    parser.add_argument(
+        "--reduce-range",
+        action="store_true",
+        help="weights to seven bits, for CPUs without VNNI (flavour onnxruntime): their u8·s8 sums saturate",
+    )
     parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
 
@@ -41,7 +62,19 @@ def run(args: argparse.Namespace) -> int:
     """Exports, then prints what was written and how close it is to PyTorch."""
     from qat.export.checkpoint import export_checkpoint
 
-    folder, manifest = export_checkpoint(args.ckpt, args.precision, args.out, args.config, args.flavour)
+    folder, manifest = export_checkpoint(
+        args.ckpt,
+        args.precision,
+        args.out,
+        args.config,
+        args.flavour,
+        opset=args.opset,
+        batch=args.batch,
+        dynamic_batch=args.dynamic_batch,
+        only=args.parts,
+        parts_int8=args.parts_int8,
+        reduce_range=args.reduce_range,
+    )
     for part in manifest["parts"].values():
         size = (folder / part["file"]).stat().st_size / 1e6
         worst = min(part["verification"].items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])

@@ -33,6 +33,7 @@ def export_checkpoint(
     out: str | Path | None = None,
     config: str | Path | None = None,
     flavour: str = "tensorrt",
+    **form: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes a checkpoint's ONNX parts and manifest.
 
@@ -42,6 +43,7 @@ def export_checkpoint(
         out: the folder; None for onnx_{precision} beside the checkpoint (onnx_int8_onnxruntime for that flavour).
         flavour: as for `export_parts`.
         config: for a float checkpoint; None for the one inside it, else config.yaml beside it.
+        form: opset, batch, dynamic_batch, only, parts_int8, reduce_range: as for `export_parts`.
 
     Returns:
         the folder and its manifest.
@@ -67,5 +69,5 @@ def export_checkpoint(
         load_state(detector, checkpoint["state_dict"], str(path))
     usual = f"onnx_{precision}" if flavour == "tensorrt" else f"onnx_{precision}_{flavour}"
     folder = Path(out) if out is not None else path.parent / usual
-    manifest = export_parts(detector, folder, precision, flavour=flavour, checkpoint=path, recipe=recipe)
+    manifest = export_parts(detector, folder, precision, flavour=flavour, checkpoint=path, recipe=recipe, **form)
     return folder, manifest

@@ -18,10 +18,26 @@ from qat.core.errors import UserError
 
 
 def trace(
-    module: nn.Module, args: Sequence[torch.Tensor], inputs: Sequence[str], outputs: Sequence[str], opset: int
+    module: nn.Module,
+    args: Sequence[torch.Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
+    dynamic_batch: bool = False,
 ) -> onnx.ModelProto:
-    """Traces a module with torch's TorchScript exporter, the one that still writes opset 13."""
+    """Traces a module with torch's TorchScript exporter, the one that still writes opset 13.
+
+    dynamic_batch: the first dimension of every input and output may vary: "batch", or where it is not as long as the
+    first input's, "views" (the cameras of all samples).
+    """
     buffer = io.BytesIO()
+    axes: dict[str, dict[int, str]] = {}
+    if dynamic_batch:
+        with torch.no_grad():
+            results = module(*args)
+        results = results if isinstance(results, tuple) else (results,)
+        for name, tensor in zip((*inputs, *outputs), (*args, *results), strict=True):
+            axes[name] = {0: "batch" if len(tensor) == len(args[0]) else "views"}
     with warnings.catch_warnings(), torch.no_grad():
         # Shapes are fixed on purpose (TracerWarning), and so is the exporter (DeprecationWarning, UserWarning).
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
@@ -34,6 +50,7 @@ def trace(
             input_names=list(inputs),
             output_names=list(outputs),
             opset_version=opset,
+            dynamic_axes=axes,
             dynamo=False,
         )
     return onnx.load_from_string(buffer.getvalue())
@@ -73,13 +90,13 @@ def op_counts(model: onnx.ModelProto) -> Counter[str]:
 
 
 def tensor_specs(model: onnx.ModelProto) -> tuple[dict[str, dict[str, object]], dict[str, dict[str, object]]]:
-    """Inputs and outputs, each name → {"dtype": numpy name, "shape": [...]}."""
+    """Inputs and outputs, each name → {"dtype": numpy name, "shape": [...]}; a dimension that may vary by its name."""
 
     def specs(values: Sequence[onnx.ValueInfoProto]) -> dict[str, dict[str, object]]:
         return {
             value.name: {
                 "dtype": onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
-                "shape": [d.dim_value for d in value.type.tensor_type.shape.dim],
+                "shape": [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
             }
             for value in values
         }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
 from qat.core.config import CAMERAS
@@ -21,23 +23,104 @@ from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.verify import compare_scales, graph_scales, random_frame, verify_part
-from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, recording_scales, watched_on
+from qat.lean.modes import (
+    parts_on,
+    qdq_tracing,
+    quantizers,
+    quantizers_off,
+    recording_scales,
+    seven_bit_weights,
+    watched_on,
+)
 
 PRECISIONS = ("fp32", "fp16", "int8")
 FLAVOURS = ("tensorrt", "onnxruntime")
-OPSET = 13
+OPSET, OPSETS = 13, range(13, 21)  # per-channel Q/DQ begins with 13; torch's TorchScript exporter ends with 20
 
 
-def _inputs_of_parts(detector: Any, parts: Mapping[str, TorchPart], frame: Any) -> dict[str, dict[str, np.ndarray]]:
-    """Runs the detector in PyTorch on one frame; what each part takes in, as in `qat.runtime.Pipeline`."""
+@dataclass(frozen=True)
+class Form:
+    """What the graphs are to be; `export_parts` describes each field."""
+
+    precision: str
+    flavour: str = "tensorrt"
+    opset: int = OPSET
+    batch: int = 1
+    dynamic_batch: bool = False
+    parts: tuple[str, ...] | None = None
+    parts_int8: tuple[str, ...] = ()
+    reduce_range: bool = False
+
+    def check(self, detector: Any) -> None:
+        """Raises `UserError` for a form that this detector cannot have, by the name of the flag."""
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision: found {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.precision == "int8" and not quantizers(detector):
+            raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")
+        if self.flavour not in FLAVOURS:
+            raise UserError(f"flavour: found {self.flavour!r}, expected one of {', '.join(FLAVOURS)}")
+        if self.flavour == "onnxruntime" and self.precision != "int8":
+            raise UserError(
+                f"flavour onnxruntime: found precision {self.precision}, expected int8; leave --flavour out"
+            )
+        if self.opset not in OPSETS:
+            raise UserError(f"opset: found {self.opset}, expected {OPSETS[0]} to {OPSETS[-1]}")
+        if self.batch < 1:
+            raise UserError(f"batch: found {self.batch}, expected at least 1 sample")
+        if self.reduce_range and self.flavour != "onnxruntime":
+            raise UserError(
+                f"reduce-range: found flavour {self.flavour}, expected onnxruntime: seven bits are for u8·s8 products"
+            )
+        if self.parts_int8:
+            if self.precision != "int8":
+                raise UserError(f"parts-int8: found precision {self.precision}, expected int8")
+            for name in self.parts_int8:
+                if name not in detector.parts_off:
+                    off = ", ".join(detector.parts_off) or "none"
+                    raise UserError(f"parts-int8: found {name!r}, expected a part that calibrate left off: {off}")
+
+    @contextmanager
+    def applied(self, detector: Any) -> Iterator[None]:
+        """Inside the block the detector's quantizers are on and off, and as fine, as the graphs are to have them."""
+        with ExitStack() as stack:
+            if self.precision != "int8":
+                stack.enter_context(quantizers_off(detector))
+            else:
+                stack.enter_context(parts_on(detector, self.parts_int8))
+                if self.flavour == "onnxruntime":
+                    stack.enter_context(watched_on(detector))
+                if self.reduce_range:
+                    stack.enter_context(seven_bit_weights(detector))
+            yield
+
+    def chosen(self, parts: Mapping[str, TorchPart]) -> list[str]:
+        """Names of the parts to write, in the order in which they run.
+
+        Raises:
+            UserError: the detector has no such part.
+        """
+        for name in self.parts or ():
+            if name not in parts:
+                raise UserError(f"parts: found {name!r}, expected some of {', '.join(parts)}")
+        return [name for name in parts if self.parts is None or name in self.parts]
+
+
+def _inputs_of_parts(
+    detector: Any, parts: Mapping[str, TorchPart], frames: Sequence[Any]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Runs the detector in PyTorch on a batch of frames; what each part takes in, as in `qat.runtime.Pipeline`."""
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([getattr(frame, name) for frame in frames])
+
     backbone = parts["camera.backbone"]
-    feeds = {name: getattr(frame, name)[None] for name in backbone.wrapper.inputs}
+    feeds = {name: stacked(name) for name in backbone.wrapper.inputs}
     inputs = {"camera.backbone": feeds}
     tensors = backbone.run(feeds)
-    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
+    matrices = ("camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
     context = torch.from_numpy(tensors["camera_feature"]).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        patterns = detector.patterns(*(matrix[None] for matrix in matrices))
+        patterns = detector.patterns(*map(stacked, matrices))
         bev = detector.pool(torch.from_numpy(tensors["camera_depth_weights"]), context, patterns).numpy()
     for name, tensor in (("camera.vtransform", "feat_in"), ("fuser", "camera"), ("head.bbox", "middle")):
         if name in parts:
@@ -57,6 +140,11 @@ def export_parts(
     recipe: Mapping[str, Any] | None = None,
     cameras: Sequence[str] = CAMERAS,
     opset: int = OPSET,
+    batch: int = 1,
+    dynamic_batch: bool = False,
+    only: Sequence[str] | None = None,
+    parts_int8: Sequence[str] = (),
+    reduce_range: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Writes a detector's ONNX parts and manifest.json into `out`, whole or not at all, and verifies each part.
@@ -73,6 +161,11 @@ def export_parts(
         checkpoint: where the weights came from; its name and sha256 go into the manifest.
         recipe: how the quantizers were calibrated, for the manifest.
         cameras: names in the order of the inputs.
+        opset: 13 to 20.
+        batch: samples (of all cameras) in an input. dynamic_batch: any number of them; `batch` and one more are verified.
+        only: names of the parts to write; None for all.
+        parts_int8: parts that the calibration left off (the vtransform) to quantize all the same.
+        reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
         seed: of the random inputs for verification.
 
     Returns:
@@ -80,61 +173,65 @@ def export_parts(
         written all the same, to be looked at.
 
     Raises:
-        UserError: an unknown precision, INT8 asked of a float detector, onnxsim's or ONNX's check failed.
+        UserError: a form that the detector cannot have, onnxsim's or ONNX's check failed.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if precision == "int8" and not quantizers(detector):
-        raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")
-    if flavour not in FLAVOURS:
-        raise UserError(f"flavour: found {flavour!r}, expected one of {', '.join(FLAVOURS)}")
-    if flavour == "onnxruntime" and precision != "int8":
-        raise UserError(f"flavour onnxruntime: found precision {precision}, expected int8; leave --flavour out")
+    form = Form(
+        precision,
+        flavour,
+        opset,
+        batch,
+        dynamic_batch,
+        None if only is None else tuple(only),
+        tuple(parts_int8),
+        reduce_range,
+    )
+    form.check(detector)
     detector.eval()
     settings = pipeline_settings(detector.config, cameras)
-    state: AbstractContextManager[None] = nullcontext()
-    if precision != "int8":
-        state = quantizers_off(detector)
-    elif flavour == "onnxruntime":
-        state = watched_on(detector)
-    with state:
-        return _export(detector, Path(out), precision, flavour, settings, checkpoint, recipe, opset, seed)
+    with form.applied(detector):
+        return _export(detector, Path(out), form, settings, checkpoint, recipe, seed)
 
 
 def _model_name(checkpoint: str | Path | None) -> str | None:
     return None if checkpoint is None else Path(checkpoint).resolve().parent.name
 
 
+TYPES = {
+    "fp32": "FP32 throughout",
+    "fp16": "FP32-typed graph without QDQ: build it with the builder's FP16 flag, keeping FP32 inputs and outputs or "
+    "choosing fp16:chw ones",
+    "int8": "FP32-typed graph with QDQ: build it with the builder's INT8 flag (and FP16 for the rest)",
+    "int8 onnxruntime": "FP32-typed graph with QDQ: u8 activations, s8 weights, s32 biases",
+}
+
+
 def _export(
     detector: Any,
     out: Path,
-    precision: str,
-    flavour: str,
+    form: Form,
     settings: dict[str, Any],
     checkpoint: str | Path | None,
     recipe: Mapping[str, Any] | None,
-    opset: int,
     seed: int,
 ) -> dict[str, Any]:
     parts = torch_parts(detector)
-    inputs = _inputs_of_parts(detector, parts, random_frame(settings, seed))
+    chosen = form.chosen(parts)
+    batches = [form.batch, form.batch + 1] if form.dynamic_batch else [form.batch]
+    inputs = [
+        _inputs_of_parts(detector, parts, [random_frame(settings, seed + n) for n in range(batch)]) for batch in batches
+    ]
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "schema": SCHEMA,
         "model": _model_name(checkpoint),
-        "precision": precision,
-        "flavour": flavour,
-        "types": {
-            "fp32": "FP32 throughout",
-            "fp16": "FP32-typed graph without QDQ: build it with the builder's FP16 flag, keeping FP32 inputs and "
-            "outputs or choosing fp16:chw ones",
-            "int8": "FP32-typed graph with QDQ: build it with the builder's INT8 flag (and FP16 for the rest)"
-            if flavour == "tensorrt"
-            else "FP32-typed graph with QDQ: u8 activations, s8 weights, s32 biases",
-        }[precision],
-        "opset": opset,
+        "precision": form.precision,
+        "flavour": form.flavour,
+        "types": TYPES.get(f"{form.precision} {form.flavour}", TYPES[form.precision]),
+        "opset": form.opset,
+        "batch": None if form.dynamic_batch else form.batch,
+        "reduce_range": form.reduce_range,
         "checkpoint": None,
-        "calibration": dict(recipe) if recipe is not None and precision == "int8" else None,
+        "calibration": dict(recipe) if recipe is not None and form.precision == "int8" else None,
         "versions": versions(),
         "pipeline": settings,
         "parts": {},
@@ -147,40 +244,61 @@ def _export(
     positive = False
     with atomic_directory(out) as folder:
         for name, part in parts.items():
-            feeds = inputs[name]
-            tensors = [torch.from_numpy(feeds[tensor]) for tensor in part.wrapper.inputs]
-            with qdq_tracing():
-                model = trace(part.wrapper, tensors, part.wrapper.inputs, part.wrapper.outputs, opset)
-            model = simplify(model, name)
-            scales_found = graph_scales(model)
-            if flavour == "onnxruntime":
+            model, scales_found = _graph(part, name, inputs[0][name], form)
+            if form.flavour == "onnxruntime":
                 known = part.wrapper.inputs if positive else ()
                 model = to_onnxruntime(model, known)
                 positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
+            if name not in chosen:
+                continue
             counts = op_counts(model)
             graph = model.SerializeToString(deterministic=True)
             (folder / f"{name}.onnx").write_bytes(graph)
-            has_qdq = counts["QuantizeLinear"] > 0
-            exact = None
+            has_qdq = counts["DequantizeLinear"] > 0
+            with recording_scales(detector) as scales:
+                references = [part.run(case[name]) for case in inputs]
+            exact: list[dict[str, np.ndarray] | None] = [None] * len(inputs)
             if has_qdq:
                 with quantizers_off(detector):
-                    exact = part.run(feeds)
-            with recording_scales(detector) as scales:
-                reference = part.run(feeds)
-            report = verify_part(graph, reference, feeds, exact)
+                    exact = [part.run(case[name]) for case in inputs]
+            reports = [
+                verify_part(graph, reference, case[name], unquantized)
+                for reference, case, unquantized in zip(references, inputs, exact, strict=True)
+            ]
+            report = {
+                output: min((r[output] for r in reports), key=lambda r: r["sqnr_db"] - r["tolerance_db"])
+                for output in reports[0]
+            }
             quantizers_kept = compare_scales(scales_found, scales)
             passed &= all(entry["passed"] for entry in (*report.values(), quantizers_kept))
             takes, gives = tensor_specs(model)
             manifest["parts"][name] = {
                 "file": f"{name}.onnx",
                 "sha256": hashlib.sha256(graph).hexdigest(),
-                "precision": "fp32" if precision == "int8" and not has_qdq else precision,
+                "precision": "fp32" if form.precision == "int8" and not has_qdq else form.precision,
                 "inputs": takes,
                 "outputs": gives,
                 "operators": dict(sorted(counts.items())),
                 "verification": report,
                 "scales": quantizers_kept,
             }
-        manifest["verification"] = {"runtime": "onnxruntime, optimizer off", "seed": seed, "passed": passed}
+        manifest["verification"] = {
+            "runtime": "onnxruntime, optimizer off",
+            "seed": seed,
+            "batches": batches,
+            "passed": passed,
+        }
         write_json(folder / FILE, manifest)
     return manifest
+
+
+def _graph(
+    part: TorchPart, name: str, feeds: Mapping[str, np.ndarray], form: Form
+) -> tuple[onnx.ModelProto, list[np.ndarray]]:
+    """A part's simplified graph in the `tensorrt` flavour, and the scales in it."""
+    wrapper = part.wrapper
+    tensors = [torch.from_numpy(feeds[tensor]) for tensor in wrapper.inputs]
+    with qdq_tracing():
+        model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, form.opset, form.dynamic_batch)
+    model = simplify(model, name)
+    return model, graph_scales(model)

@@ -16,8 +16,8 @@ from torch import nn
 class CameraBackbone(nn.Module):
     """camera.backbone: images (and depth) → context and depth distribution of every feature pixel.
 
-    Changed for tracing: samples and cameras are merged with sizes fixed at the trace (a flatten would leave shape
-    arithmetic in the graph), and the context comes out channels-last, as the pooling kernels read it.
+    Changed for tracing: samples and cameras are merged by a reshape that fixes all sizes but theirs (a flatten would leave
+    shape arithmetic in the graph), and the context comes out channels-last, as the pooling kernels read it.
     """
 
     inputs: tuple[str, ...] = ("img", "depth")
@@ -32,9 +32,8 @@ class CameraBackbone(nn.Module):
         return self._lift(img, depth)
 
     def _lift(self, img: torch.Tensor, depth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        views = int(img.shape[0] * img.shape[1])
-        flat = None if depth is None else depth.reshape(views, *map(int, depth.shape[2:]))
-        weights, context = self.detector.lift(img.reshape(views, *map(int, img.shape[2:])), flat)
+        flat = None if depth is None else depth.reshape(-1, *map(int, depth.shape[2:]))
+        weights, context = self.detector.lift(img.reshape(-1, *map(int, img.shape[2:])), flat)
         return context.permute(0, 2, 3, 1), weights
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 
+from qat.core.errors import UserError
 from qat.lean.quantizer import BOUND
+
+SEVEN_BIT_BOUND = 63
 
 
 def quantizers(module: nn.Module) -> dict[str, TensorQuantizer]:
@@ -70,6 +74,55 @@ def watched_on(detector: Any) -> Iterator[None]:
     finally:
         for quantizer, state in changed:
             quantizer._disabled = state
+
+
+@contextmanager
+def parts_on(detector: Any, names: Collection[str]) -> Iterator[None]:
+    """Inside the block, parts of a QuantizedDetector that were left off as a whole (`parts_off`) are quantized.
+
+    Their ranges were calibrated with the others. Watched quantizers stay off: they are `watched_on`'s.
+
+    Raises:
+        UserError: a part has quantizers without a range.
+    """
+    changed = []
+    for name in names:
+        watched = set(detector.inventory[name].watched)
+        for path, quantizer in quantizers(detector.parts[name]).items():
+            if path in watched or not quantizer._disabled:
+                continue
+            if quantizer.amax is None:
+                raise UserError(f"part {name}: found no range for {path}, expected one; calibrate again")
+            changed.append(quantizer)
+            quantizer._disabled = False
+    before = detector.parts_off
+    detector.parts_off = tuple(name for name in before if name not in names)
+    try:
+        yield
+    finally:
+        detector.parts_off = before
+        for quantizer in changed:
+            quantizer._disabled = True
+
+
+@contextmanager
+def seven_bit_weights(module: nn.Module) -> Iterator[None]:
+    """Inside the block weights are rounded to [−63, 63]: s8 over twice the range.
+
+    A CPU without VNNI adds pairs of u8·s8 products in 16 bits: 2 · 255 · 63 is below 2¹⁵, 2 · 255 · 127 is not.
+    """
+    layers = [child for child in module.modules() if hasattr(child, "weight_quantizer")]
+    before = [(layer.weight_quantizer, layer.weight_quantizer._amax) for layer in layers]
+    for layer in layers:
+        amax = layer.weight_quantizer._amax
+        others = [d for d in range(layer.weight.ndim) if amax.shape[d] == 1]
+        largest = layer.weight.detach().abs().amax(others, keepdim=True)  # training may have left it above the range
+        layer.weight_quantizer.set_range(torch.maximum(amax, largest) * (BOUND / SEVEN_BIT_BOUND))
+    try:
+        yield
+    finally:
+        for quantizer, amax in before:
+            quantizer.set_range(amax)
 
 
 @contextmanager

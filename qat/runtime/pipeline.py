@@ -14,7 +14,7 @@ import numpy as np
 from qat.core.centerhead import Detections, decode, maps_from_tensors
 from qat.core.errors import UserError
 from qat.core.geometry import rasterize_depth, within
-from qat.core.manifest import load_manifest
+from qat.core.manifest import PARTS, load_manifest
 from qat.core.preprocess import ResizeCrop, normalize
 from qat.engine import Options, build
 from qat.runtime.pooling import PatternCache, pool
@@ -116,6 +116,20 @@ class Pipeline:
         found = manifest["precision"]
         if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
             raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
+        needed = [
+            name
+            for name in PARTS
+            if name != "camera.vtransform" or manifest["pipeline"]["vtransform"]["downsample"] > 1
+        ]
+        if missing := [name for name in needed if name not in manifest["parts"]]:
+            raise UserError(
+                f"{folder}: found no parts {', '.join(missing)}, expected all; export again without --parts"
+            )
+        if manifest.get("batch", 1) not in (1, None):
+            raise UserError(
+                f"{folder}: found parts for batches of {manifest['batch']}, expected 1 or any; export again without "
+                "--batch, or with --dynamic-batch"
+            )
         parts = {
             name: build(folder / part["file"], backend, precision or part["precision"], options)
             for name, part in manifest["parts"].items()
