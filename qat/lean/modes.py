@@ -12,7 +12,7 @@ from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 
 from qat.core.errors import UserError
-from qat.lean.quantizer import BOUND
+from qat.lean.quantizer import BOUND, Quantizer
 
 SEVEN_BIT_BOUND = 63
 
@@ -111,13 +111,16 @@ def seven_bit_weights(module: nn.Module) -> Iterator[None]:
 
     A CPU without VNNI adds pairs of u8·s8 products in 16 bits: 2 · 255 · 63 is below 2¹⁵, 2 · 255 · 127 is not.
     """
-    layers = [child for child in module.modules() if hasattr(child, "weight_quantizer")]
-    before = [(layer.weight_quantizer, layer.weight_quantizer._amax) for layer in layers]
-    for layer in layers:
-        amax = layer.weight_quantizer._amax
-        others = [d for d in range(layer.weight.ndim) if amax.shape[d] == 1]
-        largest = layer.weight.detach().abs().amax(others, keepdim=True)  # training may have left it above the range
-        layer.weight_quantizer.set_range(torch.maximum(amax, largest) * (BOUND / SEVEN_BIT_BOUND))
+    before: list[tuple[Quantizer, torch.Tensor]] = []
+    for layer in module.modules():
+        quantizer, weight = getattr(layer, "weight_quantizer", None), getattr(layer, "weight", None)
+        if not isinstance(quantizer, Quantizer) or not isinstance(weight, torch.Tensor):
+            continue
+        amax = quantizer._amax
+        before.append((quantizer, amax))
+        others = [d for d in range(weight.ndim) if amax.shape[d] == 1]
+        largest = weight.detach().abs().amax(others, keepdim=True)  # training may have left it above the range
+        quantizer.set_range(torch.maximum(amax, largest) * (BOUND / SEVEN_BIT_BOUND))
     try:
         yield
     finally:
