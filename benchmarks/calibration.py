@@ -34,7 +34,7 @@ from torch import nn
 
 from qat.core.config import load_config
 from qat.core.errors import UserError
-from qat.data import NuScenesDataset
+from qat.data import NuScenesDataset, Sample
 from qat.lean import QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.modes import quantizers, quantizers_off
@@ -106,7 +106,7 @@ def benchmark(args: argparse.Namespace) -> None:
         raise UserError(f"--rounds: found {args.rounds}, expected at least 1")
     logging.set_verbosity(logging.ERROR)
     config = load_config(args.config)
-    frames = load_frames(config, args)
+    frames = camera_inputs(config, load_samples(config, args))
     torch.manual_seed(0)
     model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, frames[:2])
     network = quantize_detector(model)
@@ -123,9 +123,8 @@ def benchmark(args: argparse.Namespace) -> None:
         print_errors(measured, rounding_errors(network, frames, measured.ours, measured.theirs))
 
 
-def load_frames(config: dict[str, Any], args: argparse.Namespace) -> list[Inputs]:
-    """Each keyframe as img float32[N,3,H,W] and depth float32[N,1,H,W] (None for a network without), by the data set's
-    own pipeline."""
+def load_samples(config: dict[str, Any], args: argparse.Namespace) -> list[Sample]:
+    """Keyframes by the data set's own pipeline; pictures narrower than it expects are enlarged."""
     dataset = NuScenesDataset(args.data, args.split, config, args.version, args.frames)
     crop = dataset.pipeline.resize_crop
     image = dataset.read(dataset.tokens[0]).images[0]
@@ -135,10 +134,13 @@ def load_frames(config: dict[str, Any], args: argparse.Namespace) -> list[Inputs
             f"pictures of {image.shape[1]}×{image.shape[0]} are resized by {covers:g}, not by the config's {crop.resize:g}"
         )
         dataset.pipeline = replace(dataset.pipeline, resize_crop=replace(crop, resize=covers))
+    return list(dataset)
+
+
+def camera_inputs(config: dict[str, Any], samples: Sequence[Sample]) -> list[Inputs]:
+    """Each keyframe as img float32[N,3,H,W] and depth float32[N,1,H,W] (None for a network without)."""
     wants_depth = config["model"]["encoders"]["camera"]["vtransform"]["type"] == "DepthLSSTransform"
-    return [
-        (torch.from_numpy(sample.img), torch.from_numpy(sample.depth) if wants_depth else None) for sample in dataset
-    ]
+    return [(torch.from_numpy(s.img), torch.from_numpy(s.depth) if wants_depth else None) for s in samples]
 
 
 def random_model(config: dict[str, Any], frames: Sequence[Inputs]) -> CameraBEVDetector:

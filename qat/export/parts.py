@@ -34,7 +34,8 @@ from qat.lean.modes import (
 )
 
 PRECISIONS = ("fp32", "fp16", "int8")
-FLAVOURS = ("tensorrt", "onnxruntime")
+FLAVOURS = ("tensorrt", "onnxruntime", "openvino")
+CPU_FLAVOURS = ("onnxruntime", "openvino")  # u8 activations
 OPSET, OPSETS = 13, range(13, 21)  # per-channel Q/DQ begins with 13; torch's TorchScript exporter ends with 20
 
 
@@ -67,9 +68,10 @@ class Form:
             raise UserError(f"opset: found {self.opset}, expected {OPSETS[0]} to {OPSETS[-1]}")
         if self.batch < 1:
             raise UserError(f"batch: found {self.batch}, expected at least 1 sample")
-        if self.reduce_range and self.flavour != "onnxruntime":
+        if self.reduce_range and self.flavour not in CPU_FLAVOURS:
             raise UserError(
-                f"reduce-range: found flavour {self.flavour}, expected onnxruntime: seven bits are for u8·s8 products"
+                f"reduce-range: found flavour {self.flavour}, expected {' or '.join(CPU_FLAVOURS)}: seven bits are for "
+                "u8·s8 products"
             )
         if self.parts_int8:
             if self.precision != "int8":
@@ -201,7 +203,10 @@ TYPES = {
     "fp16": "FP32-typed graph without QDQ: build it with the builder's FP16 flag, keeping FP32 inputs and outputs or "
     "choosing fp16:chw ones",
     "int8": "FP32-typed graph with QDQ: build it with the builder's INT8 flag (and FP16 for the rest)",
-    "int8 onnxruntime": "FP32-typed graph with QDQ: u8 activations, s8 weights, s32 biases",
+    **dict.fromkeys(
+        [f"int8 {flavour}" for flavour in CPU_FLAVOURS],
+        "FP32-typed graph with QDQ: u8 activations, s8 weights, s32 biases",
+    ),
 }
 
 
@@ -245,7 +250,7 @@ def _export(
     with atomic_directory(out) as folder:
         for name, part in parts.items():
             model, scales_found = _graph(part, name, inputs[0][name], form)
-            if form.flavour == "onnxruntime":
+            if form.flavour in CPU_FLAVOURS:
                 known = part.wrapper.inputs if positive else ()
                 model = to_onnxruntime(model, known)
                 positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))

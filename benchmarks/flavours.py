@@ -1,0 +1,244 @@
+"""Latency of one part's INT8 graphs on this CPU: our flavours beside ONNX Runtime's quantize_static and NNCF's PTQ.
+
+example:
+  python benchmarks/flavours.py                         # the full-size ResNet-50 camera part, random weights
+  python benchmarks/flavours.py --config model/camera-tiny/config.yaml --ckpt model/camera-tiny/camera-tiny.pth
+
+Every graph is made from the same float network and the same calibration frames. In each round every engine runs once, in an
+order that turns; medians and their ratios are printed, with the SQNR of the outputs against the FP32 graph's on
+frames that no calibration saw, and how many convolutions the backend runs in INT8 (from its own profile).
+
+Goals (ratios of medians): ours on ONNX Runtime at most 1.0 of quantize_static there; ours on OpenVINO at most 1.0 of the better of
+NNCF and quantize_static's graph there; INT8 at least 3.5 times as fast as FP32 on each; SQNR no lower than
+quantize_static's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from calibration import camera_inputs, load_samples, random_model
+from peers_accuracy import Setting, installed, nncf_ptq, quantize_static, quiet
+from rich.console import Console
+from rich.table import Table
+
+from qat.calibrate.ptq import calibrate
+from qat.core.config import load_config
+from qat.core.errors import UserError
+from qat.core.files import write_json
+from qat.core.tensors import compare_tensors
+from qat.core.versions import versions
+from qat.engine import Engine, Options, build
+from qat.export import export_parts
+from qat.models import load_float_model
+
+PART = "camera.backbone"
+Feeds = dict[str, np.ndarray]
+STATIC = Setting("quantize_static", "minmax", "onnxruntime", options={"method": "MinMax"})
+NNCF = Setting("nncf", "performance", "openvino", options={"preset": "PERFORMANCE"})
+GOAL_SPEED = 3.5
+FLAVOURS = ("tensorrt", "onnxruntime", "openvino")
+
+
+@dataclass
+class Contender:
+    """One graph on one backend. label: its row. file: the graph. seconds: of each timed run. sqnr: of the worst output, dB."""
+
+    label: str
+    backend: str
+    file: Path
+    precision: str
+    engine: Engine | None = None
+    seconds: list[float] = field(default_factory=list)
+    sqnr: float = float("nan")
+    convolutions: tuple[int, int] = (0, 0)
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return float(np.median(self.seconds))
+
+
+def make_graphs(
+    args: argparse.Namespace, folder: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Path], list[Feeds]]:
+    """Writes every graph; returns them by name, and the feeds that are timed and compared (not those of calibration).
+
+    Raises:
+        UserError: bad config, checkpoint or data, or no frames left to calibrate on.
+    """
+    config = load_config(args.config)
+    samples = load_samples(config, args)
+    if len(samples) <= args.held_out:
+        raise UserError(f"--frames: found {len(samples)}, expected more than the {args.held_out} that are held out")
+    inputs = camera_inputs(config, samples)
+    torch.manual_seed(0)
+    model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, inputs[:2])
+    feeds = [
+        {"img": img[None].numpy()} | ({} if depth is None else {"depth": depth[None].numpy()}) for img, depth in inputs
+    ]
+    seen, held_out = feeds[: -args.held_out], feeds[-args.held_out :]
+    graphs: dict[str, Path] = {}
+    say(f"calibrate on {len(seen)} frames")
+    network, _ = calibrate(model, samples[: -args.held_out], method="mse")
+    for name, precision, flavour in (("fp32", "fp32", "tensorrt"), *((f, "int8", f) for f in FLAVOURS)):
+        say(f"export {name}")
+        manifest = export_parts(network, folder / name, precision, flavour=flavour, only=[PART])
+        for output, figures in manifest["parts"][PART]["verification"].items():
+            if not figures["passed"]:
+                say(f"{name}: {output} is out of tolerance: {figures['sqnr_db']:.1f} dB against PyTorch")
+        graphs[name] = folder / name / f"{PART}.onnx"
+    for peer, make, setting, suffix in (
+        ("quantize_static", quantize_static, STATIC, ".onnx"),
+        ("nncf", nncf_ptq, NNCF, ".xml"),
+    ):
+        if peer in args.peers and installed(peer, say):
+            say(f"quantize with {peer}")
+            graphs[peer] = folder / f"{peer}{suffix}"
+            with quiet():
+                make(graphs["fp32"], seen, graphs[peer], setting, [])
+    return graphs, held_out
+
+
+def contenders(graphs: dict[str, Path], args: argparse.Namespace, say: Callable[[str], None]) -> list[Contender]:
+    """Builds every graph on every backend that takes it."""
+    rows = []
+    for backend in args.backends:
+        for name, file in graphs.items():
+            if backend == "onnxruntime" and (file.suffix != ".onnx" or name == "tensorrt"):
+                continue  # a TensorRT-style graph is slower than FP32 there (docs/calibrate.md): not a contender
+            say(f"build {name} on {backend}")
+            row = Contender(name, backend, file, "fp32" if name == "fp32" else "int8")
+            row.engine = build(file, backend, row.precision, Options(threads=args.threads, cache=None))
+            rows.append(row)
+    return rows
+
+
+def measure(rows: Sequence[Contender], feeds: Sequence[Feeds], rounds: int, say: Callable[[str], None]) -> None:
+    """Times the rows in turn; then SQNR against FP32 on ONNX Runtime or what there is, and convolutions."""
+    for row in rows:
+        assert row.engine is not None
+        row.engine.run(feeds[0])
+    for turn in range(rounds):
+        for place in range(len(rows)):
+            row = rows[(place + turn) % len(rows)]
+            assert row.engine is not None
+            begin = time.perf_counter()
+            row.engine.run(feeds[turn % len(feeds)])
+            row.seconds.append(time.perf_counter() - begin)
+        say(f"round {turn + 1} of {rounds}")
+    exact = next(row for row in rows if row.label == "fp32")
+    for row in rows:
+        assert row.engine is not None and exact.engine is not None
+        worst = []
+        for feed in feeds:
+            expected, found = exact.engine.run(feed), row.engine.run(feed)
+            worst.append(min(compare_tensors(expected[name], found[name])["sqnr_db"] for name in expected))
+        row.sqnr = float(np.mean(worst))
+        layers = [layer for layer in row.engine.profile(feeds[0], runs=1) if "Conv" in layer["type"]]
+        layers = [layer for layer in layers if layer["type"] != "Convert"]
+        row.convolutions = (sum(layer["precision"] in ("int8", "i8", "u8") for layer in layers), len(layers))
+
+
+def report(rows: Sequence[Contender], args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the table and the goals, and returns both."""
+    table = Table(title=f"{args.config}, {PART}: medians of {args.rounds} interleaved rounds")
+    for name in ("backend", "graph", "FP32 / it", "ms", "SQNR dB", "INT8 convolutions", "MB"):
+        table.add_column(name, justify="left" if name in ("backend", "graph") else "right")
+    by = {(row.backend, row.label): row for row in rows}
+    for row in rows:
+        size = sum(f.stat().st_size for f in row.file.parent.glob(f"{row.file.stem}.*")) / 1e6
+        table.add_row(
+            row.backend,
+            row.label,
+            f"{by[row.backend, 'fp32'].median / row.median:.2f}",
+            f"{row.median * 1e3:.0f}",
+            f"{row.sqnr:.1f}",
+            "/".join(map(str, row.convolutions)),
+            f"{size:.1f}",
+        )
+    Console(width=120).print(table)
+    goals = {}
+    for backend in args.backends:
+        ours = by[backend, "onnxruntime" if backend == "onnxruntime" else "openvino"]
+        goals[f"{backend}: FP32 / ours (goal at least {GOAL_SPEED})"] = by[backend, "fp32"].median / ours.median
+        peers = [by[backend, name] for name in ("quantize_static", "nncf") if (backend, name) in by]
+        if peers:
+            best = min(peers, key=lambda row: row.median)
+            goals[f"{backend}: ours / {best.label} (goal at most 1.0)"] = ours.median / best.median
+        if (backend, "quantize_static") in by:
+            goals[f"{backend}: SQNR, ours minus quantize_static, dB (goal at least 0)"] = (
+                ours.sqnr - by[backend, "quantize_static"].sqnr
+            )
+    for name, value in goals.items():
+        print(f"{name}: {value:.2f}")
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    return {
+        "rows": [
+            {
+                "backend": row.backend,
+                "graph": row.label,
+                "seconds": row.seconds,
+                "median": row.median,
+                "sqnr_db": row.sqnr,
+                "int8_convolutions": row.convolutions,
+            }
+            for row in rows
+        ],
+        "goals": goals,
+        "versions": versions(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark and returns the exit status: 0 measured, 2 bad use."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("model/resnet50/config.yaml"), metavar="YAML")
+    parser.add_argument("--ckpt", type=Path, metavar="CKPT", help="float checkpoint (default: random weights)")
+    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
+    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
+    parser.add_argument("--split", default="calib", help="default calib")
+    parser.add_argument("--frames", type=int, default=6, metavar="N", help="keyframes, those held out too (default 6)")
+    parser.add_argument(
+        "--held-out", type=int, default=2, metavar="N", help="of these, to time and compare (default 2)"
+    )
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="times that each engine runs (default 15)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default 0: all cores")
+    parser.add_argument(
+        "--backends", nargs="+", default=["onnxruntime", "openvino"], choices=["onnxruntime", "openvino"]
+    )
+    parser.add_argument("--peers", nargs="*", default=["quantize_static", "nncf"], choices=["quantize_static", "nncf"])
+    parser.add_argument("--out", type=Path, metavar="JSON", help="also write the figures to a file")
+    args = parser.parse_args(argv)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        for name in ("rounds", "held_out"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
+        with tempfile.TemporaryDirectory() as folder:
+            graphs, feeds = make_graphs(args, Path(folder), say)
+            rows = contenders(graphs, args, say)
+            measure(rows, feeds, args.rounds, say)
+            result = report(rows, args)
+        if args.out:
+            write_json(args.out, result)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""A pass of the `onnxruntime` flavour: a 1×1 convolution whose output stays float becomes a matrix product.
+
+    before   x ─► DQ ─┐                        after   x ─► DQ ─► NHWC ─┐
+             w ─► DQ ─┼─► Conv ─► y                    wᵀ ──────► DQ ───┴─► MatMul ─► Add ─► NCHW ─► y
+             b ─► DQ ─┘                                                     b (FP32) ──┘
+
+ONNX Runtime's CPU has no convolution from integers to float: without Q behind it, DQ ─► Conv is computed in float. It has
+such a matrix product (MatMulIntegerToFloat), so depth logits and context come from INT8 without being rounded
+themselves. The transpose before it cancels with the one behind the integer convolution that comes before.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+PLAIN = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads": [0] * 4, "group": 1}
+
+
+def convs_to_matmuls(model: onnx.ModelProto) -> int:
+    """Rewrites 1×1 convolutions of rounded inputs and stored s8 weights, without Q behind, in place; returns how many."""
+    graph = model.graph
+    constants = {value.name: value for value in graph.initializer}
+    producer = {output: node for node in graph.node for output in node.output}
+    consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            consumers[name].append(node)
+
+    def float_behind(name: str) -> bool:
+        """Whether no consumer, after a ReLU either, rounds the tensor."""
+        for node in consumers[name]:
+            if node.op_type == "QuantizeLinear" or (node.op_type == "Relu" and not float_behind(node.output[0])):
+                return False
+        return True
+
+    nodes: list[onnx.NodeProto] = []
+    dropped: set[str] = set()
+    changed = 0
+    for node in graph.node:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        plain = node.op_type == "Conv" and all(attributes.get(k, v) == v for k, v in PLAIN.items())
+        pairs = [producer.get(name) for name in node.input[:2]] if plain else []
+        if (
+            not pairs
+            or any(pair is None or pair.op_type != "DequantizeLinear" for pair in pairs)
+            or pairs[1] is None
+            or pairs[1].input[0] not in constants
+            or "kernel_shape" not in attributes
+            or not float_behind(node.output[0])
+        ):
+            nodes.append(node)
+            continue
+        weight_dq, stem = pairs[1], node.output[0]
+        weight = numpy_helper.to_array(constants[weight_dq.input[0]])[:, :, 0, 0].T  # [in, out]
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), f"{stem}_weight_s8"))
+        parameters = list(weight_dq.input[1:])
+        per_channel = np.size(numpy_helper.to_array(constants[parameters[0]])) > 1 if parameters[0] in constants else True
+        nodes += [
+            helper.make_node("Transpose", [node.input[0]], [f"{stem}_nhwc"], name=f"{node.name}_nhwc", perm=[0, 2, 3, 1]),
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{stem}_weight_s8", *parameters],
+                [f"{stem}_weight"],
+                name=f"{node.name}_weight_dq",
+                **({"axis": 1} if per_channel else {}),
+            ),
+            helper.make_node(
+                "MatMul", [f"{stem}_nhwc", f"{stem}_weight"], [f"{stem}_product"], name=f"{node.name}_matmul"
+            ),
+        ]
+        last = f"{stem}_product"
+        if len(node.input) > 2:
+            last = f"{stem}_sum"
+            nodes.append(
+                helper.make_node("Add", [f"{stem}_product", node.input[2]], [last], name=f"{node.name}_add")
+            )
+        nodes.append(
+            helper.make_node("Transpose", [last], [stem], name=f"{node.name}_nchw", perm=[0, 3, 1, 2])
+        )
+        if len(consumers[weight_dq.output[0]]) == 1:
+            dropped.add(weight_dq.output[0])
+        changed += 1
+    del graph.node[:]
+    graph.node.extend(node for node in nodes if node.output[0] not in dropped)
+    return changed

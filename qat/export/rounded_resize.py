@@ -1,0 +1,53 @@
+"""A pass of the `onnxruntime` flavour: what a Resize takes in is rounded on the scale of what it gives.
+
+    before   Conv ─► Relu ─► Resize ─► Q ─► DQ ─►        after   Conv ─► Relu ─► Q ─► DQ ─► Resize ─► Q ─► DQ ─►
+             (or Add ─► Relu)                                                └─ same scale ──┘
+
+ONNX Runtime's CPU brings a convolution (or an add) to integers only where Q follows it. TensorRT and OpenVINO do not ask
+for it. Interpolation never leaves the range of its inputs, so the scale after it serves before it. The value is rounded
+once more than in PyTorch's simulation, by no more than the same half step, and averaged by the interpolation.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import onnx
+from onnx import helper
+
+BOUNDED = (b"nearest", b"linear")  # a cubic one overshoots
+
+
+def round_resize_inputs(model: onnx.ModelProto) -> int:
+    """Inserts the pairs in place; returns how many."""
+    graph = model.graph
+    producer = {output: node for node in graph.node for output in node.output}
+    consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            consumers[name].append(node)
+    nodes: list[onnx.NodeProto] = []
+    inserted = 0
+    for node in graph.node:
+        after = consumers[node.output[0]]
+        source = producer.get(node.input[0]) if node.op_type == "Resize" else None
+        if (
+            source is not None
+            and source.op_type in ("Conv", "ConvTranspose", "Add", "Relu")
+            and len(consumers[node.input[0]]) == 1
+            and [n.op_type for n in after] == ["QuantizeLinear"]
+            and next((helper.get_attribute_value(a) for a in node.attribute if a.name == "mode"), b"nearest") in BOUNDED
+        ):
+            stem, parameters = node.input[0], after[0].input[1:]
+            nodes += [
+                helper.make_node("QuantizeLinear", [stem, *parameters], [f"{stem}_q"], name=f"{node.name}_input_q"),
+                helper.make_node(
+                    "DequantizeLinear", [f"{stem}_q", *parameters], [f"{stem}_dq"], name=f"{node.name}_input_dq"
+                ),
+            ]
+            node.input[0] = f"{stem}_dq"
+            inserted += 1
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return inserted
