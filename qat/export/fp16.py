@@ -74,7 +74,18 @@ MOVERS = (
     "Unsqueeze",
 )
 SUMS = ("Add", "Sub", "Mul", "Div", "Where")  # between a product and a softmax: scale, bias, mask
-EXACT = (*MOVERS, "Relu", "MaxPool", "Max", "Min", "Clip", "Abs", "Neg", "Where", "QuantizeLinear")  # FP16 in, no rounding
+EXACT = (
+    *MOVERS,
+    "Relu",
+    "MaxPool",
+    "Max",
+    "Min",
+    "Clip",
+    "Abs",
+    "Neg",
+    "Where",
+    "QuantizeLinear",
+)  # FP16 in, no rounding
 ANY_INPUT = ("Cast", "Shape", "Size")  # they take a float of any type as it is
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
@@ -175,7 +186,9 @@ class _Plan:
         """Reads in the operator's schema which of its inputs can be FP16."""
         floats = [name for name in (*node.input, *node.output) if self.is_float(name)]
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
-            raise UserError(f"{node_name(node)}: found {node.op_type} with a graph inside, expected a graph without branches")
+            raise UserError(
+                f"{node_name(node)}: found {node.op_type} with a graph inside, expected a graph without branches"
+            )
         if not floats or all(not self.is_float(name) for name in node.output) and node.op_type in ANY_INPUT:
             return
         try:
@@ -204,20 +217,20 @@ class _Plan:
     def softmax(self) -> None:
         """The sums between the last product and a softmax."""
 
+        sums: dict[int, bool] = {}  # node → whether it is such a sum or moves what one gives
+
         def above(name: str) -> bool:
             k = self.producer.get(name)
             if k is None or not self.is_float(name):
                 return False
-            node = self.graph.node[k]
-            if node.op_type in SUMS:
-                for source in node.input:
-                    above(source)
-                self.keep(k, "softmax")
-                return True
-            if node.op_type in MOVERS and any([above(source) for source in node.input]):
-                self.keep(k, "softmax")
-                return True
-            return False
+            if k not in sums:
+                node = self.graph.node[k]
+                walked = node.op_type in (*SUMS, *MOVERS)
+                found = [above(source) for source in node.input] if walked else []
+                sums[k] = node.op_type in SUMS or any(found)
+                if sums[k]:
+                    self.keep(k, "softmax")
+            return sums[k]
 
         for node in self.graph.node:
             if KEPT.get(node.op_type) == "softmax":
@@ -248,7 +261,7 @@ class _Plan:
             if variance is None or square is None or centred is None or mean is None:
                 continue
             members = [mean, centred, square, variance, plus, k]
-            for divide in self._users(node.output[0], "Div", "Reciprocal", "Mul"):
+            for divide in self._users(node.output[0], "Div"):
                 members.append(divide)
                 behind = divide
                 for operator in ("Mul", "Add"):
@@ -435,7 +448,9 @@ class _Rewriter:
                 values.append(value)
         for (name, kind), stored in self.stored.items():
             array = self.plan.constants[name]
-            values.append(numpy_helper.from_array(array.astype(np.float16) if kind == TensorProto.FLOAT16 else array, stored))
+            values.append(
+                numpy_helper.from_array(array.astype(np.float16) if kind == TensorProto.FLOAT16 else array, stored)
+            )
         for_inputs = [value for value in graph.input if value.name not in self.plan.constants]
         del graph.node[:], graph.initializer[:], graph.value_info[:], graph.input[:]
         graph.node.extend(self.nodes)
@@ -451,13 +466,17 @@ def rounding_count(model: onnx.ModelProto) -> int:
     """
     types = {name: kind.elem_type for name, kind in tensor_types(model).items()}
     constants = {value.name for value in model.graph.initializer}
-    depth: dict[str, int] = {}
+    # A weight behind its DequantizeLinear is a constant too, with the roundings of its own.
+    depth = {name: int(types[name] == TensorProto.FLOAT16) for name in constants}
     for node in model.graph.node:
+        fixed = [name for name in node.input if name in constants]
         own = 0
         if any(types.get(name) == TensorProto.FLOAT16 for name in node.output):
             own = int(node.op_type not in EXACT and node.op_type != "DequantizeLinear")
-            own += sum(name in constants and types[name] == TensorProto.FLOAT16 for name in node.input)
-        deepest = max((depth.get(name, 0) for name in node.input), default=0)
+            own += sum(depth[name] for name in fixed)
+        if fixed and len(fixed) == sum(map(bool, node.input)):
+            constants.update(node.output)
+        deepest = max((depth.get(name, 0) for name in node.input if name not in constants), default=0)
         depth.update((name, deepest + own) for name in node.output)
     return max((depth.get(value.name, 0) for value in model.graph.output), default=0)
 

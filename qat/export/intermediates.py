@@ -23,14 +23,18 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     try:
         graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
-        raise UserError(f"ONNX graph: shape inference found {str(error).splitlines()[0]!r}, expected a valid graph") from error
+        raise UserError(
+            f"ONNX graph: shape inference found {str(error).splitlines()[0]!r}, expected a valid graph"
+        ) from error
     found = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output, *graph.value_info)}
     for value in graph.initializer:
         found[value.name] = helper.make_tensor_type_proto(value.data_type, value.dims).tensor_type
     for node in graph.node:
         for name in node.output:
             if name and not found.get(name, onnx.TypeProto.Tensor()).elem_type:
-                raise UserError(f"{node.op_type} {node.name or name}: found no type for its output, expected standard ONNX")
+                raise UserError(
+                    f"{node.op_type} {node.name or name}: found no type for its output, expected standard ONNX"
+                )
     return found
 
 
@@ -47,7 +51,9 @@ def fixed_inputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onn
         if value.name in stored:
             continue
         if value.name not in feeds:
-            raise UserError(f"frames: found {', '.join(sorted(feeds)) or 'no tensors'}, expected the input {value.name} too")
+            raise UserError(
+                f"frames: found {', '.join(sorted(feeds)) or 'no tensors'}, expected the input {value.name} too"
+            )
         shape = helper.make_tensor_type_proto(value.type.tensor_type.elem_type, feeds[value.name].shape)
         value.type.CopyFrom(shape)
     return fixed
@@ -56,7 +62,9 @@ def fixed_inputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onn
 class _Segment:
     """Some nodes in a row, as a session that takes what they need and gives all that they make."""
 
-    def __init__(self, model: onnx.ModelProto, nodes: list[onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, nodes: list[onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]
+    ) -> None:
         stored = {value.name: value for value in model.graph.initializer}
         used = list(dict.fromkeys(name for node in nodes for name in node.input if name))
         self.made = [name for node in nodes for name in node.output if name]
