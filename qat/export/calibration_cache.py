@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,11 @@ def strip_qdq(int8_model: onnx.ModelProto) -> onnx.ModelProto:
 def activation_scales(int8_model: onnx.ModelProto) -> dict[str, float]:
     """The scale of each tensor that a `tensorrt`-flavoured graph quantizes, by the tensor's name in `strip_qdq`'s graph.
 
-    Operators that only move, select or interpolate values hand their input's scale on, a concatenation that of all its
-    inputs if they have one; before an operator that moves all of its input the scale holds as well. So the network's input
-    has a scale where the first thing done to it is a reshape. A tensor quantized in two ways takes the larger scale, which
-    clips nothing.
+    The scale is handed on where it holds for a neighbour too, for a builder needs one on every tensor that is to be INT8:
+    to what moves, selects or interpolates values, to a concatenation of tensors of one scale; and back to what is only
+    moved, to what only a ReLU reads (it cuts the rest off), to what only a resize or, behind a ReLU, a max-pooling reads. So
+    the network's input has a scale where the first thing done to it is a reshape. A tensor quantized in two ways takes the
+    larger scale, which clips nothing.
 
     Raises:
         UserError: another flavour.
@@ -140,9 +141,19 @@ def activation_scales(int8_model: onnx.ModelProto) -> dict[str, float]:
         if name not in constants:
             scales[name] = max(scales.get(name, 0.0), float(constants[quantize.input[1]].reshape(-1).max()))
     nodes = strip_qdq(int8_model).graph.node
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    readers = Counter(name for node in nodes for name in node.input)
     for node in reversed(nodes):
-        if node.op_type in REORDERS and node.output[0] in scales and node.input[0] not in constants:
-            scales.setdefault(node.input[0], scales[node.output[0]])
+        before = node.input[0] if node.input else ""
+        if node.op_type in REORDERS:
+            back = True
+        elif readers[before] == 1:
+            pooled = node.op_type == "MaxPool" and made_by.get(before) == "Relu"
+            back = node.op_type == "Relu" or pooled or (node.op_type == "Resize" and _keeps_range(node))
+        else:
+            back = False
+        if back and before not in constants and node.output[0] in scales:
+            scales.setdefault(before, scales[node.output[0]])
     for node in nodes:
         data = list(node.input) if node.op_type == "Concat" else list(node.input[:1])
         found = {scales.get(name) for name in data}
@@ -168,8 +179,8 @@ def write_calibration_cache(
         version: of TensorRT, as its header has it: 8503 for 8.5.3, 100300 for 10.3.
 
     Returns:
-        `tensors`, how many have a scale; `missing`, the float tensors without one, which run in FP16 or FP32 (those between
-        operators that the builder fuses need none: a convolution before its ReLU).
+        `tensors`, how many have a scale; `missing`, the tensors without one, which run in FP16 or FP32 (a convolution
+        before a residual add, what stays float).
 
     Raises:
         UserError: another flavour, nothing quantized, a name that `float_model` lacks or that the format cannot hold.

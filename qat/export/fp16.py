@@ -189,7 +189,7 @@ class _Plan:
             raise UserError(
                 f"{node_name(node)}: found {node.op_type} with a graph inside, expected a graph without branches"
             )
-        if not floats or all(not self.is_float(name) for name in node.output) and node.op_type in ANY_INPUT:
+        if not floats or (all(not self.is_float(name) for name in node.output) and node.op_type in ANY_INPUT):
             return
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
