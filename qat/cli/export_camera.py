@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="form of the INT8 graph: tensorrt (default; TensorRT and OpenVINO) or onnxruntime (its CPU's fusions)",
     )
     parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
+    parser.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="of a float checkpoint, export the camera branch alone, which lies under NAME: encoders.camera in a whole "
+        "camera+lidar model, '' in a state dict of the branch by itself",
+    )
     parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
 
 
@@ -41,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Exports, then prints what was written and how close it is to PyTorch."""
     from qat.export.checkpoint import export_checkpoint
 
-    folder, manifest = export_checkpoint(args.ckpt, args.precision, args.out, args.config, args.flavour)
+    folder, manifest = export_checkpoint(args.ckpt, args.precision, args.out, args.config, args.flavour, args.prefix)
     for part in manifest["parts"].values():
         size = (folder / part["file"]).stat().st_size / 1e6
         worst = min(part["verification"].items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])
