@@ -60,18 +60,12 @@ def _short(value: torch.Tensor) -> str:
 
 
 BRANCH = "encoders.camera."
-BRANCH_PARTS = ("backbone", "neck", "vtransform")
 
 
 def _branch_prefixes(names: Iterable[str]) -> list[str]:
-    """The prefixes under which all parts of a camera branch lie, in the names' order."""
-    found: dict[str, set[str]] = {}
-    for name in names:
-        words = name.split(".")
-        for n, word in enumerate(words):
-            if word in BRANCH_PARTS:
-                found.setdefault(".".join(words[:n]), set()).add(word)
-    return [prefix for prefix, parts in found.items() if len(parts) == len(BRANCH_PARTS)]
+    """The prefixes under which a camera branch lies: only that has a view transform (others too have a backbone)."""
+    split = [name.split(".") for name in names]
+    return list(dict.fromkeys(".".join(w[: w.index("vtransform")]) for w in split if "vtransform" in w[:-1]))
 
 
 def _before(prefix: str) -> str:
@@ -91,7 +85,7 @@ def take_branch(state: Mapping[str, Any], prefix: str, source: str) -> tuple[dic
     """
     before = _before(prefix)
     inside = {f"{BRANCH}{name[len(before) :]}": value for name, value in state.items() if name.startswith(before)}
-    if not any(name.startswith(tuple(f"{BRANCH}{part}." for part in BRANCH_PARTS)) for name in inside):
+    if not any(name.startswith(f"{BRANCH}vtransform.") for name in inside):
         expected = " or ".join(map(repr, _branch_prefixes(state)))
         if not expected:
             expected = f"backbone, neck and vtransform under it; its names are {_grouped(list(state), 2)}"
