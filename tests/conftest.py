@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from qat.core.config import load_config
 from qat.models import build_model
@@ -107,6 +108,57 @@ def make_tiny_model(tiny_config):
         return model
 
     return make
+
+
+# What a camera+lidar model holds besides its camera branch, as BEVFusion names it.
+LIDAR_TENSORS = {
+    "encoders.lidar.backbone.conv_input.0.weight": (16, 3, 3, 3, 5),
+    "encoders.lidar.backbone.conv_out.1.bias": (128,),
+    "fuser.0.weight": (256, 266, 3, 3),
+    "decoder.backbone.blocks.0.0.weight": (128, 256, 3, 3),
+    "decoder.neck.deblocks.0.0.weight": (256, 128, 1, 1),
+    "heads.object.decoder.0.self_attn.in_proj_weight": (384, 128),
+}
+
+
+@pytest.fixture(scope="session")
+def fusion_config(tiny_config):
+    """A camera+lidar model's config around `tiny_config`'s camera branch: what surrounds that is known to no code here."""
+    config = copy.deepcopy(tiny_config)
+    config["model"] |= {
+        "fuser": {"type": "ConvFuser", "in_channels": [10, 256], "out_channels": 256},
+        "decoder": {"backbone": {"type": "SECOND", "in_channels": 256}, "neck": None},
+        "heads": {"map": {"type": "BEVSegmentationHead"}, "object": {"type": "TransFusionHead", "num_proposals": 200}},
+    }
+    config["model"]["encoders"]["lidar"] = {
+        "voxelize": {"max_num_points": 10, "voxel_size": [0.075, 0.075, 0.2]},
+        "backbone": {"type": "SparseEncoder", "in_channels": 5, "sparse_shape": [1440, 1440, 41]},
+    }
+    del config["object_classes"]
+    return config
+
+
+@pytest.fixture(scope="session")
+def make_fusion_state(make_tiny_model):
+    """() → a state dict of such a model, whose camera branch has `make_tiny_model`'s weights."""
+
+    def make():
+        own = make_tiny_model().state_dict()
+        camera = {name: tensor for name, tensor in own.items() if name.startswith("encoders.camera.")}
+        rng = torch.Generator().manual_seed(1)
+        return camera | {name: torch.randn(shape, generator=rng) for name, shape in LIDAR_TENSORS.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fusion_files(tmp_path_factory, fusion_config, make_fusion_state):
+    """{"config": configs.yaml, "checkpoint": bevfusion.pth} of a camera+lidar model; nothing may change them."""
+    folder = tmp_path_factory.mktemp("fusion")
+    files = {"config": folder / "configs.yaml", "checkpoint": folder / "bevfusion.pth"}
+    files["config"].write_text(yaml.safe_dump(fusion_config))
+    torch.save({"state_dict": make_fusion_state(), "meta": {"epoch": 6}}, files["checkpoint"])
+    return files
 
 
 CAMERAS = ("FRONT", "LEFT", "RIGHT")

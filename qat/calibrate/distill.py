@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from qat.core.config import is_camera_branch
 from qat.core.geometry import PoolPattern
 from qat.lean import QuantizedDetector
 
@@ -25,7 +26,8 @@ BOX_WEIGHTS = {"vel": 0.2}  # CenterPoint's and BEVFusion's code weights; 1 for 
 @dataclass
 class Outputs:
     """What the losses compare, of B frames with N cameras: depth_weights [B·N,D,fH,fW], context [B·N,C,fH,fW], the
-    decoder's map bev [B,C,nx,ny] and the head's maps of each task. float32."""
+    decoder's map bev [B,C,nx,ny] and the head's maps of each task. Of a camera branch alone bev is what its downsampling
+    gives, and there are no maps. float32."""
 
     depth_weights: torch.Tensor
     context: torch.Tensor
@@ -49,8 +51,10 @@ def run_network(
     depth_weights, context = model.vtransform.split(logits.float())
     pooled = model.pool(depth_weights, context, patterns)
     with precision:
-        bev = model.decode_bev(model.downsample(pooled))
-        maps = model.head(bev)
+        bev, maps = model.downsample(pooled), []
+        if not is_camera_branch(model.config):
+            bev = model.decode_bev(bev)
+            maps = model.head(bev)
     return Outputs(
         depth_weights, context, bev.float(), [{name: x.float() for name, x in task.items()} for task in maps]
     )
@@ -91,17 +95,16 @@ def box_loss(maps: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor
 
 
 def distillation_losses(student: Outputs, teacher: Outputs) -> dict[str, torch.Tensor]:
-    """The mean over frames of each loss, not weighted: `image`, `bev`, `heat` and `box` (means over tasks)."""
+    """The mean over frames of each loss, not weighted: `image`, `bev`, and where there are maps `heat` and `box` (means over
+    tasks)."""
     frames = len(teacher.bev)
     image = relative_error(student.depth_weights, teacher.depth_weights, frames) + relative_error(
         student.context, teacher.context, frames
     )
+    losses = {"image": image.mean(), "bev": relative_error(student.bev, teacher.bev, frames).mean()}
     pairs = list(zip(student.maps, teacher.maps, strict=True))
+    if not pairs:
+        return losses
     heat = torch.stack([heat_loss(own["heatmap"], wanted["heatmap"]) for own, wanted in pairs])
     box = torch.stack([box_loss(own, wanted) for own, wanted in pairs])
-    return {
-        "image": image.mean(),
-        "bev": relative_error(student.bev, teacher.bev, frames).mean(),
-        "heat": heat.mean(),
-        "box": box.mean(),
-    }
+    return {**losses, "heat": heat.mean(), "box": box.mean()}

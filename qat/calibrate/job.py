@@ -16,14 +16,14 @@ from qat.calibrate.checkpoint import save_ptq
 from qat.calibrate.distributed import device, place
 from qat.calibrate.ptq import CalibrationReport, calibrate, int8_layers
 from qat.calibrate.sensitivity import Metric, measure_sensitivity
-from qat.core.config import load_config
+from qat.core.config import load_config, need_boxes
 from qat.core.errors import UserError
 from qat.core.files import sha256, write_json
 from qat.core.progress import progress_bar
 from qat.data import NuScenesDataset, check_annotated
-from qat.lean import AUTO, Inventory, QuantizedDetector
+from qat.lean import Inventory, QuantizedDetector, auto_methods
 from qat.lean.placement import Kept
-from qat.models import load_float_model
+from qat.models import load_float_branch, load_float_model
 
 FEW_FRAMES = 8
 
@@ -68,11 +68,14 @@ def calibrate_checkpoint(
     by_layer: Sequence[tuple[str, str]] = (),
     budget: BudgetOptions | None = None,
     equalize: bool = True,
+    prefix: str | None = None,
 ) -> CalibrationResult:
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
 
     method: one of `qat.lean.METHODS`, or "auto": what serves each part best (`qat.lean.AUTO`). by_layer goes before it.
     budget: leaves units float for it, and writes `<out>.budget.json` and `.budget.png` beside `out`.
+    prefix: takes the camera branch alone, which lies under it in the checkpoint ("encoders.camera" in a whole BEVFusion
+    model, "" in a state dict of the branch alone); of the config only that branch is looked at. None for the whole model.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
     Raises:
@@ -82,12 +85,20 @@ def calibrate_checkpoint(
         raise UserError(f"--percentile: found {percentile}, expected above 50 and at most 100")
     if budget is not None and place()[1] > 1:
         raise UserError("--budget: found several processes, expected one; leave torchrun out")
+    settings = load_config(config, None if prefix is None else "camera")
+    if budget is not None:
+        need_boxes(settings, "--budget", "leave --budget out")
     title = method
     if method == "auto":
-        method, parts = AUTO
+        method, parts = auto_methods(settings)
         by_layer = (*by_layer, *parts)
-    settings = load_config(config)
-    model = load_float_model(settings, checkpoint).to(device())
+    branch: dict[str, object] = {}
+    if prefix is None:
+        model = load_float_model(settings, checkpoint)
+    else:
+        model, left_out = load_float_branch(settings, checkpoint, prefix)
+        branch = {"branch": {"prefix": prefix, "left_out": left_out}}
+    model.to(device())
     dataset = NuScenesDataset(data, split, settings, version, frames)
     scored = None
     if budget is not None:  # opened before the work begins: what is wrong with it is told at once
@@ -123,6 +134,7 @@ def calibrate_checkpoint(
         "dataset": data.name,
         "frames_sha256": hashlib.sha256("".join(dataset.tokens).encode()).hexdigest(),
         "float_checkpoint": {"file": checkpoint.name, "sha256": sha256(checkpoint)},
+        **branch,
         "int8_share_of_macs": round(report.int8_share, 4),
         "unexcited": report.unexcited,
     }
@@ -179,6 +191,12 @@ def print_summary(result: CalibrationResult) -> None:
         table.add_row(part, str(active), str(len(layers)), f"{share:.1%}" if on else "off")
     console = Console()
     console.print(table)
+    if isinstance(branch := result.recipe.get("branch"), dict):
+        console.print(
+            f"camera branch alone: {branch['left_out']} tensors of the checkpoint lie outside {branch['prefix']!r} and were "
+            "left out",
+            highlight=False,
+        )
     console.print(f"INT8 share of all MACs: {report.int8_share:.1%}")
     for inventory in model.inventory.values():
         for kept, names in by_reason(inventory).items():

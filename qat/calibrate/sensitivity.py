@@ -22,6 +22,7 @@ from rich.table import Table
 from qat import __version__
 from qat.calibrate.ptq import check_frame, counting_macs
 from qat.core.centerhead import Detections
+from qat.core.config import is_camera_branch, need_boxes
 from qat.core.errors import UserError
 from qat.core.files import read_arrays, write_arrays, write_figure
 from qat.core.progress import progress_bar
@@ -31,8 +32,10 @@ from qat.lean.modes import quantizers_off
 from qat.lean.units import Unit, only_on, units
 from qat.models.run import Frame, boxes_of, frame_tensors
 
-# The decoder's map; all of the head's maps together; and these in the cells where the float network sees an object.
+# The decoder's map; all of the head's maps together; and these in the cells where the float network sees an object. A
+# camera branch alone has the first, which is then what its downsampling gives.
 TENSORS = ("bev", "heads", "objects")
+HEADINGS = {"bev": "SQNR BEV", "heads": "SQNR heads", "objects": "at objects"}
 HOT = 0.1  # heat above which a cell is an object's
 ALL = "all of them"
 Metric = Callable[[Mapping[str, Detections]], Mapping[str, float]]
@@ -42,7 +45,7 @@ Metric = Callable[[Mapping[str, Detections]], Mapping[str, float]]
 class UnitDamage:
     """What one unit does alone.
 
-    layers: with INT8 weights. macs_share: theirs, of all multiply-accumulates. sqnr_db: at each of `TENSORS`, against
+    layers: with INT8 weights. macs_share: theirs, of all multiply-accumulates. sqnr_db: at each of `tensors_of`, against
     float; 200 where nothing changed, or no object was seen. metric: with this unit alone in INT8, and drop: what it lost of float's; None without a metric.
     """
 
@@ -68,6 +71,11 @@ class Sensitivity:
         return asdict(self)
 
 
+def tensors_of(model: QuantizedDetector) -> tuple[str, ...]:
+    """Those of `TENSORS` that a detector has."""
+    return TENSORS[:1] if is_camera_branch(model.config) else TENSORS
+
+
 class _FloatTensors:
     """What the float network has between its parts on one frame, and any part's continuation from there."""
 
@@ -77,8 +85,14 @@ class _FloatTensors:
         with quantizers_off(model), nullcontext() if macs is None else counting_macs(model, macs):
             self.pooled = model.pool(*model.lift(self.img, self.depth), self.patterns)
             self.lowered = model.downsample(self.pooled)
-            self.bev = model.decode_bev(self.lowered)
-            self.maps = model.head(self.bev)
+            self.bev, self.maps = self._behind(self.lowered)
+
+    def _behind(self, lowered: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        """The BEV features and head maps from what the view transform gives; of a camera branch, that and no maps."""
+        if is_camera_branch(self.model.config):
+            return lowered, []
+        bev = self.model.decode_bev(lowered)
+        return bev, self.model.head(bev)
 
     def run(self, part: str) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
         """The BEV features and head maps when everything up to `part` was float."""
@@ -91,11 +105,12 @@ class _FloatTensors:
             lowered = model.downsample(self.pooled)
         else:
             lowered = model.downsample(model.pool(*model.lift(self.img, self.depth), self.patterns))
-        bev = model.decode_bev(lowered)
-        return bev, model.head(bev)
+        return self._behind(lowered)
 
 
 def _flat(maps: Sequence[Mapping[str, torch.Tensor]]) -> np.ndarray:
+    if not maps:
+        return np.zeros(0)
     return torch.cat([value.flatten() for task in maps for value in task.values()]).double().cpu().numpy()
 
 
@@ -125,17 +140,18 @@ def _one_frame(
         bev, maps = tensors.bev.double().flatten().cpu().numpy(), _flat(tensors.maps)
         if not (np.isfinite(bev).all() and np.isfinite(maps).all()):
             raise UserError(f"frame {frame.token}: the float network gives values that are not finite")
-        objects = _objects(tensors.maps)
+        objects = _objects(tensors.maps) if tensors.maps else None
         rows = [([unit], unit.part) for unit in every] + [(list(every), "camera")]
-        energies = np.zeros((len(rows), len(TENSORS), 2))
+        energies = np.zeros((len(rows), len(tensors_of(model)), 2))
         boxes = []
         for n, (chosen, part) in enumerate(rows):
             with only_on(model, chosen):
                 own_bev, own_maps = tensors.run(part)
             energies[n, 0] = _energy(bev, own_bev.double().flatten().cpu().numpy())
-            found_maps = _flat(own_maps)
-            energies[n, 1] = _energy(maps, found_maps)
-            energies[n, 2] = _energy(maps[objects], found_maps[objects])
+            if objects is not None:
+                found_maps = _flat(own_maps)
+                energies[n, 1] = _energy(maps, found_maps)
+                energies[n, 2] = _energy(maps[objects], found_maps[objects])
             if with_boxes:
                 boxes.append(boxes_of(own_maps, model.config))
             progress(n + 1)
@@ -166,8 +182,11 @@ def measure_sensitivity(
         metric: boxes by frame token → figures such as {"map": …, "nds": …}.
 
     Raises:
-        UserError: no frames, nothing quantized, or a frame with NaN.
+        UserError: no frames, nothing quantized, a frame with NaN, or a metric asked of a camera branch alone.
     """
+    if metric is not None:
+        need_boxes(model.config, "--metric map", "give --metric sqnr, which judges the BEV features")
+    tensors = tensors_of(model)
     every = units(model)
     if not every:
         raise UserError("sensitivity: found no quantizer that is on, expected a calibrated detector")
@@ -176,7 +195,7 @@ def measure_sensitivity(
     name = hashlib.sha256(
         json.dumps([__version__, key, model.config, [u.name for u in every]], sort_keys=True).encode()
     ).hexdigest()[:16]
-    energies = np.zeros((len(every) + 1, len(TENSORS), 2))
+    energies = np.zeros((len(every) + 1, len(tensors), 2))
     boxes: list[dict[str, Detections]] = [{} for _ in range(len(every) + 2)]
     macs: dict[str, int] = {}
     rows_each = len(every) + 1
@@ -211,14 +230,14 @@ def measure_sensitivity(
     ):
         figures = dict(metric(boxes[n])) if metric is not None else None
         drop = {k: reference[k] - v for k, v in figures.items()} if figures is not None and reference else None
-        sqnr = {tensor: round(decibels(*energies[n, t]), 2) for t, tensor in enumerate(TENSORS)}
+        sqnr = {tensor: round(decibels(*energies[n, t]), 2) for t, tensor in enumerate(tensors)}
         share = sum(macs[layer] for layer in layers) / total
         rows.append(UnitDamage(title, list(layers), round(share, 6), sqnr, figures, drop))
     *alone, together = rows
 
-    def harm(row: UnitDamage) -> tuple[float, float, float]:
+    def harm(row: UnitDamage) -> tuple[float, ...]:
         drop = -next(iter(row.drop.values())) if row.drop else 0.0
-        return drop, row.sqnr_db["objects"], row.sqnr_db["heads"]
+        return drop, *(row.sqnr_db[tensor] for tensor in reversed(tensors[1:] or tensors))
 
     return Sensitivity(len(frames), sorted(alone, key=harm), together, reference)
 
@@ -227,11 +246,18 @@ def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
     """Prints the most harmful units, and all of them together."""
     table = Table(title=f"damage of each quantized unit alone, over {found.frames} frames", title_justify="left")
     names = list(found.reference or {})
-    for heading in ("unit", "layers", "MACs", "SQNR BEV", "SQNR heads", "at objects", *(f"Δ {name}" for name in names)):
+    tensors = list(found.together.sqnr_db)
+    for heading in (
+        "unit",
+        "layers",
+        "MACs",
+        *(HEADINGS[tensor] for tensor in tensors),
+        *(f"Δ {name}" for name in names),
+    ):
         table.add_column(heading, justify="left" if heading == "unit" else "right", overflow="fold")
     for row in [*found.units[:most], found.together]:
         drops = [f"{-row.drop[name]:+.4f}" for name in names] if row.drop else []
-        sqnr = [f"{row.sqnr_db[t]:.1f} dB" for t in TENSORS]
+        sqnr = [f"{row.sqnr_db[t]:.1f} dB" for t in tensors]
         table.add_row(row.name, str(len(row.layers)), f"{row.macs_share:.1%}", *sqnr, *drops)
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
@@ -240,15 +266,18 @@ def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
 
 
 def draw_sensitivity(found: Sensitivity, path: Path, most: int = 40) -> None:
-    """Writes a PNG: noise at the head maps where objects are, in dB below the signal, of the most harmful units."""
+    """Writes a PNG: noise at the head maps where objects are, in dB below the signal, of the most harmful units; of a
+    camera branch alone, noise at the BEV features."""
     from matplotlib.figure import Figure
 
-    rows = sorted(found.units, key=lambda row: row.sqnr_db["objects"])[:most][::-1]
+    judged = list(found.together.sqnr_db)[-1]
+    where = {"bev": "the BEV features", "objects": "the head maps where objects are"}[judged]
+    rows = sorted(found.units, key=lambda row: row.sqnr_db[judged])[:most][::-1]
     figure = Figure(figsize=(8, 1.2 + 0.2 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([row.name for row in rows], [row.sqnr_db["objects"] for row in rows], color="#4477aa")
-    axes.axvline(found.together.sqnr_db["objects"], color="#cc3311", label="all units on")
-    axes.set(xlabel="SQNR at the head maps where objects are, dB (lower does more harm)")
+    axes.barh([row.name for row in rows], [row.sqnr_db[judged] for row in rows], color="#4477aa")
+    axes.axvline(found.together.sqnr_db[judged], color="#cc3311", label="all units on")
+    axes.set(xlabel=f"SQNR at {where}, dB (lower does more harm)")
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
     axes.legend(loc="lower right")

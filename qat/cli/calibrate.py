@@ -3,6 +3,9 @@
 example:
   bevqat calibrate --data example-data --split calib --out runs/calibrate/ptq.pth
 
+The camera branch alone, out of a whole camera+lidar model:
+  bevqat calibrate --config configs.yaml --ckpt bevfusion.pth --prefix encoders.camera --data data --out runs/ptq.pth
+
 Several processes share the frames and end with the same ranges:
   torchrun --nproc-per-node 2 qat/calibrate.py --out runs/calibrate/ptq.pth
 """
@@ -21,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("--config", type=Path, default=MODEL / "config.yaml", metavar="YAML")
     parser.add_argument("--ckpt", type=Path, default=MODEL / "camera-tiny.pth", metavar="CKPT", help="float checkpoint")
+    parser.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="take the camera branch alone, which lies under NAME in the checkpoint: encoders.camera in a whole camera+lidar "
+        "model, '' in a state dict of the branch by itself",
+    )
     add_data_flags(parser, "calib", "calibrate on")
     parser.add_argument(
         "--method",
@@ -92,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
             by_layer=by_layer,
             budget=budget,
             equalize=not args.no_equalize,
+            prefix=args.prefix,
         )
     if rank == 0:
         print_summary(result)

@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights to seven bits, for CPUs without VNNI (flavour onnxruntime): their u8·s8 sums saturate",
     )
     parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
+    parser.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="of a float checkpoint, export the camera branch alone, which lies under NAME: encoders.camera in a whole "
+        "camera+lidar model, '' in a state dict of the branch by itself",
+    )
     parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
 
 
@@ -68,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         args.config,
         args.flavour,
+        prefix=args.prefix,
         opset=args.opset,
         batch=args.batch,
         dynamic_batch=args.dynamic_batch,

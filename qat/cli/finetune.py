@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.calibrate import load_ptq
     from qat.calibrate.distributed import process_group
     from qat.calibrate.finetune import FinetuneOptions, finetune
+    from qat.core.config import need_boxes
     from qat.data import check_annotated
 
     names = {field.name for field in dataclasses.fields(FinetuneOptions)}
@@ -81,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     data = [root_and_split(text, "--data") for text in args.data]
     held_out = root_and_split(args.held_out, "--held-out") if args.held_out else None
     if held_out is not None:  # opened before the work begins: what is wrong with it is told at once
-        check_annotated(_held_out(args, held_out, load_ptq(args.ckpt)[0].config))
+        config = load_ptq(args.ckpt)[0].config
+        need_boxes(config, "--held-out", "leave --held-out out")
+        check_annotated(_held_out(args, held_out, config))
     with process_group() as (rank, _):
         result = finetune(args.ckpt, data, args.out, options, args.version, lambda s: print(s, flush=True))
     if rank > 0:

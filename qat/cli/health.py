@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for a folder, the config whose test pipeline reads the data (default camera-tiny's); for a float checkpoint, "
         "instead of the one inside or beside it",
     )
+    parser.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="of a float checkpoint, check the camera branch alone, which lies under NAME: as calibrate's --prefix",
+    )
     add_data_flags(parser, "calib", "check on")
     parser.add_argument(
         "--saturation",
@@ -44,18 +49,29 @@ def run(args: argparse.Namespace) -> int:
     from qat.cli import FAILED, OK
     from qat.compare.health import check_detector, check_parts, print_health
     from qat.core.config import load_config
+    from qat.core.errors import UserError
+    from qat.core.manifest import load_manifest
     from qat.data import NuScenesDataset
     from qat.export.checkpoint import config_of
-    from qat.models import load_checkpoint, load_float_model
+    from qat.models import load_checkpoint, load_float_branch, load_float_model
 
-    if args.source.is_dir():
-        config = load_config(args.config or Path("model/camera-tiny/config.yaml"))
+    folder = args.source.is_dir()
+    checkpoint = {} if folder else load_checkpoint(args.source)
+    if args.prefix is not None and (folder or checkpoint.get("format") == "bevqat-ptq"):
+        what = "a folder of exported parts" if folder else "a PTQ checkpoint"
+        raise UserError(f"{args.source}: {what} knows whether it is a camera branch alone; leave --prefix out")
+    if folder:
+        branch = load_manifest(args.source, check_files=False)["pipeline"].get("branch")
+        config = load_config(args.config or Path("model/camera-tiny/config.yaml"), branch)
         frames = NuScenesDataset(args.data, args.split, config, args.version, args.frames)
         found = check_parts(args.source, frames)
     else:
-        checkpoint = load_checkpoint(args.source)
         if checkpoint.get("format") == "bevqat-ptq":
             model: Any = load_ptq(args.source)[0]
+        elif args.prefix is not None:
+            model, _ = load_float_branch(
+                config_of(args.source, checkpoint, args.config, "camera"), args.source, args.prefix
+            )
         else:
             model = load_float_model(config_of(args.source, checkpoint, args.config), args.source)
         found = check_detector(model, NuScenesDataset(args.data, args.split, model.config, args.version, args.frames))

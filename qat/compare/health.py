@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from qat.calibrate.ptq import run_frame
+from qat.core.config import is_camera_branch
 from qat.core.manifest import load_manifest
 from qat.lean.quantizer import Quantizer
 from qat.runtime import Pipeline, SampleTensors
@@ -121,6 +122,7 @@ def _watched_modules(model: nn.Module, watch: _Watch) -> Iterator[None]:
 def check_detector(model: Any, frames: Iterable[Any]) -> Health:
     """Runs a float or quantized detector and watches every layer."""
     watch = _Watch()
+    whose = "the camera branch's" if is_camera_branch(model.config) else "the head's"
     with _watched_modules(model, watch), torch.inference_mode():
         for frame in frames:
             watch.begin(frame.token)
@@ -128,7 +130,7 @@ def check_detector(model: Any, frames: Iterable[Any]) -> Health:
             watch.see("the frame's depth", frame.depth)
             for task in run_frame(model, frame):
                 for name, value in task.items():
-                    watch.see(f"the head's {name}", value.numpy())
+                    watch.see(f"{whose} {name}", value.numpy())
     return watch.health
 
 

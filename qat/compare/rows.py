@@ -14,12 +14,14 @@ import torch
 
 from qat import __version__
 from qat.calibrate import load_ptq
+from qat.core.config import need_boxes
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
 from qat.engine import BACKENDS, Options
 from qat.export import pipeline_settings, torch_parts
 from qat.export.checkpoint import config_of
+from qat.lean import QuantizedDetector
 from qat.models import load_checkpoint, load_float_model
 from qat.runtime import Pipeline
 
@@ -86,6 +88,18 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
             )
 
 
+def _check_whole(sources: Sources, quantized: QuantizedDetector | None) -> None:
+    """A camera branch alone has no accuracy: what it was taken out of turns its features into boxes."""
+    mend = "what INT8 costs at a branch's BEV features is what `bevqat sensitivity` tells"
+    if quantized is not None:
+        need_boxes(quantized.config, str(sources.ptq), mend)
+    for folder in (*sources.fp32, *sources.int8):
+        if load_manifest(folder, check_files=False)["pipeline"].get("branch") is not None:
+            raise UserError(
+                f"{folder}: found the camera branch's parts alone, which give no boxes, expected a whole detector's; {mend}"
+            )
+
+
 def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tuple[list[Row], dict[str, Any]]:
     """Loads or builds every row; PyTorch FP32, the reference, comes first.
 
@@ -104,8 +118,10 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
         quantized, recipe = load_ptq(sources.ptq)
         ptq_hash = sha256(sources.ptq)
         files.append({"what": "PTQ checkpoint", "file": sources.ptq.name, "sha256": ptq_hash})
+    _check_whole(sources, quantized)
     _same_weights(sources, recipe, float_hash, ptq_hash)
     config = config_of(sources.ckpt, checkpoint, sources.config)
+    need_boxes(config, str(sources.ckpt), "give the whole detector's config")
     settings = pipeline_settings(config)
     torch_version = metadata.version("torch")
     detector = load_float_model(config, sources.ckpt)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -12,6 +13,7 @@ from qat.core.errors import UserError
 from qat.core.schema import MAPS, problems
 
 Config = dict[str, Any]
+Branch = Literal["camera"]
 
 # The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input.
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
@@ -24,6 +26,12 @@ TYPES = {
     "model.decoder.neck": ("LSSFPN", "SECONDFPN"),
     "model.heads.object": ("CenterHead",),
 }
+CAMERA_BRANCH = "model.encoders.camera"
+# Of a whole model's config, what the camera branch, its data and its training read besides the branch and the test pipeline.
+_KEPT = ("image_size", "point_cloud_range", "object_classes", "load_dim", "augment2d", "augment3d")
+_TAKE_OUT = (
+    "calibrate and export-camera take the camera branch out of a camera+lidar model with --prefix encoders.camera"
+)
 
 
 class _Checker:
@@ -81,30 +89,55 @@ def _find_interpolation(value: Any, path: str = "") -> tuple[str, str] | None:
     return None
 
 
-def check_config(config: Mapping[str, Any], source: str = "config") -> None:
-    """Raises `UserError` naming the key, what was found and what was expected, for a config we cannot build."""
+def check_config(config: Mapping[str, Any], source: str = "config", branch: Branch | None = None) -> None:
+    """Raises `UserError` naming the key, what was found and what was expected, for a config we cannot build.
+
+    branch: "camera" checks what `camera_branch` takes out of a whole model's config and nothing else: another encoder,
+    a fuser, decoder or heads may be anything, or absent. A config that is a camera branch alone needs no telling.
+    """
     check = _Checker(config, source)
-    if found := _find_interpolation(config.get("model")):
-        raise check.fail(f"model.{found[0]}", found[1], "a resolved value: give the run's dumped configs.yaml")
-    height, width = (int(v) for v in check.numbers("image_size", 2))
+    if branch == "camera" or is_camera_branch(config):
+        _check_resolved(check, CAMERA_BRANCH, check.get(CAMERA_BRANCH))
+        _check_resolved(check, "data.test.pipeline", test_pipeline(config, source))
+        _check_camera(check)
+        return
+    _check_resolved(check, "model", config.get("model"))
+    check.numbers("image_size", 2)
     check.numbers("point_cloud_range", 6)
     model = check.get("model")
     encoders = check.get("model.encoders")
     for sensor, encoder in encoders.items():
         if sensor != "camera" and encoder is not None:
-            raise check.fail(f"model.encoders.{sensor}", "an encoder", "null: only the camera branch is supported")
+            expected = f"null: only the camera branch is supported; {_TAKE_OUT}"
+            raise check.fail(f"model.encoders.{sensor}", "an encoder", expected)
     for head, value in check.get("model.heads").items():
         if head != "object" and value is not None:
             raise check.fail(f"model.heads.{head}", "a head", "null: only object detection is supported")
     if model.get("fuser") is not None:
-        raise check.fail("model.fuser", "a fuser", "null: a camera-only detector has none")
-    for path, types in TYPES.items():
+        raise check.fail("model.fuser", "a fuser", f"null: a camera-only detector has none; {_TAKE_OUT}")
+    _check_camera(check)
+    _check_types(check, [path for path in TYPES if not path.startswith(CAMERA_BRANCH)])
+    _check_head(check)
+
+
+def _check_resolved(check: _Checker, path: str, value: Any) -> None:
+    if found := _find_interpolation(value, path):
+        raise check.fail(found[0], found[1], "a resolved value: give the run's dumped configs.yaml")
+
+
+def _check_types(check: _Checker, paths: Sequence[str]) -> None:
+    for path in paths:
         kind = check.get(f"{path}.type")
-        if kind not in types:
-            raise check.fail(f"{path}.type", kind, "one of " + ", ".join(types))
+        if kind not in TYPES[path]:
+            raise check.fail(f"{path}.type", kind, "one of " + ", ".join(TYPES[path]))
         check.options(path, kind)
 
-    vt = "model.encoders.camera.vtransform"
+
+def _check_camera(check: _Checker) -> None:
+    """The camera branch: its networks' options, and that the sizes fit each other."""
+    height, width = (int(v) for v in check.numbers("image_size", 2))
+    _check_types(check, [path for path in TYPES if path.startswith(CAMERA_BRANCH)])
+    vt = f"{CAMERA_BRANCH}.vtransform"
     transform = check.get(vt)
     for key in ("in_channels", "out_channels"):
         check.get(f"{vt}.{key}")
@@ -118,7 +151,6 @@ def check_config(config: Mapping[str, Any], source: str = "config") -> None:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"stride 8, {[height // 8, width // 8]}: dtransform has it")
     for key in ("xbound", "ybound", "zbound", "dbound"):
         check.bound(f"{vt}.{key}")
-    _check_head(check)
 
 
 def _check_head(check: _Checker) -> None:
@@ -171,8 +203,53 @@ def _check_head(check: _Checker) -> None:
                 raise check.fail(f"{where}.test_cfg.nms_scale", scales, f"a factor for each of {list(task)}")
 
 
-def load_config(path: str | Path) -> Config:
+def is_camera_branch(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a camera branch alone, as `camera_branch` makes it: its decoder and its heads are null.
+
+    (A config that lacks them is a damaged one of a whole detector.)
+    """
+    model = config.get("model")
+    return isinstance(model, Mapping) and all(name in model and model[name] is None for name in ("decoder", "heads"))
+
+
+def camera_branch(config: Mapping[str, Any]) -> Config:
+    """The camera branch of a whole model's config, checked by `check_config`, as a config of its own.
+
+    It holds `model.encoders.camera`, image_size, the test pipeline and what data and augmentation read; `model.decoder`
+    and `model.heads` are null, by which `is_camera_branch` knows it. Plain containers, nothing shared with `config`.
+    """
+    camera = config["model"]["encoders"]["camera"]
+    # A value that the branch does not need may be unresolved, or a name for something else.
+    kept = {key: config[key] for key in _KEPT if config.get(key) is not None and not _find_interpolation(config[key])}
+    return copy.deepcopy(
+        {
+            **kept,
+            "model": {
+                "encoders": {"camera": {name: camera[name] for name in ("backbone", "neck", "vtransform")}},
+                "decoder": None,
+                "heads": None,
+            },
+            "data": {"test": {"pipeline": test_pipeline(config)}},
+        }
+    )
+
+
+def need_boxes(config: Mapping[str, Any], what: str, mend: str) -> None:
+    """Raises `UserError` where `config` is a camera branch alone, which gives BEV features and no boxes.
+
+    what, mend: the beginning and the end of the message: what asks for boxes, and what to do instead.
+    """
+    if is_camera_branch(config):
+        raise UserError(
+            f"{what}: found a camera branch alone, which gives BEV features and no boxes, expected a whole detector; "
+            f"{mend}"
+        )
+
+
+def load_config(path: str | Path, branch: Branch | None = None) -> Config:
     """Reads and checks a YAML config with BEVFusion's keys, all values resolved.
+
+    branch: "camera" gives the `camera_branch` of a whole model's config; what is outside it is not looked at.
 
     Raises:
         UserError: the file cannot be read, is not YAML, or describes something we cannot build.
@@ -185,14 +262,14 @@ def load_config(path: str | Path) -> Config:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
-    check_config(config, str(path))
-    return config
+    check_config(config, str(path), branch)
+    return camera_branch(config) if branch == "camera" else config
 
 
-def test_pipeline(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def test_pipeline(config: Mapping[str, Any], source: str = "config") -> list[dict[str, Any]]:
     """The steps that test data goes through: `data.test.pipeline`, or `test_pipeline` of an undumped config."""
     data = config.get("data") or {}
     steps = (data.get("test") or {}).get("pipeline") or config.get("test_pipeline")
     if not steps:
-        raise UserError("config: data.test.pipeline: missing; a dumped BEVFusion configs.yaml has it")
+        raise UserError(f"{source}: data.test.pipeline: missing; a dumped BEVFusion configs.yaml has it")
     return list(steps)

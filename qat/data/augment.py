@@ -44,7 +44,7 @@ class AugmentedSet:
     """
 
     def __init__(self, dataset: NuScenesDataset, config: Mapping[str, Any]) -> None:
-        for name in ("augment2d", "augment3d"):
+        for name in ("augment2d", "augment3d", "point_cloud_range"):
             if name not in config:
                 raise UserError(
                     f"config: found no {name}, expected its ranges, as BEVFusion's configs have; `finetune --no-augment` "

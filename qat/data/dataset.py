@@ -116,7 +116,7 @@ class NuScenesDataset(Sequence[Sample]):
         cameras: Sequence[str] = CAMERAS,
     ) -> None:
         self.pipeline = read_pipeline(config)
-        self.classes = list(config["object_classes"])
+        self.classes = list(config.get("object_classes") or ())  # a camera branch's config may have none
         self.cameras = tuple(cameras)
         self.nusc = open_nuscenes(root, version)
         self.split = split

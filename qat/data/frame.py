@@ -42,7 +42,7 @@ def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
         points = read_points(folder / lidar["lidar_path"], pipeline.load_dim)
         points[:, 4] = 0
         names = {index: name for name, index in categories.items()}
-        classes = list(config["object_classes"])
+        classes = list(config.get("object_classes") or ())
         boxes, labels = [], []
         for instance in sample["instances"]:
             category = names.get(instance["bbox_label_3d"])

@@ -58,9 +58,13 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
         weight = numpy_helper.to_array(constants[weight_dq.input[0]])[:, :, 0, 0].T  # [in, out]
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), f"{stem}_weight_s8"))
         parameters = list(weight_dq.input[1:])
-        per_channel = np.size(numpy_helper.to_array(constants[parameters[0]])) > 1 if parameters[0] in constants else True
+        per_channel = (
+            np.size(numpy_helper.to_array(constants[parameters[0]])) > 1 if parameters[0] in constants else True
+        )
         nodes += [
-            helper.make_node("Transpose", [node.input[0]], [f"{stem}_nhwc"], name=f"{node.name}_nhwc", perm=[0, 2, 3, 1]),
+            helper.make_node(
+                "Transpose", [node.input[0]], [f"{stem}_nhwc"], name=f"{node.name}_nhwc", perm=[0, 2, 3, 1]
+            ),
             helper.make_node(
                 "DequantizeLinear",
                 [f"{stem}_weight_s8", *parameters],
@@ -75,12 +79,8 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
         last = f"{stem}_product"
         if len(node.input) > 2:
             last = f"{stem}_sum"
-            nodes.append(
-                helper.make_node("Add", [f"{stem}_product", node.input[2]], [last], name=f"{node.name}_add")
-            )
-        nodes.append(
-            helper.make_node("Transpose", [last], [stem], name=f"{node.name}_nchw", perm=[0, 3, 1, 2])
-        )
+            nodes.append(helper.make_node("Add", [f"{stem}_product", node.input[2]], [last], name=f"{node.name}_add"))
+        nodes.append(helper.make_node("Transpose", [last], [stem], name=f"{node.name}_nchw", perm=[0, 3, 1, 2]))
         if len(consumers[weight_dq.output[0]]) == 1:
             dropped.add(weight_dq.output[0])
         changed += 1

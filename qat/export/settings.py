@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.core.config import CAMERAS, test_pipeline
+from qat.core.config import CAMERAS, is_camera_branch, test_pipeline
 from qat.core.errors import UserError
 
 VTRANSFORM_KEYS = (
@@ -30,6 +30,8 @@ def head_maps(config: Mapping[str, Any]) -> tuple[str, ...]:
 def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] = CAMERAS) -> dict[str, Any]:
     """The manifest's `pipeline` section, plain JSON values.
 
+    Of a camera branch alone, `branch` is "camera", `head` null, and there are no classes and no head maps.
+
     Raises:
         UserError: the config's test pipeline lacks ImageAug3D or ImageNormalize.
     """
@@ -44,10 +46,12 @@ def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] = CAMERA
             raise UserError(f"config: data.test.pipeline: found {', '.join(steps)}, expected {name} among them")
     augment, normalize = steps["ImageAug3D"], steps["ImageNormalize"]
     transform = config["model"]["encoders"]["camera"]["vtransform"]
-    head = config["model"]["heads"]["object"]
+    alone = is_camera_branch(config)
+    head = {} if alone else config["model"]["heads"]["object"]
     return {
+        "branch": "camera" if alone else None,
         "cameras": list(cameras),
-        "classes": list(config["object_classes"]),
+        "classes": [] if alone else list(config["object_classes"]),
         "depth_input": needs_depth(config),
         "image": {
             "size": list(config["image_size"]),
@@ -61,6 +65,6 @@ def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] = CAMERA
             **{key: transform[key] for key in VTRANSFORM_KEYS},
             "downsample": transform.get("downsample", 1),
         },
-        "head": {**{key: head[key] for key in HEAD_KEYS}, "norm_bbox": head.get("norm_bbox", True)},
-        "head_maps": list(head_maps(config)),
+        "head": None if alone else {**{key: head[key] for key in HEAD_KEYS}, "norm_bbox": head.get("norm_bbox", True)},
+        "head_maps": [] if alone else list(head_maps(config)),
     }

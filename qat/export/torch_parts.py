@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qat.core.config import is_camera_branch
 from qat.export.settings import head_maps, needs_depth
 from qat.export.wrappers import CameraBackbone, CameraBackboneWithoutDepth, CameraVTransform, Fuser, HeadBBox
 
@@ -20,8 +21,9 @@ def build_wrappers(detector: Any) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {"camera.backbone": backbone(detector)}
     if config["model"]["encoders"]["camera"]["vtransform"].get("downsample", 1) > 1:
         parts["camera.vtransform"] = CameraVTransform(detector)
-    parts["fuser"] = Fuser(detector)
-    parts["head.bbox"] = HeadBBox(detector, head_maps(config))
+    if not is_camera_branch(config):
+        parts["fuser"] = Fuser(detector)
+        parts["head.bbox"] = HeadBBox(detector, head_maps(config))
     return {name: part.eval() for name, part in parts.items()}
 
 

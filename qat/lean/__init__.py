@@ -9,7 +9,7 @@ detector     the quantized detector, with the float one's interface
 """
 
 from qat.lean.calibrators import METHODS
-from qat.lean.detector import AUTO, QuantizedDetector, quantize_detector
+from qat.lean.detector import AUTO, QuantizedDetector, auto_methods, quantize_detector
 from qat.lean.insert import Inventory, quantize_graph
 
-__all__ = ["AUTO", "METHODS", "Inventory", "QuantizedDetector", "quantize_detector", "quantize_graph"]
+__all__ = ["AUTO", "METHODS", "Inventory", "QuantizedDetector", "auto_methods", "quantize_detector", "quantize_graph"]

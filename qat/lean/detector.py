@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import fx, nn
 
+from qat.core.config import is_camera_branch, need_boxes
 from qat.core.geometry import PoolPattern
 from qat.lean.clean import clean
 from qat.lean.equalize import equalizable, equalize
@@ -20,8 +22,9 @@ from qat.lean.quantizer import Quantizer
 from qat.lean.trace import trace
 from qat.models import CameraBEVDetector
 
-# part name: the detector's method that is traced
+# part name: the detector's method that is traced; a camera branch alone has the first two
 PARTS = {"camera": "camera_logits", "vtransform": "downsample", "decoder": "decode_bev", "head": "head"}
+BRANCH_PARTS = ("camera", "vtransform")
 
 KEEP_FLOAT = (
     FloatRule(
@@ -36,9 +39,21 @@ AUTO = ("mse", (("decoder.*", "max"), ("head.*", "max")))
 PARTS_OFF = ("vtransform",)
 
 
+def part_methods(config: Mapping[str, Any]) -> dict[str, str]:
+    """`PARTS`, as far as a detector of this config has them."""
+    return {name: method for name, method in PARTS.items() if name in BRANCH_PARTS or not is_camera_branch(config)}
+
+
+def auto_methods(config: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """`AUTO` for a detector of this config: without the patterns of parts that it has not."""
+    method, by_layer = AUTO
+    parts = part_methods(config)
+    return method, tuple((pattern, other) for pattern, other in by_layer if pattern.partition(".")[0] in parts)
+
+
 class QuantizedDetector(nn.Module):
     """A camera detector with TensorQuantizers; lift, pool, downsample, decode_bev, head, patterns and forward are
-    CameraBEVDetector's."""
+    CameraBEVDetector's, of a camera branch alone too."""
 
     def __init__(
         self,
@@ -55,7 +70,7 @@ class QuantizedDetector(nn.Module):
         self.parts = nn.ModuleDict()
         self.inventory: dict[str, Inventory] = {}
         self.equalized: dict[str, torch.Tensor] = {}  # `part.quantizer` → what its channels are divided by
-        for name, method in PARTS.items():
+        for name, method in part_methods(self.config).items():
             graph = trace(detector, method)
             clean(graph)
             fold_batch_norm(graph)
@@ -85,11 +100,16 @@ class QuantizedDetector(nn.Module):
 
     def decode_bev(self, x: torch.Tensor) -> torch.Tensor:
         """As `CameraBEVDetector.decode_bev`."""
+        self._need_boxes("decode_bev")
         return self.parts["decoder"](x)
 
     def head(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """As `CameraBEVDetector.head`."""
+        self._need_boxes("head")
         return self.parts["head"](x)
+
+    def _need_boxes(self, method: str) -> None:
+        need_boxes(self.config, f"QuantizedDetector.{method}", "forward gives the features")
 
     def bev_head(self, bev: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """As `CameraBEVDetector.bev_head`."""
@@ -103,7 +123,8 @@ class QuantizedDetector(nn.Module):
         self, img: torch.Tensor, depth: torch.Tensor | None, patterns: Sequence[PoolPattern]
     ) -> list[dict[str, torch.Tensor]]:
         """As `CameraBEVDetector.forward`."""
-        return self.bev_head(self.pool(*self.lift(img, depth), patterns))
+        bev = self.pool(*self.lift(img, depth), patterns)
+        return [{"feat_out": self.downsample(bev)}] if is_camera_branch(self.config) else self.bev_head(bev)
 
     def activation_quantizers(self) -> dict[str, TensorQuantizer]:
         """Quantizers of activations by `part.name`, those switched off too."""

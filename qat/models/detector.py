@@ -1,4 +1,4 @@
-"""The whole camera detector: BEVFusion with its camera branch alone."""
+"""The whole camera detector, BEVFusion without its lidar; or the camera branch of a camera+lidar model, by itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qat.core.config import check_config
+from qat.core.config import check_config, is_camera_branch, need_boxes
 from qat.core.errors import UserError
 from qat.core.geometry import PoolPattern
 from qat.models.backbone import build_backbone
@@ -46,10 +46,11 @@ def first(x: Any) -> torch.Tensor:
 
 
 class CameraBEVDetector(nn.Module):
-    """Images (and sparse depth) to CenterHead's maps.
+    """Images (and sparse depth) to CenterHead's maps; of a camera branch alone, to BEV features.
 
     State-dict names are BEVFusion's: encoders.camera.{backbone,neck,vtransform}, decoder.{backbone,neck},
-    heads.object.
+    heads.object. A camera branch (`qat.core.config.is_camera_branch`) has the first three; its decode_bev, head and
+    bev_head raise `UserError`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -69,6 +70,8 @@ class CameraBEVDetector(nn.Module):
                 )
             }
         )
+        if is_camera_branch(config):
+            return
         self.decoder = nn.ModuleDict(
             {name: _build(model["decoder"][name], f"model.decoder.{name}") for name in ("backbone", "neck")}
         )
@@ -101,11 +104,16 @@ class CameraBEVDetector(nn.Module):
 
     def decode_bev(self, x: torch.Tensor) -> torch.Tensor:
         """The BEV decoder: backbone, then neck."""
+        self._need_boxes("decode_bev")
         return first(self.decoder["neck"](self.decoder["backbone"](x)))
 
     def head(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """The head's maps for each task from the decoder's map."""
+        self._need_boxes("head")
         return self.heads["object"](x)
+
+    def _need_boxes(self, method: str) -> None:
+        need_boxes(self.config, f"CameraBEVDetector.{method}", "forward gives the features")
 
     def bev_head(self, bev: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """Pooled BEV [B,C·nz,nx,ny] → downsample → decoder → the head's maps for each task."""
@@ -125,12 +133,17 @@ class CameraBEVDetector(nn.Module):
     def forward(
         self, img: torch.Tensor, depth: torch.Tensor | None, patterns: Sequence[PoolPattern]
     ) -> list[dict[str, torch.Tensor]]:
-        """img [B,N,3,H,W], depth [B,N,1,H,W] → for each task {map: [B,channels,nx,ny]}; heatmaps are logits."""
-        return self.bev_head(self.pool(*self.lift(img, depth), patterns))
+        """img [B,N,3,H,W], depth [B,N,1,H,W] → for each task {map: [B,channels,nx,ny]}; heatmaps are logits.
+
+        Of a camera branch: one entry with one map, {"feat_out": what `downsample` gives}.
+        """
+        bev = self.pool(*self.lift(img, depth), patterns)
+        return [{"feat_out": self.downsample(bev)}] if is_camera_branch(self.config) else self.bev_head(bev)
 
 
 def build_model(config: Mapping[str, Any]) -> CameraBEVDetector:
-    """Builds the detector that `config` (BEVFusion's schema) describes, randomly initialised.
+    """Builds the detector that `config` (BEVFusion's schema) describes, randomly initialised; of a `camera_branch`'s config
+    the camera branch alone.
 
     Raises:
         UserError: the config asks for something that is not supported, by name.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qat.core.centerhead import Detections, decode
+from qat.core.config import need_boxes
 from qat.core.geometry import PoolPattern
 
 
@@ -33,12 +34,17 @@ def frame_tensors(model: Any, frame: Frame) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def run_frame(model: Any, frame: Frame) -> list[dict[str, torch.Tensor]]:
-    """Runs one frame through all parts; the head's maps for each task. `model` has CameraBEVDetector's interface."""
+    """Runs one frame through all parts; what `CameraBEVDetector.forward` gives. `model` has that class's interface."""
     maps: list[dict[str, torch.Tensor]] = model(*frame_tensors(model, frame))
     return maps
 
 
 def boxes_of(maps: Sequence[Mapping[str, torch.Tensor]], config: Mapping[str, Any]) -> Detections:
-    """Boxes of one frame's head maps. config: the detector's."""
+    """Boxes of one frame's head maps. config: the detector's.
+
+    Raises:
+        UserError: it is a camera branch alone, which has no head.
+    """
+    need_boxes(config, "boxes", "a camera branch is judged by its BEV features (`bevqat sensitivity`)")
     head = config["model"]["heads"]["object"]
     return decode([{name: x.float().cpu().numpy() for name, x in task.items()} for task in maps], head)

@@ -77,15 +77,20 @@ class Pipeline:
     cameras, classes: their names, in the order of the inputs and of `Detections.labels`.
     """
 
-    def __init__(self, parts: Mapping[str, PartRunner], settings: Mapping[str, Any], threads: int = 0) -> None:
+    def __init__(
+        self, parts: Mapping[str, PartRunner], settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline"
+    ) -> None:
         """Puts a detector together from runners.
 
         Args:
-            parts: a runner for each of `qat.core.manifest.PARTS`; camera.vtransform may be left out.
+            parts: a runner for each of `qat.core.manifest.PARTS`; camera.vtransform may be left out. Of a camera branch
+                alone, by its settings, there are no fuser and head.bbox: `forward` works, boxes are refused.
             settings: a manifest's `pipeline` section.
             threads: for BEV pooling, 0 for all cores.
+            source: where the parts came from, for messages.
         """
         self.parts = dict(parts)
+        self._source = source
         self.settings = dict(settings)
         self.cameras: list[str] = list(settings["cameras"])
         self.classes: list[str] = list(settings["classes"])
@@ -116,11 +121,9 @@ class Pipeline:
         found = manifest["precision"]
         if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
             raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
-        needed = [
-            name
-            for name in PARTS
-            if name != "camera.vtransform" or manifest["pipeline"]["vtransform"]["downsample"] > 1
-        ]
+        needed = [PARTS[0], *(PARTS[1:2] if manifest["pipeline"]["vtransform"]["downsample"] > 1 else ())]
+        if manifest["pipeline"]["head"] is not None:  # else the camera branch alone
+            needed += PARTS[2:]
         if missing := [name for name in needed if name not in manifest["parts"]]:
             raise UserError(
                 f"{folder}: found no parts {', '.join(missing)}, expected all; export again without --parts"
@@ -134,7 +137,7 @@ class Pipeline:
             name: build(folder / part["file"], backend, precision or part["precision"], options)
             for name, part in manifest["parts"].items()
         }
-        return cls(parts, manifest["pipeline"], options.threads if options else 0)
+        return cls(parts, manifest["pipeline"], options.threads if options else 0, str(folder))
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -152,30 +155,46 @@ class Pipeline:
             calibration: of the same cameras.
 
         Raises:
-            UserError: not as many images or matrices as cameras, or images of another dtype or shape.
+            UserError: not as many images or matrices as cameras, or images of another dtype or shape; or the parts are
+                a camera branch alone, which gives no boxes.
         """
+        self._need_boxes()
         self.timing_ms = {}
         with self._timed("preprocess"):
             frame = self._preprocess(images, points, calibration)
         return self.decode(self._forward(frame))
 
     def detect_sample(self, sample: SampleTensors) -> Detections:
-        """Detects objects in one preprocessed keyframe."""
+        """Detects objects in one preprocessed keyframe; raises as a call does."""
+        self._need_boxes()
         return self.decode(self.forward(sample))
 
     def forward(self, sample: SampleTensors) -> dict[str, np.ndarray]:
         """Every tensor between the parts for one preprocessed keyframe, by its name in the parts.
 
-        camera_feature, camera_depth_weights, feat_in (the pooled BEV grid), feat_out, middle and the head's maps.
+        camera_feature, camera_depth_weights, feat_in (the pooled BEV grid), feat_out, middle and the head's maps; of a
+        camera branch alone, those up to feat_out.
         """
         self.timing_ms = {}
         return self._forward(sample)
 
     def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
-        """Boxes from the head's maps among `forward`'s tensors."""
+        """Boxes from the head's maps among `forward`'s tensors; raises as a call does."""
+        self._need_boxes()
         with self._timed("decode"):
             maps = {name: tensors[name] for name in self.settings["head_maps"]}
             return decode(maps_from_tensors(maps), self.settings["head"])
+
+    @property
+    def _branch_alone(self) -> bool:
+        return self.settings.get("branch") is not None  # manifests of before the branch could be exported lack it
+
+    def _need_boxes(self) -> None:
+        if self._branch_alone:
+            raise UserError(
+                f"{self._source}: found the camera branch alone, which gives no boxes, expected a fuser and a head too; "
+                "`Pipeline.forward` gives its tensors up to feat_out"
+            )
 
     def _preprocess(self, images: Sequence[np.ndarray], points: np.ndarray, calibration: Calibration) -> _Frame:
         count = len(self.cameras)
@@ -230,5 +249,7 @@ class Pipeline:
         if "camera.vtransform" in self.parts:
             tensors |= self._run("camera.vtransform", {"feat_in": camera})
             camera = tensors["feat_out"]
+        if self._branch_alone:
+            return tensors
         tensors |= self._run("fuser", {"camera": camera})
         return tensors | self._run("head.bbox", {"middle": tensors["middle"]})

@@ -14,6 +14,7 @@ from torch import nn
 
 import qat
 from qat.core.centerhead import Detections
+from qat.core.config import need_boxes
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, write_json
 from qat.core.progress import StepLog, drawn_ahead
@@ -211,6 +212,7 @@ def train(
     """
     if options.stage not in STAGES:
         raise UserError(f"--stage: found {options.stage!r}, expected one of {', '.join(STAGES)}")
+    need_boxes(config, "train", "give the whole detector's config")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = _State(config, options, init, device)
     resume = out / "resume.pth"

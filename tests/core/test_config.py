@@ -5,7 +5,7 @@ import copy
 import pytest
 import yaml
 
-from qat.core.config import check_config, load_config
+from qat.core.config import camera_branch, check_config, is_camera_branch, load_config, need_boxes
 from qat.core.errors import UserError
 
 CAMERA = "model.encoders.camera"
@@ -91,3 +91,62 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text, message):
         load_config(tmp_path / "c.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_the_camera_branch_is_taken_out_of_a_camera_and_lidar_models_config(fusion_config, tiny_config, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(fusion_config))
+    branch = load_config(tmp_path / "c.yaml", branch="camera")
+    camera = tiny_config["model"]["encoders"]["camera"]
+    assert branch["model"] == {"encoders": {"camera": camera}, "decoder": None, "heads": None}
+    assert branch["data"] == {"test": {"pipeline": tiny_config["data"]["test"]["pipeline"]}}
+    assert branch["image_size"] == [64, 96] and "object_classes" not in branch
+    assert is_camera_branch(branch) and not is_camera_branch(fusion_config)
+    check_config(branch)  # it is a config of its own, which needs no telling
+    assert camera_branch(branch) == branch
+
+
+def test_a_whole_camera_and_lidar_config_is_refused_with_the_flag_that_mends_it(fusion_config):
+    with pytest.raises(UserError, match=r"encoders\.lidar: found .*--prefix encoders\.camera"):
+        check_config(fusion_config)
+
+
+def test_outside_the_camera_branch_nothing_is_looked_at(fusion_config):
+    config = put(fusion_config, "model", {"encoders": fusion_config["model"]["encoders"]})
+    config = put(config, "model.encoders.lidar", {"voxelize": "${voxels}"})
+    config = {**config, "object_classes": "${classes}", "point_cloud_range": None, "data": "${data}"}
+    config["test_pipeline"] = fusion_config["data"]["test"]["pipeline"]  # an undumped config's name for it
+    with pytest.raises(UserError, match=r"data\.test\.pipeline: missing"):
+        check_config({**config, "data": {"train": 1}, "test_pipeline": None}, branch="camera")
+    config["data"] = None
+    check_config(config, branch="camera")
+    assert not {"object_classes", "point_cloud_range"} & camera_branch(config).keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (f"{CAMERA}.neck.type", "FPN", "neck.type: found 'FPN'"),
+        (f"{CAMERA}.vtransform.feature_size", [4, 6], "stride 8"),
+        (f"{CAMERA}.vtransform", None, "vtransform.type: missing"),
+        (f"{CAMERA}.backbone.type", "${type}", "a resolved value"),
+        (CAMERA, None, f"{CAMERA}: missing"),
+        ("image_size", None, "image_size: missing"),
+        ("data.test.pipeline", None, "data.test.pipeline: missing"),
+        (
+            "data.test.pipeline",
+            [{"type": "ImageAug3D", "final_dim": "${image_size}"}],
+            "data.test.pipeline.0.final_dim",
+        ),
+    ],
+)
+def test_what_the_camera_branch_needs_is_checked(fusion_config, path, value, message):
+    with pytest.raises(UserError) as error:
+        check_config(put(fusion_config, path, value), "a.yaml", "camera")
+    text = str(error.value)
+    assert text.startswith("a.yaml: ") and message in text and "\n" not in text
+
+
+def test_a_camera_branch_is_refused_where_boxes_are_needed(fusion_config, tiny_config):
+    need_boxes(tiny_config, "--budget", "leave it out")
+    with pytest.raises(UserError, match=r"--budget: found a camera branch alone, .* no boxes, .*; leave it out$"):
+        need_boxes(camera_branch(fusion_config), "--budget", "leave it out")
