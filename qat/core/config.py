@@ -17,7 +17,7 @@ Config = dict[str, Any]
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 
 TYPES = {
-    "model.encoders.camera.backbone": ("ResNet", "timm"),
+    "model.encoders.camera.backbone": ("ResNet", "SwinTransformer", "timm"),
     "model.encoders.camera.neck": ("GeneralizedLSSFPN", "SECONDFPN"),
     "model.encoders.camera.vtransform": ("LSSTransform", "DepthLSSTransform"),
     "model.decoder.backbone": ("GeneralizedResNet", "SECOND"),
