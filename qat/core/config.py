@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from qat.core.config_tree import defaults_above, has_expressions, inherit, resolve
 from qat.core.errors import UserError
 from qat.core.schema import MAPS, problems
 
@@ -15,6 +16,8 @@ Config = dict[str, Any]
 
 # The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input.
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+
+WHOLE = ("model", "image_size", "object_classes")  # a config that is no part of a tree has them
 
 TYPES = {
     "model.encoders.camera.backbone": ("ResNet", "SwinTransformer", "timm"),
@@ -171,20 +174,42 @@ def _check_head(check: _Checker) -> None:
                 raise check.fail(f"{where}.test_cfg.nms_scale", scales, f"a factor for each of {list(task)}")
 
 
-def load_config(path: str | Path) -> Config:
-    """Reads and checks a YAML config with BEVFusion's keys, all values resolved.
+def _read(path: Path) -> Config:
+    """A YAML file that holds a mapping.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or describes something we cannot build.
+        UserError: it cannot be read, is not YAML, or holds something else.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
+    return config
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads and checks a YAML config with BEVFusion's keys.
+
+    Either all is in the one file, as in a run's dumped configs.yaml, or the file is of BEVFusion's own tree
+    (`configs/nuscenes/det/…`): then it inherits every default.yaml above it, which needs torchpack. Values written as `${…}`
+    are evaluated (`qat.core.config_tree`).
+
+    Raises:
+        UserError: a file cannot be read, is not YAML, or describes something we cannot build; torchpack is needed and not
+            installed; an expression is not understood.
+    """
+    file = Path(path)
+    config = _read(file)
+    whole = all(key in config for key in WHOLE) and not has_expressions(config)
+    if not whole and (defaults := defaults_above(file)):
+        for default in defaults:
+            _read(default)  # what is wrong with one of them is told by its name
+        config = inherit(file)
+    config = resolve(config, str(path))
     check_config(config, str(path))
     return config
 
