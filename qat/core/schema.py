@@ -69,7 +69,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SwinTransformer": {
         **dict.fromkeys(("embed_dims", "depths", "num_heads", "window_size", "mlp_ratio", "out_indices"), FREE),
         # training alone, or where weights would come from
-        **dict.fromkeys(("attn_drop_rate", "drop_path_rate", "with_cp", "frozen_stages", "pretrained", "init_cfg"), FREE),
+        **dict.fromkeys(
+            ("attn_drop_rate", "drop_path_rate", "with_cp", "frozen_stages", "pretrained", "init_cfg"), FREE
+        ),
         **dict.fromkeys(("convert_weights", "pretrain_img_size"), FREE),
         "qkv_bias": (True, False),
         "qk_scale": (None,),

@@ -3,5 +3,6 @@
 from qat.models import _torchvision  # noqa: F401  isort: skip  (before anything that imports torchvision)
 from qat.models.checkpoint import load_checkpoint, load_float_model, load_state
 from qat.models.detector import CameraBEVDetector, build_model
+from qat.models.random_init import random_model
 
-__all__ = ["CameraBEVDetector", "build_model", "load_checkpoint", "load_float_model", "load_state"]
+__all__ = ["CameraBEVDetector", "build_model", "load_checkpoint", "load_float_model", "load_state", "random_model"]

@@ -11,7 +11,6 @@ from torch import nn
 from qat.core.errors import UserError
 from qat.models.swin import SwinTransformer
 
-
 WHERE = "model.encoders.camera.backbone"
 
 
@@ -60,7 +59,9 @@ def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] |
             f"{WHERE}: found {name!r} with out_indices {list(indices)}, expected a timm model that has them: {error}"
         ) from None
     if _layout(network) != "NCHW":
-        raise UserError(f"{WHERE}: found {name!r}, whose maps are {_layout(network)}, expected one that gives [B,C,H,W]")
+        raise UserError(
+            f"{WHERE}: found {name!r}, whose maps are {_layout(network)}, expected one that gives [B,C,H,W]"
+        )
     return network
 
 
