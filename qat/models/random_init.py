@@ -1,8 +1,9 @@
 """A detector with random weights that still computes something, for export, numerics and latency without a checkpoint.
 
-PyTorch's and timm's own initial values will not do: a signal shrinks from layer to layer, and timm starts what scales a
-residual branch at nothing (a block's last batch norm, a layer scale, Swin v2's norms), which leaves its blocks dead. Here
-these get values near 1, and every batch norm the statistics of what goes through it.
+PyTorch's and timm's own initial values will not do: a signal shrinks from layer to layer, and timm starts a residual
+branch at nothing, or nearly (a block's last batch norm, a layer scale, Swin v2's norms, a transformer's linear layers), which
+leaves its blocks without a say. Here such scales are near 1, linear layers keep the size of what they are given, and
+every batch norm has the statistics of what goes through it.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ def _made_up_frame(config: Mapping[str, Any]) -> Any:
 
 
 def _enliven(model: nn.Module) -> None:
-    """Gives batch norms scales and offsets of their own, as training does, and dead residual branches a scale near 1."""
+    """Gives batch norms scales and offsets of their own, as training does, and residual branches a size near the stream's."""
     for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0.0, module.in_features**-0.5)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0.0, 0.3)
