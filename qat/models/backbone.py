@@ -66,7 +66,8 @@ def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] |
 
 
 def _layout(network: nn.Module) -> str:
-    return str(getattr(network.output_fmt, "value", network.output_fmt))
+    found: Any = getattr(network, "output_fmt", "NCHW")  # networks that are convolutional by nature do not say
+    return str(getattr(found, "value", found))
 
 
 def _create(name: str, image_size: Sequence[int] | None, options: Mapping[str, Any]) -> nn.Module:

@@ -65,7 +65,7 @@ class PaddedBlock(timm_swin.SwinTransformerBlock):
     """timm's block with the map padded to whole windows before the shift, not after it."""
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
-        height, width = self.input_resolution
+        height, width = int(self.input_resolution[0]), int(self.input_resolution[1])  # type: ignore[index]
         below, right = -height % self.window_size[0], -width % self.window_size[1]
         if not (below or right):
             return super()._attn(x)
@@ -130,7 +130,7 @@ class SwinTransformer(nn.Module):
             self.add_module(f"norm{i}", nn.LayerNorm(embed_dims * 2**i))
         for block in self.blocks():
             block.__class__ = PaddedBlock  # timm has no argument for the class of its blocks; this one adds no state
-            block.attn.fused_attn = False  # the fused call, which timm takes on request only, has no opset 13 form
+            block.attn.fused_attn = False  # type: ignore[misc]  # the fused call, which timm takes on request only, has no opset 13 form
 
     def blocks(self) -> list[timm_swin.SwinTransformerBlock]:
         """All blocks, in order of execution."""
@@ -153,7 +153,7 @@ class SwinTransformer(nn.Module):
         """
         if keep_vars:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=True)
-        own = super().state_dict(prefix=prefix)
+        own: Any = super().state_dict(prefix=prefix)
         if destination is None:
             destination = OrderedDict()
             destination._metadata = OrderedDict()
@@ -171,7 +171,7 @@ class SwinTransformer(nn.Module):
         return {
             f"stages.{i}.blocks.{j}.attn.w_msa.{INDEX}": block.attn.relative_position_index
             for i, stage in enumerate(self.stages)
-            for j, block in enumerate(stage.blocks)  # type: ignore[union-attr, arg-type]
+            for j, block in enumerate(stage.blocks)  # type: ignore[arg-type]
         }
 
     def _load_from_state_dict(
