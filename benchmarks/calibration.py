@@ -10,8 +10,8 @@ HistogramCalibrator with its defaults (2048 bins) at the same places, then `load
 CUDA-BEVFusion calibrates. A last, untimed pass measures what each range costs: the squared error of rounding the frames'
 real tensors to s8 with scale amax/127.
 
-Without --ckpt the weights are random (seed 0) and batch norm is set from two frames, so that activations neither
-explode nor die. Pictures narrower than the config's pipeline expects are enlarged.
+Without --ckpt the weights are random (seed 0) and batch norm is set from two frames (`qat.models.random_model`). Pictures
+narrower than the config's pipeline expects are enlarged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import torch
 from absl import logging
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
-from torch import nn
 
 from qat.core.config import load_config
 from qat.core.errors import UserError
@@ -38,7 +37,7 @@ from qat.data import NuScenesDataset, Sample
 from qat.lean import QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.modes import quantizers, quantizers_off
-from qat.models import CameraBEVDetector, build_model, load_float_model
+from qat.models import load_float_model, random_model
 
 MODES = ("plain", "ours", "theirs")
 EQUAL = 1e-3  # two ranges whose errors differ by less than this share are called equal
@@ -106,9 +105,9 @@ def benchmark(args: argparse.Namespace) -> None:
         raise UserError(f"--rounds: found {args.rounds}, expected at least 1")
     logging.set_verbosity(logging.ERROR)
     config = load_config(args.config)
-    frames = camera_inputs(config, load_samples(config, args))
-    torch.manual_seed(0)
-    model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, frames[:2])
+    samples = load_samples(config, args)
+    model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, seed=0, frames=samples[:2])
+    frames = camera_inputs(config, samples)
     network = quantize_detector(model)
     names = [name for name in network.activation_quantizers() if name.startswith("camera.")]
     print(
@@ -141,26 +140,6 @@ def camera_inputs(config: dict[str, Any], samples: Sequence[Sample]) -> list[Inp
     """Each keyframe as img float32[N,3,H,W] and depth float32[N,1,H,W] (None for a network without)."""
     wants_depth = config["model"]["encoders"]["camera"]["vtransform"]["type"] == "DepthLSSTransform"
     return [(torch.from_numpy(s.img), torch.from_numpy(s.depth) if wants_depth else None) for s in samples]
-
-
-def random_model(config: dict[str, Any], frames: Sequence[Inputs]) -> CameraBEVDetector:
-    """The detector with random weights and a camera part whose activations are sane.
-
-    timm starts every residual block's last batch norm at zero, which would leave blocks dead; here each batch norm's
-    channels get scales and offsets of their own, as training gives, and the statistics of `frames`.
-    """
-    model = build_model(config)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0.0, 0.3)
-            module.reset_running_stats()
-            module.momentum = None  # the plain average over the frames
-    model.train()
-    with torch.no_grad():
-        for img, depth in frames:
-            model.camera_logits(img, depth)
-    return model.eval()
 
 
 @contextmanager

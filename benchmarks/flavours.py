@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from calibration import camera_inputs, load_samples, random_model
+from calibration import camera_inputs, load_samples
 from peers_accuracy import Setting, installed, nncf_ptq, quantize_static, quiet
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +38,7 @@ from qat.core.tensors import compare_tensors
 from qat.core.versions import versions
 from qat.engine import Engine, Options, build
 from qat.export import export_parts
-from qat.models import load_float_model
+from qat.models import load_float_model, random_model
 
 PART = "camera.backbone"
 Feeds = dict[str, np.ndarray]
@@ -81,8 +80,7 @@ def make_graphs(
     if len(samples) <= args.held_out:
         raise UserError(f"--frames: found {len(samples)}, expected more than the {args.held_out} that are held out")
     inputs = camera_inputs(config, samples)
-    torch.manual_seed(0)
-    model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, inputs[:2])
+    model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, seed=0, frames=samples[:2])
     feeds = [
         {"img": img[None].numpy()} | ({} if depth is None else {"depth": depth[None].numpy()}) for img, depth in inputs
     ]

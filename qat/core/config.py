@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from qat.core.config_tree import defaults_above, has_expressions, inherit, resolve
 from qat.core.errors import UserError
 from qat.core.schema import MAPS, problems
 
@@ -18,8 +20,10 @@ Branch = Literal["camera"]
 # The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input.
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 
+WHOLE = ("model", "image_size", "object_classes")  # a config that is no part of a tree has them
+
 TYPES = {
-    "model.encoders.camera.backbone": ("ResNet", "timm"),
+    "model.encoders.camera.backbone": ("ResNet", "SwinTransformer", "timm"),
     "model.encoders.camera.neck": ("GeneralizedLSSFPN", "SECONDFPN"),
     "model.encoders.camera.vtransform": ("LSSTransform", "DepthLSSTransform"),
     "model.decoder.backbone": ("GeneralizedResNet", "SECOND"),
@@ -246,22 +250,50 @@ def need_boxes(config: Mapping[str, Any], what: str, mend: str) -> None:
         )
 
 
-def load_config(path: str | Path, branch: Branch | None = None) -> Config:
-    """Reads and checks a YAML config with BEVFusion's keys, all values resolved.
-
-    branch: "camera" gives the `camera_branch` of a whole model's config; what is outside it is not looked at.
+def _read(path: Path) -> Config:
+    """A YAML file that holds a mapping.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or describes something we cannot build.
+        UserError: it cannot be read, is not YAML, or holds something else.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
+    return config
+
+
+def load_config(path: str | Path, branch: Branch | None = None) -> Config:
+    """Reads and checks a YAML config with BEVFusion's keys.
+
+    Either all is in the one file, as in a run's dumped configs.yaml, or the file is of BEVFusion's own tree
+    (`configs/nuscenes/det/…`): then it inherits every default.yaml above it, which needs torchpack. Values written as `${…}`
+    are evaluated (`qat.core.config_tree`).
+
+    branch: "camera" gives the `camera_branch` of a whole model's config; what is outside it is not looked at.
+
+    Raises:
+        UserError: a file cannot be read, is not YAML, or describes something we cannot build; torchpack is needed and not
+            installed; an expression is not understood.
+    """
+    file = Path(path)
+    config = _read(file)
+    whole = all(key in config for key in WHOLE) and not has_expressions(config)
+    if not whole and (defaults := defaults_above(file)):
+        for default in defaults:
+            _read(default)  # what is wrong with one of them is told by its name
+        config = inherit(file)
+    if branch is None:
+        config = resolve(config, str(path))
+    else:
+        with suppress(
+            UserError
+        ):  # outside the branch anything may stand; inside it check_config names what is unresolved
+            config = resolve(config, str(path))
     check_config(config, str(path), branch)
     return camera_branch(config) if branch == "camera" else config
 

@@ -66,6 +66,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "stage_with_dcn": ([False] * 4,),
         "plugins": (None,),
     },
+    "SwinTransformer": {
+        **dict.fromkeys(("embed_dims", "depths", "num_heads", "window_size", "mlp_ratio", "out_indices"), FREE),
+        # training alone, or where weights would come from
+        **dict.fromkeys(
+            ("attn_drop_rate", "drop_path_rate", "with_cp", "frozen_stages", "pretrained", "init_cfg"), FREE
+        ),
+        **dict.fromkeys(("convert_weights", "pretrain_img_size"), FREE),
+        "qkv_bias": (True, False),
+        "qk_scale": (None,),
+        "drop_rate": (0,),
+        "patch_norm": (True,),
+        "patch_size": (4,),
+        "strides": ([4, 2, 2, 2],),
+        "in_channels": (3,),
+        "use_abs_pos_embed": (False,),
+        "act_cfg": (None, {"type": "GELU"}),
+        "norm_cfg": (None, {"type": "LN"}),
+    },
     "timm": dict.fromkeys(("model_name", "out_indices", "pretrained"), FREE),
     "GeneralizedLSSFPN": {
         **dict.fromkeys(("in_channels", "out_channels", "num_outs", "start_level", "upsample_cfg"), FREE),
@@ -82,7 +100,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "upsample_cfg": (None, {"type": "deconv", "bias": False}),
         "conv_cfg": BIASLESS_CONV,
     },
-    "LSSTransform": _VTRANSFORM,
+    # BEVFusion's LSSTransform sees no points: how a depth map would be made changes nothing.
+    "LSSTransform": {
+        **_VTRANSFORM,
+        "depth_input": ("scalar", "one-hot"),
+        **dict.fromkeys(("height_expand", "add_depth_features"), (True, False)),
+        "use_points": ("lidar", "radar"),
+    },
     "DepthLSSTransform": _VTRANSFORM,
     "GeneralizedResNet": dict.fromkeys(("in_channels", "blocks"), FREE),
     "SECOND": {

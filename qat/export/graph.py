@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -56,6 +58,22 @@ def trace(
     return onnx.load_from_string(buffer.getvalue())
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside the block nothing is printed: onnxsim's progress, and the operators that its C++ tries to compute ahead and
+    cannot yet (paddings of a size that is itself computed), which come to nothing in the end. Exceptions come through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def simplify(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     """onnxsim with its own comparison of both graphs on random input, then the full ONNX check.
 
@@ -63,7 +81,7 @@ def simplify(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
         UserError: the simplified graph computes something else, or batch norms are left over.
     """
     np.random.seed(0)  # onnxsim draws its inputs from numpy's global generator
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress, for every part
+    with _quiet():
         simplified, same = onnxsim.simplify(model, check_n=1)
     if not same:
         raise UserError(f"{name}.onnx: onnxsim's check found another result after simplification; please report it")

@@ -9,6 +9,9 @@ import timm
 from torch import nn
 
 from qat.core.errors import UserError
+from qat.models.swin import SwinTransformer
+
+WHERE = "model.encoders.camera.backbone"
 
 
 def build_backbone(config: Mapping[str, Any], image_size: Sequence[int] | None = None) -> nn.Module:
@@ -18,28 +21,59 @@ def build_backbone(config: Mapping[str, Any], image_size: Sequence[int] | None =
 
     Types:
         ResNet: mmdet's `depth` and `out_indices` (0 is the first stage); timm's parameter names equal mmdet's.
+        SwinTransformer: mmdet's, see `qat.models.swin`; its state dict has mmdet's names.
         timm: any `model_name` that timm offers with `features_only`; `out_indices` are timm's own.
 
-    `pretrained` and `init_cfg` are not followed: every command here loads a checkpoint or trains from its own.
+    `pretrained` and `init_cfg` are not followed: every command here loads a checkpoint or trains from its own. Nor are
+    `with_cp` and `frozen_stages`, which change what training costs and learns, not what a network computes.
 
     Raises:
-        UserError: timm does not have the model, or not with these indices.
+        UserError: there is no such model, or not with these options.
     """
-    if config["type"] == "ResNet":
-        name = f"resnet{config['depth']}"
-        indices = tuple(i + 1 for i in config["out_indices"])
-    else:
-        name, indices = config["model_name"], tuple(config["out_indices"])
+    kind = config["type"]
+    if kind == "SwinTransformer":
+        return _build_swin(config, image_size)
+    if kind == "ResNet":
+        return _build_timm(f"resnet{config['depth']}", tuple(i + 1 for i in config["out_indices"]), image_size)
+    return _build_timm(config["model_name"], tuple(config["out_indices"]), image_size)
+
+
+def _build_swin(config: Mapping[str, Any], image_size: Sequence[int] | None) -> nn.Module:
+    if image_size is None:
+        raise UserError(f"{WHERE}: SwinTransformer needs image_size: its windows depend on it")
+    arguments = {key: value for key, value in config.items() if key != "type"}
+    try:
+        return SwinTransformer(image_size, **arguments)
+    except (TypeError, ValueError, AssertionError, IndexError) as error:
+        raise UserError(f"{WHERE}: found values that make no SwinTransformer: {error}") from None
+
+
+def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] | None) -> nn.Module:
     options: dict[str, Any] = {"pretrained": False, "features_only": True, "out_indices": indices}
     try:
-        if image_size is None:
-            return timm.create_model(name, **options)
-        try:
-            return timm.create_model(name, img_size=tuple(image_size), **options)
-        except TypeError:  # a convolutional network takes any size, and no such option
-            return timm.create_model(name, **options)
+        network = _create(name, image_size, options)
+        if _layout(network) != "NCHW":  # timm's getter turns channels-last maps, and tokens, into [B,C,H,W]
+            network = _create(name, image_size, {**options, "feature_cls": "getter"})
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise UserError(
-            f"model.encoders.camera.backbone: found {name!r} with out_indices {list(indices)}, expected a timm model "
-            f"that has them: {error}"
+            f"{WHERE}: found {name!r} with out_indices {list(indices)}, expected a timm model that has them: {error}"
         ) from None
+    if _layout(network) != "NCHW":
+        raise UserError(
+            f"{WHERE}: found {name!r}, whose maps are {_layout(network)}, expected one that gives [B,C,H,W]"
+        )
+    return network
+
+
+def _layout(network: nn.Module) -> str:
+    found: Any = getattr(network, "output_fmt", "NCHW")  # networks that are convolutional by nature do not say
+    return str(getattr(found, "value", found))
+
+
+def _create(name: str, image_size: Sequence[int] | None, options: Mapping[str, Any]) -> nn.Module:
+    if image_size is None:
+        return timm.create_model(name, **options)
+    try:
+        return timm.create_model(name, img_size=tuple(image_size), **options)
+    except TypeError:  # a convolutional network takes any size, and no such option
+        return timm.create_model(name, **options)

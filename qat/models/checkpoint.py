@@ -51,6 +51,7 @@ def _grouped(names: list[str], words: int = 3) -> str:
     return ", ".join(f"{group}.* ({count})" for group, count in sorted(groups.items()))
 
 
+DERIVED = "relative_position_index"  # Swin's: fixed by the window's size, in the state dict by mmdet's habit alone
 GEOMETRY = ("dx", "bx", "nx", "frustum")  # the view transform's fixed parameters
 
 
@@ -113,7 +114,7 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str,
     extra = [name for name in state if name not in own]
     # A classifier that the backbone does not use, and stages after its last output, do no harm.
     extra = [name for name in extra if not name.startswith(f"{BRANCH}backbone.")]
-    missing = [name for name in own if name not in state]
+    missing = [name for name in own if name not in state and not name.endswith(DERIVED)]
     wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
         name = wrong[0]
@@ -138,7 +139,10 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str,
                 f"{source}: {in_file(name)}: found {_short(state[name])}, the config's bounds make {_short(own[name])}; give the "
                 "config that the checkpoint was trained with"
             )
-    model.load_state_dict({name: state[name].to(own[name].dtype) for name in own})
+    try:
+        model.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state})
+    except RuntimeError as error:  # what the checks above cannot see: Swin's windows in another order
+        raise UserError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
     return left_out
 
 

@@ -24,7 +24,8 @@ def put(config, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (f"{CAMERA}.backbone.type", "SwinTransformer", "'SwinTransformer', expected one of ResNet, timm"),
+        (f"{CAMERA}.backbone.type", "DLA", "'DLA', expected one of ResNet, SwinTransformer, timm"),
+        (f"{CAMERA}.backbone.type", "SwinTransformer", "backbone.depth: found 18, expected no such option"),
         (f"{CAMERA}.backbone.dcn", {"type": "DCNv2"}, "backbone.dcn: found {'type': 'DCNv2'}, expected null"),
         (f"{CAMERA}.backbone.style", "caffe", "'caffe', expected 'pytorch'"),
         (f"{CAMERA}.backbone.avg_down", True, "backbone.avg_down: found True"),
@@ -75,6 +76,16 @@ def test_what_is_not_supported_is_refused_by_name(tiny_config, path, value, mess
 def test_an_unresolved_config_asks_for_the_dumped_one(tiny_config):
     with pytest.raises(UserError, match=r"\$\{image_size\}.*dumped configs.yaml"):
         check_config(put(tiny_config, f"{CAMERA}.vtransform.image_size", "${image_size}"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("add_depth_features", True), ("height_expand", True), ("use_points", "radar")]
+)
+def test_how_a_depth_map_is_made_is_nothing_to_a_transform_without_one(tiny_config, option, value):
+    config = put(tiny_config, f"{CAMERA}.vtransform.{option}", value)
+    with pytest.raises(UserError, match=option):
+        check_config(config)
+    check_config(put(config, f"{CAMERA}.vtransform.type", "LSSTransform"))
 
 
 def test_a_good_config_survives_the_file(tiny_config, tmp_path):
