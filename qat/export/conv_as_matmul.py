@@ -58,20 +58,16 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
         weight = numpy_helper.to_array(constants[weight_dq.input[0]])[:, :, 0, 0].T  # [in, out]
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), f"{stem}_weight_s8"))
         parameters = list(weight_dq.input[1:])
-        per_channel = (
-            np.size(numpy_helper.to_array(constants[parameters[0]])) > 1 if parameters[0] in constants else True
+        unpacked = helper.make_node(
+            "DequantizeLinear", [f"{stem}_weight_s8", *parameters], [f"{stem}_weight"], name=f"{node.name}_weight_dq"
         )
+        if weight_dq.attribute:  # one scale for each output channel, which is the last dimension now
+            unpacked.attribute.append(helper.make_attribute("axis", 1))
         nodes += [
             helper.make_node(
                 "Transpose", [node.input[0]], [f"{stem}_nhwc"], name=f"{node.name}_nhwc", perm=[0, 2, 3, 1]
             ),
-            helper.make_node(
-                "DequantizeLinear",
-                [f"{stem}_weight_s8", *parameters],
-                [f"{stem}_weight"],
-                name=f"{node.name}_weight_dq",
-                **({"axis": 1} if per_channel else {}),
-            ),
+            unpacked,
             helper.make_node(
                 "MatMul", [f"{stem}_nhwc", f"{stem}_weight"], [f"{stem}_product"], name=f"{node.name}_matmul"
             ),

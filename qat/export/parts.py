@@ -18,10 +18,11 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, FORMAT, SCHEMA
 from qat.core.versions import versions
-from qat.export.flavour_onnxruntime import never_negative_outputs, to_onnxruntime
+from qat.export.flavour_onnxruntime import to_onnxruntime
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
+from qat.export.unsigned import never_negative_outputs, to_unsigned
 from qat.export.verify import compare_scales, graph_scales, random_frame, verify_part
 from qat.lean.modes import (
     parts_on,
@@ -89,7 +90,7 @@ class Form:
                 stack.enter_context(quantizers_off(detector))
             else:
                 stack.enter_context(parts_on(detector, self.parts_int8))
-                if self.flavour == "onnxruntime":
+                if self.flavour in CPU_FLAVOURS:
                     stack.enter_context(watched_on(detector))
                 if self.reduce_range:
                     stack.enter_context(seven_bit_weights(detector))
@@ -252,7 +253,7 @@ def _export(
             model, scales_found = _graph(part, name, inputs[0][name], form)
             if form.flavour in CPU_FLAVOURS:
                 known = part.wrapper.inputs if positive else ()
-                model = to_onnxruntime(model, known)
+                model = (to_onnxruntime if form.flavour == "onnxruntime" else to_unsigned)(model, known)
                 positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
             if name not in chosen:
                 continue

@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
-from qat.export.flavour_onnxruntime import never_negative_outputs, to_onnxruntime
+from qat.export.flavour_onnxruntime import to_onnxruntime
+from qat.export.unsigned import never_negative_outputs
 
 SCALE = np.float32(1 / 32)
 

@@ -1,0 +1,147 @@
+"""The two passes that bring ONNX Runtime's last convolutions to integers."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qat.export.conv_as_matmul import convs_to_matmuls
+from qat.export.rounded_resize import round_resize_inputs
+
+SCALE = np.float32(1 / 32)
+
+
+def graph(nodes, constants, output_shape, channels=16):
+    g = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, channels, 6, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, output_shape)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(g, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+def pair(name, scale="s", zero="z"):
+    return [
+        helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}_q"]),
+        helper.make_node("DequantizeLinear", [f"{name}_q", scale, zero], [f"{name}_dq"]),
+    ]
+
+
+def convolution(out, kernel, **attributes):
+    """Q ─► DQ ─► Conv with s8 weights and s32 bias, x → c; and its constants."""
+    rng = np.random.default_rng(0)
+    scales = rng.uniform(0.5, 2, out).astype(np.float32) / 256
+    constants = {
+        "s": np.asarray(SCALE),
+        "z": np.asarray(np.uint8(128)),
+        "w_s8": rng.integers(-127, 128, (out, 16, kernel, kernel)).astype(np.int8),
+        "ws": scales,
+        "wz": np.zeros(out, np.int8),
+        "b_s32": rng.integers(-4000, 4000, out).astype(np.int32),
+        "bs": SCALE * scales,
+    }
+    nodes = [
+        *pair("x"),
+        helper.make_node("DequantizeLinear", ["w_s8", "ws", "wz"], ["w"], axis=0),
+        helper.make_node("DequantizeLinear", ["b_s32", "bs"], ["b"], axis=0),
+        helper.make_node("Conv", ["x_dq", "w", "b"], ["c"], name="conv", kernel_shape=[kernel] * 2, **attributes),
+    ]
+    return nodes, constants
+
+
+def run(model, x, optimized=False):
+    """The result, and how often each operator stands in the graph that ran."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def operators(model, tmp_path):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(1).uniform(-3, 3, (1, 16, 6, 8)).astype(np.float32)
+
+
+def test_a_pointwise_convolution_with_a_float_result_runs_in_integers_as_a_matrix_product(x, tmp_path):
+    nodes, constants = convolution(24, 1)
+    nodes.append(helper.make_node("Softmax", ["c"], ["y"], axis=1))
+    model = graph(nodes, constants, [1, 24, 6, 8])
+    before = run(model, x)
+    assert operators(model, tmp_path)["Conv"] == 1
+    assert convs_to_matmuls(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(model, x, optimized=True), before, rtol=1e-5, atol=1e-6)
+    found = operators(model, tmp_path)
+    assert not {"Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul"} & set(found)
+    assert found["QGemm"] + found["MatMulIntegerToFloat"] == 1
+
+
+@pytest.mark.parametrize("kernel,attributes", [(3, {"pads": [1, 1, 1, 1]}), (1, {"strides": [2, 2]})])
+def test_other_convolutions_stay_as_they_are(kernel, attributes, x):
+    nodes, constants = convolution(24, kernel, **attributes)
+    nodes.append(helper.make_node("Identity", ["c"], ["y"]))
+    size = [6, 8] if kernel == 3 else [3, 4]
+    model = graph(nodes, constants, [1, 24, *size])
+    before = model.SerializeToString()
+    assert convs_to_matmuls(model) == 0 and model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_convolution_whose_result_is_rounded_stays_one(relu):
+    nodes, constants = convolution(24, 1)
+    if relu:
+        nodes.append(helper.make_node("Relu", ["c"], ["r"]))
+    model = graph([*nodes, *pair("r" if relu else "c")], constants, [1, 24, 6, 8])
+    model.graph.node[-1].output[0] = "y"
+    assert convs_to_matmuls(model) == 0
+
+
+def test_what_a_resize_takes_in_is_rounded_so_that_the_convolution_before_it_fuses(x, tmp_path):
+    nodes, constants = convolution(16, 3, pads=[1, 1, 1, 1])
+    constants |= {"scales": np.array([1, 1, 2, 2], np.float32), "s2": np.float32(0.2), "z2": np.asarray(np.uint8(0))}
+    nodes += [
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("Resize", ["r", "", "scales"], ["u"], mode="linear", name="resize"),
+        *pair("u", "s2", "z2"),
+    ]
+    nodes[-1].output[0] = "y"
+    model = graph(nodes, constants, [1, 16, 12, 16])
+    before = run(model, x)
+    assert operators(model, tmp_path)["QLinearConv"] == 0
+    assert round_resize_inputs(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    assert operators(model, tmp_path)["QLinearConv"] == 1
+    # each input is off by half a step at most, and so is what is interpolated between them, which is then rounded again
+    assert np.abs(run(model, x) - before).max() <= 0.2 * 1.001
+    np.testing.assert_allclose(run(model, x, optimized=True), run(model, x), atol=0.2 * 1.001)
+    assert round_resize_inputs(model) == 0
+
+
+def test_a_resize_that_overshoots_or_feeds_others_too_stays_as_it_is():
+    for change in ("cubic", "another consumer"):
+        nodes, constants = convolution(16, 3, pads=[1, 1, 1, 1])
+        constants |= {"scales": np.array([1, 1, 2, 2], np.float32)}
+        mode = "cubic" if change == "cubic" else "linear"
+        nodes.append(helper.make_node("Resize", ["c", "", "scales"], ["u"], mode=mode))
+        nodes += pair("u")
+        if change == "another consumer":
+            nodes.append(helper.make_node("Relu", ["u"], ["other"]))
+        nodes[[n.output[0] for n in nodes].index("u_dq")].output[0] = "y"
+        model = graph(nodes, constants, [1, 16, 12, 16])
+        assert round_resize_inputs(model) == 0, change
