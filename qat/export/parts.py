@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qat.core.config import CAMERAS
@@ -19,32 +18,13 @@ from qat.core.versions import versions
 from qat.export.flavour_onnxruntime import never_negative_outputs, to_onnxruntime
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
-from qat.export.torch_parts import TorchPart, torch_parts
-from qat.export.verify import compare_scales, graph_scales, random_frame, verify_part
-from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, recording_scales, watched_on
+from qat.export.torch_parts import torch_parts
+from qat.export.verify import Verification
+from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, watched_on
 
 PRECISIONS = ("fp32", "fp16", "int8")
 FLAVOURS = ("tensorrt", "onnxruntime")
 OPSET = 13
-
-
-def _inputs_of_parts(detector: Any, parts: Mapping[str, TorchPart], frame: Any) -> dict[str, dict[str, np.ndarray]]:
-    """Runs the detector in PyTorch on one frame; what each part takes in, as in `qat.runtime.Pipeline`."""
-    backbone = parts["camera.backbone"]
-    feeds = {name: getattr(frame, name)[None] for name in backbone.wrapper.inputs}
-    inputs = {"camera.backbone": feeds}
-    tensors = backbone.run(feeds)
-    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
-    context = torch.from_numpy(tensors["camera_feature"]).permute(0, 3, 1, 2)
-    with torch.inference_mode():
-        patterns = detector.patterns(*(matrix[None] for matrix in matrices))
-        bev = detector.pool(torch.from_numpy(tensors["camera_depth_weights"]), context, patterns).numpy()
-    for name, tensor in (("camera.vtransform", "feat_in"), ("fuser", "camera"), ("head.bbox", "middle")):
-        if name in parts:
-            inputs[name] = {tensor: np.ascontiguousarray(bev)}
-            if name != "head.bbox":
-                (bev,) = parts[name].run(inputs[name]).values()
-    return inputs
 
 
 def export_parts(
@@ -58,6 +38,7 @@ def export_parts(
     cameras: Sequence[str] = CAMERAS,
     opset: int = OPSET,
     seed: int = 0,
+    frames: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Writes a detector's ONNX parts and manifest.json into `out`, whole or not at all, and verifies each part.
 
@@ -73,14 +54,16 @@ def export_parts(
         checkpoint: where the weights came from; its name and sha256 go into the manifest.
         recipe: how the quantizers were calibrated, for the manifest.
         cameras: names in the order of the inputs.
-        seed: of the random inputs for verification.
+        seed: of the random frame for verification.
+        frames: real ones to verify on too, what `qat.runtime.SampleTensors` describes, preprocessed for this model.
 
     Returns:
         the manifest. `manifest["verification"]["passed"]` is False when a part is out of tolerance; the files are
         written all the same, to be looked at.
 
     Raises:
-        UserError: an unknown precision, INT8 asked of a float detector, onnxsim's or ONNX's check failed.
+        UserError: an unknown precision, INT8 asked of a float detector, a frame of other cameras or another size,
+            onnxsim's or ONNX's check failed.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
@@ -98,7 +81,7 @@ def export_parts(
     elif flavour == "onnxruntime":
         state = watched_on(detector)
     with state:
-        return _export(detector, Path(out), precision, flavour, settings, checkpoint, recipe, opset, seed)
+        return _export(detector, Path(out), precision, flavour, settings, checkpoint, recipe, opset, seed, frames)
 
 
 def _model_name(checkpoint: str | Path | None) -> str | None:
@@ -115,9 +98,10 @@ def _export(
     recipe: Mapping[str, Any] | None,
     opset: int,
     seed: int,
+    frames: Sequence[Any],
 ) -> dict[str, Any]:
     parts = torch_parts(detector)
-    inputs = _inputs_of_parts(detector, parts, random_frame(settings, seed))
+    verification = Verification(detector, parts, settings, frames, seed)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -141,18 +125,15 @@ def _export(
     }
     if checkpoint is not None:
         manifest["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
-    passed = True
     # Of the tensor before the next part, for what is behind a part's last ReLU is u8 in the next one too. Pooled features
     # have a sign: the context of a pixel has.
     positive = False
     with atomic_directory(out) as folder:
         for name, part in parts.items():
-            feeds = inputs[name]
-            tensors = [torch.from_numpy(feeds[tensor]) for tensor in part.wrapper.inputs]
+            tensors = [torch.from_numpy(verification.feeds[tensor]) for tensor in part.wrapper.inputs]
             with qdq_tracing():
                 model = trace(part.wrapper, tensors, part.wrapper.inputs, part.wrapper.outputs, opset)
-            model = simplify(model, name)
-            scales_found = graph_scales(model)
+            model = source = simplify(model, name)
             if flavour == "onnxruntime":
                 known = part.wrapper.inputs if positive else ()
                 model = to_onnxruntime(model, known)
@@ -161,15 +142,6 @@ def _export(
             graph = model.SerializeToString(deterministic=True)
             (folder / f"{name}.onnx").write_bytes(graph)
             has_qdq = counts["QuantizeLinear"] > 0
-            exact = None
-            if has_qdq:
-                with quantizers_off(detector):
-                    exact = part.run(feeds)
-            with recording_scales(detector) as scales:
-                reference = part.run(feeds)
-            report = verify_part(graph, reference, feeds, exact)
-            quantizers_kept = compare_scales(scales_found, scales)
-            passed &= all(entry["passed"] for entry in (*report.values(), quantizers_kept))
             takes, gives = tensor_specs(model)
             manifest["parts"][name] = {
                 "file": f"{name}.onnx",
@@ -178,9 +150,8 @@ def _export(
                 "inputs": takes,
                 "outputs": gives,
                 "operators": dict(sorted(counts.items())),
-                "verification": report,
-                "scales": quantizers_kept,
+                **verification.check(name, graph, source),
             }
-        manifest["verification"] = {"runtime": "onnxruntime, optimizer off", "seed": seed, "passed": passed}
+        manifest["verification"] = verification.write(folder)
         write_json(folder / FILE, manifest)
     return manifest
