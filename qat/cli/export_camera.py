@@ -6,6 +6,7 @@ examples:
   bevqat export-camera --ckpt runs/ptq.pth --fp16       for a builder's FP16 flag, into runs/onnx_fp16
   bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth    a float checkpoint: FP32 into onnx_fp32
 
+Each part is verified against PyTorch on a random frame and on real ones, example-data's unless --data names others.
 Exit status 1 when a part's ONNX and PyTorch differ by more than the tolerance; the files are written all the same.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import sys
 
 from qat.cli import FAILED, OK
+from qat.cli.flags import add_verification_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,14 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="form of the INT8 graph: tensorrt (default; TensorRT and OpenVINO) or onnxruntime (its CPU's fusions)",
     )
     parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
+    add_verification_flags(parser)
     parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports, then prints what was written and how close it is to PyTorch."""
+    from qat.cli.flags import verification_frames
+    from qat.export.bisect import describe
     from qat.export.checkpoint import export_checkpoint
 
-    folder, manifest = export_checkpoint(args.ckpt, args.precision, args.out, args.config, args.flavour)
+    frames = verification_frames(args)
+    folder, manifest = export_checkpoint(args.ckpt, args.precision, args.out, args.config, args.flavour, frames)
     for part in manifest["parts"].values():
         size = (folder / part["file"]).stat().st_size / 1e6
         worst = min(part["verification"].items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])
@@ -66,4 +72,6 @@ def run(args: argparse.Namespace) -> int:
                     f"expected {figures['tolerance_db']:.1f} dB or more",
                     file=sys.stderr,
                 )
+        for layer in part.get("divergence", ()):
+            print(f"error: {folder / part['file']}: {describe(layer)}", file=sys.stderr)
     return FAILED

@@ -163,7 +163,11 @@ class _Calls:
                 self._stack.append(label)
 
             def after(
-                module: nn.Module, inputs: Any, result: Any, path: str = path.removeprefix("detector."), leaf: bool = leaf
+                module: nn.Module,
+                inputs: Any,
+                result: Any,
+                path: str = path.removeprefix("detector."),
+                leaf: bool = leaf,
             ) -> None:
                 if leaf and isinstance(result, torch.Tensor):
                     record(path, module, inputs, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def export_checkpoint(
     out: str | Path | None = None,
     config: str | Path | None = None,
     flavour: str = "tensorrt",
+    frames: Callable[[dict[str, Any]], Sequence[Any]] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes a checkpoint's ONNX parts and manifest.
 
@@ -42,6 +44,7 @@ def export_checkpoint(
         out: the folder; None for onnx_{precision} beside the checkpoint (onnx_int8_onnxruntime for that flavour).
         flavour: as for `export_parts`.
         config: for a float checkpoint; None for the one inside it, else config.yaml beside it.
+        frames: the model's config → real frames to verify on too, as for `export_parts`.
 
     Returns:
         the folder and its manifest.
@@ -67,5 +70,6 @@ def export_checkpoint(
         load_state(detector, checkpoint["state_dict"], str(path))
     usual = f"onnx_{precision}" if flavour == "tensorrt" else f"onnx_{precision}_{flavour}"
     folder = Path(out) if out is not None else path.parent / usual
-    manifest = export_parts(detector, folder, precision, flavour=flavour, checkpoint=path, recipe=recipe)
+    real = frames(detector.config) if frames is not None else ()
+    manifest = export_parts(detector, folder, precision, flavour=flavour, checkpoint=path, recipe=recipe, frames=real)
     return folder, manifest

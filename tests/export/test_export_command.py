@@ -51,7 +51,7 @@ def test_int8_of_a_float_checkpoint_says_to_calibrate(checkpoint, capsys):
 
 
 def test_a_part_out_of_tolerance_gives_exit_status_1(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("qat.export.verify.FP32_DB", 190.0)  # more than float32 can give
+    monkeypatch.setattr("qat.core.verification.FP32_DB", 190.0)  # more than float32 can give
     assert main(["export-camera", "--ckpt", str(checkpoint)]) == 1
     assert "dB SQNR against PyTorch, expected 190.0 dB or more" in capsys.readouterr().err
 
