@@ -280,16 +280,17 @@ class _Matches:
 class _Search:
     """SQNR and tolerance of tensors inside a graph, looked up a few at a time."""
 
-    def __init__(self, matches: _Matches, outputs: Mapping[str, tuple[float, float]]) -> None:
+    def __init__(self, matches: _Matches, known: Mapping[str, tuple[float, float] | None]) -> None:
         self.matches, self.calls = matches, matches.calls
         self.rounds = any(node.op_type == "QuantizeLinear" for node in matches.nodes)
-        self.known: dict[str, tuple[float, float] | None] = dict(outputs)
+        self.known: dict[str, tuple[float, float] | None] = dict(known)
 
     def look(self, names: Sequence[str]) -> None:
         """Makes the figures of these tensors known: one run of the graph and one or two of the module."""
         wanted = [name for name in names if name not in self.known]
         while wanted:
-            some, size = [], 0
+            some: list[str] = []
+            size = 0
             while wanted and len(some) < POINTS:
                 size += 4 * int(np.prod(self.calls.calls[self.matches.call_of[wanted[0]]].shape))
                 if some and size > BYTES:

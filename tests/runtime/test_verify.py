@@ -199,14 +199,14 @@ def test_a_changed_file_fails_and_the_other_parts_are_verified(folder, capsys):
 def test_a_graph_that_computes_something_else_fails(folder, tmp_path, capsys):
     def change(model):
         weight = next(i for i in model.graph.initializer if len(i.dims) == 4)
-        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.001), weight.name))
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.1), weight.name))
 
     rewrite(folder, "fuser", change)
     assert main(["verify", str(folder), "--part", "fuser", "--json", str(tmp_path / "found.json")]) == 1
     assert "fuser.onnx: middle: found" in capsys.readouterr().err
     found = json.loads((tmp_path / "found.json").read_text())
     row = found["parts"]["fuser"]["outputs"]["middle"]
-    assert not found["passed"] and not row["passed"] and 50 < row["sqnr_db"] < 80
+    assert not found["passed"] and not row["passed"] and 30 < row["sqnr_db"] < 80
 
 
 def test_values_that_are_not_finite_fail(folder, capsys):
