@@ -45,7 +45,7 @@ def add_verification_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
     parser.add_argument("--split", metavar="SPLIT", help="default: all keyframes")
     parser.add_argument(
-        "--frames", type=int, metavar="N", help="N frames spread over the split (default 2), 0 for none"
+        "--frames", type=int, metavar="N", help="N frames spread over the split (default 1), 0 for none"
     )
 
 
@@ -55,7 +55,7 @@ def verification_frames(args: argparse.Namespace) -> Callable[[dict[str, Any]], 
     Raises:
         UserError: flags that do not go together. The function: the data cannot be read, or has not so many frames.
     """
-    root, count = args.data, 2 if args.frames is None else args.frames
+    root, count = args.data, 1 if args.frames is None else args.frames
     if count < 0:
         raise UserError(f"--frames: found {count}, expected 0 (the random frame alone) or more")
     if root is None and EXAMPLE.is_dir():
@@ -75,7 +75,7 @@ def verification_frames(args: argparse.Namespace) -> Callable[[dict[str, Any]], 
         from qat.data.frame import load_frame
 
         if (root / "info.json").is_file():
-            if (args.frames or 1) > 1 or args.split or args.version:
+            if count > 1 or args.split or args.version:
                 raise UserError(f"{root}: one keyframe, expected neither --version nor --split, and --frames 1 or 0")
             return [load_frame(root, config)]
         return NuScenesDataset(root, args.split or "all", config, args.version, count)

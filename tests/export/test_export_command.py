@@ -11,6 +11,12 @@ from qat.cli import main
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def away_from_example_data(tmp_path, monkeypatch):
+    """Exports here are verified on the random frame alone; tests/export/test_verification.py has the real ones."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def checkpoint(tmp_path, small_config, make_detector):
     detector = make_detector(small_config)
