@@ -7,6 +7,7 @@ examples:
   bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth    a float checkpoint: FP32 into onnx_fp32
   bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform
 
+Each part is verified against PyTorch on a random frame and on real ones, example-data's unless --data names others.
 Exit status 1 when a part's ONNX and PyTorch differ by more than the tolerance; the files are written all the same.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import sys
 
 from qat.cli import FAILED, OK
+from qat.cli.flags import add_verification_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a float checkpoint, export the camera branch alone, which lies under NAME: encoders.camera in a whole "
         "camera+lidar model, '' in a state dict of the branch by itself",
     )
+    add_verification_flags(parser)
     parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports, then prints what was written and how close it is to PyTorch."""
+    from qat.cli.flags import verification_frames
+    from qat.export.bisect import describe
     from qat.export.checkpoint import export_checkpoint
 
+    frames = verification_frames(args)
     folder, manifest = export_checkpoint(
         args.ckpt,
         args.precision,
@@ -75,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         args.config,
         args.flavour,
         prefix=args.prefix,
+        frames=frames,
         opset=args.opset,
         batch=args.batch,
         dynamic_batch=args.dynamic_batch,
@@ -106,4 +113,6 @@ def run(args: argparse.Namespace) -> int:
                     f"expected {figures['tolerance_db']:.1f} dB or more",
                     file=sys.stderr,
                 )
+        for layer in part.get("divergence", ()):
+            print(f"error: {folder / part['file']}: {describe(layer)}", file=sys.stderr)
     return FAILED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from qat.core.errors import UserError
@@ -16,11 +16,22 @@ FILE = "manifest.json"
 PARTS = ("camera.backbone", "camera.vtransform", "fuser", "head.bbox")
 
 
+def check_inside(path: str | Path, name: object) -> None:
+    """Raises `UserError` where a file's name in a manifest is none, or leads out of the manifest's folder."""
+    plain = isinstance(name, str) and bool(name) and "\0" not in name
+    if plain:
+        parts = PurePosixPath(str(name).replace("\\", "/"))
+        plain = not (parts.is_absolute() or ".." in parts.parts or PureWindowsPath(str(name)).drive)
+    if not plain:
+        raise UserError(f"{path}: found file {name!r}, expected the name of a file in the manifest's folder")
+
+
 def load_manifest(folder: str | Path, check_files: bool = True) -> dict[str, Any]:
     """Reads a folder's manifest and, unless told not to, checks each part's file against its recorded sha256.
 
     Raises:
-        UserError: no manifest, another format or schema, or a file that is missing or was changed.
+        UserError: no manifest, another format or schema, a file outside the folder, or one that is missing or was
+            changed.
     """
     folder = Path(folder)
     path = folder / FILE
@@ -31,6 +42,10 @@ def load_manifest(folder: str | Path, check_files: bool = True) -> dict[str, Any
         raise UserError(f"{path}: not a manifest of exported parts; expected format {FORMAT!r}")
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path}: found schema {manifest.get('schema')!r}, expected {SCHEMA}; export again")
+    files = [part["file"] for part in manifest["parts"].values()]
+    verification = manifest.get("verification", {})
+    for name in [*files, verification["file"]] if "file" in verification else files:
+        check_inside(path, name)
     if check_files:
         for name, part in manifest["parts"].items():
             file = folder / part["file"]

@@ -45,6 +45,30 @@ def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+class PlainGraph:
+    """A graph as it is in its file, ONNX Runtime's optimizer off: what is run is the file, not one backend's fusions.
+
+    inputs, outputs: tensor name to `TensorSpec`, in the graph's order.
+    """
+
+    def __init__(self, graph: bytes | Path, threads: int = 0) -> None:
+        """graph: the file's bytes or its path. Raises `UserError` where ONNX Runtime cannot read it."""
+        options = _session_options(threads)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source = graph if isinstance(graph, bytes) else str(graph)
+        try:
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own exceptions have no base class below Exception
+            name = "the graph" if isinstance(graph, bytes) else graph
+            raise UserError(f"{name}: ONNX Runtime cannot read it: {' '.join(str(error).split())}") from None
+        self.inputs = _specs(self._session.get_inputs())
+        self.outputs = _specs(self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays by input name → arrays by output name."""
+        return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
+
+
 class OnnxRuntimeEngine(Engine):
     """A session over the graph as ONNX Runtime's optimizer left it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def export_checkpoint(
     config: str | Path | None = None,
     flavour: str = "tensorrt",
     prefix: str | None = None,
+    frames: Callable[[dict[str, Any]], Sequence[Any]] | None = None,
     **form: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes a checkpoint's ONNX parts and manifest.
@@ -54,6 +56,7 @@ def export_checkpoint(
         config: for a float checkpoint; None for the one inside it, else config.yaml beside it.
         prefix: for a float checkpoint, takes the camera branch alone, which lies under it, as `calibrate_checkpoint` has
             it; camera.backbone and camera.vtransform are then all that is written.
+        frames: the model's config → real frames to verify on too, as for `export_parts`.
         form: opset, batch, dynamic_batch, only, parts_int8, reduce_range: as for `export_parts`.
 
     Returns:
@@ -82,5 +85,8 @@ def export_checkpoint(
         load_state(detector, checkpoint["state_dict"], str(path), prefix)
     usual = f"onnx_{precision}" if flavour == "tensorrt" else f"onnx_{precision}_{flavour}"
     folder = Path(out) if out is not None else path.parent / usual
-    manifest = export_parts(detector, folder, precision, flavour=flavour, checkpoint=path, recipe=recipe, **form)
+    real = frames(detector.config) if frames is not None else ()
+    manifest = export_parts(
+        detector, folder, precision, flavour=flavour, checkpoint=path, recipe=recipe, frames=real, **form
+    )
     return folder, manifest

@@ -47,9 +47,9 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
+from qat.core.verification import FP32_DB, INT8_MARGIN_DB
 from qat.export.fp16 import EXACT, LEAST_SCALE, NORMAL, graph_opset, node_name, store_constants, to_fp16
 from qat.export.intermediates import tensor_types
-from qat.export.verify import FP32_DB, INT8_MARGIN_DB
 
 PRECISIONS = ("fp32", "fp16", "int8")
 QDQ_OPSET = 19  # the first in which Q/DQ take FP16

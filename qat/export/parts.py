@@ -23,13 +23,12 @@ from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.unsigned import never_negative_outputs, to_unsigned
-from qat.export.verify import compare_scales, graph_scales, random_frame, verify_part
+from qat.export.verify import Verification
 from qat.lean.modes import (
     parts_on,
     qdq_tracing,
     quantizers,
     quantizers_off,
-    recording_scales,
     seven_bit_weights,
     watched_on,
 )
@@ -108,31 +107,6 @@ class Form:
         return [name for name in parts if self.parts is None or name in self.parts]
 
 
-def _inputs_of_parts(
-    detector: Any, parts: Mapping[str, TorchPart], frames: Sequence[Any]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Runs the detector in PyTorch on a batch of frames; what each part takes in, as in `qat.runtime.Pipeline`."""
-
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([getattr(frame, name) for frame in frames])
-
-    backbone = parts["camera.backbone"]
-    feeds = {name: stacked(name) for name in backbone.wrapper.inputs}
-    inputs = {"camera.backbone": feeds}
-    tensors = backbone.run(feeds)
-    matrices = ("camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
-    context = torch.from_numpy(tensors["camera_feature"]).permute(0, 3, 1, 2)
-    with torch.inference_mode():
-        patterns = detector.patterns(*map(stacked, matrices))
-        bev = detector.pool(torch.from_numpy(tensors["camera_depth_weights"]), context, patterns).numpy()
-    for name, tensor in (("camera.vtransform", "feat_in"), ("fuser", "camera"), ("head.bbox", "middle")):
-        if name in parts:
-            inputs[name] = {tensor: np.ascontiguousarray(bev)}
-            if name != "head.bbox":
-                (bev,) = parts[name].run(inputs[name]).values()
-    return inputs
-
-
 def export_parts(
     detector: Any,
     out: str | Path,
@@ -149,6 +123,7 @@ def export_parts(
     parts_int8: Sequence[str] = (),
     reduce_range: bool = False,
     seed: int = 0,
+    frames: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Writes a detector's ONNX parts and manifest.json into `out`, whole or not at all, and verifies each part.
 
@@ -169,14 +144,16 @@ def export_parts(
         only: names of the parts to write; None for all.
         parts_int8: parts that the calibration left off (the vtransform) to quantize all the same.
         reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
-        seed: of the random inputs for verification.
+        seed: of the random frame for verification.
+        frames: real ones to verify on too, what `qat.runtime.SampleTensors` describes, preprocessed for this model.
 
     Returns:
         the manifest. `manifest["verification"]["passed"]` is False when a part is out of tolerance; the files are
         written all the same, to be looked at.
 
     Raises:
-        UserError: a form that the detector cannot have, onnxsim's or ONNX's check failed.
+        UserError: a form that the detector cannot have, a frame of other cameras or another size, onnxsim's or ONNX's
+            check failed.
     """
     form = Form(
         precision,
@@ -192,7 +169,7 @@ def export_parts(
     detector.eval()
     settings = pipeline_settings(detector.config, cameras)
     with form.applied(detector):
-        return _export(detector, Path(out), form, settings, checkpoint, recipe, seed)
+        return _export(detector, Path(out), form, settings, checkpoint, recipe, seed, frames)
 
 
 def _model_name(checkpoint: str | Path | None) -> str | None:
@@ -219,13 +196,12 @@ def _export(
     checkpoint: str | Path | None,
     recipe: Mapping[str, Any] | None,
     seed: int,
+    frames: Sequence[Any],
 ) -> dict[str, Any]:
     parts = torch_parts(detector)
     chosen = form.chosen(parts)
-    batches = [form.batch, form.batch + 1] if form.dynamic_batch else [form.batch]
-    inputs = [
-        _inputs_of_parts(detector, parts, [random_frame(settings, seed + n) for n in range(batch)]) for batch in batches
-    ]
+    batches = (form.batch, form.batch + 1) if form.dynamic_batch else (form.batch,)
+    verification = Verification(detector, parts, settings, frames, seed, batches)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -244,39 +220,23 @@ def _export(
     }
     if checkpoint is not None:
         manifest["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
-    passed = True
     # Of the tensor before the next part, for what is behind a part's last ReLU is u8 in the next one too. Pooled features
     # have a sign: the context of a pixel has.
     positive = False
     with atomic_directory(out) as folder:
         for name, part in parts.items():
-            model, scales_found = _graph(part, name, inputs[0][name], form)
+            model = source = _graph(part, name, verification.feeds, form)
             if form.flavour in CPU_FLAVOURS:
                 known = part.wrapper.inputs if positive else ()
                 model = (to_onnxruntime if form.flavour == "onnxruntime" else to_unsigned)(model, known)
                 positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
             if name not in chosen:
+                verification.skip(name)
                 continue
             counts = op_counts(model)
             graph = model.SerializeToString(deterministic=True)
             (folder / f"{name}.onnx").write_bytes(graph)
             has_qdq = counts["DequantizeLinear"] > 0
-            with recording_scales(detector) as scales:
-                references = [part.run(case[name]) for case in inputs]
-            exact: list[dict[str, np.ndarray] | None] = [None] * len(inputs)
-            if has_qdq:
-                with quantizers_off(detector):
-                    exact = [part.run(case[name]) for case in inputs]
-            reports = [
-                verify_part(graph, reference, case[name], unquantized)
-                for reference, case, unquantized in zip(references, inputs, exact, strict=True)
-            ]
-            report = {
-                output: min((r[output] for r in reports), key=lambda r: r["sqnr_db"] - r["tolerance_db"])
-                for output in reports[0]
-            }
-            quantizers_kept = compare_scales(scales_found, scales)
-            passed &= all(entry["passed"] for entry in (*report.values(), quantizers_kept))
             takes, gives = tensor_specs(model)
             manifest["parts"][name] = {
                 "file": f"{name}.onnx",
@@ -285,26 +245,17 @@ def _export(
                 "inputs": takes,
                 "outputs": gives,
                 "operators": dict(sorted(counts.items())),
-                "verification": report,
-                "scales": quantizers_kept,
+                **verification.check(name, graph, source),
             }
-        manifest["verification"] = {
-            "runtime": "onnxruntime, optimizer off",
-            "seed": seed,
-            "batches": batches,
-            "passed": passed,
-        }
+        manifest["verification"] = verification.write(folder)
         write_json(folder / FILE, manifest)
     return manifest
 
 
-def _graph(
-    part: TorchPart, name: str, feeds: Mapping[str, np.ndarray], form: Form
-) -> tuple[onnx.ModelProto, list[np.ndarray]]:
-    """A part's simplified graph in the `tensorrt` flavour, and the scales in it."""
+def _graph(part: TorchPart, name: str, feeds: Mapping[str, np.ndarray], form: Form) -> onnx.ModelProto:
+    """A part's simplified graph in the `tensorrt` flavour."""
     wrapper = part.wrapper
     tensors = [torch.from_numpy(feeds[tensor]) for tensor in wrapper.inputs]
     with qdq_tracing():
         model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, form.opset, form.dynamic_batch)
-    model = simplify(model, name)
-    return model, graph_scales(model)
+    return simplify(model, name)

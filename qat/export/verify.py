@@ -1,75 +1,40 @@
-"""Each exported graph beside the PyTorch module it came from, on the same inputs.
+"""Each exported graph beside the PyTorch module it came from, on the same inputs: a random frame and real ones.
 
 ONNX Runtime runs the graph as it is in the file (its optimizer off): what is checked is the file, not one backend's
-fusions.
-
-Tolerance, as the SQNR of each output against PyTorch's:
-
-- FP32 graphs, 80 dB. Both sides sum in another order: about √n·2⁻²⁴ relative error for a sum of n = 2,000 terms,
-  111 dB; forty such layers one after the other, whose errors add in power, 95 dB; the rest is for folded batch norms
-  and cancellation.
-- INT8 graphs: 3 dB below the SQNR of the fake-quantized module against the float one, on the same inputs. Both sides
-  round at the same places, but FP32's rounding error carries a few values over a quantization threshold, each such flip
-  changes what follows by part of a step and flips more, and after enough layers the two roundings may be as good as
-  independent: then their noises, each that of quantization, add up to 3 dB more. Nothing that is correct exceeds
-  it. As little as one lost quantizer stays under it too, so the graph's scales are compared as well: they must be
-  the quantizers' own, every one of them (`compare_scales`). The `onnxruntime` flavour is held to the same: its u8
-  rounding is finer than the simulated s8, with a quarter of the noise power, and 1 dB is lost to it.
+fusions. docs/verify.md derives the tolerances, and says what verification.npz holds for `bevqat verify`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
+import torch
 from onnx import numpy_helper
 
-from qat.core.tensors import TensorDifference, compare_tensors
+from qat.core.files import sha256
+from qat.core.tensors import compare_tensors, frame_digest
+from qat.core.verification import (
+    FILE,
+    check_frame,
+    digest,
+    judge,
+    pack,
+    random_frame,
+    round_input,
+    summarize,
+    write_summary,
+)
+from qat.engine.onnxruntime_backend import PlainGraph
+from qat.export.bisect import diagnose
+from qat.export.torch_parts import TorchPart
+from qat.lean.modes import quantizers_off, recording_scales
 
-FP32_DB, INT8_MARGIN_DB = 80.0, -3.0
-
-
-def random_frame(settings: Mapping[str, Any], seed: int) -> Any:
-    """A made-up keyframe: noise for images, one pixel in twenty with a depth, the cameras in a ring.
-
-    Returns:
-        what `qat.runtime.SampleTensors` describes.
-    """
-    random = np.random.default_rng(seed)
-    count = len(settings["cameras"])
-    height, width = settings["image"]["size"]
-    low, high, _ = settings["vtransform"]["dbound"]
-    depth = random.uniform(low, high, (count, 1, height, width)) * (random.random((count, 1, height, width)) < 0.05)
-    intrinsics = np.tile(np.eye(4), (count, 1, 1))
-    intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = 0.8 * width
-    intrinsics[:, :2, 2] = width / 2, height / 2
-    camera2lidar = np.tile(np.eye(4), (count, 1, 1))
-    for n, angle in enumerate(np.arange(count) * 2 * np.pi / count):
-        c, s = np.cos(angle), np.sin(angle)
-        camera2lidar[n, :3, :3] = [[s, 0, c], [-c, 0, s], [0, -1, 0]]
-    unmoved = np.tile(np.eye(4), (count, 1, 1))
-    arrays = {
-        "img": random.standard_normal((count, 3, height, width)),
-        "depth": depth,
-        "camera_intrinsics": intrinsics,
-        "camera2lidar": camera2lidar,
-        "img_aug_matrix": unmoved,
-        "lidar_aug_matrix": np.eye(4),
-    }
-    return SimpleNamespace(**{name: array.astype(np.float32) for name, array in arrays.items()})
-
-
-def _run_file(graph: bytes, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+__all__ = ["Verification", "compare_scales", "graph_scales", "random_frame", "verify_part"]
 
 
 def graph_scales(model: onnx.ModelProto) -> list[np.ndarray]:
@@ -96,15 +61,15 @@ def compare_scales(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) 
 
 
 def verify_part(
-    graph: bytes,
+    graph: bytes | PlainGraph,
     reference: Mapping[str, np.ndarray],
-    feeds: dict[str, np.ndarray],
+    feeds: Mapping[str, np.ndarray],
     unquantized: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compares what one graph computes with what its module did.
 
     Args:
-        graph: the ONNX file's bytes.
+        graph: the ONNX file's bytes, or the graph opened.
         reference: the module's outputs, fake-quantized for an INT8 graph.
         feeds: the inputs of both.
         unquantized: for an INT8 graph, the module's outputs with its quantizers off; None for a graph without QDQ.
@@ -113,14 +78,210 @@ def verify_part(
         for each output: max_abs, cosine, sqnr_db, tolerance_db, passed, and for INT8 quantization_db, the SQNR of the
         fake-quantized module against the float one.
     """
-    candidate = _run_file(graph, feeds)
-    report: dict[str, dict[str, Any]] = {}
-    for name in reference:
-        difference: TensorDifference = compare_tensors(reference[name], candidate[name])
-        entry: dict[str, Any] = {**difference, "tolerance_db": FP32_DB}
-        if unquantized is not None:
-            entry["quantization_db"] = compare_tensors(unquantized[name], reference[name])["sqnr_db"]
-            entry["tolerance_db"] = min(FP32_DB, entry["quantization_db"] + INT8_MARGIN_DB)
-        entry["passed"] = difference["sqnr_db"] >= entry["tolerance_db"]
-        report[name] = entry
-    return report
+    opened = graph if isinstance(graph, PlainGraph) else PlainGraph(graph)
+    candidate = opened.run(feeds)
+    return {
+        name: judge(
+            compare_tensors(value, candidate[name]),
+            None if unquantized is None else compare_tensors(unquantized[name], value)["sqnr_db"],
+        )
+        for name, value in reference.items()
+    }
+
+
+def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry as the manifest holds it."""
+    digits = {"cosine": 9}
+    return {
+        name: value
+        if isinstance(value, bool)
+        else float(f"{value:.4g}")
+        if name == "max_abs"
+        else round(value, digits.get(name, 3))
+        for name, value in entry.items()
+    }
+
+
+def _worst(entries: Sequence[Mapping[str, Any]], tokens: Sequence[str]) -> dict[str, Any]:
+    """The figures of the frame that is nearest to its tolerance, its token, and the figures of all frames in a row."""
+    at = min(range(len(entries)), key=lambda i: entries[i]["sqnr_db"] - entries[i]["tolerance_db"])
+    rows = [_rounded(entry) for entry in entries]
+    return {
+        **rows[at],
+        "passed": all(entry["passed"] for entry in entries),
+        "frame": tokens[at],
+        "frames": {name: [row[name] for row in rows] for name in rows[at] if name != "passed"},
+    }
+
+
+@dataclass
+class _Running:
+    """A batch of frames on its way through the parts. feeds: what the next part takes in."""
+
+    token: str
+    frames: list[Any]
+    feeds: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Verification:
+    """The frames that go through a detector's parts in PyTorch and, part by part, through their graphs.
+
+        verification = Verification(detector, parts, settings, frames, seed=0)
+        for name in parts:                                   # in their order
+            feeds = verification.feeds                       # of the first frame, to trace with
+            …
+            manifest["parts"][name] |= verification.check(name, graph, model)
+        manifest["verification"] = verification.write(folder)
+
+    Each frame holds no more than the next part's inputs. They are PyTorch's, rounded (`round_input`), so that one part's
+    error is not charged to the next.
+    """
+
+    def __init__(
+        self,
+        detector: Any,
+        parts: Mapping[str, TorchPart],
+        settings: Mapping[str, Any],
+        frames: Sequence[Any] = (),
+        seed: int = 0,
+        batches: Sequence[int] = (1,),
+    ) -> None:
+        """Takes the frames in.
+
+        Args:
+            detector: float, or quantized and in the state in which it is exported.
+            parts: its parts, in their order.
+            settings: the manifest's `pipeline` section.
+            frames: real ones, what `qat.runtime.SampleTensors` describes; beside these, the random one.
+            seed: of the random frame; of a batch of them, of the first.
+            batches: samples in an input: that of the file, or one that a graph for any number is traced with, and others
+                that it is verified with too, on random frames. A real frame fills its batch alone.
+
+        Raises:
+            UserError: a frame has other cameras or another image size.
+        """
+        self.detector, self.parts, self.settings, self.seed = detector, dict(parts), settings, seed
+        self.batch = batches[0]
+
+        def made(count: int) -> list[Any]:
+            return [random_frame(settings, seed + n) for n in range(count)]
+
+        self.running = [_Running(f"random:{seed}", made(self.batch))]
+        for frame in frames:
+            token = str(getattr(frame, "token", None) or frame_digest(frame))
+            check_frame(settings, frame, token)
+            self.running.append(_Running(token, [frame] * self.batch))
+        self.kept = len(self.running)
+        self.running += [_Running(f"random:{seed} in a batch of {count}", made(count)) for count in batches[1:]]
+        self.first = next(iter(self.parts))
+        for running in self.running:
+            names = self.parts[self.first].wrapper.inputs
+            running.feeds = {name: np.stack([getattr(frame, name) for frame in running.frames]) for name in names}
+        self.random_sha256 = digest(self.running[0].feeds)
+        # Between the parts, tensors are large: those of one frame are kept, a real one if there is one.
+        self.whole = 1 if self.kept > 1 else 0
+        self.stored: dict[str, list[int]] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+        self.passed = True
+
+    @property
+    def feeds(self) -> dict[str, np.ndarray]:
+        """What the next part takes in of the first frame."""
+        return self.running[0].feeds
+
+    def check(self, name: str, graph: bytes, model: onnx.ModelProto) -> dict[str, Any]:
+        """Verifies a part's graph on every frame, and takes the frames on to the next part.
+
+        Args:
+            graph: the file's bytes.
+            model: the graph with the quantizers' own scales: before a flavour's pass that changes them.
+
+        Returns:
+            the part's `verification` (each output's figures), `scales` (see `compare_scales`) and, where something is
+            out of tolerance, `divergence`: the first diverging layers.
+        """
+        part = self.parts[name]
+        opened = PlainGraph(graph)
+        rounds = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+        self.stored[name] = list(range(self.kept)) if name == self.first else [self.whole]
+        entries: dict[str, list[dict[str, Any]]] = {}
+        scales: list[np.ndarray] = []
+        outputs = []
+        for index, running in enumerate(self.running):
+            exact = None
+            if rounds:
+                with quantizers_off(self.detector):
+                    exact = part.run(running.feeds)
+            with recording_scales(self.detector) as seen:
+                reference = part.run(running.feeds)
+            scales = scales or seen
+            for output, entry in verify_part(opened, reference, running.feeds, exact).items():
+                entries.setdefault(output, []).append(entry)
+            if index in self.stored[name]:
+                self._keep(index, name, running.feeds, reference)
+            outputs.append(reference)
+        report = {output: _worst(found, [r.token for r in self.running]) for output, found in entries.items()}
+        kept = compare_scales(graph_scales(model), scales)
+        result: dict[str, Any] = {"verification": report, "scales": kept}
+        if not (kept["passed"] and all(entry["passed"] for entry in report.values())):
+            self.passed = False
+            output, frame = min(
+                ((o, i) for o, found in entries.items() for i in range(len(found))),
+                key=lambda at: entries[at[0]][at[1]]["sqnr_db"] - entries[at[0]][at[1]]["tolerance_db"],
+            )
+            found = diagnose(onnx.load_from_string(graph), model, part, self.running[frame].feeds, output)
+            result["divergence"] = [
+                {**layer.to_json(), "output": output, "frame": self.running[frame].token} for layer in found
+            ]
+        self._advance(name, outputs)
+        return result
+
+    def skip(self, name: str) -> None:
+        """Takes the frames on past a part that is not written."""
+        self._advance(name, [self.parts[name].run(running.feeds) for running in self.running])
+
+    def _keep(
+        self, index: int, name: str, feeds: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]
+    ) -> None:
+        stem = f"{index}/{name}"
+        if index > 0 or name != self.first:  # the random frame is made again from its seed
+            for tensor, array in feeds.items():
+                for key, value in pack(array, self.settings["image"]).items():
+                    self.arrays[f"{stem}/in/{tensor}/{key}"] = value
+        for output, array in reference.items():
+            for key, value in summarize(array).items():
+                self.arrays[f"{stem}/out/{output}/{key}"] = value
+
+    def _advance(self, name: str, outputs: Sequence[Mapping[str, np.ndarray]]) -> None:
+        names = list(self.parts)
+        following = names[names.index(name) + 1 :][:1]
+        if not following:
+            return
+        (tensor,) = self.parts[following[0]].wrapper.inputs
+        for running, output in zip(self.running, outputs, strict=True):
+            if name == self.first:
+                geometry = ("camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
+                matrices = [np.stack([getattr(frame, key) for frame in running.frames]) for key in geometry]
+                context = torch.from_numpy(output["camera_feature"]).permute(0, 3, 1, 2)
+                with torch.inference_mode():
+                    patterns = self.detector.patterns(*matrices)
+                    pooled = self.detector.pool(torch.from_numpy(output["camera_depth_weights"]), context, patterns)
+                value = pooled.numpy()
+            else:
+                (value,) = output.values()
+            running.feeds = {tensor: round_input(value)}
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes verification.npz and returns the manifest's `verification` section."""
+        write_summary(folder / FILE, self.arrays)
+        return {
+            "runtime": "onnxruntime, optimizer off",
+            "seed": self.seed,
+            "batch": self.batch,
+            "frames": [running.token for running in self.running],
+            "passed": self.passed,
+            "file": FILE,
+            "sha256": sha256(folder / FILE),
+            "stored": self.stored,
+            "random_sha256": self.random_sha256,
+        }

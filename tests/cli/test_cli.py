@@ -68,6 +68,10 @@ def test_an_unknown_verb_is_bad_use(capsys):
             "nowhere: no such folder",
         ),
         (["export-camera", "--ckpt", "nowhere.pth"], "nowhere.pth"),
+        (["export-camera", "--ckpt", "nowhere.pth", "--frames", "-1"], "--frames: found -1"),
+        (["export-camera", "--ckpt", "nowhere.pth", "--version", "x"], "--version: found no data to choose from"),
+        (["verify", "nowhere"], "nowhere/manifest.json: no such file"),
+        (["verify", "nowhere", "--threads", "-1"], "threads: found -1"),
         (["report", "nowhere.json"], "nowhere.json"),
     ],
 )

@@ -35,7 +35,7 @@ def shapes(values):
 def test_parts_have_the_documented_names_and_shapes(exported_fp32):
     manifest = load_manifest(exported_fp32)
     assert sorted(p.name for p in exported_fp32.iterdir()) == sorted(
-        [*(f"{name}.onnx" for name in SHAPES), "manifest.json"]
+        [*(f"{name}.onnx" for name in SHAPES), "manifest.json", "verification.npz"]
     )
     for name, (inputs, outputs) in SHAPES.items():
         model = onnx.load(exported_fp32 / f"{name}.onnx")
@@ -123,7 +123,7 @@ def test_a_failed_export_leaves_the_previous_folder(
 ):
     shutil.copytree(exported_fp32, tmp_path / "out")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr("qat.export.parts.verify_part", lambda *_: 1 / 0)
+    monkeypatch.setattr("qat.export.verify.verify_part", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_parts(make_detector(small_config), tmp_path / "out", "fp16", cameras=small_cameras)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

@@ -11,6 +11,12 @@ from qat.cli import main
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def away_from_example_data(tmp_path, monkeypatch):
+    """Exports here are verified on the random frame alone; tests/export/test_verification.py has the real ones."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def checkpoint(tmp_path, small_config, make_detector):
     detector = make_detector(small_config)
@@ -51,7 +57,7 @@ def test_int8_of_a_float_checkpoint_says_to_calibrate(checkpoint, capsys):
 
 
 def test_a_part_out_of_tolerance_gives_exit_status_1(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("qat.export.verify.FP32_DB", 190.0)  # more than float32 can give
+    monkeypatch.setattr("qat.core.verification.FP32_DB", 190.0)  # more than float32 can give
     assert main(["export-camera", "--ckpt", str(checkpoint)]) == 1
     assert "dB SQNR against PyTorch, expected 190.0 dB or more" in capsys.readouterr().err
 

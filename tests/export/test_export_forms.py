@@ -51,7 +51,7 @@ def test_a_batch_of_two_gives_what_two_runs_of_one_give(tmp_path, quantized, set
 def test_a_dynamic_batch_runs_any_number_of_samples(tmp_path, quantized, settings, small_cameras, precision, flavour):
     out = tmp_path / "out"
     manifest = export_parts(quantized, out, precision, cameras=small_cameras, flavour=flavour, dynamic_batch=True)
-    assert manifest["batch"] is None and manifest["verification"]["batches"] == [1, 2]
+    assert manifest["batch"] is None
     assert manifest["verification"]["passed"]
     backbone = manifest["parts"]["camera.backbone"]
     assert backbone["inputs"]["img"]["shape"] == ["batch", 3, 3, 64, 96]

@@ -1,0 +1,487 @@
+"""The first layer at which a graph and its PyTorch module part.
+
+Tensors inside a graph are matched with module calls by the scopes in node names. torch's TorchScript exporter names a node
+after the calls that it was traced in, `/backbone/layer1/layer1.0/conv1/Conv`: of each module, the end of its path from
+the last component that is no number on. Calls whose scopes come out the same are numbered in their order (`relu`,
+`relu_1`, …). The same names are made here from a run of the module (`_Calls`), and matched where an operator and a shape
+agree; functional operations between modules, and what onnxsim renamed, stay without a match.
+
+A matched tensor has diverged when its SQNR is below the tolerance that its part's outputs have: for a graph that rounds,
+one from the SQNR of the fake-quantized module against the float one at this very tensor. Along a chain of layers that is
+monotone but for accidents, so a search over the ancestors of the failing output in topological order, POINTS tensors a
+pass, finds a diverged tensor. Branches are not a chain: the nearest matched ancestors of what was found are looked at
+too, and while one of them has diverged, the search goes on among its ancestors. What is named in the end has diverged,
+and nothing that it is computed from has.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from qat.core.tensors import compare_tensors
+from qat.core.verification import tolerance_db
+from qat.engine.onnxruntime_backend import PlainGraph
+from qat.export.torch_parts import TorchPart
+from qat.lean.modes import quantizers_off
+from qat.lean.quantizer import BOUND, Quantizer
+
+POINTS = 7  # tensors looked at in one pass
+BYTES = 512 << 20  # of their values, in one pass
+
+# What a module's call ends in. Others are matched by their scope's last node.
+_OPERATORS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (Quantizer, ("DequantizeLinear",)),
+    (nn.ConvTranspose2d, ("ConvTranspose",)),
+    (nn.Conv2d, ("Conv",)),
+    (nn.Linear, ("Gemm", "MatMul", "Add")),
+    (nn.ReLU, ("Relu",)),
+)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A layer. what: "output" where its result differs, "scale" where its quantizer is missing or another.
+
+    node, operator: of the ONNX graph; module: its path in the detector. sqnr_db, tolerance_db: of the layer's result
+    beside PyTorch's, None where the graph has no such tensor. before_db: the lowest SQNR among the nearest matched
+    tensors that it is computed from, None where these are the part's inputs. note: for a scale, what was found.
+    """
+
+    what: str
+    node: str
+    operator: str
+    module: str
+    sqnr_db: float | None
+    tolerance_db: float | None
+    before_db: float | None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        values = asdict(self)
+        return {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items() if v not in (None, "")}
+
+    def __str__(self) -> str:
+        return describe(self.to_json())
+
+
+def describe(layer: Mapping[str, Any]) -> str:
+    """One line for a manifest's entry of `divergence`."""
+    text = f"first diverging layer: {layer['operator']} {layer['node']}, PyTorch's {layer['module']}"
+    if "note" in layer:
+        text += f": {layer['note']}"
+    if "sqnr_db" in layer:
+        before = f"{layer['before_db']:.1f} dB before it" if "before_db" in layer else "exact inputs before it"
+        text += f": {layer['sqnr_db']:.1f} dB SQNR ({layer['tolerance_db']:.1f} dB or more expected), {before}"
+    return text
+
+
+def _label(path: str) -> str:
+    """The end of a module's path that its scope is named by: `layer1.0` of `backbone.layer1.0`."""
+    parts = path.split(".")
+    at = len(parts) - 1
+    while at > 0 and parts[at].isdigit():
+        at -= 1
+    return ".".join(parts[at:])
+
+
+@dataclass
+class _Call:
+    """One call of a module without children (but quantizers). scope: as in the exporter's names, without a number."""
+
+    path: str
+    module: nn.Module
+    scope: str
+    shape: tuple[int, ...]
+    folded: bool = False  # a batch norm whose convolution gives its result
+    consumer: str = ""  # path of the first module that takes the result
+
+
+Visit = Callable[[int, torch.Tensor], None]
+
+
+class _Calls:
+    """The calls of a part's modules in the order of a run, and runs that visit their results."""
+
+    def __init__(self, part: TorchPart, feeds: Mapping[str, np.ndarray]) -> None:
+        self.part, self.feeds = part, feeds
+        self.calls: list[_Call] = []
+        self.outputs: dict[str, np.ndarray] = {}
+        # By a tensor's id, which is its own only while it lives: nothing is kept alive for this.
+        producers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._stack: list[str] = []
+
+        def record(path: str, module: nn.Module, inputs: Any, result: torch.Tensor) -> None:
+            scope = "".join(f"/{name}" for name in self._stack)
+            call = _Call(path, module, scope, tuple(result.shape))
+            for value in inputs:
+                alive, at = producers.get(id(value), (None, -1))
+                if alive is not None and alive() is value:
+                    self.calls[at].consumer = self.calls[at].consumer or path
+                    if isinstance(module, nn.BatchNorm2d) and isinstance(
+                        self.calls[at].module, nn.Conv2d | nn.ConvTranspose2d
+                    ):
+                        self.calls[at].folded = True
+            producers[id(result)] = weakref.ref(result), len(self.calls)
+            self.calls.append(call)
+
+        with self._watched(record):
+            part.run(feeds)
+        # A folded convolution's result is its batch norm's, the next call that takes it.
+        self.results = list(range(len(self.calls)))
+        for at, call in enumerate(self.calls):
+            if call.folded:
+                self.results[at] = next(
+                    i for i in range(at + 1, len(self.calls)) if self.calls[i].path == call.consumer
+                )
+
+    @contextmanager
+    def _watched(self, record: Callable[[str, nn.Module, Any, torch.Tensor], None]) -> Iterator[None]:
+        """Hooks on every module of the part; `record(path, module, inputs, result)` for those without children."""
+        root = self.part.wrapper
+        self._stack = []
+        handles = []
+        for path, module in root.named_modules():
+            if not path:
+                continue
+            # Weight quantizers are called too, but are looked at beside their layer.
+            leaf = not any(not isinstance(child, Quantizer) for child in module.children())
+            leaf &= not path.endswith("weight_quantizer")
+
+            def before(_: nn.Module, __: Any, label: str = _label(path)) -> None:
+                self._stack.append(label)
+
+            def after(
+                module: nn.Module,
+                inputs: Any,
+                result: Any,
+                path: str = path.removeprefix("detector."),
+                leaf: bool = leaf,
+            ) -> None:
+                if leaf and isinstance(result, torch.Tensor):
+                    record(path, module, inputs, result)
+                self._stack.pop()
+
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def visit(self, wanted: Sequence[int], look: Visit) -> dict[str, np.ndarray]:
+        """Runs the part; `look(call, result)` at the result of each wanted call, before anything can overwrite it."""
+        results = defaultdict(list)
+        for call in wanted:
+            results[self.results[call]].append(call)
+        count = iter(range(len(self.calls)))
+
+        def record(path: str, module: nn.Module, inputs: Any, result: torch.Tensor) -> None:
+            for call in results.get(next(count), ()):
+                look(call, result)
+
+        with self._watched(record):
+            return self.part.run(self.feeds)
+
+
+def _scope(node: onnx.NodeProto) -> tuple[str, int]:
+    """A node's scope without its number, and the number: ("/decoder/relu", 1) of "/decoder/relu_1/Relu"."""
+    scope = node.name.rpartition("/")[0]
+    stem, _, number = scope.rpartition("_")
+    if number.isdigit() and stem and not stem.endswith("/"):
+        return stem, int(number)
+    return scope, 0
+
+
+class _Matches:
+    """Which tensor of a graph is which call's result."""
+
+    def __init__(self, model: onnx.ModelProto, calls: _Calls) -> None:
+        self.model, self.calls = model, calls
+        self.nodes = list(model.graph.node)
+        self.producer = {name: node for node in self.nodes for name in node.output}
+        self.order = {name: at for at, node in enumerate(self.nodes) for name in node.output}
+        self.constants = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant":
+                self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        self.call_of: dict[str, int] = {}
+        self._match()
+        self.names = {call: name for name, call in self.call_of.items()}
+
+    def _nodes_of(self, module: nn.Module, scope: list[onnx.NodeProto]) -> onnx.NodeProto | None:
+        """The node of a scope that gives the module's result."""
+        for kind, operators in _OPERATORS:
+            if isinstance(module, kind):
+                fitting = [node for node in scope if node.op_type in operators]
+                return fitting[-1] if fitting else None
+        return scope[-1]
+
+    def _match(self) -> None:
+        # A scope such as "quant_x_2" is a call's own where a call has it, else the third call of "quant_x".
+        known = {call.scope for call in self.calls.calls}
+        scopes: dict[str, dict[int, list[onnx.NodeProto]]] = defaultdict(lambda: defaultdict(list))
+        for node in self.nodes:
+            if not node.name.startswith("/") or node.op_type == "Constant" or not node.output:
+                continue
+            whole = node.name.rpartition("/")[0]
+            stem, number = (whole, 0) if whole in known else _scope(node)
+            scopes[stem][number].append(node)
+        calls: dict[str, list[int]] = defaultdict(list)
+        for at, call in enumerate(self.calls.calls):
+            off = isinstance(call.module, Quantizer) and call.module._disabled
+            if not off and not isinstance(call.module, nn.Identity | nn.Dropout):
+                calls[call.scope].append(at)
+        for scope, own in calls.items():
+            for number, at in enumerate(own):
+                nodes = scopes[scope].get(number)
+                node = self._nodes_of(self.calls.calls[at].module, nodes) if nodes else None
+                if node is not None:
+                    self.call_of[node.output[0]] = at
+
+    def ancestors(self, name: str) -> list[str]:
+        """Matched tensors that `name` is computed from, and itself, in topological order."""
+        seen, stack = {name}, [name]
+        while stack:
+            node = self.producer.get(stack.pop())
+            for source in node.input if node is not None else ():
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return sorted((n for n in seen if n in self.call_of or n == name), key=lambda n: self.order.get(n, -1))
+
+    def nearest(self, name: str) -> list[str]:
+        """The matched tensors that lie next before `name`."""
+        found, seen = [], {name}
+        stack = list(self.producer[name].input) if name in self.producer else []
+        while stack:
+            source = stack.pop()
+            if source in seen or source in self.constants:
+                continue
+            seen.add(source)
+            if source in self.call_of:
+                found.append(source)
+            elif source in self.producer:
+                stack += self.producer[source].input
+        return sorted(found, key=lambda n: self.order[n])
+
+
+class _Search:
+    """SQNR and tolerance of tensors inside a graph, looked up a few at a time."""
+
+    def __init__(self, matches: _Matches, known: Mapping[str, tuple[float, float] | None]) -> None:
+        self.matches, self.calls = matches, matches.calls
+        self.rounds = any(node.op_type == "QuantizeLinear" for node in matches.nodes)
+        self.known: dict[str, tuple[float, float] | None] = dict(known)
+
+    def look(self, names: Sequence[str]) -> None:
+        """Makes the figures of these tensors known: one run of the graph and one or two of the module."""
+        wanted = [name for name in names if name not in self.known]
+        while wanted:
+            some: list[str] = []
+            size = 0
+            while wanted and len(some) < POINTS:
+                size += 4 * int(np.prod(self.calls.calls[self.matches.call_of[wanted[0]]].shape))
+                if some and size > BYTES:
+                    break
+                some.append(wanted.pop(0))
+            self._pass(some)
+
+    def _pass(self, names: Sequence[str]) -> None:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.matches.model)
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        candidates = PlainGraph(model.SerializeToString()).run(self.calls.feeds)
+        calls = {self.matches.call_of[name]: name for name in names}
+        references: dict[str, np.ndarray] = {}
+
+        def keep(call: int, result: torch.Tensor) -> None:
+            references[calls[call]] = result.detach().cpu().numpy().copy()
+
+        self.calls.visit(list(calls), keep)
+        limits = dict.fromkeys(names, tolerance_db())
+        if self.rounds:
+
+            def limit(call: int, result: torch.Tensor) -> None:
+                name = calls[call]
+                exact = result.detach().cpu().numpy()
+                limits[name] = tolerance_db(compare_tensors(exact, references[name])["sqnr_db"])
+
+            with quantizers_off(self.calls.part.wrapper):
+                self.calls.visit(list(calls), limit)
+        for name in names:
+            if candidates[name].shape != references[name].shape:  # not the tensor that its name says
+                self.known[name] = None
+                continue
+            self.known[name] = (compare_tensors(references[name], candidates[name])["sqnr_db"], limits[name])
+
+    def diverged(self, name: str) -> bool | None:
+        """Whether it has; None where it turned out to be no match."""
+        figures = self.known[name]
+        return None if figures is None else figures[0] < figures[1]
+
+    def first_in(self, chain: list[str]) -> str:
+        """A diverged tensor of a list in topological order whose last one has diverged."""
+        low, high = -1, len(chain) - 1
+        while high - low > 1:
+            count = min(POINTS, high - low - 1)
+            places = sorted({low + (high - low) * (i + 1) // (count + 1) for i in range(count)} - {low, high})
+            self.look([chain[i] for i in places])
+            for place in places:
+                state = self.diverged(chain[place])
+                if state is None:
+                    continue
+                if state:
+                    high = place
+                    break
+                low = place
+            else:
+                if all(self.diverged(chain[i]) is None for i in places):
+                    chain = [name for i, name in enumerate(chain) if i not in places]
+                    high -= len(places)
+        return chain[high]
+
+    def first(self, output: str) -> str:
+        """The first diverged tensor before a diverged output: none of the nearest ones before it has diverged."""
+        found = self.first_in(self.matches.ancestors(output))
+        while True:
+            before = self.matches.nearest(found)
+            self.look(before)
+            worse = [name for name in before if self.diverged(name)]
+            if not worse:
+                return found
+            found = self.first_in(self.matches.ancestors(worse[0]))
+
+    def before_db(self, name: str) -> float | None:
+        """The lowest SQNR of the nearest matched tensors before it."""
+        before = self.matches.nearest(name)
+        self.look(before)
+        return min((figures[0] for figures in map(self.known.get, before) if figures is not None), default=None)
+
+    def divergence(self, name: str, what: str, note: str = "", module: str = "") -> Divergence:
+        """A tensor's entry."""
+        node = self.matches.producer[name]
+        call = self.matches.call_of.get(name)
+        if call is not None:
+            self.look([name])
+            module = module or self.calls.calls[call].path
+        figures = self.known.get(name)
+        return Divergence(
+            what,
+            node.name or name,
+            node.op_type,
+            module or f"operations before the output {name}",
+            None if figures is None else figures[0],
+            None if figures is None else figures[1],
+            self.before_db(name),
+            note,
+        )
+
+
+def _scale(quantizer: Any) -> np.ndarray:
+    return (quantizer._amax.detach().flatten() / BOUND).cpu().numpy()
+
+
+def _scale_of(matches: _Matches, tensor: str) -> np.ndarray | None:
+    """The scale of the Q/DQ pair that gives a tensor."""
+    node = matches.producer.get(tensor)
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return matches.constants[node.input[1]].ravel()
+
+
+def _differs(found: np.ndarray | None, expected: np.ndarray) -> str:
+    """What is wrong with a scale, or nothing."""
+    if found is None:
+        return "its quantizer's Q/DQ pair is missing"
+    if found.shape != expected.shape:
+        return f"found {found.size} scales, its quantizer has {expected.size}"
+    wrong = ~np.isclose(found, expected, rtol=1e-6, atol=0)
+    if not wrong.any():
+        return ""
+    at = int(np.argmax(wrong))
+    where = f" of channel {at}" if expected.size > 1 else ""
+    return f"found scale {found[at]:.6g}{where}, its quantizer has {expected[at]:.6g}"
+
+
+def _first_scale(search: _Search) -> Divergence | None:
+    """The first layer, in the order of the run, whose Q/DQ pair is missing or has another scale than its quantizer."""
+    matches = search.matches
+    for at, call in enumerate(search.calls.calls):
+        name = matches.names.get(at)
+        if isinstance(call.module, Quantizer) and not call.module._disabled:
+            note = _differs(None if name is None else _scale_of(matches, name), _scale(call.module))
+            if not note:
+                continue
+            taker = next(
+                (
+                    matches.names[i]
+                    for i, other in enumerate(search.calls.calls)
+                    if i > at and i in matches.names and other.path == call.consumer
+                ),
+                None,
+            )
+            tensor = name if name is not None else taker
+            if tensor is None:
+                return Divergence("scale", "(none)", "QuantizeLinear", call.path, None, None, None, note)
+            return search.divergence(tensor, "scale", note, call.path)
+        quantizer = getattr(call.module, "weight_quantizer", None)
+        if quantizer is None or quantizer._disabled or name is None:
+            continue
+        inputs = matches.producer[name].input
+        note = _differs(_scale_of(matches, inputs[1]) if len(inputs) > 1 else None, _scale(quantizer))
+        if note:
+            return search.divergence(name, "scale", f"weight: {note}")
+    return None
+
+
+def diagnose(
+    graph: onnx.ModelProto,
+    source: onnx.ModelProto,
+    part: TorchPart,
+    feeds: Mapping[str, np.ndarray],
+    output: str,
+) -> list[Divergence]:
+    """Names the first layers at which a graph that failed its verification differs from its module.
+
+    Args:
+        graph: what the file holds.
+        source: the same before a flavour's pass, with the quantizers' own scales; may be `graph`.
+        part: the module, its quantizers in the state of the export.
+        feeds: the inputs of both, float32 by name.
+        output: the output that is furthest out of tolerance.
+
+    Returns:
+        the first layer whose Q/DQ pair is missing or has another scale, if there is one, then the first whose result is
+        out of tolerance, if `output` is.
+    """
+    calls = _Calls(part, feeds)
+    references = part.run(feeds)
+    candidates = PlainGraph(graph.SerializeToString()).run(feeds)
+    search = _Search(_Matches(graph, calls), {})
+    exact: Mapping[str, np.ndarray] | None = None
+    if search.rounds:
+        with quantizers_off(part.wrapper):
+            exact = part.run(feeds)
+    for name, value in references.items():
+        quantization = None if exact is None else compare_tensors(exact[name], value)["sqnr_db"]
+        search.known[name] = (compare_tensors(value, candidates[name])["sqnr_db"], tolerance_db(quantization))
+    found = []
+    scale = _first_scale(_Search(_Matches(source, calls), search.known))
+    if scale is not None:
+        found.append(scale)
+    if search.diverged(output):
+        found.append(search.divergence(search.first(output), "output"))
+    return found
