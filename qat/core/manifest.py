@@ -16,11 +16,14 @@ FILE = "manifest.json"
 PARTS = ("camera.backbone", "camera.vtransform", "fuser", "head.bbox")
 
 
-def load_manifest(folder: str | Path, check_files: bool = True) -> dict[str, Any]:
-    """Reads a folder's manifest and, unless told not to, checks each part's file against its recorded sha256.
+def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts: str = "onnx") -> dict[str, Any]:
+    """Reads a folder's manifest and, unless told not to, checks each file that it lists against its recorded sha256.
+
+    Args:
+        format_of_parts: "onnx", or "pt2" for programs of torch.export. A manifest that does not say is of ONNX parts.
 
     Raises:
-        UserError: no manifest, another format or schema, or a file that is missing or was changed.
+        UserError: no manifest, another format or schema, other parts, or a file that is missing or was changed.
     """
     folder = Path(folder)
     path = folder / FILE
@@ -31,11 +34,21 @@ def load_manifest(folder: str | Path, check_files: bool = True) -> dict[str, Any
         raise UserError(f"{path}: not a manifest of exported parts; expected format {FORMAT!r}")
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path}: found schema {manifest.get('schema')!r}, expected {SCHEMA}; export again")
+    if (found := manifest.get("format_of_parts", "onnx")) != format_of_parts:
+        mend = (
+            "those are for torch (docs/formats.md); export ONNX parts for an engine"
+            if found == "pt2"
+            else "export again"
+        )
+        raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {mend}")
     if check_files:
-        for name, part in manifest["parts"].items():
+        files = {f"part {name}": part for name, part in manifest["parts"].items()}
+        if "e2e" in manifest:
+            files["the whole detector"] = manifest["e2e"]
+        for name, part in files.items():
             file = folder / part["file"]
             if not file.is_file():
-                raise UserError(f"{file}: no such file, expected part {name}; export again")
+                raise UserError(f"{file}: no such file, expected {name}; export again")
             if (found := sha256(file)) != part["sha256"]:
                 raise UserError(
                     f"{file}: found sha256 {found[:12]}…, expected {part['sha256'][:12]}… as in {FILE}: "
