@@ -30,26 +30,34 @@ def quantized(make_detector, fresh_config):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, quantized, small_cameras):
     root = tmp_path_factory.mktemp("pt2")
-    export_pt2(quantized, root / "fp32", "fp32", cameras=small_cameras)
+    export_pt2(quantized, root / "fp32", "fp32", parts=["camera.vtransform", "fuser"], cameras=small_cameras)
     export_pt2(quantized, root / "int8", "int8", cameras=small_cameras, recipe={"method": "given"})
     return {"fp32": root / "fp32", "int8": root / "int8"}
+
+
+@pytest.fixture(scope="module")
+def programs(folders):
+    """The reloaded programs by precision and part."""
+    return {
+        precision: {file.stem: torch.export.load(file) for file in sorted(folder.glob("*.pt2"))}
+        for precision, folder in folders.items()
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_reloaded_programs_give_the_modules_bits(folders, precision):
     manifest = load_manifest(folders[precision], format_of_parts="pt2")
     assert manifest["verification"]["passed"] and manifest["precision"] == precision
-    assert list(manifest["parts"]) == PARTS
+    assert list(manifest["parts"]) == (PARTS if precision == "int8" else ["camera.vtransform", "fuser"])
     for part in manifest["parts"].values():
         for figures in part["verification"].values():
             assert figures["passed"] and figures["max_abs"] == 0.0
 
 
-def test_programs_round_where_quantizers_are_on_and_keep_their_ranges(folders, quantized):
+def test_programs_round_where_quantizers_are_on_and_keep_their_ranges(folders, programs, quantized):
     manifest = load_manifest(folders["int8"], format_of_parts="pt2")
     assert manifest["calibration"] == {"method": "given"}
     for own, name in zip(("camera", "vtransform", "decoder", "head"), PARTS, strict=True):
-        program = torch.export.load(folders["int8"] / f"{name}.pt2")
         graph = quantized.parts[own]
         modules = dict(graph.named_modules())
         called = [modules[node.target] for node in graph.graph.nodes if node.op == "call_module"]
@@ -61,7 +69,7 @@ def test_programs_round_where_quantizers_are_on_and_keep_their_ranges(folders, q
         per_tensor = operators.get("aten.fake_quantize_per_tensor_affine.tensor_qparams", 0)
         assert per_tensor == len(activations) + len(single)
         assert operators.get("aten.fake_quantize_per_channel_affine.default", 0) == len(weights) - len(single)
-        ranges = [value for key, value in program.state_dict.items() if key.endswith("_amax")]
+        ranges = [value for key, value in programs["int8"][name].state_dict.items() if key.endswith("_amax")]
         found = sorted(float(value) for value in ranges if value.numel() == 1)
         assert found == sorted(
             {float(m._amax) for m in activations} | {float(m.weight_quantizer._amax) for m in single}
@@ -69,21 +77,22 @@ def test_programs_round_where_quantizers_are_on_and_keep_their_ranges(folders, q
     assert manifest["parts"]["camera.vtransform"]["precision"] == "fp32"
 
 
-def test_files_hold_their_own_weights_and_nothing_of_this_machine(folders, quantized):
+def test_files_hold_their_own_weights_and_nothing_of_this_machine(folders, programs):
+    prefixes = {
+        "camera.backbone": "encoders.camera",
+        "camera.vtransform": "encoders.camera.vtransform.downsample",
+        "fuser": "decoder",
+        "head.bbox": "heads.object",
+    }
     for precision, folder in folders.items():
-        for name in PARTS:
+        for name, program in programs[precision].items():
             with zipfile.ZipFile(folder / f"{name}.pt2") as archive:
-                texts = [archive.read(entry) for entry in archive.namelist()]
-            assert not any(word in text for text in texts for word in (b"site-packages", b"qat.", b"/tmp")), name
-            state = torch.export.load(folder / f"{name}.pt2").state_dict
-            prefixes = {
-                "camera.backbone": ("encoders.camera",),
-                "camera.vtransform": ("encoders.camera.vtransform.downsample",),
-                "fuser": ("decoder",),
-                "head.bbox": ("heads.object",),
-            }[name]
-            weights = [key for key in state if key.endswith("weight")]
-            assert weights and all(any(prefix in key for prefix in prefixes) for key in weights), (precision, name)
+                contents = [archive.read(entry) for entry in archive.namelist()]
+            assert not any(word in content for content in contents for word in (b"site-packages", b"qat.", b"/tmp")), (
+                name
+            )
+            weights = [key for key in program.state_dict if key.endswith("weight")]
+            assert weights and all(prefixes[name] in key for key in weights), (precision, name)
 
 
 SCRIPT = """
@@ -93,7 +102,8 @@ import numpy as np, torch
 folder = sys.argv[1]
 parts = json.load(open(f"{folder}/manifest.json"))["parts"]
 arrays = dict(np.load(sys.argv[2]))
-for name, part in parts.items():
+for name in ("camera.vtransform", "fuser"):
+    part = parts[name]
     module = torch.export.load(f"{folder}/{part['file']}").module()
     given = [torch.from_numpy(arrays[f"{name}:{tensor}"]) for tensor in part["inputs"]]
     with torch.inference_mode():
@@ -123,9 +133,7 @@ def test_programs_run_where_bevqat_is_not_installed(tmp_path, folders, quantized
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {(name, tensor) for name, tensor, _ in rows} == {
-        (name, tensor) for name, part in parts.items() for tensor in part.wrapper.outputs
-    }
+    assert [tensor for _, tensor, _ in rows] == ["feat_out", "middle"]
     # Another process may sum in another order (its number of threads), and a value at a rounding threshold moves by a step.
     for _, tensor, difference in rows:
         assert difference <= 0.1 * np.abs(tensors[tensor]).max()
