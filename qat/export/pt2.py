@@ -117,8 +117,8 @@ def export_pt2(
     """Writes a detector's parts as .pt2 files with manifest.json into `out`, whole or not at all.
 
     Every file is loaded again and run beside the module that it came from: on the CPU, in one process, the same operators
-    give the same bits on the same number of threads, and anything else fails. The bytes of a file differ from one export to the next (torch.export
-    writes an identifier of its own); the manifest's sha256 is that of the file as written. An earlier `out` is replaced.
+    on the same number of threads give the same bits, and anything else fails. The same detector gives the same bytes
+    with torch 2.13; torch does not promise it. An earlier `out` is replaced.
 
     Args:
         detector: a `qat.models.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.

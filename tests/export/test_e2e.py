@@ -190,7 +190,7 @@ def test_int8_tolerance_is_that_of_roundings_that_have_become_independent(folder
             assert figures["tolerance_db"] == figures["quantization_db"] - 3
 
 
-def test_several_threads_give_the_same_bits(folders, opened):
+def test_several_threads_lose_nothing(folders, opened):
     _, _, settings = opened["fp32"]
     frame = random_frame(settings, 1)
     frame.camera2lidar[:, :3, :3] *= 0.05  # all points in a few cells: what a race would lose
@@ -240,6 +240,17 @@ def test_stacked_cells_and_no_depth_input_and_no_downsampling(tmp_path, make_det
     model = onnx.load(tmp_path / "parts" / "detector.onnx")
     report = verify_detector(model, parts, manifest["pipeline"], moved(manifest["pipeline"], 8))
     assert report["passed"], report
+
+
+def test_parts_for_any_batch_size_are_merged_for_one_sample(opened):
+    _, parts, settings = opened["fp32"]
+    free = {name: onnx.ModelProto.FromString(part.SerializeToString()) for name, part in parts.items()}
+    for name in ("fuser", "head.bbox"):
+        for value in (*free[name].graph.input, *free[name].graph.output):
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    model = merge_detector(free, settings)
+    assert all(value.type.tensor_type.shape.dim[0].dim_value == 1 for value in model.graph.output)
+    assert verify_detector(model, free, settings, random_frame(settings, 2))["passed"]
 
 
 def test_the_manifest_lists_the_file_beside_the_parts(folders, opened):

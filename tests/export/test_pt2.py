@@ -158,6 +158,11 @@ def test_batch_norms_of_a_float_detector_stay_as_they_are(tmp_path, make_detecto
     assert manifest["parts"]["fuser"]["operators"]["aten.batch_norm.default"] > 0
 
 
+def test_the_same_detector_gives_the_same_bytes(tmp_path, folders, quantized, small_cameras):
+    export_pt2(quantized, tmp_path / "again", "fp32", parts=["fuser"], cameras=small_cameras)
+    assert (tmp_path / "again" / "fuser.pt2").read_bytes() == (folders["fp32"] / "fuser.pt2").read_bytes()
+
+
 def test_a_program_that_computes_something_else_fails_verification(tmp_path, quantized, monkeypatch):
     import qat.export.pt2 as pt2
 
