@@ -26,12 +26,15 @@ def check_inside(path: str | Path, name: object) -> None:
         raise UserError(f"{path}: found file {name!r}, expected the name of a file in the manifest's folder")
 
 
-def load_manifest(folder: str | Path, check_files: bool = True) -> dict[str, Any]:
-    """Reads a folder's manifest and, unless told not to, checks each part's file against its recorded sha256.
+def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts: str = "onnx") -> dict[str, Any]:
+    """Reads a folder's manifest and, unless told not to, checks each file that it lists against its recorded sha256.
+
+    Args:
+        format_of_parts: "onnx", or "pt2" for programs of torch.export. A manifest that does not say is of ONNX parts.
 
     Raises:
-        UserError: no manifest, another format or schema, a file outside the folder, or one that is missing or was
-            changed.
+        UserError: no manifest, another format or schema, other parts, a file outside the folder, or one that is
+            missing or was changed.
     """
     folder = Path(folder)
     path = folder / FILE
@@ -42,15 +45,25 @@ def load_manifest(folder: str | Path, check_files: bool = True) -> dict[str, Any
         raise UserError(f"{path}: not a manifest of exported parts; expected format {FORMAT!r}")
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path}: found schema {manifest.get('schema')!r}, expected {SCHEMA}; export again")
-    files = [part["file"] for part in manifest["parts"].values()]
+    if (found := manifest.get("format_of_parts", "onnx")) != format_of_parts:
+        mend = (
+            "those are for torch (docs/formats.md); export ONNX parts for an engine"
+            if found == "pt2"
+            else "export again"
+        )
+        raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {mend}")
+    names = [part["file"] for part in (*manifest["parts"].values(), *([manifest["e2e"]] if "e2e" in manifest else []))]
     verification = manifest.get("verification", {})
-    for name in [*files, verification["file"]] if "file" in verification else files:
+    for name in [*names, verification["file"]] if "file" in verification else names:
         check_inside(path, name)
     if check_files:
-        for name, part in manifest["parts"].items():
+        files = {f"part {name}": part for name, part in manifest["parts"].items()}
+        if "e2e" in manifest:
+            files["the whole detector"] = manifest["e2e"]
+        for name, part in files.items():
             file = folder / part["file"]
             if not file.is_file():
-                raise UserError(f"{file}: no such file, expected part {name}; export again")
+                raise UserError(f"{file}: no such file, expected {name}; export again")
             if (found := sha256(file)) != part["sha256"]:
                 raise UserError(
                     f"{file}: found sha256 {found[:12]}…, expected {part['sha256'][:12]}… as in {FILE}: "

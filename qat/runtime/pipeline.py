@@ -118,6 +118,10 @@ class Pipeline:
         """
         folder = Path(folder)
         manifest = load_manifest(folder)
+        if not manifest["parts"]:
+            raise UserError(
+                f"{folder}: found the whole detector in one file, expected its parts: name the parts' folder"
+            )
         found = manifest["precision"]
         if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
             raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")

@@ -1,0 +1,201 @@
+"""The parts as programs of torch.export: NAME.pt2 files, for those who stay in PyTorch.
+
+A program holds its own weights and runs without this package: `torch.export.load(file).module()(*inputs)`. An INT8 one
+has torch's own fake-quantize operators, with the ranges as buffers named `…_amax`: what calibration chose can be read
+from it, and torch's compilers find the operators that they know.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from qat.core.config import CAMERAS
+from qat.core.errors import UserError
+from qat.core.files import atomic_directory, sha256, write_json
+from qat.core.manifest import FILE, FORMAT, PARTS, SCHEMA
+from qat.core.tensors import compare_tensors
+from qat.core.versions import versions
+from qat.export.settings import pipeline_settings
+from qat.export.torch_parts import torch_parts
+from qat.export.verify import random_frame
+from qat.lean.modes import quantizers, quantizers_off
+from qat.lean.quantizer import BOUND
+from qat.runtime import Pipeline
+
+PRECISIONS = ("fp32", "int8")
+# What a trace records about where an operator came from: paths of this machine and classes of this package.
+PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def _fake_quantize(quantizer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What `qat.lean.quantizer.Quantizer` computes, bit for bit, with its range a tensor of the graph."""
+    amax = quantizer._amax
+    assert isinstance(amax, torch.Tensor)
+    scale = amax.flatten() / BOUND
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    if amax.numel() == 1:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, -BOUND - 1, BOUND)
+    axis = next(i for i, size in enumerate(amax.shape) if size > 1)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero, axis, -BOUND - 1, BOUND)
+
+
+@contextmanager
+def _ranges_as_tensors(module: nn.Module) -> Iterator[None]:
+    """Inside the block, quantizers can be traced by torch.export.
+
+    (Their own forward takes the range out of its tensor as a Python number, which a program that is traced without
+    values cannot do.)
+    """
+    own = quantizers(module).values()
+    for quantizer in own:
+        quantizer._quant_forward = partial(_fake_quantize, quantizer)
+    try:
+        yield
+    finally:
+        for quantizer in own:
+            del quantizer._quant_forward
+
+
+def _drop_unused_weights(program: ExportedProgram) -> None:
+    """Takes out what the program never reads. (A wrapper holds the whole detector, and torch.export keeps all of it.)"""
+    specs = program.graph_signature.input_specs
+    for node in [node for node in program.graph.nodes if node.op == "placeholder" and not node.users]:
+        spec = next(spec for spec in specs if spec.arg.name == node.name)
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            program.graph.erase_node(node)
+            specs.remove(spec)
+            program.state_dict.pop(str(spec.target))
+
+
+def trace_program(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...]) -> ExportedProgram:
+    """One part as a program for inputs of these shapes, quantizers as torch's fake-quantize operators.
+
+    Traced without dynamo (strict=False): the wrappers' shape arithmetic and fx parts are plain Python, which needs no
+    bytecode analysis, and TensorQuantizer's forward has branches that it stumbles over.
+    """
+    with torch.no_grad(), _ranges_as_tensors(wrapper):
+        program = torch.export.export(wrapper, inputs, strict=False)
+    _drop_unused_weights(program)
+    for node in program.graph.nodes:
+        for key in PROVENANCE:
+            node.meta.pop(key, None)
+    program.example_inputs = None  # a frame's images would be written with the weights
+    return program
+
+
+def _operators(program: ExportedProgram) -> dict[str, int]:
+    counts = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    return dict(sorted(counts.items()))
+
+
+def _specs(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, object]]:
+    return {name: {"dtype": arrays[name].dtype.name, "shape": list(arrays[name].shape)} for name in names}
+
+
+def export_pt2(
+    detector: Any,
+    out: str | Path,
+    precision: str,
+    *,
+    checkpoint: str | Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    parts: Sequence[str] = PARTS,
+    cameras: Sequence[str] = CAMERAS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes a detector's parts as .pt2 files with manifest.json into `out`, whole or not at all.
+
+    Every file is loaded again and run beside the module that it came from: on the CPU, in one process, the same operators
+    on the same number of threads give the same bits, and anything else fails. The same detector gives the same bytes
+    with torch 2.13; torch does not promise it. An earlier `out` is replaced.
+
+    Args:
+        detector: a `qat.models.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
+        out: the folder.
+        precision: "int8" with torch's fake-quantize operators where the detector's quantizers are on; "fp32" without.
+        checkpoint: where the weights came from; its name and sha256 go into the manifest.
+        recipe: how the quantizers were calibrated, for the manifest.
+        parts: which ones, by name.
+        cameras: names in the order of the inputs.
+        seed: of the random frame that the parts are run on.
+
+    Returns:
+        the manifest, with format_of_parts "pt2" (`qat.core.manifest.load_manifest` reads it when told so). Its
+        `verification["passed"]` is False when a reloaded program computes something else; the files are written all
+        the same, to be looked at.
+
+    Raises:
+        UserError: an unknown precision or part, or INT8 asked of a float detector.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)} for the pt2 format")
+    if precision == "int8" and not quantizers(detector):
+        raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")
+    for name in parts:
+        if name not in PARTS:
+            raise UserError(f"parts: found {name!r}, expected some of {', '.join(PARTS)}")
+    detector.eval()
+    settings = pipeline_settings(detector.config, cameras)
+    state: AbstractContextManager[None] = nullcontext() if precision == "int8" else quantizers_off(detector)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "format_of_parts": "pt2",
+        "model": None if checkpoint is None else Path(checkpoint).resolve().parent.name,
+        "precision": precision,
+        "types": "FP32 tensors" + (", rounded by torch's fake-quantize operators" if precision == "int8" else ""),
+        "checkpoint": None,
+        "calibration": dict(recipe) if recipe is not None and precision == "int8" else None,
+        "versions": versions(),
+        "pipeline": settings,
+        "parts": {},
+    }
+    if checkpoint is not None:
+        manifest["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
+    passed = True
+    with state, atomic_directory(out) as folder:
+        runners = torch_parts(detector)
+        frame = random_frame(settings, seed)
+        tensors = {"img": frame.img[None], "depth": frame.depth[None], **Pipeline(runners, settings).forward(frame)}
+        tensors["camera"] = tensors.get("feat_out", tensors["feat_in"])
+        for name in (name for name in runners if name in parts):
+            wrapper = runners[name].wrapper
+            inputs = tuple(torch.from_numpy(tensors[tensor]) for tensor in wrapper.inputs)
+            program = trace_program(wrapper, inputs)
+            operators = _operators(program)
+            file = folder / f"{name}.pt2"
+            torch.export.save(program, file)
+            # Run anew, right before the program: on another number of threads (pooling sets the process's) sums differ.
+            reference = runners[name].run({tensor: tensors[tensor] for tensor in wrapper.inputs})
+            with torch.inference_mode():
+                found = torch.export.load(file).module()(*inputs)
+            report: dict[str, dict[str, Any]] = {}
+            for tensor, value in zip(wrapper.outputs, found if isinstance(found, tuple) else (found,), strict=True):
+                candidate = value.numpy()
+                identical = bool(np.array_equal(reference[tensor], candidate))
+                report[tensor] = {**compare_tensors(reference[tensor], candidate), "passed": identical}
+                passed &= identical
+            rounded = any("fake_quantize" in operator for operator in operators)
+            manifest["parts"][name] = {
+                "file": file.name,
+                "sha256": sha256(file),
+                "precision": precision if rounded else "fp32",
+                "inputs": _specs(wrapper.inputs, tensors),
+                "outputs": _specs(wrapper.outputs, tensors),
+                "operators": operators,
+                "verification": report,
+            }
+        manifest["verification"] = {"runtime": "torch.export, reloaded", "seed": seed, "passed": passed}
+        write_json(folder / FILE, manifest)
+    return manifest
