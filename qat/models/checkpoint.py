@@ -15,7 +15,6 @@ from qat.core.errors import UserError
 from qat.models.detector import CameraBEVDetector, build_model
 from qat.models.pickled import Record, is_module, module_state, quantizer_settings, read_pickled
 
-
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # where others keep what we call state_dict
 # What belongs to a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
 # `….input_quantizer._amax`; a network's own "quantizer" (a codebook, say) has other names under it.
@@ -150,14 +149,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: not a torch checkpoint, or damaged ({error.strerror or error})") from None
-    except Exception:  # it holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way
+    except (
+        Exception
+    ):  # it holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way
         value, quantizers = _from_pickled(path)
     if not isinstance(value, Mapping):
         raise UserError(f"{path}: found {type(value).__name__}, expected a state dict or {{'state_dict': …}}")
     checkpoint = dict(value)
     if "state_dict" not in value and "format" not in value:
         key = next((key for key in STATE_KEYS if _has_tensors(value.get(key))), None)
-        checkpoint = {"state_dict": checkpoint} if key is None else {**checkpoint, "state_dict": checkpoint.pop(key)}
+        state = checkpoint if key is None else checkpoint.pop(key)
+        checkpoint = {"state_dict": state} if key is None else {**checkpoint, "state_dict": state}
     state = checkpoint.get("state_dict")
     if not _has_tensors(state):
         raise UserError(f"{path}: found no tensors under 'state_dict', expected a trained model's")

@@ -284,7 +284,9 @@ def _key(value: Any) -> Any:
     and huge integers all collide."""
     if type(value) is int and value.bit_length() <= 60:
         return value
-    if value is None or isinstance(value, str | bytes | bool | float | Record | torch.Tensor | torch.dtype | np.generic):
+    if value is None or isinstance(
+        value, str | bytes | bool | float | Record | torch.Tensor | torch.dtype | np.generic
+    ):
         return value
     if isinstance(value, tuple) and len(value) <= 16 and not any(isinstance(v, tuple) for v in value):
         return tuple(_key(v) for v in value)
