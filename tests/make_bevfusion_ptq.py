@@ -51,7 +51,7 @@ class QuantConcat(nn.Module):
         return torch.cat([self._input_quantizer(x), self._input_quantizer(y)], dim=1)
 
 
-class hook_block_forward:  # noqa: N801  (named as theirs)
+class hook_block_forward:
     def __init__(self, obj):
         self.obj = obj
 
@@ -65,7 +65,7 @@ class hook_block_forward:  # noqa: N801  (named as theirs)
         return act(out + identity)
 
 
-class hook_neck_forward:  # noqa: N801
+class hook_neck_forward:
     def __init__(self, obj):
         self.obj = obj
 
@@ -83,7 +83,7 @@ class MMDataParallel(nn.Module):
 
 
 def activation() -> TensorQuantizer:
-    return TensorQuantizer(QuantDescriptor(num_bits=8, calib_method="histogram"))
+    return TensorQuantizer(QuantDescriptor(num_bits=8))
 
 
 def fold(module: nn.Module) -> None:
@@ -100,7 +100,7 @@ def fold(module: nn.Module) -> None:
 
 
 def quantize(module: nn.Module) -> None:
-    for name, child in module.named_modules():
+    for child in list(module.modules()):
         if type(child) is nn.Conv2d:
             child.__class__ = QuantConv2d
             child._input_quantizer = activation()
@@ -159,10 +159,7 @@ def main(config: Path, out: Path) -> None:
     for quantizer in quantizers:
         quantizer.enable_quant()
         quantizer.disable_calib()
-        if hasattr(quantizer._calibrator, "_calib_bin_edges"):
-            quantizer.load_calib_amax(method="percentile", percentile=100, strict=False)
-        else:
-            quantizer.load_calib_amax(strict=False)
+        quantizer.load_calib_amax(strict=False)
     for quantizer in model.get_submodule(FLOAT).children():
         quantizer.disable()
     TensorQuantizer.use_fb_fake_quant = True  # [−128, 127], as TensorRT rounds and as ONNX has it

@@ -177,6 +177,10 @@ def _pairs(*args: Any) -> Any:
     return {_key(key): value for key, value in args[0]} if isinstance(args[0], list | tuple) else NotImplemented
 
 
+def _is_sequence(args: tuple[Any, ...]) -> bool:
+    return not args or (len(args) == 1 and isinstance(args[0], list | tuple))
+
+
 def _members(*args: Any) -> Any:
     known = not args or isinstance(args[0], list | tuple | set | frozenset | dict)
     return {_key(value) for value in (args[0] if args else ())} if known else NotImplemented
@@ -251,8 +255,8 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): _pairs,
     ("collections", "defaultdict"): lambda *args: _pairs(*args[1:]),
     ("builtins", "dict"): _pairs,
-    ("builtins", "list"): lambda *args: list(args[0]) if args and isinstance(args[0], list | tuple) else [],
-    ("builtins", "tuple"): lambda *args: tuple(args[0]) if args and isinstance(args[0], list | tuple) else (),
+    ("builtins", "list"): lambda *args: list(*args) if _is_sequence(args) else NotImplemented,
+    ("builtins", "tuple"): lambda *args: tuple(*args) if _is_sequence(args) else NotImplemented,
     ("builtins", "set"): _members,
     ("builtins", "frozenset"): _frozen,
     ("builtins", "bytearray"): lambda *args: (
