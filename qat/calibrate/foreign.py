@@ -135,6 +135,13 @@ def _neutral_norms(
     return folded
 
 
+def _factor(norm: nn.BatchNorm2d) -> torch.Tensor:
+    """What folding it multiplies each output channel of the convolution before it by."""
+    variance = norm.running_var
+    assert variance is not None
+    return norm.weight.detach() / (variance + norm.eps).sqrt()
+
+
 def _weight_amax(layer: nn.Module, theirs: Mapping[str, Any], factor: torch.Tensor | None) -> torch.Tensor | str:
     """The range of each output channel of our layer, or why theirs does not give one.
 
@@ -175,7 +182,7 @@ def _decide(
     if fault is not None:
         return f"{incoming} {fault}", None
     found = theirs.all[weights]
-    per_channel = found["axis"] is not None and [a % layer.weight.ndim for a in found["axis"]] == [weight_axis(layer)]  # type: ignore[union-attr]
+    per_channel = found["axis"] is not None and [a % layer.weight.ndim for a in found["axis"]] == [weight_axis(layer)]
     if found["amax"] is None and found["num_bits"] == 8 and found["special"] is None and per_channel:
         return None, None  # such a quantizer takes the largest magnitudes whenever it runs
     fault = theirs.range_fault(weights)
@@ -290,23 +297,21 @@ def load_foreign(
             "on it instead"
         )
     prefixes = tuple(ignore_prefixes)
-    state = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(prefixes)}
+    tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
+    state = {name: value for name, value in tensors.items() if not name.startswith(prefixes)}
     theirs = _Theirs({name: value for name, value in given.items() if not name.startswith(prefixes)})
-    report = _Report(source, ignored=len(checkpoint["state_dict"]) + len(given) - len(state) - len(theirs.all))
+    report = _Report(source, ignored=len(tensors) + len(given) - len(state) - len(theirs.all))
 
     blank = QuantizedDetector(model.eval(), keep_float, ())  # where ours can be, whatever the weights
     pairs = list(_norms(model, list(blank.parts)))
     report.folded = _neutral_norms(pairs, state)
     load_state(model, state, source)
 
-    factors = {
-        path: norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
-        for path, _, _, norm in pairs
-    }
+    factors = {path: _factor(norm) for path, _, _, norm in pairs}
     rules, ranges = list(keep_float), {}
     for part, inventory in blank.inventory.items():
         for path in inventory.quantized:
-            layer = blank.parts[part].get_submodule(path)  # type: ignore[operator]
+            layer = blank.parts[part].get_submodule(path)
             why, amax = _decide(theirs, path, layer, factors.get(path))
             if why is not None:
                 rules.append(FloatRule(path, f"{Path(source).name}: {why}"))
@@ -328,8 +333,9 @@ def load_foreign(
             if amax is None:
                 report.own_weights.append(path)
             else:
-                layer = quantized.parts[part].get_submodule(path)  # type: ignore[operator]
-                layer.weight_quantizer.set_range(amax)
+                quantizer = quantized.parts[part].get_submodule(f"{path}.weight_quantizer")
+                assert isinstance(quantizer, Quantizer)
+                quantizer.set_range(amax)
         _set_activations(quantized, part, theirs, report, dict.fromkeys(inventory.quantized))
     report.unused = _unused(theirs, report)
     return quantized.eval(), model, {**vars(report)}

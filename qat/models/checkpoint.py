@@ -13,7 +13,8 @@ from torch import nn
 
 from qat.core.errors import UserError
 from qat.models.detector import CameraBEVDetector, build_model
-from qat.models.pickled import Record, is_module, module_state, quantizer_settings, read_pickled
+from qat.models.pickled import is_module, module_state, quantizer_settings, read_pickled
+from qat.models.unpickle import Record
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # where others keep what we call state_dict
 # What belongs to a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
@@ -161,7 +162,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = checkpoint if key is None else checkpoint.pop(key)
         checkpoint = {"state_dict": state} if key is None else {**checkpoint, "state_dict": state}
     state = checkpoint.get("state_dict")
-    if not _has_tensors(state):
+    if not isinstance(state, Mapping) or not _has_tensors(state):
         raise UserError(f"{path}: found no tensors under 'state_dict', expected a trained model's")
     if "format" not in checkpoint:
         state, found = split_quantizers(state, _modelopt_settings(value))

@@ -19,7 +19,7 @@ from qat.models import build_model, load_checkpoint
 
 MAKE = Path(__file__).parents[1] / "make_bevfusion_ptq.py"
 BACKBONE = "encoders.camera.backbone"
-LAYER = f"{BACKBONE}.layer1.0.conv2"
+LAYER, OTHER = f"{BACKBONE}.layer1.0.conv2", f"{BACKBONE}.layer1.1.conv1"
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +54,36 @@ def load(tiny_config):
     return load
 
 
+@pytest.fixture(scope="module")
+def loaded(read, tiny_config):
+    """`load_foreign`'s three of the checkpoint as it is."""
+    return load_foreign(read, build_model(tiny_config), "ptq.pth")
+
+
 def outputs(model, expected):
     with torch.inference_mode():
         logits = model.camera_logits(expected["img"], expected["depth"])
         return logits, model.decode_bev(model.downsample(expected["bev"]))
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy"])
-def test_it_computes_what_the_pickled_network_computed(folder, load, tmp_path, kind):
-    quantized, model, report = load(load_checkpoint(folder / f"ptq-{kind}.pth"))
+def test_both_of_torchs_formats_read_the_same(folder, read):
+    other = load_checkpoint(folder / "ptq-legacy.pth")
+    assert list(other["state_dict"]) == list(read["state_dict"]) and list(other["quantizers"]) == list(
+        read["quantizers"]
+    )
+    assert all(torch.equal(value, read["state_dict"][name]) for name, value in other["state_dict"].items())
+    for name, theirs in other["quantizers"].items():
+        same = read["quantizers"][name]
+        assert torch.equal(theirs.pop("amax"), same["amax"]) and theirs.items() <= same.items(), name
+
+
+def test_it_computes_what_the_pickled_network_computed(folder, loaded, tmp_path):
+    quantized, model, report = loaded
     expected = torch.load(folder / "expected.pth")
     logits, middle = outputs(quantized, expected)
     # The same rounded numbers through the same convolutions; the float network is some 29 dB away.
-    assert torch.allclose(logits, expected["logits"], atol=1e-5) and torch.allclose(
-        middle, expected["middle"], atol=1e-5
-    )
+    assert torch.allclose(logits, expected["logits"], atol=1e-5)
+    assert torch.allclose(middle, expected["middle"], atol=1e-5)
     assert not torch.allclose(outputs(model, expected)[0], expected["logits"], atol=1e-2)
     assert not report["merged"] and not report["unused"] and not report["also_rounded"] and not report["without_range"]
     save_ptq(tmp_path / "ptq.pth", quantized, model, {"method": "imported"})
@@ -76,8 +91,8 @@ def test_it_computes_what_the_pickled_network_computed(folder, load, tmp_path, k
     assert all(torch.equal(a, b) for a, b in zip(outputs(again, expected), (logits, middle), strict=True))
 
 
-def test_folded_weights_come_back_bit_for_bit(read, load):
-    quantized, _, report = load(read)
+def test_folded_weights_come_back_bit_for_bit(read, loaded):
+    quantized, _, report = loaded
     assert f"{BACKBONE}.conv1" in report["folded"] and "encoders.camera.vtransform.dtransform.0" in report["folded"]
     for part in quantized.parts.values():
         for name, module in part.named_modules():
@@ -86,8 +101,8 @@ def test_folded_weights_come_back_bit_for_bit(read, load):
                 assert torch.equal(module.bias, read["state_dict"][f"{name}.bias"]), name
 
 
-def test_layers_that_are_off_or_were_never_quantized_stay_float(read, load):
-    quantized, _, report = load(read)
+def test_layers_that_are_off_or_were_never_quantized_stay_float(loaded):
+    quantized, _, report = loaded
     off = "encoders.camera.vtransform.depthnet.6"
     assert "switches" in report["float_layers"][off] and off in quantized.inventory["camera"].kept
     assert not quantized.inventory["head"].quantized and not quantized.inventory["head"].quantizers
@@ -159,19 +174,15 @@ def test_a_layer_whose_range_cannot_be_used_stays_float(checkpoint, load):
     assert set(report["float_layers"]) & set(blocks) == set(layers)
 
 
-def test_a_dynamic_weight_quantizer_is_the_weights_own_largest_values(checkpoint, load):
-    theirs = checkpoint["quantizers"][f"{LAYER}._weight_quantizer"]
-    stored, theirs["amax"] = theirs["amax"], None
+def test_weights_without_a_stored_range_or_with_one_for_all_channels(checkpoint, load):
+    theirs, other = (checkpoint["quantizers"][f"{name}._weight_quantizer"] for name in (LAYER, OTHER))
+    stored, theirs["amax"] = theirs["amax"], None  # dynamic: it takes the largest magnitudes whenever it runs
+    other["amax"] = torch.tensor(2.5)
     quantized, _, report = load(checkpoint)
     assert report["own_weights"] == [LAYER]
-    assert torch.equal(quantized.parts["camera"].get_submodule(LAYER).weight_quantizer._amax, stored)
-
-
-def test_one_range_for_all_weights_serves_each_channel(checkpoint, load):
-    checkpoint["quantizers"][f"{LAYER}._weight_quantizer"]["amax"] = torch.tensor(2.5)
-    quantized, _, _ = load(checkpoint)
-    amax = quantized.parts["camera"].get_submodule(LAYER).weight_quantizer._amax
-    assert amax.shape == (64, 1, 1, 1) and bool((amax == 2.5).all())
+    dynamic, whole = (quantized.parts["camera"].get_submodule(name).weight_quantizer._amax for name in (LAYER, OTHER))
+    assert torch.equal(dynamic, stored)
+    assert whole.shape == (64, 1, 1, 1) and bool((whole == 2.5).all())
 
 
 def modelopt(state):
@@ -209,10 +220,9 @@ def test_names_outside_the_model_are_an_error_unless_they_are_to_be_ignored(chec
     checkpoint["quantizers"]["fuser.0._input_quantizer"] = checkpoint["quantizers"][f"{LAYER}._input_quantizer"]
     with pytest.raises(UserError, match=r"unexpected encoders\.lidar\.backbone"):
         load(checkpoint)
+    checkpoint["quantizers"]["neck.quant_add._input_quantizer"] = checkpoint["quantizers"][f"{LAYER}._input_quantizer"]
     _, _, report = load(checkpoint, ignore_prefixes=("encoders.lidar.", "fuser."))
-    assert report["ignored"] == 2 and not report["unused"]
-    del checkpoint["state_dict"]["encoders.lidar.backbone.conv.weight"]
-    assert list(load(checkpoint)[2]["unused"]) == ["fuser.0._input_quantizer"]
+    assert report["ignored"] == 2 and list(report["unused"]) == ["neck.quant_add._input_quantizer"]
 
 
 def test_a_checkpoint_without_ranges_for_this_network_is_refused(checkpoint, load):

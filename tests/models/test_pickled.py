@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from qat.core.errors import UserError
-from qat.models import load_checkpoint
+from qat.models import load_checkpoint, unpickle
 from qat.models import pickled as reader
-from qat.models.pickled import Record, module_state, read_pickled
+from qat.models.pickled import module_state, read_pickled
+from qat.models.unpickle import Record
 
 HERE = Path(__file__).parent
 
@@ -290,8 +291,8 @@ def _bombs() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", _bombs())
 def test_a_bomb_is_refused_or_read_in_little_time_and_memory(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(reader, "MAX_OPCODES", 500_000)  # a tenth, to be a tenth of the time here
-    monkeypatch.setattr(reader, "MAX_OBJECTS", 100_000)
+    monkeypatch.setattr(unpickle, "MAX_OPCODES", 500_000)  # a tenth, to be a tenth of the time here
+    monkeypatch.setattr(unpickle, "MAX_OBJECTS", 100_000)
     path = archive(_bombs()[name], tmp_path / "x.pth", {"0": bytes(16)})
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     if name.startswith("members"):
