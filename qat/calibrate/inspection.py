@@ -21,14 +21,15 @@ LAYERS = QuantizedConv2d | QuantizedConvTranspose2d | QuantizedLinear
 class Group:
     """The tensors that share one activation quantizer. feeds: layers and operations that take one of them. channels: the
     smallest and the largest of what its channels are divided by before it; None where they are not. state: "on",
-    "watched" (for the onnxruntime flavour alone) or "off" (float: its whole part is, or it was left so for a budget)."""
+    "watched" (for the onnxruntime flavour alone) or "off" (float: its whole part is, or it was left so for a budget, or a
+    checkpoint from elsewhere has no range for it: amax and scale are None then)."""
 
     part: str
     quantizer: str
     tensors: list[str]
     feeds: list[str]
-    amax: float
-    scale: float
+    amax: float | None
+    scale: float | None
     state: str
     channels: tuple[float, float] | None = None
 
@@ -88,12 +89,14 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
         for name, tensors in inventory.quantizers.items():
             quantizer = graph.get_submodule(name)
             assert isinstance(quantizer, Quantizer)
-            amax = float(quantizer._amax)
+            amax = None if quantizer.amax is None else float(quantizer.amax)
             state = "watched" if name in inventory.watched and not off else "off" if quantizer._disabled else "on"
+            state = "off" if amax is None else state
             taking = [f for f in dict.fromkeys(feeds[name]) if f not in inventory.quantizers]
             divisors = model.equalized.get(f"{part}.{name}")
             channels = None if divisors is None else (float(divisors.min()), float(divisors.max()))
-            found.groups.append(Group(part, name, list(tensors), taking, amax, amax / BOUND, state, channels))
+            scale = None if amax is None else amax / BOUND
+            found.groups.append(Group(part, name, list(tensors), taking, amax, scale, state, channels))
         for path in inventory.quantized:
             layer = graph.get_submodule(path)
             assert isinstance(layer, LAYERS)
@@ -140,8 +143,8 @@ def print_inspection(found: Inspection, name: str) -> None:
         groups.add_row(
             g.part,
             g.quantizer,
-            f"{g.amax:.4g}",
-            f"{g.scale:.3g}",
+            "none" if g.amax is None else f"{g.amax:.4g}",
+            "" if g.scale is None else f"{g.scale:.3g}",
             ", ".join(g.tensors),
             ", ".join(g.feeds),
             g.state

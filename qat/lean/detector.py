@@ -181,18 +181,19 @@ class QuantizedDetector(nn.Module):
             tensor.copy_(weights[name])
 
     def load_amax(self, amax: Mapping[str, torch.Tensor], disabled: Sequence[str]) -> None:
-        """Sets ranges and on/off as saved.
+        """Sets ranges and on/off as saved. One that is off needs no range (another tool's checkpoint has none for it).
 
         Raises:
             KeyError: the names are not this detector's.
         """
         own = quantizers(self.parts)
-        strange = set(amax) ^ set(own)
-        if strange or set(disabled) - set(own):
-            raise KeyError(f"quantizers differ: {', '.join(sorted(strange | (set(disabled) - set(own)))[:5])}")
+        strange = (set(amax) | set(disabled)) - set(own) | set(own) - set(amax) - set(disabled)
+        if strange:
+            raise KeyError(f"quantizers differ: {', '.join(sorted(strange)[:5])}")
         for name, quantizer in own.items():
             assert isinstance(quantizer, Quantizer)
-            quantizer.set_range(amax[name])
+            if name in amax:
+                quantizer.set_range(amax[name])
             quantizer._disabled = name in disabled
 
 

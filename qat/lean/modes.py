@@ -54,7 +54,7 @@ def watched_on(detector: Any) -> Iterator[None]:
     """Inside the block a QuantizedDetector's watched quantizers round too: those of convolutions before residual adds.
 
     They are calibrated with the others, and are part of the `onnxruntime` flavour alone. That of a convolution which was
-    left float stays off.
+    left float stays off, and so does one without a range (of a checkpoint from elsewhere).
     """
     changed = []
     for name, inventory in detector.inventory.items():
@@ -64,9 +64,9 @@ def watched_on(detector: Any) -> Iterator[None]:
         rounded = {node.target: node.args[0] for node in graph.graph.nodes if node.op == "call_module"}
         for watched in inventory.watched:
             layer = graph.get_submodule(str(rounded[watched].target))
-            if layer.weight_quantizer._disabled:
-                continue
             quantizer = graph.get_submodule(watched)
+            if layer.weight_quantizer._disabled or quantizer.amax is None:
+                continue
             changed.append((quantizer, quantizer._disabled))
             quantizer._disabled = False
     try:

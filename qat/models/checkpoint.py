@@ -1,9 +1,8 @@
-"""Reading float checkpoints: plain tensors and plain containers only."""
+"""Reading checkpoints: tensors and plain containers; whatever else a file holds is never executed."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,35 +13,163 @@ from torch import nn
 
 from qat.core.errors import UserError
 from qat.models.detector import CameraBEVDetector, build_model
+from qat.models.pickled import is_module, module_state, quantizer_settings, read_pickled
+from qat.models.unpickle import Record
+
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # where others keep what we call state_dict
+# What belongs to a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
+# `….input_quantizer._amax`; a network's own "quantizer" (a codebook, say) has other names under it.
+QUANTIZER_STATE = (
+    "_amax",
+    "_scale",
+    "_zero_point",
+    "_pre_quant_scale",
+    "_bias_value",
+    "_amax_for_smoothing",
+    "clip.clip_value_min",
+    "clip.clip_value_max",
+)
+
+
+def _quantizer_part(name: object) -> tuple[str, str] | None:
+    """A quantizer's path and what of it this name in a state dict is; None where it is no quantizer's."""
+    suffix = next((s for s in QUANTIZER_STATE if isinstance(name, str) and name.endswith("." + s)), None)
+    if suffix is None:
+        return None
+    path = str(name)[: -len(suffix) - 1]
+    parts = path.split(".")
+    last = parts[-2] if parts[-1].isdigit() and len(parts) > 1 else parts[-1]  # one of a SequentialQuantizer's
+    return (path, suffix) if "quantizer" in last else None
+
+
+def split_quantizers(
+    state: Mapping[str, Any], described: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A state dict without what its TensorQuantizers keep in it, and those, as `load_checkpoint` gives them.
+
+    described: their attributes by path, where the file says more than their ranges (ModelOpt's `quantizer_state`).
+    """
+    weights: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {
+        path: {key: value for key, value in settings.items() if key != "_amax"}
+        for path, settings in described.items()
+        if isinstance(path, str) and isinstance(settings, Mapping)
+    }
+    for name, value in state.items():
+        part = _quantizer_part(name)
+        if part is None:
+            weights[name] = value
+        else:
+            found.setdefault(part[0], {})[part[1]] = value
+    return weights, {path: quantizer_settings(settings) for path, settings in found.items()}
+
+
+def _modelopt_settings(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What `modelopt_state` says of each quantizer: {"modelopt_state_dict": [(mode, {"metadata": {"quantizer_state": {path:
+    attributes}}}), …]}, of which the last mode's counts."""
+    found: dict[str, Any] = {}
+    state = value.get("modelopt_state")
+    modes = state.get("modelopt_state_dict") if isinstance(state, Mapping) else None
+    for mode in modes if isinstance(modes, list | tuple) else ():
+        metadata = mode[1].get("metadata") if len(mode) == 2 and isinstance(mode[1], Mapping) else None
+        described = metadata.get("quantizer_state") if isinstance(metadata, Mapping) else None
+        found.update(described if isinstance(described, Mapping) else {})
+    return found
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _plain_entries(entries: Mapping[Any, Any], limit: int = 1_000_000) -> dict[Any, Any]:
+    """Those that hold no `Record`, however deep."""
+    plain = {}
+    for key, value in entries.items():
+        waiting, seen = [value], set()
+        while waiting and limit > 0:
+            one = waiting.pop()
+            limit -= 1
+            if isinstance(one, Record):
+                break
+            if isinstance(one, dict | list | tuple | set | frozenset) and id(one) not in seen:
+                seen.add(id(one))
+                limit -= len(one)
+                waiting.extend([*one, *one.values()] if isinstance(one, dict) else one)
+        else:
+            if not waiting and not isinstance(key, Record):
+                plain[key] = value
+    return plain
+
+
+def _from_pickled(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A checkpoint that holds objects, by the reader that runs none of them; and the quantizers of a pickled network."""
+    value = read_pickled(path)
+    if is_module(value):
+        value = {"model": value}
+    if isinstance(value, dict):
+        for key in STATE_KEYS:
+            if is_module(value.get(key)):
+                state, quantizers = module_state(value[key], str(path))
+                rest = _plain_entries({k: v for k, v in value.items() if k not in (key, "quantizers")})
+                return {**rest, "state_dict": state}, quantizers
+            if _has_tensors(value.get(key)):
+                break
+        # The objects are beside the state dict: a config, a training log.
+        value = _plain_entries(value)
+        if value:
+            return value, {}
+    what = f"a {value.module}.{value.name}" if isinstance(value, Record) else f"a {type(value).__name__}"
+    raise UserError(
+        f"{path}: holds {what}, and pickled objects are not run here: expected a network, a state dict or "
+        "{'state_dict': …}; save model.state_dict() instead"
+    )
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint: `{"state_dict": …}`, possibly with `config` and `meta`, or a bare state dict.
+    """Reads a checkpoint: `{"state_dict": …}`, possibly with `config` and `meta`; a bare state dict; a whole network that
+    was pickled (`torch.save(model)`), by itself or under "model"; what NVIDIA ModelOpt saves.
+
+    Nothing in the file is executed, and the packages whose classes it holds need not be there (`qat.models.pickled`).
+
+    Returns:
+        the file's dict, with "state_dict": the tensors by their names in `nn.Module.state_dict`. Where the network was
+        quantized by pytorch-quantization or ModelOpt, also "quantizers": {path of a TensorQuantizer: {"amax": tensor or None,
+        "disabled": bool, "num_bits": int, "axis": tuple or None, "unsigned": bool, "special": str or None}}, whose tensors
+        "state_dict" then does not hold (see `qat.calibrate.foreign`).
 
     Raises:
-        UserError: no such file, damaged, a pickled module, or no tensors in it.
+        UserError: no such file, damaged, or no tensors in it.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint written by torch.save")
+    quantizers: dict[str, dict[str, Any]] = {}
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        if zipfile.is_zipfile(path):
-            raise UserError(
-                f"{path}: holds pickled objects, expected plain tensors: save model.state_dict() instead ({reason})"
-            ) from None
-        raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol: nothing to act on
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: not a torch checkpoint, or damaged ({error.strerror or error})") from None
+    except (
+        Exception
+    ):  # it holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way
+        value, quantizers = _from_pickled(path)
     if not isinstance(value, Mapping):
         raise UserError(f"{path}: found {type(value).__name__}, expected a state dict or {{'state_dict': …}}")
-    checkpoint = dict(value) if "state_dict" in value or "format" in value else {"state_dict": dict(value)}
+    checkpoint = dict(value)
+    if "state_dict" not in value and "format" not in value:
+        key = next((key for key in STATE_KEYS if _has_tensors(value.get(key))), None)
+        state = checkpoint if key is None else checkpoint.pop(key)
+        checkpoint = {"state_dict": state} if key is None else {**checkpoint, "state_dict": state}
     state = checkpoint.get("state_dict")
-    if not isinstance(state, Mapping) or not any(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not _has_tensors(state):
         raise UserError(f"{path}: found no tensors under 'state_dict', expected a trained model's")
+    if "format" not in checkpoint:
+        state, found = split_quantizers(state, _modelopt_settings(value))
+        quantizers.update(found)
+        checkpoint.pop("quantizers", None)
+        if quantizers:
+            checkpoint.update(state_dict=state, quantizers=quantizers)
     return checkpoint
 
 

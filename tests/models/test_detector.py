@@ -184,6 +184,8 @@ class Bomb:
 def test_pickled_code_is_not_run(tmp_path):
     flag = tmp_path / "ran"
     torch.save({"state_dict": {"x": torch.zeros(1)}, "bomb": Bomb(str(flag))}, tmp_path / "bomb.pth")
+    assert list(load_checkpoint(tmp_path / "bomb.pth")["state_dict"]) == ["x"]
+    torch.save(Bomb(str(flag)), tmp_path / "bomb.pth")
     with pytest.raises(UserError, match="pickled objects"):
         load_checkpoint(tmp_path / "bomb.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb(str(flag))))

@@ -1,0 +1,356 @@
+"""A network that another tool has quantized, as ours: its weights and its ranges, without calibrating again.
+
+    theirs (pytorch-quantization, CUDA-BEVFusion, ModelOpt)        ours
+    LAYER._input_quantizer, LAYER.input_quantizer                  the quantizer of the tensor that LAYER takes
+    LAYER._weight_quantizer, LAYER.weight_quantizer                LAYER.weight_quantizer
+    BLOCK.residual_quantizer                                       that of the tensor that BLOCK's add takes as its identity
+    NECK.quant_concat0._input_quantizer                            that of the tensors that NECK's first concatenation takes
+
+Ours belong to tensors, theirs to layers: where layers that take one tensor have different ranges there, the largest serves
+all. A layer that is float there, or whose range is missing or not to be used, stays float here. No range is invented.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat.core.errors import UserError
+from qat.lean import QuantizedDetector
+from qat.lean.detector import PARTS, PARTS_OFF
+from qat.lean.fold import CONVOLUTIONS
+from qat.lean.placement import FloatRule, is_add, is_concat
+from qat.lean.quantizer import Quantizer, weight_axis
+from qat.lean.trace import submodule, trace
+from qat.models import CameraBEVDetector, load_state
+
+INPUT = ("_input_quantizer", "input_quantizer")
+WEIGHT = ("_weight_quantizer", "weight_quantizer")
+RESIDUAL = ("residual_quantizer", "_residual_quantizer")
+CONCAT = re.compile(r"(?P<module>.+)\.quant_concat\.?(?P<index>\d+)?\._?input_quantizer")
+
+
+@dataclass
+class _Report:
+    """What became of a checkpoint; `load_foreign` describes the keys."""
+
+    source: str
+    folded: list[str] = field(default_factory=list)
+    mapped: dict[str, list[str]] = field(default_factory=dict)
+    merged: dict[str, dict[str, float]] = field(default_factory=dict)
+    float_layers: dict[str, str] = field(default_factory=dict)
+    own_weights: list[str] = field(default_factory=list)
+    also_rounded: list[str] = field(default_factory=list)
+    without_range: list[str] = field(default_factory=list)
+    unused: dict[str, str] = field(default_factory=dict)
+    ignored: int = 0
+
+
+class _Theirs:
+    """Their quantizers, and which of them were used."""
+
+    def __init__(self, quantizers: Mapping[str, Mapping[str, Any]]) -> None:
+        self.all = quantizers
+        self.used: set[str] = set()
+
+    def of(self, path: str, names: Sequence[str]) -> str | None:
+        """The path of the quantizer of one of these names in the module at `path`."""
+        return next((f"{path}.{name}" for name in names if f"{path}.{name}" in self.all), None)
+
+    def on(self, name: str | None) -> bool:
+        """Whether it rounds."""
+        return name is not None and not self.all[name]["disabled"]
+
+    def range_fault(self, name: str) -> str | None:
+        """Why its range cannot be used; None if it can."""
+        theirs = self.all[name]
+        amax = theirs["amax"]
+        if theirs["num_bits"] != 8:
+            return f"has {theirs['num_bits']} bits"
+        if theirs["special"] is not None:
+            return f"is special: {theirs['special']}"
+        if amax is None:
+            return "has no range"
+        if amax.ndim > 8 or amax.numel() > 1 << 20 or amax.numel() == 0:  # before looking at values: it may be a view
+            return f"has a range of shape {list(amax.shape)[:8]}"
+        if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()) or float(amax.max()) <= 0:
+            return "was never calibrated: its range is NaN, 0 or endless"
+        return None
+
+    def input_fault(self, name: str) -> str | None:
+        """As `range_fault`, for one of activations."""
+        fault = self.range_fault(name)
+        if fault is None and self.all[name]["amax"].numel() > 1:
+            return "has a range for each channel of an activation"
+        if fault is None and self.all[name]["unsigned"]:
+            return "is unsigned: its scale is amax/255"
+        return fault
+
+    def value(self, name: str) -> float:
+        """The range of activations."""
+        self.used.add(name)
+        return float(self.all[name]["amax"])
+
+
+def _norms(model: CameraBEVDetector, parts: Sequence[str]) -> Iterator[tuple[str, nn.Module, str, nn.BatchNorm2d]]:
+    """Convolutions whose only consumer is a batch norm, and these: path, module, path, module."""
+    for part in parts:
+        graph = trace(model, PARTS[part])
+        for node in graph.graph.nodes:
+            norm = submodule(graph, node)
+            source = node.args[0] if node.args else None
+            if isinstance(norm, nn.BatchNorm2d) and isinstance(source, fx.Node):
+                conv = submodule(graph, source)
+                if isinstance(conv, CONVOLUTIONS) and len(source.users) == 1:
+                    yield str(source.target), conv, str(node.target), norm
+
+
+def _neutral_norms(
+    pairs: Sequence[tuple[str, nn.Module, str, nn.BatchNorm2d]], state: dict[str, torch.Tensor]
+) -> list[str]:
+    """Gives each folded convolution in `state` a batch norm after it that does nothing but add its bias; which were so.
+
+    With variance 1 − ε the sum σ² + ε is 1 exactly in float32 for the ε that networks use, so folding gives back the
+    weights bit for bit.
+    """
+    folded = []
+    for path, conv, norm_path, norm in pairs:
+        weight = state.get(f"{path}.weight")
+        names = ("weight", "bias", "running_mean", "running_var")
+        if weight is None or any(f"{norm_path}.{name}" in state for name in names) or f"{path}.bias" not in state:
+            continue
+        zeros = torch.zeros(norm.num_features)
+        variance = torch.full_like(zeros, 1 - round(norm.eps * 2**24) / 2**24)
+        bias = zeros if conv.bias is not None else state.pop(f"{path}.bias").float()
+        values = dict(zip(names, (torch.ones_like(zeros), bias, zeros.clone(), variance), strict=True))
+        state.update({f"{norm_path}.{name}": value for name, value in values.items()})
+        state[f"{norm_path}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+        folded.append(path)
+    return folded
+
+
+def _factor(norm: nn.BatchNorm2d) -> torch.Tensor:
+    """What folding it multiplies each output channel of the convolution before it by."""
+    variance = norm.running_var
+    assert variance is not None
+    return norm.weight.detach() / (variance + norm.eps).sqrt()
+
+
+def _weight_amax(layer: nn.Module, theirs: Mapping[str, Any], factor: torch.Tensor | None) -> torch.Tensor | str:
+    """The range of each output channel of our layer, or why theirs does not give one.
+
+    factor: what folding multiplied the channels by after their quantizer saw the weights.
+    """
+    amax = theirs["amax"].detach().float()
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    axis, shape = weight_axis(layer), [1] * weight.ndim
+    shape[axis] = channels = weight.shape[axis]
+    if amax.numel() == 1:
+        amax = amax.reshape(1).expand(channels)
+    else:
+        if amax.ndim == weight.ndim:
+            at = [d for d, size in enumerate(amax.shape) if size > 1]
+        else:
+            at = [a % weight.ndim for a in theirs["axis"]] if theirs["axis"] else [axis]
+        if at != [axis] or amax.numel() != channels:
+            return f"its weights have ranges of shape {list(amax.shape)} there, not one for each of {channels} output channels"
+    if factor is not None:
+        amax = amax.reshape(-1) * factor.abs()
+    # A channel of zeros: as in `qat.lean.quantizer.weight_range`.
+    return torch.maximum(amax, amax.max() * 2.0**-16).reshape(shape)
+
+
+def _decide(
+    theirs: _Theirs, path: str, layer: nn.Module, factor: torch.Tensor | None
+) -> tuple[str | None, torch.Tensor | None]:
+    """Why a layer stays float, or None; and the range of its weights, None for the weights' own largest values."""
+    incoming, weights = theirs.of(path, INPUT), theirs.of(path, WEIGHT)
+    for name, what in ((incoming, "input"), (weights, "weights")):
+        if name is None:
+            return f"the checkpoint has no quantizer for its {what}", None
+        if not theirs.on(name):
+            return f"the checkpoint switches the quantizer of its {what} off", None
+    assert incoming is not None and weights is not None
+    fault = theirs.input_fault(incoming)
+    if fault is not None:
+        return f"{incoming} {fault}", None
+    found = theirs.all[weights]
+    per_channel = found["axis"] is not None and [a % layer.weight.ndim for a in found["axis"]] == [weight_axis(layer)]
+    if found["amax"] is None and found["num_bits"] == 8 and found["special"] is None and per_channel:
+        return None, None  # such a quantizer takes the largest magnitudes whenever it runs
+    fault = theirs.range_fault(weights)
+    if fault is None and found["unsigned"]:
+        fault = "is unsigned"
+    if fault is not None:
+        return f"{weights} {fault}", None
+    amax = _weight_amax(layer, found, factor)
+    return (amax, None) if isinstance(amax, str) else (None, amax)
+
+
+def _owner(node: fx.Node) -> str:
+    """The path of the module whose forward made a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _concats(theirs: _Theirs, graph: fx.GraphModule) -> dict[fx.Node, str]:
+    """Their quantizer of each concatenation that has one, where the two can be told to be the same: the numbers count the
+    concatenations of a module in order, and an unnumbered one is its only one."""
+    by_owner: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if is_concat(node):
+            by_owner.setdefault(_owner(node), []).append(node)
+    found = {}
+    for name in theirs.all:
+        match = CONCAT.fullmatch(name) if len(name) < 1000 else None
+        nodes = by_owner.get(match["module"], []) if match else []
+        index = int(match["index"][:6]) if match and match["index"] else 0
+        if index < len(nodes) and match is not None and (match["index"] or len(nodes) == 1):
+            found[nodes[index]] = name
+    return found
+
+
+def _set_activations(
+    model: QuantizedDetector, part: str, theirs: _Theirs, report: _Report, layers: Mapping[str, object]
+) -> None:
+    """Gives one part's activation quantizers their ranges, and switches off those that have none."""
+    graph, inventory = model.parts[part], model.inventory[part]
+    assert isinstance(graph, fx.GraphModule)
+    concats = _concats(theirs, graph)
+    values: dict[str, dict[str, float]] = {name: {} for name in inventory.quantizers}
+    silent: dict[str, list[str]] = {name: [] for name in inventory.quantizers}
+    for node in graph.graph.nodes:
+        if node.op != "call_module" or node.target not in values or node.target in inventory.watched:
+            continue
+        for user in node.users:
+            path = str(user.target)
+            if user.op == "call_module" and path in layers:
+                name = theirs.of(path, INPUT)
+            elif is_add(user):
+                name = theirs.of(_owner(user), RESIDUAL)
+                if not theirs.on(name) or (name is not None and theirs.input_fault(name)):
+                    silent[node.target].append(f"{part}.{user.name} in {_owner(user)}")
+                    continue
+            else:
+                name = concats.get(user)
+            if name is not None and theirs.on(name) and theirs.input_fault(name) is None:
+                values[node.target][name] = theirs.value(name)
+    for name, found in values.items():
+        quantizer = graph.get_submodule(name)
+        assert isinstance(quantizer, Quantizer)
+        full = f"{part}.{name}"
+        if not found:
+            quantizer.disable()
+            if name not in inventory.watched:
+                report.without_range.append(full)
+            continue
+        quantizer.set_range(torch.tensor(max(found.values())))
+        report.mapped[full] = list(found)
+        if max(found.values()) != min(found.values()):
+            report.merged[full] = found
+        report.also_rounded += silent[name]
+
+
+def load_foreign(
+    checkpoint: Mapping[str, Any],
+    model: CameraBEVDetector,
+    source: str | Path,
+    ignore_prefixes: Sequence[str] = (),
+    keep_float: Sequence[FloatRule] = (),
+    parts_off: Sequence[str] = PARTS_OFF,
+) -> tuple[QuantizedDetector, CameraBEVDetector, dict[str, Any]]:
+    """The quantized detector that a checkpoint of another tool describes.
+
+    Args:
+        checkpoint: `load_checkpoint`'s, with "state_dict" and "quantizers". Batch norm may be folded in it or not.
+        model: the float network of its config; it takes the checkpoint's weights, where batch norms that were folded do
+            nothing but add the bias.
+        source: the file, for messages.
+        ignore_prefixes: names in the checkpoint that begin so are no concern of this model ("encoders.lidar.", "fuser.").
+        keep_float: layers to leave float besides those that the checkpoint does.
+        parts_off: parts whose quantizers are placed but off, as for `QuantizedDetector`.
+
+    Returns:
+        the quantized detector and `model` in eval mode, as `qat.calibrate.save_ptq` takes them; and a report:
+        "source"; "folded": convolutions whose batch norm was folded; "mapped": {our activation quantizer: theirs that it
+        takes its range from}; "merged": {ours: {theirs: range}} where those differ and the largest serves all;
+        "float_layers": {layer: why it stays float}; "own_weights": layers whose weights' range was not stored and is their
+        largest magnitudes, as that quantizer would compute; "also_rounded": adds whose identity is rounded
+        here and was not there, since it is a quantized layer's input too; "without_range": our activation quantizers that
+        are off for want of a range; "unused": {theirs: why}; "ignored": how many names the prefixes left out.
+
+    Raises:
+        UserError: no quantizers in it, none that fits this model, or weights that do not.
+    """
+    source = str(source)
+    given = checkpoint.get("quantizers")
+    if not given:
+        raise UserError(
+            f"{source}: found no quantizers, expected a network quantized by pytorch-quantization or ModelOpt; run calibrate "
+            "on it instead"
+        )
+    prefixes = tuple(ignore_prefixes)
+    tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
+    state = {name: value for name, value in tensors.items() if not name.startswith(prefixes)}
+    theirs = _Theirs({name: value for name, value in given.items() if not name.startswith(prefixes)})
+    report = _Report(source, ignored=len(tensors) + len(given) - len(state) - len(theirs.all))
+
+    blank = QuantizedDetector(model.eval(), keep_float, ())  # where ours can be, whatever the weights
+    pairs = list(_norms(model, list(blank.parts)))
+    report.folded = _neutral_norms(pairs, state)
+    load_state(model, state, source)
+
+    factors = {path: _factor(norm) for path, _, _, norm in pairs}
+    rules, ranges = list(keep_float), {}
+    for part, inventory in blank.inventory.items():
+        for path in inventory.quantized:
+            layer = blank.parts[part].get_submodule(path)
+            why, amax = _decide(theirs, path, layer, factors.get(path))
+            if why is not None:
+                rules.append(FloatRule(path, f"{Path(source).name}: {why}"))
+                report.float_layers[path] = why
+            else:
+                ranges[path] = amax
+    if not ranges:
+        raise UserError(
+            f"{source}: found {len(theirs.all)} quantizers, none of which fits a layer of this network (such as "
+            f"{next(iter(theirs.all), 'none')}); give the config that the checkpoint was made with"
+        )
+
+    quantized = QuantizedDetector(model, rules, parts_off)
+    for part, inventory in quantized.inventory.items():
+        for path in inventory.quantized:
+            amax, name = ranges[path], theirs.of(path, WEIGHT)
+            assert name is not None
+            theirs.used.add(name)
+            if amax is None:
+                report.own_weights.append(path)
+            else:
+                quantizer = quantized.parts[part].get_submodule(f"{path}.weight_quantizer")
+                assert isinstance(quantizer, Quantizer)
+                quantizer.set_range(amax)
+        _set_activations(quantized, part, theirs, report, dict.fromkeys(inventory.quantized))
+    report.unused = _unused(theirs, report)
+    return quantized.eval(), model, {**vars(report)}
+
+
+def _unused(theirs: _Theirs, report: _Report) -> dict[str, str]:
+    """Why each of their quantizers that rounds is not among ours."""
+    found = {}
+    for name in theirs.all:
+        if name in theirs.used or not theirs.on(name):
+            continue
+        layer, _, kind = name.rpartition(".")
+        fault = theirs.range_fault(name)
+        if layer in report.float_layers and kind in (*INPUT, *WEIGHT):
+            found[name] = f"{layer} stays float: {report.float_layers[layer]}"
+        else:
+            found[name] = fault or "no tensor here that is certainly the one it rounds"
+    return found
