@@ -43,8 +43,8 @@ from qat.core.geometry import (
 )
 from qat.core.manifest import FILE, PARTS, load_manifest
 from qat.core.tensors import compare_tensors
+from qat.core.verification import FP32_DB, INT8_MARGIN_DB, random_frame
 from qat.export.graph import op_counts, tensor_specs
-from qat.export.verify import FP32_DB, INT8_MARGIN_DB, random_frame
 from qat.runtime import Pipeline
 
 DETECTOR = "detector.onnx"
