@@ -21,14 +21,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qat.calibrate.checkpoint import save_ptq
+from qat.core.config import load_config
 from qat.core.errors import UserError
+from qat.core.files import sha256
 from qat.lean import QuantizedDetector
 from qat.lean.detector import PARTS, PARTS_OFF
 from qat.lean.fold import CONVOLUTIONS
 from qat.lean.placement import FloatRule, is_add, is_concat
 from qat.lean.quantizer import Quantizer, weight_axis
 from qat.lean.trace import submodule, trace
-from qat.models import CameraBEVDetector, load_state
+from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
+from qat.models.checkpoint import take_branch
 
 INPUT = ("_input_quantizer", "input_quantizer")
 WEIGHT = ("_weight_quantizer", "weight_quantizer")
@@ -354,3 +358,52 @@ def _unused(theirs: _Theirs, report: _Report) -> dict[str, str]:
         else:
             found[name] = fault or "no tensor here that is certainly the one it rounds"
     return found
+
+
+def load_foreign_file(
+    path: str | Path, checkpoint: Mapping[str, Any], config: Mapping[str, Any], prefix: str | None = None
+) -> tuple[QuantizedDetector, CameraBEVDetector, dict[str, Any]]:
+    """`load_foreign` of a whole detector, or of the camera branch that lies under `prefix` in the file.
+
+    Args:
+        checkpoint: what `load_checkpoint` read from `path`.
+        config: the detector's, or the branch's (`qat.core.config.camera_branch`).
+
+    Raises:
+        UserError: as `load_foreign`; nothing of a camera branch under the prefix.
+    """
+    if prefix is not None:
+        state, left_out = take_branch(checkpoint["state_dict"], prefix, str(path))
+        before = f"{prefix}." if prefix else ""
+        quantizers = {
+            f"encoders.camera.{name[len(before) :]}": value
+            for name, value in checkpoint["quantizers"].items()
+            if name.startswith(before)
+        }
+        checkpoint = {"state_dict": state, "quantizers": quantizers}
+    quantized, model, report = load_foreign(checkpoint, build_model(config), path)
+    if prefix is not None:
+        report["ignored"] = left_out
+    return quantized, model, report
+
+
+def import_checkpoint(
+    path: Path, out: Path, config: str | Path | None = None, prefix: str | None = None
+) -> dict[str, Any]:
+    """Writes our PTQ checkpoint of a network that another tool quantized; returns `load_foreign`'s report.
+
+    Args:
+        config: None for config.yaml beside the checkpoint.
+
+    Raises:
+        UserError: as `load_foreign_file`; no config.
+    """
+    checkpoint = load_checkpoint(path)
+    if "quantizers" not in checkpoint:
+        raise UserError(f"{path}: found no quantizers of another tool, expected some; run calibrate on it instead")
+    given = path.parent / "config.yaml" if config is None else config
+    settings = load_config(given, None if prefix is None else "camera")
+    quantized, model, report = load_foreign_file(path, checkpoint, settings, prefix)
+    recipe = {"method": "imported", "imported": {"file": path.name, "sha256": sha256(path), "prefix": prefix}}
+    save_ptq(out, quantized, model, recipe)
+    return report

@@ -1,28 +1,40 @@
-"""Write a checkpoint's ONNX parts (opset 13, simplified, verified) with manifest.json.
+"""Write a checkpoint's parts (ONNX opset 13, simplified, verified) with manifest.json.
 
 examples:
   bevqat export-camera --ckpt runs/ptq.pth              INT8 (QDQ) into runs/onnx_int8
   bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime      INT8 into runs/onnx_int8_onnxruntime
   bevqat export-camera --ckpt runs/ptq.pth --fp16       for a builder's FP16 flag, into runs/onnx_fp16
-  bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth    a float checkpoint: FP32 into onnx_fp32
+  bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong  for TensorRT 10 and 11, into runs/onnx_int8_tensorrt-strong
   bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform
+  bevqat export-camera --ckpt runs/ptq.pth --format onnx-e2e          the whole detector as one file besides
+  bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth       a float checkpoint: FP32 into onnx_fp32
+  bevqat export-camera --config model/resnet50/config.yaml --init random --fp16    for latency, into runs/resnet50/onnx_fp16
 
 Each part is verified against PyTorch on a random frame and on real ones, example-data's unless --data names others.
-Exit status 1 when a part's ONNX and PyTorch differ by more than the tolerance; the files are written all the same.
+Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written all the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from qat.cli import FAILED, OK
 from qat.cli.flags import add_verification_flags
+from qat.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("--ckpt", required=True, metavar="CKPT", help="a checkpoint of calibrate, or a float one")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--ckpt", metavar="CKPT", help="a checkpoint of calibrate, a float one, or one that another tool quantized"
+    )
+    source.add_argument(
+        "--init", choices=("random",), help="no checkpoint: random weights of --config, to measure with"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of --init random (default 0)")
     precision = parser.add_mutually_exclusive_group()
     for name, what in (
         ("int8", "QDQ at the calibrated scales (default of a PTQ checkpoint)"),
@@ -32,11 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=what)
     parser.add_argument(
         "--flavour",
-        choices=("tensorrt", "onnxruntime"),
+        choices=("tensorrt", "tensorrt-strong", "onnxruntime", "openvino"),
         default="tensorrt",
-        help="form of the INT8 graph: tensorrt (default; TensorRT and OpenVINO) or onnxruntime (its CPU's fusions)",
+        help="form of the graph: tensorrt (default; 8.5 to 10), tensorrt-strong (precision in its types: 10, 11), "
+        "onnxruntime or openvino (INT8 as these fuse it on a CPU)",
     )
-    parser.add_argument("--opset", type=int, default=13, metavar="N", help="ONNX operator set, 13 (default) to 20")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "onnx-e2e", "pt2"),
+        default="onnx",
+        help="onnx (default): parts; onnx-e2e: these and the whole detector as one file; pt2: torch.export programs",
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, 13 (default) to 20")
     batch = parser.add_argument_group("batch")
     batch.add_argument(
         "--batch", type=int, default=1, metavar="N", help="samples, of all cameras, in an input (default 1)"
@@ -54,7 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduce-range",
         action="store_true",
-        help="weights to seven bits, for CPUs without VNNI (flavour onnxruntime): their u8·s8 sums saturate",
+        help="weights to seven bits, for CPUs without VNNI (onnxruntime, openvino): their u8·s8 sums saturate",
+    )
+    parser.add_argument(
+        "--io", choices=("fp32", "fp16"), default="fp32", help="type of inputs and outputs (tensorrt-strong)"
+    )
+    parser.add_argument(
+        "--calibration-cache",
+        action="store_true",
+        help="the scales as a TensorRT calibration cache too, with the graph without QDQ that it is for (DLA)",
     )
     parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
     parser.add_argument(
@@ -73,7 +100,20 @@ def run(args: argparse.Namespace) -> int:
     from qat.export.bisect import describe
     from qat.export.checkpoint import export_checkpoint
 
-    frames = verification_frames(args)
+    if args.seed is not None and args.init is None:
+        raise UserError("--seed: found without --init random, expected both: a checkpoint's weights are not drawn")
+    if args.format == "pt2":
+        return _programs(args)
+    if args.format == "onnx-e2e":
+        for flag, given in (
+            ("--parts", args.parts),
+            ("--batch", args.batch != 1),
+            ("--dynamic-batch", args.dynamic_batch),
+        ):
+            if given:
+                raise UserError(
+                    f"{flag}: found with --format onnx-e2e, expected without: it is all parts, for one sample"
+                )
     folder, manifest = export_checkpoint(
         args.ckpt,
         args.precision,
@@ -81,13 +121,16 @@ def run(args: argparse.Namespace) -> int:
         args.config,
         args.flavour,
         prefix=args.prefix,
-        frames=frames,
+        frames=verification_frames(args),
+        seed=args.seed or 0,
         opset=args.opset,
         batch=args.batch,
         dynamic_batch=args.dynamic_batch,
         only=args.parts,
         parts_int8=args.parts_int8,
         reduce_range=args.reduce_range,
+        io=args.io,
+        calibration_cache=args.calibration_cache,
     )
     for part in manifest["parts"].values():
         size = (folder / part["file"]).stat().st_size / 1e6
@@ -97,8 +140,10 @@ def run(args: argparse.Namespace) -> int:
             f"{folder / part['file']}: {part['precision']}, {size:.1f} MB; beside PyTorch {name} has "
             f"{figures['sqnr_db']:.0f} dB SQNR ({figures['tolerance_db']:.0f} dB or more expected)"
         )
+        if cache := part.get("calibration_cache"):
+            print(f"{folder / cache['file']}: {len(cache['tensors'])} scales, for {folder / cache['graph']}")
     if manifest["verification"]["passed"]:
-        return OK
+        return _whole(folder) if args.format == "onnx-e2e" else OK
     for part in manifest["parts"].values():
         if not part["scales"]["passed"]:
             print(
@@ -115,4 +160,54 @@ def run(args: argparse.Namespace) -> int:
                 )
         for layer in part.get("divergence", ()):
             print(f"error: {folder / part['file']}: {describe(layer)}", file=sys.stderr)
+    return FAILED
+
+
+def _whole(folder: Path) -> int:
+    """Joins the parts of a folder, and prints how close the whole is to them."""
+    from qat.export.e2e import export_e2e
+
+    entry = export_e2e(folder)
+    file, tensors = folder / entry["file"], entry["verification"]["tensors"]
+    name, figures = min(tensors.items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])
+    print(
+        f"{file}: {entry['precision']}, {file.stat().st_size / 1e6:.1f} MB; beside its parts {name} has "
+        f"{figures['sqnr_db']:.0f} dB SQNR ({figures['tolerance_db']:.0f} dB or more expected)"
+    )
+    if entry["verification"]["passed"]:
+        return OK
+    print(f"error: {file}: out of tolerance beside its parts: {entry['verification']}", file=sys.stderr)
+    return FAILED
+
+
+def _programs(args: argparse.Namespace) -> int:
+    """Writes torch.export programs, and prints whether they compute the same reloaded."""
+    from qat.export.checkpoint import export_programs
+
+    given = {
+        "--flavour": args.flavour != "tensorrt",
+        "--opset": args.opset is not None,
+        "--batch": args.batch != 1,
+        "--dynamic-batch": args.dynamic_batch,
+        "--parts-int8": bool(args.parts_int8),
+        "--reduce-range": args.reduce_range,
+        "--io": args.io != "fp32",
+        "--calibration-cache": args.calibration_cache,
+        **{f"--{name}": getattr(args, name) is not None for name in ("data", "version", "split", "frames")},
+    }
+    for flag, found in given.items():
+        if found:
+            raise UserError(f"{flag}: found with --format pt2, expected without: it is for ONNX graphs")
+    folder, manifest = export_programs(
+        args.ckpt, args.precision, args.out, args.config, args.prefix, args.seed or 0, args.parts
+    )
+    for part in manifest["parts"].values():
+        file = folder / part["file"]
+        print(f"{file}: {manifest['precision']}, {file.stat().st_size / 1e6:.1f} MB")
+    if manifest["verification"]["passed"]:
+        print("each, loaded again, computes what its module computes, bit for bit")
+        return OK
+    print(
+        f"error: {folder}: a program loaded again computes something else: {manifest['verification']}", file=sys.stderr
+    )
     return FAILED

@@ -43,7 +43,7 @@ BYTES = 512 << 20  # of their values, in one pass
 _OPERATORS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (Quantizer, ("DequantizeLinear",)),
     (nn.ConvTranspose2d, ("ConvTranspose",)),
-    (nn.Conv2d, ("Conv",)),
+    (nn.Conv2d, ("Conv", "Transpose")),  # a transpose ends what `qat.export.conv_as_matmul` makes of one
     (nn.Linear, ("Gemm", "MatMul", "Add")),
     (nn.ReLU, ("Relu",)),
 )

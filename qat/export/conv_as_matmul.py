@@ -56,10 +56,13 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
             continue
         weight_dq, stem = pairs[1], node.output[0]
         weight = numpy_helper.to_array(constants[weight_dq.input[0]])[:, :, 0, 0].T  # [in, out]
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), f"{stem}_weight_s8"))
+        stored = f"{weight_dq.input[0]}_t"
+        if stored not in constants:  # else of another convolution with the same weights
+            constants[stored] = numpy_helper.from_array(np.ascontiguousarray(weight), stored)
+            graph.initializer.append(constants[stored])
         parameters = list(weight_dq.input[1:])
         unpacked = helper.make_node(
-            "DequantizeLinear", [f"{stem}_weight_s8", *parameters], [f"{stem}_weight"], name=f"{node.name}_weight_dq"
+            "DequantizeLinear", [stored, *parameters], [f"{stem}_weight"], name=f"{node.name}_weight_dq"
         )
         if weight_dq.attribute:  # one scale for each output channel, which is the last dimension now
             unpacked.attribute.append(helper.make_attribute("axis", 1))
@@ -82,4 +85,8 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
         changed += 1
     del graph.node[:]
     graph.node.extend(node for node in nodes if node.output[0] not in dropped)
+    used = {name for node in graph.node for name in node.input}
+    kept = [value for value in graph.initializer if value.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
     return changed

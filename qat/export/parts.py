@@ -18,8 +18,10 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, FORMAT, SCHEMA
 from qat.core.versions import versions
+from qat.export.calibration_cache import strip_qdq, write_calibration_cache
 from qat.export.flavour_onnxruntime import to_onnxruntime
-from qat.export.graph import op_counts, simplify, tensor_specs, trace
+from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
+from qat.export.graph import op_counts, opset_of, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.unsigned import never_negative_outputs, to_unsigned
@@ -34,8 +36,9 @@ from qat.lean.modes import (
 )
 
 PRECISIONS = ("fp32", "fp16", "int8")
-FLAVOURS = ("tensorrt", "onnxruntime", "openvino")
+FLAVOURS = ("tensorrt", "tensorrt-strong", "onnxruntime", "openvino")
 CPU_FLAVOURS = ("onnxruntime", "openvino")  # u8 activations
+IO = ("fp32", "fp16")
 OPSET, OPSETS = 13, range(13, 21)  # per-channel Q/DQ begins with 13; torch's TorchScript exporter ends with 20
 
 
@@ -45,12 +48,19 @@ class Form:
 
     precision: str
     flavour: str = "tensorrt"
-    opset: int = OPSET
+    opset: int | None = None
     batch: int = 1
     dynamic_batch: bool = False
     parts: tuple[str, ...] | None = None
     parts_int8: tuple[str, ...] = ()
     reduce_range: bool = False
+    io: str = "fp32"
+    calibration_cache: bool = False
+
+    @property
+    def strong(self) -> bool:
+        """Whether precision is written in the graph's types."""
+        return self.flavour == "tensorrt-strong"
 
     def check(self, detector: Any) -> None:
         """Raises `UserError` for a form that this detector cannot have, by the name of the flag."""
@@ -64,7 +74,7 @@ class Form:
             raise UserError(
                 f"flavour onnxruntime: found precision {self.precision}, expected int8; leave --flavour out"
             )
-        if self.opset not in OPSETS:
+        if self.opset is not None and self.opset not in OPSETS:
             raise UserError(f"opset: found {self.opset}, expected {OPSETS[0]} to {OPSETS[-1]}")
         if self.batch < 1:
             raise UserError(f"batch: found {self.batch}, expected at least 1 sample")
@@ -72,6 +82,18 @@ class Form:
             raise UserError(
                 f"reduce-range: found flavour {self.flavour}, expected {' or '.join(CPU_FLAVOURS)}: seven bits are for "
                 "u8·s8 products"
+            )
+        if self.io not in IO:
+            raise UserError(f"io: found {self.io!r}, expected one of {', '.join(IO)}")
+        if self.io == "fp16" and not (self.strong and self.precision != "fp32"):
+            raise UserError(
+                f"io fp16: found flavour {self.flavour} in {self.precision}, expected tensorrt-strong in fp16 or int8; for "
+                "others the engine's builder chooses its inputs' and outputs' type"
+            )
+        if self.calibration_cache and (self.flavour, self.precision) != ("tensorrt", "int8"):
+            raise UserError(
+                f"calibration-cache: found flavour {self.flavour} in {self.precision}, expected tensorrt in int8, whose scales "
+                "are s8's"
             )
         if self.parts_int8:
             if self.precision != "int8":
@@ -116,12 +138,14 @@ def export_parts(
     checkpoint: str | Path | None = None,
     recipe: Mapping[str, Any] | None = None,
     cameras: Sequence[str] = CAMERAS,
-    opset: int = OPSET,
+    opset: int | None = None,
     batch: int = 1,
     dynamic_batch: bool = False,
     only: Sequence[str] | None = None,
     parts_int8: Sequence[str] = (),
     reduce_range: bool = False,
+    io: str = "fp32",
+    calibration_cache: bool = False,
     seed: int = 0,
     frames: Sequence[Any] = (),
 ) -> dict[str, Any]:
@@ -134,15 +158,19 @@ def export_parts(
         out: the folder.
         precision: "int8" writes Q/DQ pairs at the detector's quantizers; "fp32" none; "fp16" the same graph as "fp32",
             for a builder that is told by a flag to run it in FP16.
-        flavour: "tensorrt" for symmetric s8 Q/DQ on float weights, which OpenVINO runs well too; "onnxruntime" for what
-            ONNX Runtime's CPU fuses, INT8 only (`qat.export.flavour_onnxruntime`).
+        flavour: "tensorrt" for symmetric s8 Q/DQ on float weights; "tensorrt-strong" for strongly typed networks, with
+            precision in the graph's types (`qat.export.flavour_tensorrt_strong`); "onnxruntime" and "openvino" for what
+            these fuse on a CPU, INT8 only (`qat.export.flavour_onnxruntime`, `qat.export.unsigned`).
         checkpoint: where the weights came from; its name and sha256 go into the manifest.
         recipe: how the quantizers were calibrated, for the manifest.
         cameras: names in the order of the inputs.
-        opset: 13 to 20.
+        opset: 13 to 20; None for 13, and for INT8 of tensorrt-strong 19, the first with FP16 scales.
         batch: samples (of all cameras) in an input. dynamic_batch: any number of them; `batch` and one more are verified.
         only: names of the parts to write; None for all.
         parts_int8: parts that the calibration left off (the vtransform) to quantize all the same.
+        io: "fp16" for FP16 inputs and outputs of tensorrt-strong.
+        calibration_cache: also write each part's scales as a TensorRT calibration cache, with the graph without Q/DQ that
+            it is for (`qat.export.calibration_cache`).
         reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
         seed: of the random frame for verification.
         frames: real ones to verify on too, what `qat.runtime.SampleTensors` describes, preprocessed for this model.
@@ -164,6 +192,8 @@ def export_parts(
         None if only is None else tuple(only),
         tuple(parts_int8),
         reduce_range,
+        io,
+        calibration_cache,
     )
     form.check(detector)
     detector.eval()
@@ -181,6 +211,9 @@ TYPES = {
     "fp16": "FP32-typed graph without QDQ: build it with the builder's FP16 flag, keeping FP32 inputs and outputs or "
     "choosing fp16:chw ones",
     "int8": "FP32-typed graph with QDQ: build it with the builder's INT8 flag (and FP16 for the rest)",
+    "fp32 tensorrt-strong": "FP32 throughout, for a strongly typed network",
+    "fp16 tensorrt-strong": "FP16 written in the graph's types: build it strongly typed",
+    "int8 tensorrt-strong": "QDQ, and FP16 for the rest, written in the graph's types: build it strongly typed",
     **dict.fromkeys(
         [f"int8 {flavour}" for flavour in CPU_FLAVOURS],
         "FP32-typed graph with QDQ: u8 activations, s8 weights, s32 biases",
@@ -209,7 +242,8 @@ def _export(
         "precision": form.precision,
         "flavour": form.flavour,
         "types": TYPES.get(f"{form.precision} {form.flavour}", TYPES[form.precision]),
-        "opset": form.opset,
+        "opset": form.opset or OPSET,
+        "io": form.io,
         "batch": None if form.dynamic_batch else form.batch,
         "reduce_range": form.reduce_range,
         "checkpoint": None,
@@ -226,6 +260,12 @@ def _export(
     with atomic_directory(out) as folder:
         for name, part in parts.items():
             model = source = _graph(part, name, verification.feeds, form)
+            typed = None
+            if form.strong:
+                model, typed = to_tensorrt_strong(
+                    source, form.precision, verification.all_feeds, form.opset, keep_io=form.io == "fp32"
+                )
+                manifest["opset"] = max(manifest["opset"], opset_of(model))
             if form.flavour in CPU_FLAVOURS:
                 known = part.wrapper.inputs if positive else ()
                 model = (to_onnxruntime if form.flavour == "onnxruntime" else to_unsigned)(model, known)
@@ -238,15 +278,26 @@ def _export(
             (folder / f"{name}.onnx").write_bytes(graph)
             has_qdq = counts["DequantizeLinear"] > 0
             takes, gives = tensor_specs(model)
+            precision = form.precision
+            if precision == "int8" and not has_qdq:
+                precision = "fp16" if form.strong else "fp32"
             manifest["parts"][name] = {
                 "file": f"{name}.onnx",
                 "sha256": hashlib.sha256(graph).hexdigest(),
-                "precision": "fp32" if form.precision == "int8" and not has_qdq else form.precision,
+                "precision": precision,
+                "opset": opset_of(model),
                 "inputs": takes,
                 "outputs": gives,
                 "operators": dict(sorted(counts.items())),
-                **verification.check(name, graph, source),
+                **({} if typed is None else {"types": typed}),
+                **verification.check(name, graph, source, typed),
             }
+            if form.calibration_cache and has_qdq:
+                bare = strip_qdq(model)
+                files = {"file": f"{name}.calibration.cache", "graph": f"{name}.calibration.onnx"}
+                (folder / files["graph"]).write_bytes(bare.SerializeToString(deterministic=True))
+                written = write_calibration_cache(model, bare, folder / files["file"])
+                manifest["parts"][name]["calibration_cache"] = {**files, **written}
         manifest["verification"] = verification.write(folder)
         write_json(folder / FILE, manifest)
     return manifest
@@ -257,5 +308,7 @@ def _graph(part: TorchPart, name: str, feeds: Mapping[str, np.ndarray], form: Fo
     wrapper = part.wrapper
     tensors = [torch.from_numpy(feeds[tensor]) for tensor in wrapper.inputs]
     with qdq_tracing():
-        model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, form.opset, form.dynamic_batch)
+        # tensorrt-strong raises the opset itself, where the types ask for it
+        opset = OPSET if form.strong or form.opset is None else form.opset
+        model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, opset, form.dynamic_batch)
     return simplify(model, name)

@@ -31,6 +31,7 @@ from qat.core.verification import (
 )
 from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.bisect import diagnose
+from qat.export.flavour_tensorrt_strong import verify_strong
 from qat.export.torch_parts import TorchPart
 from qat.lean.modes import quantizers_off, recording_scales
 
@@ -189,16 +190,26 @@ class Verification:
         """What the next part takes in of the first frame."""
         return self.running[0].feeds
 
-    def check(self, name: str, graph: bytes, model: onnx.ModelProto) -> dict[str, Any]:
+    @property
+    def all_feeds(self) -> list[dict[str, np.ndarray]]:
+        """What the next part takes in, of every frame."""
+        return [running.feeds for running in self.running]
+
+    def check(
+        self, name: str, graph: bytes, model: onnx.ModelProto, typed: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Verifies a part's graph on every frame, and takes the frames on to the next part.
 
         Args:
             graph: the file's bytes.
             model: the graph with the quantizers' own scales: before a flavour's pass that changes them.
+            typed: of a strongly typed graph, what was done to it (`to_tensorrt_strong`): it is held to the tolerance of its
+                types.
 
         Returns:
             the part's `verification` (each output's figures), `scales` (see `compare_scales`) and, where something is
-            out of tolerance, `divergence`: the first diverging layers.
+            out of tolerance, `divergence`: the first diverging layers. (Not of a strongly typed graph, where every layer
+            rounds: look at the same detector's `tensorrt` flavour.)
         """
         part = self.parts[name]
         opened = PlainGraph(graph)
@@ -215,7 +226,11 @@ class Verification:
             with recording_scales(self.detector) as seen:
                 reference = part.run(running.feeds)
             scales = scales or seen
-            for output, entry in verify_part(opened, reference, running.feeds, exact).items():
+            if typed is None:
+                compared = verify_part(opened, reference, running.feeds, exact)
+            else:
+                compared = verify_strong(onnx.load_from_string(graph), typed, reference, running.feeds, exact)
+            for output, entry in compared.items():
                 entries.setdefault(output, []).append(entry)
             if index in self.stored[name]:
                 self._keep(index, name, running.feeds, reference)
@@ -225,6 +240,7 @@ class Verification:
         result: dict[str, Any] = {"verification": report, "scales": kept}
         if not (kept["passed"] and all(entry["passed"] for entry in report.values())):
             self.passed = False
+        if not (kept["passed"] and all(entry["passed"] for entry in report.values())) and typed is None:
             output, frame = min(
                 ((o, i) for o, found in entries.items() for i in range(len(found))),
                 key=lambda at: entries[at[0]][at[1]]["sqnr_db"] - entries[at[0]][at[1]]["tolerance_db"],

@@ -137,6 +137,10 @@ class Pipeline:
                 f"{folder}: found parts for batches of {manifest['batch']}, expected 1 or any; export again without "
                 "--batch, or with --dynamic-batch"
             )
+        if manifest.get("io", "fp32") != "fp32":
+            raise UserError(f"{folder}: found FP16 inputs and outputs, expected FP32; export again without --io fp16")
+        if manifest["flavour"] == "tensorrt-strong" and precision is None:
+            precision = "fp32"  # as far as a builder is told: the graph's own types say the rest
         parts = {
             name: build(folder / part["file"], backend, precision or part["precision"], options)
             for name, part in manifest["parts"].items()

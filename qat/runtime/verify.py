@@ -130,7 +130,10 @@ def _verify_part(
     """For each output the frame that is nearest to its tolerance, and all frames."""
     rows: dict[str, list[dict[str, Any]]] = {output: [] for output in part["verification"]}
     for index in summary.frames(name):
-        found = runner.run(summary.inputs(name, index))
+        feeds = summary.inputs(name, index)
+        found = runner.run(
+            {tensor: feeds[tensor].astype(spec.dtype, copy=False) for tensor, spec in runner.inputs.items()}
+        )
         for output, described in part["verification"].items():
             limit = described["frames"]["tolerance_db"][index]
             row: dict[str, Any] = {"frame": tokens[index]}
@@ -184,8 +187,8 @@ def verify_folder(
         entry: dict[str, Any] = {"file": part["file"], "problems": _file_problems(path, part), "outputs": {}}
         if not entry["problems"]:
             found = graph_opset(path)
-            if found != manifest["opset"]:
-                entry["problems"].append(f"opset: found {found}, the manifest has {manifest['opset']}")
+            if found != part["opset"]:
+                entry["problems"].append(f"opset: found {found}, the manifest has {part['opset']}")
             precision = "fp32" if part["precision"] == "fp16" and backend is not None else part["precision"]
             runner = _open(path, precision, backend, options)
             entry["problems"] += _tensors("input", part["inputs"], runner.inputs)

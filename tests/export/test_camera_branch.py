@@ -1,7 +1,6 @@
 """camera.backbone and camera.vtransform out of a camera+lidar model, as CUDA-BEVFusion's users need them."""
 
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -64,7 +63,9 @@ def shapes(values):
 
 
 def check_folder(folder, manifest, precision):
-    assert sorted(p.name for p in folder.iterdir()) == sorted([*(f"{name}.onnx" for name in PARTS), "manifest.json"])
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [*(f"{name}.onnx" for name in PARTS), "manifest.json", "verification.npz"]
+    )
     assert manifest["pipeline"]["branch"] == "camera" and manifest["pipeline"]["head"] is None
     assert manifest["precision"] == precision and manifest["verification"]["passed"]
     for name, (inputs, outputs) in PARTS.items():
@@ -134,7 +135,7 @@ def test_a_pipeline_of_a_branch_gives_tensors_and_refuses_boxes(fp32, fusion_fil
     config = load_config(fusion_files["config"], "camera")
     reference, _ = load_float_branch(config, fusion_files["checkpoint"], "encoders.camera")
     with torch.inference_mode():
-        ((maps),) = run_frame(reference, SimpleNamespace(**vars(frame), token="x"))
+        ((maps),) = run_frame(reference, frame)
     assert compare_tensors(maps["feat_out"].numpy(), tensors["feat_out"])["sqnr_db"] > 80
     calibration = Calibration(frame.camera_intrinsics, frame.camera2lidar)
     images = [np.zeros((64, 96, 3), np.uint8)] * 6

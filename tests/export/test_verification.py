@@ -176,12 +176,14 @@ def test_every_layer_of_every_part_finds_its_node(exported, exported_int8, float
         assert layers and set(layers) <= set(matches.names)
         for at in layers:
             node = matches.producer[matches.names[at]]
+            while node.op_type in ("Transpose", "Add"):  # a convolution as a matrix product
+                node = matches.producer[node.input[0]]
             source = matches.producer.get(node.input[1])
             while source is not None and source.op_type != "Constant" and source.input:
                 node, source = source, matches.producer.get(source.input[0])
             weight = node.input[0] if node.op_type.endswith("Linear") else node.input[1]
             if not weight.startswith("onnx::"):  # a folded batch norm takes the name away
-                path = weight.removesuffix("_s8").removesuffix(".weight").removeprefix("detector.")
+                path = weight.removesuffix("_t").removesuffix("_s8").removesuffix(".weight").removeprefix("detector.")
                 assert calls.calls[at].path.endswith(path)
 
 
