@@ -23,7 +23,7 @@ from qat.core.progress import progress_bar
 from qat.data import NuScenesDataset, check_annotated
 from qat.lean import Inventory, QuantizedDetector, auto_methods
 from qat.lean.placement import Kept
-from qat.models import load_float_branch, load_float_model
+from qat.models import load_float_branch, load_float_model, random_model
 
 FEW_FRAMES = 8
 
@@ -57,7 +57,7 @@ class CalibrationResult:
 
 def calibrate_checkpoint(
     config: Path,
-    checkpoint: Path,
+    checkpoint: Path | None,
     data: Path,
     split: str,
     out: Path,
@@ -69,9 +69,11 @@ def calibrate_checkpoint(
     budget: BudgetOptions | None = None,
     equalize: bool = True,
     prefix: str | None = None,
+    seed: int = 0,
 ) -> CalibrationResult:
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
 
+    checkpoint: None for random weights drawn with `seed`, to measure latency and numerics with.
     method: one of `qat.lean.METHODS`, or "auto": what serves each part best (`qat.lean.AUTO`). by_layer goes before it.
     budget: leaves units float for it, and writes `<out>.budget.json` and `.budget.png` beside `out`.
     prefix: takes the camera branch alone, which lies under it in the checkpoint ("encoders.camera" in a whole BEVFusion
@@ -93,7 +95,11 @@ def calibrate_checkpoint(
         method, parts = auto_methods(settings)
         by_layer = (*by_layer, *parts)
     branch: dict[str, object] = {}
-    if prefix is None:
+    if checkpoint is None:
+        if budget is not None:
+            raise UserError("--budget: found random weights, expected a trained detector's, whose mAP can fall")
+        model = random_model(settings, seed)
+    elif prefix is None:
         model = load_float_model(settings, checkpoint)
     else:
         model, left_out = load_float_branch(settings, checkpoint, prefix)
@@ -119,6 +125,7 @@ def calibrate_checkpoint(
         )
     found = None
     if budget is not None and scored is not None:
+        assert checkpoint is not None
         found = _keep_within(budget, quantized, scored, out, sha256(checkpoint))
     quantized.cpu()
     model.cpu()
@@ -133,7 +140,11 @@ def calibrate_checkpoint(
         "split": split,
         "dataset": data.name,
         "frames_sha256": hashlib.sha256("".join(dataset.tokens).encode()).hexdigest(),
-        "float_checkpoint": {"file": checkpoint.name, "sha256": sha256(checkpoint)},
+        **(
+            {"random_weights": {"seed": seed}}
+            if checkpoint is None
+            else {"float_checkpoint": {"file": checkpoint.name, "sha256": sha256(checkpoint)}}
+        ),
         **branch,
         "int8_share_of_macs": round(report.int8_share, 4),
         "unexcited": report.unexcited,

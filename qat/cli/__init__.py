@@ -20,6 +20,7 @@ VERBS = {
     "show": "draw a sample's lidar points and boxes over its six images",
     "train": "train a float detector",
     "calibrate": "insert TensorQuantizers and run PTQ over calibration frames",
+    "import-ptq": "make a PTQ checkpoint of a network that another tool quantized",
     "finetune": "train a PTQ checkpoint with its quantizers on (QAT), from the float network's outputs",
     "inspect": "print what a PTQ checkpoint quantizes, with which scales, and what stays float",
     "sensitivity": "measure the damage that each quantized unit does alone",

@@ -23,7 +23,12 @@ MODEL = Path("model/camera-tiny")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("--config", type=Path, default=MODEL / "config.yaml", metavar="YAML")
-    parser.add_argument("--ckpt", type=Path, default=MODEL / "camera-tiny.pth", metavar="CKPT", help="float checkpoint")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--ckpt", type=Path, default=MODEL / "camera-tiny.pth", metavar="CKPT", help="float checkpoint")
+    source.add_argument(
+        "--init", choices=("random",), help="no checkpoint: random weights of --config, for numerics and latency"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of --init random (default 0)")
     parser.add_argument(
         "--prefix",
         metavar="NAME",
@@ -70,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     from qat.core.errors import UserError
     from qat.evaluate import devkit_metric
 
+    if args.seed is not None and args.init is None:
+        raise UserError("--seed: found without --init random, expected both: a checkpoint's weights are not drawn")
     by_layer = []
     for text in args.method_for:
         pattern, equals, method = text.rpartition("=")
@@ -90,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     with process_group() as (rank, _):
         result = calibrate_checkpoint(
             config=args.config,
-            checkpoint=args.ckpt,
+            checkpoint=None if args.init else args.ckpt,
+            seed=args.seed or 0,
             data=args.data,
             version=args.version,
             split=args.split,

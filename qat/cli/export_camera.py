@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
             f"{figures['sqnr_db']:.0f} dB SQNR ({figures['tolerance_db']:.0f} dB or more expected)"
         )
         if cache := part.get("calibration_cache"):
-            print(f"{folder / cache['file']}: {len(cache['tensors'])} scales, for {folder / cache['graph']}")
+            print(f"{folder / cache['file']}: {cache['tensors']} scales, for {folder / cache['graph']}")
     if manifest["verification"]["passed"]:
         return _whole(folder) if args.format == "onnx-e2e" else OK
     for part in manifest["parts"].values():

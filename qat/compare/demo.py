@@ -12,10 +12,11 @@ from qat.compare.rows import Sources
 from qat.compare.run import CompareOptions, Comparison, compare
 from qat.export.checkpoint import export_checkpoint
 
-# folder name, precision, flavour: TensorRT's INT8 graph is slower than FP32 on ONNX Runtime, so that gets its own
+# folder name, precision, flavour: each CPU backend gets the form that it fuses
 EXPORTS = (
     ("fp32", "fp32", "tensorrt"),
     ("int8", "int8", "tensorrt"),
+    ("int8_openvino", "int8", "openvino"),
     ("int8_onnxruntime", "int8", "onnxruntime"),
 )
 
@@ -64,7 +65,7 @@ def demo(
                 checkpoint,
                 ptq,
                 [folders["fp32"]],
-                [folders["int8"], folders["int8_onnxruntime"]],
+                [folders[name] for name, precision, _ in EXPORTS if precision == "int8"],
                 model / "config.yaml",
             ),
             data=data,

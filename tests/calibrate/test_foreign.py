@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from qat.calibrate import load_ptq, save_ptq
-from qat.calibrate.foreign import load_foreign
+from qat.calibrate.foreign import import_checkpoint, load_foreign, load_foreign_file
 from qat.calibrate.inspection import inspect_checkpoint
+from qat.cli import main
+from qat.core.config import camera_branch
 from qat.core.errors import UserError
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers, watched_on
@@ -19,6 +22,7 @@ from qat.models import build_model, load_checkpoint
 
 MAKE = Path(__file__).parents[1] / "make_bevfusion_ptq.py"
 BACKBONE = "encoders.camera.backbone"
+FLOAT = "encoders.camera.vtransform.depthnet.6"
 LAYER, OTHER = f"{BACKBONE}.layer1.0.conv2", f"{BACKBONE}.layer1.1.conv1"
 
 
@@ -231,3 +235,39 @@ def test_a_checkpoint_without_ranges_for_this_network_is_refused(checkpoint, loa
     other = {f"img_{name}": value for name, value in checkpoint["quantizers"].items()}
     with pytest.raises(UserError, match="none of which fits"):
         load({"state_dict": checkpoint["state_dict"], "quantizers": other})
+
+
+def test_it_is_imported_and_exported_from_the_command_line(folder, tmp_path, tiny_config, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config))
+    files = ["--ckpt", str(folder / "ptq-zip.pth"), "--config", str(tmp_path / "config.yaml")]
+    assert main(["import-ptq", *files, "--out", str(tmp_path / "ptq.pth")]) == 0
+    told = capsys.readouterr().out
+    assert "ranges of activations taken over" in told and FLOAT in told
+    load_ptq(tmp_path / "ptq.pth")
+    for source in (["--ckpt", str(tmp_path / "ptq.pth")], files):
+        out = tmp_path / f"onnx{len(source)}"
+        assert main(["export-camera", *source, "--parts", "camera.backbone", "--out", str(out)]) == 0
+    graphs = [(tmp_path / name / "camera.backbone.onnx").read_bytes() for name in ("onnx2", "onnx4")]
+    assert graphs[0] == graphs[1] and b"QuantizeLinear" in graphs[0]
+
+
+def test_the_camera_branch_of_it_alone(folder, tmp_path, tiny_config):
+    branch = camera_branch(tiny_config)
+    path = folder / "ptq-zip.pth"
+    quantized, model, report = load_foreign_file(path, load_checkpoint(path), branch, "encoders.camera")
+    assert set(quantized.parts) == {"camera", "vtransform"} and report["mapped"] and report["ignored"]
+    save_ptq(tmp_path / "ptq.pth", quantized, model, {"method": "imported"})
+    again, _ = load_ptq(tmp_path / "ptq.pth")
+    expected = torch.load(folder / "expected.pth", weights_only=True)
+    with torch.inference_mode():
+        both = [q.camera_logits(expected["img"], expected["depth"]) for q in (quantized, again)]
+    assert torch.equal(*both)
+    with pytest.raises(UserError, match=r"--prefix: found 'camera'"):
+        load_foreign_file(path, load_checkpoint(path), branch, "camera")
+
+
+def test_a_float_checkpoint_is_not_imported(tmp_path, tiny_model):
+    torch.save({"state_dict": tiny_model.state_dict()}, tmp_path / "float.pth")
+    with pytest.raises(UserError, match="found no quantizers of another tool"):
+        import_checkpoint(tmp_path / "float.pth", tmp_path / "ptq.pth")

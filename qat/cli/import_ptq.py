@@ -1,0 +1,54 @@
+"""Make a PTQ checkpoint of a network that another tool quantized, with its weights and its ranges.
+
+It reads CUDA-BEVFusion's bevfusion_ptq.pth and other pickled networks (nothing in the file is run, and none of its packages
+is needed), and state dicts of pytorch-quantization and NVIDIA ModelOpt. What it writes is inspected, exported, compared and
+fine-tuned like one of calibrate. docs/checkpoints.md tells what is read.
+
+example:
+  bevqat import-ptq --ckpt bevfusion_ptq.pth --config configs.yaml --prefix encoders.camera --out runs/imported/ptq.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qat.cli import OK
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="the other tool's checkpoint")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="default: config.yaml beside it")
+    parser.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="take the camera branch alone, which lies under NAME: encoders.camera in a whole camera+lidar model",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/imported/ptq.pth"), metavar="CKPT")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Imports, and prints what became of the other tool's ranges."""
+    from qat.calibrate.foreign import import_checkpoint
+
+    report = import_checkpoint(args.ckpt, args.out, args.config, args.prefix)
+    print(
+        f"{len(report['mapped'])} ranges of activations taken over, {len(report['folded'])} folded batch norms made neutral"
+    )
+    for what, key in (
+        ("tensors whose layers had different ranges (the largest serves all)", "merged"),
+        ("layers that stay float", "float_layers"),
+        ("layers whose weights' ranges were not stored (their largest magnitudes serve)", "own_weights"),
+        ("adds whose identity is rounded here and was not there", "also_rounded"),
+        ("our quantizers that are off for want of a range", "without_range"),
+        ("quantizers of theirs that were not used", "unused"),
+    ):
+        if names := report[key]:
+            print(f"{what}: {len(names)}")
+            for name in list(names)[:8]:
+                print(f"  {name}" + (f": {names[name]}" if isinstance(names, dict) else ""))
+            if len(names) > 8:
+                print(f"  and {len(names) - 8} more")
+    print(args.out)
+    return OK

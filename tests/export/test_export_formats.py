@@ -1,0 +1,163 @@
+"""What export-camera writes beside plain parts, from the command line on."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import yaml
+
+from qat.calibrate import load_ptq, save_ptq
+from qat.cli import main
+from qat.core.errors import UserError
+from qat.core.manifest import load_manifest
+from qat.export import export_parts
+from qat.export.calibration_cache import read_calibration_cache
+from qat.export.verify import random_frame
+from qat.runtime import Pipeline
+
+
+@pytest.fixture(autouse=True)
+def away_from_example_data(tmp_path, monkeypatch):
+    """Exports here are verified on the random frame alone."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ptq(tmp_path_factory, tiny_config, make_tiny_model, tiny_frames):
+    """A PTQ checkpoint of the tiny detector, with six cameras as the command expects."""
+    from qat.calibrate import calibrate
+
+    model = make_tiny_model()
+    quantized, _ = calibrate(model, tiny_frames)
+    path = tmp_path_factory.mktemp("ptq") / "ptq.pth"
+    save_ptq(path, quantized, model, {"method": "mse", "frames": 3})
+    return path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_strongly_typed_parts_verify_and_run(ptq, tmp_path, capsys, precision):
+    out = tmp_path / "strong"
+    command = ["export-camera", "--ckpt", str(ptq), f"--{precision}", "--flavour", "tensorrt-strong", "--out", str(out)]
+    assert main(command) == 0
+    manifest = load_manifest(out)
+    fuser = manifest["parts"]["fuser"]
+    assert fuser["precision"] == precision
+    assert fuser["opset"] == (19 if precision == "int8" else 13)
+    types = {i.data_type for i in onnx.load(out / "fuser.onnx").graph.initializer}
+    assert (onnx.TensorProto.FLOAT16 in types) == (precision != "fp32")
+    assert (onnx.TensorProto.INT8 in types) == (precision == "int8")
+    assert manifest["parts"]["camera.vtransform"]["precision"] == ("fp32" if precision == "fp32" else "fp16")
+    capsys.readouterr()
+    assert main(["verify", str(out)]) == 0
+    if precision == "int8":
+        return  # ONNX Runtime 1.31 brings Q/DQ around a concatenation to a kernel that takes no FP16 scales
+    pipeline = Pipeline.load(out, "onnxruntime")
+    assert np.isfinite(pipeline.forward(random_frame(manifest["pipeline"], 1))["middle"]).all()
+
+
+def test_fp16_inputs_and_outputs(ptq, tmp_path, capsys):
+    out = tmp_path / "strong"
+    command = ["export-camera", "--ckpt", str(ptq), "--flavour", "tensorrt-strong", "--io", "fp16", "--out", str(out)]
+    assert main(command) == 0
+    for part in load_manifest(out)["parts"].values():
+        assert {spec["dtype"] for spec in (*part["inputs"].values(), *part["outputs"].values())} == {"float16"}
+    assert main(["verify", str(out)]) == 0
+    with pytest.raises(UserError, match="found FP16 inputs and outputs, expected FP32"):
+        Pipeline.load(out, "onnxruntime")
+
+
+def test_a_calibration_cache_lies_beside_the_graph_that_it_is_for(ptq, tmp_path, capsys):
+    out = tmp_path / "int8"
+    assert main(["export-camera", "--ckpt", str(ptq), "--calibration-cache", "--out", str(out)]) == 0
+    parts = load_manifest(out)["parts"]
+    assert "calibration_cache" not in parts["camera.vtransform"]  # float: it has no scales
+    for name in ("camera.backbone", "fuser", "head.bbox"):
+        files = parts[name]["calibration_cache"]
+        header, scales = read_calibration_cache(out / files["file"])
+        graph = onnx.load(out / files["graph"]).graph
+        assert header.startswith("TRT-") and "QuantizeLinear" not in {node.op_type for node in graph.node}
+        tensors = {i.name for i in graph.input} | {output for node in graph.node for output in node.output}
+        assert scales and set(scales) <= tensors
+        ort.InferenceSession(str(out / files["graph"]), providers=["CPUExecutionProvider"])
+
+
+def test_the_whole_detector_as_one_file_beside_its_parts(ptq, tmp_path, capsys):
+    out = tmp_path / "whole"
+    command = [
+        "export-camera",
+        "--ckpt",
+        str(ptq),
+        "--flavour",
+        "onnxruntime",
+        "--format",
+        "onnx-e2e",
+        "--out",
+        str(out),
+    ]
+    assert main(command) == 0
+    assert "detector.onnx: int8" in capsys.readouterr().out
+    manifest = load_manifest(out)
+    assert manifest["e2e"]["verification"]["passed"] and len(manifest["parts"]) == 4
+    assert main(["verify", str(out)]) == 0  # the parts are as they were
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_programs_of_torch_export(ptq, tmp_path, capsys, precision):
+    out = tmp_path / "pt2"
+    command = ["export-camera", "--ckpt", str(ptq), f"--{precision}", "--format", "pt2", "--parts", "fuser"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["fuser.pt2", "manifest.json"]
+    program = torch.export.load(out / "fuser.pt2")
+    quantized, _ = load_ptq(ptq)
+    x = torch.rand(1, 10, 16, 16)
+    if precision == "int8":
+        with torch.inference_mode():
+            torch.testing.assert_close(program.module()(x), quantized.decode_bev(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--format", "pt2", "--opset", "17"], "--opset: found with --format pt2"),
+        (["--format", "pt2", "--flavour", "openvino"], "--flavour: found with --format pt2"),
+        (["--format", "onnx-e2e", "--batch", "2"], "--batch: found with --format onnx-e2e"),
+        (["--format", "onnx-e2e", "--parts", "fuser"], "--parts: found with --format onnx-e2e"),
+        (["--io", "fp16"], "io fp16: found flavour tensorrt in int8"),
+        (["--calibration-cache", "--flavour", "openvino"], "calibration-cache: found flavour openvino in int8"),
+        (["--seed", "3"], "--seed: found without --init random"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(ptq, tmp_path, capsys, flags, message):
+    out = tmp_path / "out"
+    assert main(["export-camera", "--ckpt", str(ptq), "--out", str(out), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_random_weights_export_without_a_checkpoint(tmp_path, tiny_config, capsys):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config))
+    base = ["export-camera", "--config", str(tmp_path / "config.yaml"), "--init", "random"]
+    hashes = []
+    for seed, name in (("0", "a"), ("0", "b"), ("1", "c")):
+        assert main([*base, "--seed", seed, "--parts", "fuser", "--out", str(tmp_path / name)]) == 0
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert manifest["checkpoint"] is None
+        hashes.append(manifest["parts"]["fuser"]["sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert main([*base, "--int8"]) == 2
+    assert "calibrate --init random" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flavour", ["onnxruntime", "openvino"])
+def test_cpu_flavours_differ_where_onnx_runtime_needs_it(tmp_path, quantized, small_cameras, flavour):
+    """ONNX Runtime gets products of integers with a float result; OpenVINO has such convolutions."""
+    manifest = export_parts(quantized, tmp_path / "out", "int8", cameras=small_cameras, flavour=flavour)
+    assert manifest["verification"]["passed"]
+    operators = manifest["parts"]["camera.backbone"]["operators"]
+    assert ("MatMul" in operators) == (flavour == "onnxruntime")
+    graph = onnx.load(tmp_path / "out" / "camera.backbone.onnx").graph
+    zero_points = {i.data_type for i in graph.initializer if i.name.endswith("_zero")}
+    assert zero_points == {onnx.TensorProto.UINT8}
