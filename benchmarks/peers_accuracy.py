@@ -297,23 +297,16 @@ def our_candidates(job: Job, ptq: Path | None) -> tuple[Row, list[Candidate]]:
             out=ptq,
         )
         seconds = time.perf_counter() - begin
-    folders = []
-    for flavour in ("tensorrt", "onnxruntime"):
-        folder, _ = export_checkpoint(ptq, "int8", job.out / "ours" / f"onnx_int8_{flavour}", flavour=flavour)
-        folders.append(folder)
-    sources = Sources(job.ckpt, ptq, [], folders, job.config_file)
-    rows, facts = load_rows(sources, ("openvino", "onnxruntime"), job.options)
+    folders = {}
+    for flavour in ("openvino", "onnxruntime"):
+        folders[flavour], _ = export_checkpoint(ptq, "int8", job.out / "ours" / f"onnx_int8_{flavour}", flavour=flavour)
+    sources = Sources(job.ckpt, ptq, [], list(folders.values()), job.config_file)
+    rows, facts = load_rows(sources, tuple(folders), job.options)
     result = []
     for row in rows[1:]:
-        folder = folders[1] if row.flavour == "onnxruntime" else folders[0]
+        folder = folders.get(row.backend, folders["openvino"])
         files = [folder / part["file"] for part in load_manifest(folder)["parts"].values()]
         result.append(Candidate("ours", facts["recipe"]["method"], row, *integer_convolutions(files), seconds))
-    # OpenVINO reads the u8 graph too, and twice as many levels behind each ReLU are what its peer NNCF has there.
-    last = result[-1]
-    pipeline = Pipeline.load(folders[1], "openvino", "int8", job.options)
-    key = job.key("openvino", metadata.version("openvino"), last.row.key)
-    row = Row("openvino", "int8", "onnxruntime", pipeline, last.row.size_mb, key)
-    result.append(Candidate("ours", f"{last.setting}-u8", row, last.convolutions, last.share, seconds))
     return rows[0], result
 
 

@@ -43,7 +43,9 @@ BYTES = 512 << 20  # of their values, in one pass
 _OPERATORS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (Quantizer, ("DequantizeLinear",)),
     (nn.ConvTranspose2d, ("ConvTranspose",)),
-    (nn.Conv2d, ("Conv", "Transpose")),  # a transpose ends what `qat.export.conv_as_matmul` makes of one
+    # A transpose ends what `qat.export.conv_as_matmul` makes of one; where `qat.export.sunk_transpose` took it away, the
+    # result stays channels-last and has no match.
+    (nn.Conv2d, ("Conv", "Transpose")),
     (nn.Linear, ("Gemm", "MatMul", "Add")),
     (nn.ReLU, ("Relu",)),
 )

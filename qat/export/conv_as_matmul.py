@@ -68,7 +68,12 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
             unpacked.attribute.append(helper.make_attribute("axis", 1))
         nodes += [
             helper.make_node(
-                "Transpose", [node.input[0]], [f"{stem}_nhwc"], name=f"{node.name}_nhwc", perm=[0, 2, 3, 1]
+                "Transpose",
+                [node.input[0]],
+                [f"{stem}_nhwc"],
+                # Not in the layer's scope: by the last transpose there `qat.export.bisect` knows the layer's result.
+                name=f"{node.name.replace('/', '_')}_nhwc",
+                perm=[0, 2, 3, 1],
             ),
             unpacked,
             helper.make_node(

@@ -19,12 +19,12 @@ from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, FORMAT, SCHEMA
 from qat.core.versions import versions
 from qat.export.calibration_cache import strip_qdq, write_calibration_cache
-from qat.export.flavour_onnxruntime import to_onnxruntime
+from qat.export.flavour_cpu import to_cpu
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
 from qat.export.graph import op_counts, opset_of, simplify, tensor_specs, trace
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
-from qat.export.unsigned import never_negative_outputs, to_unsigned
+from qat.export.unsigned import never_negative_outputs
 from qat.export.verify import Verification
 from qat.lean.modes import (
     parts_on,
@@ -160,7 +160,7 @@ def export_parts(
             for a builder that is told by a flag to run it in FP16.
         flavour: "tensorrt" for symmetric s8 Q/DQ on float weights; "tensorrt-strong" for strongly typed networks, with
             precision in the graph's types (`qat.export.flavour_tensorrt_strong`); "onnxruntime" and "openvino" for what
-            these fuse on a CPU, INT8 only (`qat.export.flavour_onnxruntime`, `qat.export.unsigned`).
+            these fuse on a CPU, INT8 only (`qat.export.flavour_cpu`).
         checkpoint: where the weights came from; its name and sha256 go into the manifest.
         recipe: how the quantizers were calibrated, for the manifest.
         cameras: names in the order of the inputs.
@@ -268,7 +268,7 @@ def _export(
                 manifest["opset"] = max(manifest["opset"], opset_of(model))
             if form.flavour in CPU_FLAVOURS:
                 known = part.wrapper.inputs if positive else ()
-                model = (to_onnxruntime if form.flavour == "onnxruntime" else to_unsigned)(model, known)
+                model = to_cpu(model, known)
                 positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
             if name not in chosen:
                 verification.skip(name)

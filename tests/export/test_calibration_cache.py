@@ -15,7 +15,7 @@ from qat.export.calibration_cache import (
     strip_qdq,
     write_calibration_cache,
 )
-from qat.export.flavour_onnxruntime import to_onnxruntime
+from qat.export.flavour_cpu import to_cpu
 
 
 def network(zero=0):
@@ -180,6 +180,6 @@ def test_names_must_be_those_of_the_graph_beside(tmp_path):
 
 def test_another_flavour_is_refused():
     with pytest.raises(UserError, match="expected the tensorrt flavour"):
-        strip_qdq(to_onnxruntime(network()[0]))
+        strip_qdq(to_cpu(network()[0]))
     with pytest.raises(UserError, match="image_q: found another zero point than 0 in s8"):
         strip_qdq(network(zero=3)[0])

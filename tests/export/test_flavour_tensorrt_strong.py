@@ -12,7 +12,7 @@ from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.export import pipeline_settings
 from qat.export.calibration_cache import strip_qdq
-from qat.export.flavour_onnxruntime import to_onnxruntime
+from qat.export.flavour_cpu import to_cpu
 from qat.export.flavour_tensorrt_strong import (
     ROUNDING_DB,
     rounded,
@@ -217,7 +217,7 @@ def test_bad_input_is_one_clear_line(weights):
     with pytest.raises(UserError, match="precision fp16: found 4 QuantizeLinear in the graph, expected none"):
         to_tensorrt_strong(model, "fp16", [])
     with pytest.raises(UserError, match="expected the tensorrt flavour"):
-        to_tensorrt_strong(to_onnxruntime(model), "int8", [])
+        to_tensorrt_strong(to_cpu(model), "int8", [])
     with pytest.raises(UserError, match="opset 999: onnx's version converter found"):
         to_tensorrt_strong(model, "int8", [], 999)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qat.core.tensors import compare_tensors
-from qat.export.flavour_onnxruntime import to_onnxruntime
+from qat.export.flavour_cpu import to_cpu
 from qat.export.graph import op_counts, simplify
 from qat.export.graph import trace as to_onnx
 from qat.export.verify import INT8_MARGIN_DB, compare_scales, graph_scales
@@ -172,7 +172,7 @@ def test_each_kind_of_layer_is_within_one_step_of_its_simulation(case, flavour):
         model = simplify(model, path)
         step = float(module.after.amax) / 127
         if flavour == "onnxruntime":
-            model = to_onnxruntime(model)
+            model = to_cpu(model)
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {"x": x.numpy()})
         assert np.abs(found - expected).max() < 1.01 * step, path

@@ -1,4 +1,4 @@
-"""The two passes that bring ONNX Runtime's last convolutions to integers."""
+"""The passes that bring the last convolutions to integers on a CPU."""
 
 from collections import Counter
 
@@ -9,7 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.export.conv_as_matmul import convs_to_matmuls
-from qat.export.rounded_resize import round_resize_inputs
+from qat.export.early_rounding import round_early
+from qat.export.sunk_transpose import sink_transposes
 
 SCALE = np.float32(1 / 32)
 
@@ -124,13 +125,13 @@ def test_what_a_resize_takes_in_is_rounded_so_that_the_convolution_before_it_fus
     model = graph(nodes, constants, [1, 16, 12, 16])
     before = run(model, x)
     assert operators(model, tmp_path)["QLinearConv"] == 0
-    assert round_resize_inputs(model) == 1
+    assert round_early(model) == 1
     onnx.checker.check_model(model, full_check=True)
     assert operators(model, tmp_path)["QLinearConv"] == 1
     # each input is off by half a step at most, and so is what is interpolated between them, which is then rounded again
     assert np.abs(run(model, x) - before).max() <= 0.2 * 1.001
     np.testing.assert_allclose(run(model, x, optimized=True), run(model, x), atol=0.2 * 1.001)
-    assert round_resize_inputs(model) == 0
+    assert round_early(model) == 0
 
 
 def test_a_resize_that_overshoots_or_feeds_others_too_stays_as_it_is():
@@ -144,4 +145,59 @@ def test_a_resize_that_overshoots_or_feeds_others_too_stays_as_it_is():
             nodes.append(helper.make_node("Relu", ["u"], ["other"]))
         nodes[[n.output[0] for n in nodes].index("u_dq")].output[0] = "y"
         model = graph(nodes, constants, [1, 16, 12, 16])
-        assert round_resize_inputs(model) == 0, change
+        assert round_early(model) == 0, change
+
+
+def test_rounding_before_a_max_pool_changes_nothing(x):
+    nodes, constants = convolution(16, 3, pads=[1, 1, 1, 1])
+    constants |= {"s2": np.float32(0.05), "z2": np.asarray(np.uint8(0))}
+    nodes += [
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("MaxPool", ["r"], ["m"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+        *pair("m", "s2", "z2"),
+    ]
+    nodes[-1].output[0] = "y"
+    model = graph(nodes, constants, [1, 16, 3, 4])
+    before = run(model, x)
+    assert round_early(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run(model, x), before)
+    names = [node.op_type for node in model.graph.node]
+    assert names[-5:] == ["QuantizeLinear", "DequantizeLinear", "MaxPool", "QuantizeLinear", "DequantizeLinear"]
+
+
+def sliced(last):
+    """x ─► NCHW ─► two Slices over channels, of which one ends in a Softmax and the other in `last`."""
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]),
+        helper.make_node("Slice", ["t", "zero", "three", "one"], ["a"], name="a"),
+        helper.make_node("Softmax", ["a"], ["y"], axis=1, name="softmax"),
+        helper.make_node("Slice", ["t", "three", "eight", "one"], ["b"], name="b"),
+        last,
+    ]
+    constants = {name: np.array([value]) for name, value in {"zero": 0, "one": 1, "three": 3, "eight": 8}.items()}
+    model = graph(nodes, constants, [1, 3, 16, 6])
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, list("abcd")))
+    return model
+
+
+def run_both(model, x):
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(["y", "z"], {"x": x})
+
+
+def test_channels_stay_last_through_slices_and_a_softmax(x):
+    model = sliced(helper.make_node("Transpose", ["b"], ["z"], perm=[0, 2, 3, 1], name="back"))
+    before = run_both(model, x)
+    assert sink_transposes(model) == 3  # the one given, then each of those that it became
+    onnx.checker.check_model(model, full_check=True)
+    for found, expected in zip(run_both(model, x), before, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert [node.op_type for node in model.graph.node] == ["Slice", "Softmax", "Transpose", "Slice"]
+    assert [value.name for value in model.graph.output] == ["y", "z"]
+
+
+def test_a_transpose_that_something_else_reads_stays(x):
+    model = sliced(helper.make_node("Relu", ["t"], ["z"]))
+    before = model.SerializeToString()
+    assert sink_transposes(model) == 0 and model.SerializeToString() == before

@@ -1,11 +1,12 @@
-"""A pass of the `onnxruntime` flavour: what a Resize takes in is rounded on the scale of what it gives.
+"""A pass of the CPU flavours: what a Resize or a MaxPool takes in is rounded on the scale of what it gives.
 
     before   Conv ─► Relu ─► Resize ─► Q ─► DQ ─►        after   Conv ─► Relu ─► Q ─► DQ ─► Resize ─► Q ─► DQ ─►
-             (or Add ─► Relu)                                                └─ same scale ──┘
+             (or Add ─► Relu; or MaxPool)                                    └─ same scale ──┘
 
-ONNX Runtime's CPU brings a convolution (or an add) to integers only where Q follows it. TensorRT and OpenVINO do not ask
-for it. Interpolation never leaves the range of its inputs, so the scale after it serves before it. The value is rounded
-once more than in PyTorch's simulation, by no more than the same half step, and averaged by the interpolation.
+ONNX Runtime brings a convolution (or an add) to integers only where Q follows it, and OpenVINO writes the result in FP32 where
+it does not: the first convolution of a ResNet, before its pooling, takes twice as long so. Neither operator leaves the range
+of its inputs, so the scale after it serves before it. The largest of rounded values is the rounded largest: with MaxPool nothing
+changes. What is interpolated is rounded once more than in PyTorch's simulation, by the same half step at most, and averaged.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from collections import defaultdict
 import onnx
 from onnx import helper
 
-BOUNDED = (b"nearest", b"linear")  # a cubic one overshoots
+BOUNDED = (b"nearest", b"linear")  # a cubic Resize overshoots
 
 
-def round_resize_inputs(model: onnx.ModelProto) -> int:
+def _mode(node: onnx.NodeProto) -> bytes:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == "mode"), b"nearest")
+
+
+def round_early(model: onnx.ModelProto) -> int:
     """Inserts the pairs in place; returns how many."""
     graph = model.graph
     producer = {output: node for node in graph.node for output in node.output}
@@ -30,13 +35,13 @@ def round_resize_inputs(model: onnx.ModelProto) -> int:
     inserted = 0
     for node in graph.node:
         after = consumers[node.output[0]]
-        source = producer.get(node.input[0]) if node.op_type == "Resize" else None
+        source = producer.get(node.input[0]) if node.op_type in ("Resize", "MaxPool") else None
         if (
             source is not None
             and source.op_type in ("Conv", "ConvTranspose", "Add", "Relu")
             and len(consumers[node.input[0]]) == 1
             and [n.op_type for n in after] == ["QuantizeLinear"]
-            and next((helper.get_attribute_value(a) for a in node.attribute if a.name == "mode"), b"nearest") in BOUNDED
+            and (node.op_type == "MaxPool" or _mode(node) in BOUNDED)
         ):
             stem, parameters = node.input[0], after[0].input[1:]
             nodes += [

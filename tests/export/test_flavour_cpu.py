@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
-from qat.export.flavour_onnxruntime import to_onnxruntime
+from qat.export.flavour_cpu import to_cpu
 from qat.export.unsigned import never_negative_outputs
 
 SCALE = np.float32(1 / 32)
@@ -64,7 +64,7 @@ def x():
 
 def test_signed_activations_become_u8_around_128_with_the_same_result(x):
     model, weight, bias = conv_graph(relu=False)
-    changed = to_onnxruntime(model)
+    changed = to_cpu(model)
     values, nodes = parts(changed)
     zero, scale = values[nodes["xq"].input[2]], values[nodes["xq"].input[1]]
     assert zero.dtype == np.uint8 and zero == 128 and scale == SCALE
@@ -76,7 +76,7 @@ def test_signed_activations_become_u8_around_128_with_the_same_result(x):
 
 def test_activations_behind_a_relu_use_all_of_u8(x):
     model, weight, bias = conv_graph(relu=True)
-    changed = to_onnxruntime(model)
+    changed = to_cpu(model)
     values, nodes = parts(changed)
     zero, scale = values[nodes["xq"].input[2]], values[nodes["xq"].input[1]]
     assert zero.dtype == np.uint8 and zero == 0
@@ -90,7 +90,7 @@ def test_activations_behind_a_relu_use_all_of_u8(x):
 def test_an_input_that_is_known_not_to_be_negative_uses_all_of_u8(x):
     """The BEV decoder's input comes out of the ReLU of the part before."""
     model, weight, bias = conv_graph(relu=False)
-    changed = to_onnxruntime(model, ["x"])
+    changed = to_cpu(model, ["x"])
     values, nodes = parts(changed)
     zero, scale = values[nodes["xq"].input[2]], values[nodes["xq"].input[1]]
     assert zero.dtype == np.uint8 and zero == 0
@@ -115,13 +115,13 @@ def test_a_product_with_a_positive_constant_keeps_the_sign(factor, zero):
     model.graph.node.insert(0, helper.make_node("Mul", ["x", "factor"], ["scaled"]))
     model.graph.initializer.append(numpy_helper.from_array(np.full((1, 3, 1, 1), factor, np.float32), "factor"))
     next(node for node in model.graph.node if node.output[0] == "xq").input[0] = "scaled"
-    values, nodes = parts(to_onnxruntime(model, ["x"]))
+    values, nodes = parts(to_cpu(model, ["x"]))
     assert values[nodes["xq"].input[2]] == zero
 
 
 def test_weights_and_biases_are_stored_as_integers():
     model, weight, bias = conv_graph(relu=False)
-    values, nodes = parts(to_onnxruntime(model))
+    values, nodes = parts(to_cpu(model))
     conv = nodes["y"]
     stored = values[nodes[conv.input[1]].input[0]]
     assert stored.dtype == np.int8
@@ -136,11 +136,11 @@ def test_weights_and_biases_are_stored_as_integers():
 def test_the_graph_given_is_left_as_it_is():
     model, *_ = conv_graph(relu=True)
     before = model.SerializeToString()
-    to_onnxruntime(model)
+    to_cpu(model)
     assert model.SerializeToString() == before
 
 
 def test_a_graph_of_another_flavour_is_refused():
     model, *_ = conv_graph(relu=True)
     with pytest.raises(UserError, match="expected the tensorrt flavour"):
-        to_onnxruntime(to_onnxruntime(model))
+        to_cpu(to_cpu(model))

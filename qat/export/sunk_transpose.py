@@ -1,0 +1,111 @@
+"""A pass of the CPU flavours: channels stay last through Slice and Softmax.
+
+    before   ─► NCHW ─┬─► Slice(1) ─► Softmax(1) ─►          after   ─┬─► Slice(3) ─► Softmax(3) ─► NCHW ─►
+                      └─► Slice(1) ─► NHWC ─►                         └─► Slice(3) ─►
+
+A matrix product (`qat.export.conv_as_matmul`) leaves its channels last, where a softmax over them reads memory in order; that over
+the second of four dimensions takes ONNX Runtime 20 ms of 310 for the depth weights of the full-size camera part
+(benchmarks/flavours.py). The context goes out channels-last and is not transposed at all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+TO_NCHW, TO_NHWC = [0, 3, 1, 2], [0, 2, 3, 1]
+PLACE = {0: 0, 1: 3, 2: 1, 3: 2}  # of a dimension of NCHW in NHWC
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> object:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
+
+
+def sink_transposes(model: onnx.ModelProto) -> int:
+    """Moves transposes to NCHW behind what follows them, in place, where all of that is Slice, Softmax and transposes back;
+    returns how many were moved."""
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+    constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
+    moved = 0
+    while (found := _next(graph, outputs, constants)) is not None:
+        transpose, consumers = found
+        for node in consumers:
+            at = list(graph.node).index(node)
+            source = transpose.input[0]
+            if node.op_type == "Transpose":  # the two cancel
+                _rename(graph, node.output[0], source, outputs)
+                if node.output[0] in outputs:
+                    node.CopyFrom(helper.make_node("Identity", [source], [node.output[0]], name=node.name))
+                else:
+                    del graph.node[at]
+                continue
+            node.input[0] = source
+            if node.op_type == "Slice":
+                axes = np.array([PLACE[int(axis)] for axis in constants[node.input[3]]], np.int64)
+                node.input[3] = f"{node.output[0]}_axes_nhwc"
+                graph.initializer.append(numpy_helper.from_array(axes, node.input[3]))
+                constants[node.input[3]] = axes
+            else:
+                for attribute in node.attribute:
+                    if attribute.name == "axis":
+                        attribute.i = PLACE[attribute.i]
+            output = node.output[0]
+            node.output[0] = f"{output}_nhwc"
+            back = helper.make_node("Transpose", [node.output[0]], [output], name=f"{node.name}_nchw", perm=TO_NCHW)
+            graph.node.insert(at + 1, back)
+        graph.node.remove(transpose)
+        moved += 1
+    _drop_identities(graph, outputs)
+    return moved
+
+
+def _next(
+    graph: onnx.GraphProto, outputs: set[str], constants: dict[str, np.ndarray]
+) -> tuple[onnx.NodeProto, list[onnx.NodeProto]] | None:
+    """A transpose that can move, and its consumers."""
+    consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            consumers[name].append(node)
+
+    def follows(node: onnx.NodeProto, name: str) -> bool:
+        if node.input[0] != name or name in node.input[1:]:
+            return False
+        if node.op_type == "Slice":
+            known = len(node.input) > 3 and node.input[3] in constants
+            return known and all(0 <= axis < 4 for axis in constants[node.input[3]])
+        if node.op_type == "Softmax":
+            axis = _attribute(node, "axis")
+            return isinstance(axis, int) and 0 <= axis < 4
+        return node.op_type == "Transpose" and _attribute(node, "perm") == TO_NHWC
+
+    for node in graph.node:
+        if node.op_type != "Transpose" or _attribute(node, "perm") != TO_NCHW or node.output[0] in outputs:
+            continue
+        after = consumers[node.output[0]]
+        if after and all(follows(consumer, node.output[0]) for consumer in after):
+            return node, after
+    return None
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str, outputs: set[str]) -> None:
+    if old not in outputs:
+        for node in graph.node:
+            for at, name in enumerate(node.input):
+                if name == old:
+                    node.input[at] = new
+
+
+def _drop_identities(graph: onnx.GraphProto, outputs: set[str]) -> None:
+    """An Identity to a graph output gives its name to the node before it, where nobody else reads that one's result."""
+    for node in [n for n in graph.node if n.op_type == "Identity" and n.output[0] in outputs]:
+        source = node.input[0]
+        producer = next((n for n in graph.node if source in n.output), None)
+        readers = [n for n in graph.node if source in n.input]
+        if producer is not None and readers == [node] and source not in outputs:
+            producer.output[list(producer.output).index(source)] = node.output[0]
+            graph.node.remove(node)
