@@ -165,6 +165,22 @@ def rasterize_depth(
     return depth
 
 
+def camera_ring(count: int, image_size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Made-up cameras at the lidar's place, looking outwards at equal angles.
+
+    Returns:
+        camera_intrinsics and camera2lidar, float64[count,4,4].
+    """
+    height, width = image_size
+    intrinsics, camera2lidar = (np.tile(np.eye(4), (count, 1, 1)) for _ in range(2))
+    intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = 0.8 * width
+    intrinsics[:, :2, 2] = width / 2, height / 2
+    for n, angle in enumerate(np.arange(count) * 2 * np.pi / count):
+        c, s = np.cos(angle), np.sin(angle)
+        camera2lidar[n, :3, :3] = [[s, 0, c], [-c, 0, s], [0, -1, 0]]
+    return intrinsics, camera2lidar
+
+
 def box_heading(yaw: np.ndarray) -> np.ndarray:
     """Heading in the lidar frame (radians, anticlockwise from x) of a box with BEVFusion's yaw: ψ = −yaw − π/2.
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import sha256
+from qat.core.geometry import camera_ring
 from qat.core.preprocess import normalize
 from qat.core.tensors import TensorDifference, compare_tensors, decibels
 
@@ -97,13 +98,7 @@ def random_frame(settings: Mapping[str, Any], seed: int) -> Frame:
     places = _words(_DEPTH, count * height * width, seed)
     metres = low + (high - low) * ((places >> np.uint64(32)) / 2.0**32)
     depth = np.where((places & np.uint64(0xFFFFFFFF)) < 2**32 // 20, metres, 0.0)
-    intrinsics = np.tile(np.eye(4), (count, 1, 1))
-    intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = 0.8 * width
-    intrinsics[:, :2, 2] = width / 2, height / 2
-    camera2lidar = np.tile(np.eye(4), (count, 1, 1))
-    for n, angle in enumerate(np.arange(count) * 2 * np.pi / count):
-        c, s = np.cos(angle), np.sin(angle)
-        camera2lidar[n, :3, :3] = [[s, 0, c], [-c, 0, s], [0, -1, 0]]
+    intrinsics, camera2lidar = camera_ring(count, (height, width))
     unmoved = np.tile(np.eye(4), (count, 1, 1))
     arrays = (
         noise.reshape(count, 3, height, width),

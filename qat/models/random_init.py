@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qat.core.geometry import camera_ring
 from qat.models.detector import CameraBEVDetector, build_model
 from qat.models.run import Frame, run_frame
 
@@ -35,12 +36,8 @@ def _made_up_frame(config: Mapping[str, Any]) -> Any:
     shape = CAMERAS, 1, height, width
     depth = (low + (high - low) * torch.rand(shape)) * (torch.rand(shape) < 0.05)
     eye = np.eye(4, dtype=np.float32)
-    intrinsics, camera2lidar, unmoved = (np.tile(eye, (CAMERAS, 1, 1)) for _ in range(3))
-    intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = 0.8 * width
-    intrinsics[:, :2, 2] = width / 2, height / 2
-    for n, angle in enumerate(np.arange(CAMERAS) * 2 * np.pi / CAMERAS):
-        c, s = np.cos(angle), np.sin(angle)
-        camera2lidar[n, :3, :3] = [[s, 0, c], [-c, 0, s], [0, -1, 0]]
+    intrinsics, camera2lidar = (matrix.astype(np.float32) for matrix in camera_ring(CAMERAS, (height, width)))
+    unmoved = np.tile(eye, (CAMERAS, 1, 1))
     return SimpleNamespace(
         token="made up",
         img=img.numpy(),

@@ -1,6 +1,7 @@
 """The benchmarks that are cheap on a tiny network run to their end, and refuse bad flags."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -45,3 +46,24 @@ def test_corrections_measure_every_variant(monkeypatch, capsys, tmp_path, tiny_c
     figures = {line[2:40].strip(): float(line.split("│")[2]) for line in lines if line.startswith("│")}
     assert len(figures) == 7 and min(figures.values()) > 0
     assert figures["activations left float"] < figures["equalized inputs (calibrate)"]
+
+
+def test_flavours_are_timed_beside_quantize_static(monkeypatch, capsys, tmp_path, tiny_config):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # it takes frames and peers from the others
+    flags = ("--config", tmp_path / "tiny.yaml", "--frames", 3, "--held-out", 1, "--rounds", 2)
+    assert run(monkeypatch, "flavours", *flags, "--peers", "quantize_static", "--out", tmp_path / "found.json") == 0
+    assert "onnxruntime: ours / quantize_static (goal at most 1.0)" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    layers = {(row["backend"], row["graph"]): row["int8_layers"] for row in rows}
+    for backend in ("onnxruntime", "openvino"):
+        int8, every = layers[backend, "ours"]
+        assert layers[backend, "fp32"][0] == 0 and every - int8 == 3  # the three over the depth map
+        assert layers[backend, "ours, all INT8"] == [every, every]
+
+
+def test_flavours_need_frames_to_calibrate_on(monkeypatch, capsys, tmp_path, tiny_config):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert run(monkeypatch, "flavours", "--config", tmp_path / "tiny.yaml", "--frames", 2) == 2
+    assert capsys.readouterr().err.endswith("error: --frames: found 2, expected more than the 2 that are held out\n")
