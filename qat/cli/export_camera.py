@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from qat.cli import FAILED, OK
@@ -140,6 +141,10 @@ def run(args: argparse.Namespace) -> int:
             f"{folder / part['file']}: {part['precision']}, {size:.1f} MB; beside PyTorch {name} has "
             f"{figures['sqnr_db']:.0f} dB SQNR ({figures['tolerance_db']:.0f} dB or more expected)"
         )
+        if (typed := part.get("types")) and "fp32" in typed:
+            reasons = Counter(node["reason"] for node in typed["fp32"])
+            kept = "; ".join(f"{count} in FP32: {reason}" for reason, count in sorted(reasons.items()))
+            print(f"  {typed['fp16']} of {typed['nodes']} operators in FP16" + (f"; {kept}" if kept else ""))
         if cache := part.get("calibration_cache"):
             print(f"{folder / cache['file']}: {cache['tensors']} scales, for {folder / cache['graph']}")
     if manifest["verification"]["passed"]:
