@@ -56,7 +56,7 @@ def _sources(model: Path, out: Path, **changes) -> Sources:
         "ckpt": model / "small.pth",
         "ptq": out / "ptq.pth",
         "fp32": [out / "onnx_fp32"],
-        "int8": [out / "onnx_int8", out / "onnx_int8_onnxruntime"],
+        "int8": [out / "onnx_int8", out / "onnx_int8_openvino", out / "onnx_int8_onnxruntime"],
     }
     return Sources(**{**values, **changes})
 
@@ -65,8 +65,8 @@ def test_demo_leaves_results_and_a_report_of_every_row(demonstration) -> None:
     out, result, said = demonstration
     results = check_results(json.loads((out / "results.json").read_text()))
     assert result.verified
-    assert len(said) == 6
-    assert [row["flavour"] for row in results["rows"][-2:]] == ["tensorrt", "onnxruntime"]
+    assert len(said) == 7
+    assert [row["flavour"] for row in results["rows"][2:]] == ["tensorrt", "openvino", "tensorrt", "onnxruntime"]
     assert [(row["backend"], row["precision"]) for row in results["rows"]] == [
         ("pytorch", "fp32"), ("pytorch", "int8-fake"), ("openvino", "fp32"), ("openvino", "int8"),
         ("onnxruntime", "fp32"), ("onnxruntime", "int8"),

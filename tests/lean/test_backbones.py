@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from qat.core.tensors import compare_tensors
+from qat.core.verification import INT8_MARGIN_DB
 from qat.export.flavour_cpu import to_cpu
 from qat.export.graph import op_counts, simplify
 from qat.export.graph import trace as to_onnx
-from qat.export.verify import INT8_MARGIN_DB, compare_scales, graph_scales
+from qat.export.verify import compare_scales, graph_scales
 from qat.lean.clean import clean
 from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import quantize_graph
