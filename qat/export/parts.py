@@ -70,9 +70,9 @@ class Form:
             raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")
         if self.flavour not in FLAVOURS:
             raise UserError(f"flavour: found {self.flavour!r}, expected one of {', '.join(FLAVOURS)}")
-        if self.flavour == "onnxruntime" and self.precision != "int8":
+        if self.flavour in CPU_FLAVOURS and self.precision != "int8":
             raise UserError(
-                f"flavour onnxruntime: found precision {self.precision}, expected int8; leave --flavour out"
+                f"flavour {self.flavour}: found precision {self.precision}, expected int8; leave --flavour out"
             )
         if self.opset is not None and self.opset not in OPSETS:
             raise UserError(f"opset: found {self.opset}, expected {OPSETS[0]} to {OPSETS[-1]}")

@@ -128,6 +128,8 @@ def test_programs_of_torch_export(ptq, tmp_path, capsys, precision):
         (["--io", "fp16"], "io fp16: found flavour tensorrt in int8"),
         (["--calibration-cache", "--flavour", "openvino"], "calibration-cache: found flavour openvino in int8"),
         (["--seed", "3"], "--seed: found without --init random"),
+        (["--fp32", "--flavour", "openvino"], "flavour openvino: found precision fp32, expected int8"),
+        (["--fp16", "--flavour", "onnxruntime"], "flavour onnxruntime: found precision fp16, expected int8"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(ptq, tmp_path, capsys, flags, message):
