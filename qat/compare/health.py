@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from onnx import numpy_helper
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -25,6 +24,7 @@ from torch import nn
 from qat.calibrate.ptq import run_frame
 from qat.core.config import is_camera_branch
 from qat.core.manifest import load_manifest
+from qat.export.lookups import constants
 from qat.lean.quantizer import Quantizer
 from qat.runtime import Pipeline, SampleTensors
 
@@ -157,15 +157,12 @@ class _WatchedPart:
     @staticmethod
     def _ranges(model: onnx.ModelProto) -> dict[str, tuple[str, float, float]]:
         """For each activation's QuantizeLinear: the tensor that it rounds and the range that it keeps."""
-        constants = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
-        for node in model.graph.node:
-            if node.op_type == "Constant":
-                constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        known = constants(model.graph)
         found = {}
         for node in model.graph.node:
-            if node.op_type != "QuantizeLinear" or node.input[0] in constants:
+            if node.op_type != "QuantizeLinear" or node.input[0] in known:
                 continue
-            scale, zero = float(constants[node.input[1]].ravel()[0]), constants[node.input[2]]
+            scale, zero = float(known[node.input[1]].ravel()[0]), known[node.input[2]]
             limits = np.iinfo(zero.dtype)
             low, high = (scale * (float(limit) - float(zero.ravel()[0])) for limit in (limits.min, limits.max))
             found[node.output[0]] = (node.input[0], low - scale / 2, high + scale / 2)

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import nn
 
 from qat.core.tensors import compare_tensors
 from qat.core.verification import tolerance_db
 from qat.engine.onnxruntime_backend import PlainGraph
+from qat.export.lookups import constants, producers
 from qat.export.torch_parts import TorchPart
 from qat.lean.modes import quantizers_off
 from qat.lean.quantizer import BOUND, Quantizer
@@ -212,12 +212,9 @@ class _Matches:
     def __init__(self, model: onnx.ModelProto, calls: _Calls) -> None:
         self.model, self.calls = model, calls
         self.nodes = list(model.graph.node)
-        self.producer = {name: node for node in self.nodes for name in node.output}
+        self.producer = producers(model.graph)
         self.order = {name: at for at, node in enumerate(self.nodes) for name in node.output}
-        self.constants = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
-        for node in self.nodes:
-            if node.op_type == "Constant":
-                self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        self.constants = constants(model.graph)
         self.call_of: dict[str, int] = {}
         self._match()
         self.names = {call: name for name, call in self.call_of.items()}

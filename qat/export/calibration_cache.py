@@ -14,29 +14,21 @@ from __future__ import annotations
 
 import re
 import struct
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
+from qat.export.lookups import constants, consumers
 
 HEADER = re.compile(r"TRT-(\d+)-(\w+)")
 LINE = re.compile(r"(.+): ([0-9a-fA-F]{8})")
 REORDERS = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity")  # the same values in another place
 SELECTS = ("MaxPool", "Slice", "Split", "Gather")  # some of them
-
-
-def _constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
-    constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-    return constants
 
 
 def _pairs(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, list[onnx.NodeProto]]]:
@@ -45,20 +37,16 @@ def _pairs(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, list[onnx.NodeP
     Raises:
         UserError: another flavour than tensorrt.
     """
-    constants = _constants(model.graph)
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in model.graph.node:
-        for name in node.input:
-            readers[name].append(node)
+    known, readers = constants(model.graph), consumers(model.graph)
     pairs = []
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+        if node.op_type == "DequantizeLinear" and node.input[0] in known:
             raise UserError(f"{node.name}: found weights stored as integers, expected the tensorrt flavour")
         if node.op_type != "QuantizeLinear":
             continue
-        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
+        zero = known.get(node.input[2]) if len(node.input) > 2 else None
         behind = readers[node.output[0]]
-        if zero is None or zero.dtype != np.int8 or zero.any() or node.input[1] not in constants:
+        if zero is None or zero.dtype != np.int8 or zero.any() or node.input[1] not in known:
             raise UserError(f"{node.name}: found another zero point than 0 in s8, expected the tensorrt flavour")
         if any(reader.op_type != "DequantizeLinear" for reader in behind):
             raise UserError(
@@ -130,7 +118,7 @@ def activation_scales(int8_model: onnx.ModelProto) -> dict[str, float]:
     Raises:
         UserError: another flavour.
     """
-    constants = _constants(int8_model.graph)
+    known = constants(int8_model.graph)
     pairs = _pairs(int8_model)
     source = {dequantize.output[0]: quantize.input[0] for quantize, behind in pairs for dequantize in behind}
     scales: dict[str, float] = {}
@@ -138,8 +126,8 @@ def activation_scales(int8_model: onnx.ModelProto) -> dict[str, float]:
         name = quantize.input[0]
         while name in source:
             name = source[name]
-        if name not in constants:
-            scales[name] = max(scales.get(name, 0.0), float(constants[quantize.input[1]].reshape(-1).max()))
+        if name not in known:
+            scales[name] = max(scales.get(name, 0.0), float(known[quantize.input[1]].reshape(-1).max()))
     nodes = strip_qdq(int8_model).graph.node
     made_by = {name: node.op_type for node in nodes for name in node.output}
     readers = Counter(name for node in nodes for name in node.input)
@@ -152,7 +140,7 @@ def activation_scales(int8_model: onnx.ModelProto) -> dict[str, float]:
             back = node.op_type == "Relu" or pooled or (node.op_type == "Resize" and _keeps_range(node))
         else:
             back = False
-        if back and before not in constants and node.output[0] in scales:
+        if back and before not in known and node.output[0] in scales:
             scales.setdefault(before, scales[node.output[0]])
     for node in nodes:
         data = list(node.input) if node.op_type == "Concat" else list(node.input[:1])
@@ -190,7 +178,7 @@ def write_calibration_cache(
         raise UserError(f"{path}: found no Q/DQ pair on an activation, expected an INT8 graph")
     if any(node.op_type == "QuantizeLinear" for node in float_model.graph.node):
         raise UserError(f"{path}: found Q/DQ in the graph to go with the cache, expected none; use strip_qdq")
-    stored = set(_constants(float_model.graph))
+    stored = set(constants(float_model.graph))
     names = [value.name for value in float_model.graph.input if value.name not in stored]
     names += [name for node in float_model.graph.node if node.op_type != "Constant" for name in node.output if name]
     strangers = [name for name in scales if name not in set(names)]

@@ -11,11 +11,11 @@ themselves. The transpose before it cancels with the one behind the integer conv
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+from qat.export.lookups import consumers, producers
 
 PLAIN = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads": [0] * 4, "group": 1}
 
@@ -24,15 +24,11 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
     """Rewrites 1×1 convolutions of rounded inputs and stored s8 weights, without Q behind, in place; returns how many."""
     graph = model.graph
     constants = {value.name: value for value in graph.initializer}
-    producer = {output: node for node in graph.node for output in node.output}
-    consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            consumers[name].append(node)
+    producer, readers = producers(graph), consumers(graph)
 
     def float_behind(name: str) -> bool:
         """Whether no consumer, after a ReLU either, rounds the tensor."""
-        for node in consumers[name]:
+        for node in readers[name]:
             if node.op_type == "QuantizeLinear" or (node.op_type == "Relu" and not float_behind(node.output[0])):
                 return False
         return True
@@ -85,7 +81,7 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
             last = f"{stem}_sum"
             nodes.append(helper.make_node("Add", [f"{stem}_product", node.input[2]], [last], name=f"{node.name}_add"))
         nodes.append(helper.make_node("Transpose", [last], [stem], name=f"{node.name}_nchw", perm=[0, 3, 1, 2]))
-        if len(consumers[weight_dq.output[0]]) == 1:
+        if len(readers[weight_dq.output[0]]) == 1:
             dropped.add(weight_dq.output[0])
         changed += 1
     del graph.node[:]

@@ -45,6 +45,7 @@ from qat.core.manifest import FILE, PARTS, load_manifest
 from qat.core.tensors import compare_tensors
 from qat.core.verification import FP32_DB, INT8_MARGIN_DB, random_frame
 from qat.export.graph import op_counts, tensor_specs
+from qat.export.lookups import opset_of
 from qat.runtime import Pipeline
 
 DETECTOR = "detector.onnx"
@@ -508,7 +509,7 @@ def export_e2e(folder: str | Path, out: str | Path | None = None, seed: int = 0)
             "file": DETECTOR,
             "sha256": sha256(file),
             "precision": manifest["precision"],
-            "opset": next(item.version for item in model.opset_import if item.domain == ""),
+            "opset": opset_of(model),
             "inputs": takes,
             "outputs": gives,
             "operators": dict(sorted(op_counts(model).items())),

@@ -11,37 +11,29 @@ changes. What is interpolated is rounded once more than in PyTorch's simulation,
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import onnx
 from onnx import helper
 
+from qat.export.lookups import attribute, consumers, producers
+
 BOUNDED = (b"nearest", b"linear")  # a cubic Resize overshoots
-
-
-def _mode(node: onnx.NodeProto) -> bytes:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == "mode"), b"nearest")
 
 
 def round_early(model: onnx.ModelProto) -> int:
     """Inserts the pairs in place; returns how many."""
     graph = model.graph
-    producer = {output: node for node in graph.node for output in node.output}
-    consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            consumers[name].append(node)
+    producer, readers = producers(graph), consumers(graph)
     nodes: list[onnx.NodeProto] = []
     inserted = 0
     for node in graph.node:
-        after = consumers[node.output[0]]
+        after = readers[node.output[0]]
         source = producer.get(node.input[0]) if node.op_type in ("Resize", "MaxPool") else None
         if (
             source is not None
             and source.op_type in ("Conv", "ConvTranspose", "Add", "Relu")
-            and len(consumers[node.input[0]]) == 1
+            and len(readers[node.input[0]]) == 1
             and [n.op_type for n in after] == ["QuantizeLinear"]
-            and (node.op_type == "MaxPool" or _mode(node) in BOUNDED)
+            and (node.op_type == "MaxPool" or attribute(node, "mode", b"nearest") in BOUNDED)
         ):
             stem, parameters = node.input[0], after[0].input[1:]
             nodes += [

@@ -48,8 +48,9 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.core.verification import FP32_DB, INT8_MARGIN_DB
-from qat.export.fp16 import EXACT, LEAST_SCALE, NORMAL, graph_opset, node_name, store_constants, to_fp16
+from qat.export.fp16 import EXACT, LEAST_SCALE, NORMAL, node_name, store_constants, to_fp16
 from qat.export.intermediates import tensor_types
+from qat.export.lookups import constants, opset_of
 
 PRECISIONS = ("fp32", "fp16", "int8")
 QDQ_OPSET = 19  # the first in which Q/DQ take FP16
@@ -77,22 +78,19 @@ def tolerance_db(precision: str, roundings: int = 0, quantization_db: float | No
 def _store_weights(model: onnx.ModelProto, opset: int) -> list[dict[str, Any]]:
     """w ─► Q ─► DQ becomes an s8 initializer ─► DQ; returns whose channels got another scale."""
     graph = model.graph
-    constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    known = constants(graph)
     raised = []
     added: dict[str, np.ndarray] = {}
     removed = set()
     for quantize in (node for node in graph.node if node.op_type == "QuantizeLinear"):
-        zero = constants.get(quantize.input[2]) if len(quantize.input) > 2 else None
-        scale = constants.get(quantize.input[1])
+        zero = known.get(quantize.input[2]) if len(quantize.input) > 2 else None
+        scale = known.get(quantize.input[1])
         if zero is None or scale is None or zero.dtype != np.int8 or zero.any():
             raise UserError(
                 f"{node_name(quantize)}: found another zero point than 0 in s8 or a computed scale, "
                 "expected the tensorrt flavour"
             )
-        weight = constants.get(quantize.input[0])
+        weight = known.get(quantize.input[0])
         if weight is None:
             continue
         shape = [1] * weight.ndim
@@ -131,7 +129,7 @@ def _store_weights(model: onnx.ModelProto, opset: int) -> list[dict[str, Any]]:
 
 
 def _in_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    if graph_opset(model) != opset:
+    if opset_of(model) != opset:
         try:
             model = version_converter.convert_version(model, opset)
         except (RuntimeError, version_converter.ConvertError) as error:
@@ -178,7 +176,7 @@ def to_tensorrt_strong(
             f"precision {precision}: found {pairs} QuantizeLinear in the graph, expected none; export it as {precision}"
         )
     if opset is None:
-        opset = QDQ_OPSET if precision == "int8" else graph_opset(model)
+        opset = QDQ_OPSET if precision == "int8" else opset_of(model)
     model = _in_opset(onnx.ModelProto.FromString(model.SerializeToString()), opset)
     raised = _store_weights(model, opset)
     report: dict[str, Any] = {"roundings": 0}

@@ -42,6 +42,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
 from qat.export.intermediates import each_tensor, tensor_types
+from qat.export.lookups import opset_of
 
 LARGEST = 65504.0
 NORMAL = 2.0**-14  # the least number with all 11 bits
@@ -131,11 +132,6 @@ def node_name(node: onnx.NodeProto) -> str:
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
-def graph_opset(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators."""
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-
-
 def store_constants(graph: onnx.GraphProto) -> None:
     """Makes initializers of the float Constant nodes, so that a constant has one form."""
     kept = []
@@ -158,7 +154,7 @@ class _Plan:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
-        self.opset = graph_opset(model)
+        self.opset = opset_of(model)
         self.types = {name: kind.elem_type for name, kind in tensor_types(model).items()}
         self.constants = {
             value.name: numpy_helper.to_array(value)

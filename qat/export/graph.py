@@ -102,11 +102,6 @@ def _strip(model: onnx.ModelProto) -> None:
         del node.metadata_props[:]
 
 
-def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that a graph asks for."""
-    return next(int(entry.version) for entry in model.opset_import if entry.domain == "")
-
-
 def op_counts(model: onnx.ModelProto) -> Counter[str]:
     """How often each operator occurs."""
     return Counter(node.op_type for node in model.graph.node)

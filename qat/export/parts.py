@@ -21,7 +21,8 @@ from qat.core.versions import versions
 from qat.export.calibration_cache import strip_qdq, write_calibration_cache
 from qat.export.flavour_cpu import to_cpu
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
-from qat.export.graph import op_counts, opset_of, simplify, tensor_specs, trace
+from qat.export.graph import op_counts, simplify, tensor_specs, trace
+from qat.export.lookups import opset_of
 from qat.export.settings import pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.unsigned import never_negative_outputs

@@ -10,18 +10,14 @@ the second of four dimensions takes ONNX Runtime 20 ms of 310 for the depth weig
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from qat.export.lookups import attribute, constants, consumers
+
 TO_NCHW, TO_NHWC = [0, 3, 1, 2], [0, 2, 3, 1]
 PLACE = {0: 0, 1: 3, 2: 1, 3: 2}  # of a dimension of NCHW in NHWC
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> object:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
 
 
 def sink_transposes(model: onnx.ModelProto) -> int:
@@ -29,9 +25,9 @@ def sink_transposes(model: onnx.ModelProto) -> int:
     returns how many were moved."""
     graph = model.graph
     outputs = {value.name for value in graph.output}
-    constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
+    known = constants(graph)
     moved = 0
-    while (found := _next(graph, outputs, constants)) is not None:
+    while (found := _next(graph, outputs, known)) is not None:
         transpose, consumers = found
         for node in consumers:
             at = list(graph.node).index(node)
@@ -45,10 +41,10 @@ def sink_transposes(model: onnx.ModelProto) -> int:
                 continue
             node.input[0] = source
             if node.op_type == "Slice":
-                axes = np.array([PLACE[int(axis)] for axis in constants[node.input[3]]], np.int64)
+                axes = np.array([PLACE[int(axis)] for axis in known[node.input[3]]], np.int64)
                 node.input[3] = f"{node.output[0]}_axes_nhwc"
                 graph.initializer.append(numpy_helper.from_array(axes, node.input[3]))
-                constants[node.input[3]] = axes
+                known[node.input[3]] = axes
             else:
                 for attribute in node.attribute:
                     if attribute.name == "axis":
@@ -64,29 +60,25 @@ def sink_transposes(model: onnx.ModelProto) -> int:
 
 
 def _next(
-    graph: onnx.GraphProto, outputs: set[str], constants: dict[str, np.ndarray]
+    graph: onnx.GraphProto, outputs: set[str], known: dict[str, np.ndarray]
 ) -> tuple[onnx.NodeProto, list[onnx.NodeProto]] | None:
     """A transpose that can move, and its consumers."""
-    consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            consumers[name].append(node)
+    readers = consumers(graph)
 
     def follows(node: onnx.NodeProto, name: str) -> bool:
         if node.input[0] != name or name in node.input[1:]:
             return False
         if node.op_type == "Slice":
-            known = len(node.input) > 3 and node.input[3] in constants
-            return known and all(0 <= axis < 4 for axis in constants[node.input[3]])
+            return len(node.input) > 3 and all(0 <= axis < 4 for axis in known.get(node.input[3], [-1]))
         if node.op_type == "Softmax":
-            axis = _attribute(node, "axis")
+            axis = attribute(node, "axis")
             return isinstance(axis, int) and 0 <= axis < 4
-        return node.op_type == "Transpose" and _attribute(node, "perm") == TO_NHWC
+        return node.op_type == "Transpose" and attribute(node, "perm") == TO_NHWC
 
     for node in graph.node:
-        if node.op_type != "Transpose" or _attribute(node, "perm") != TO_NCHW or node.output[0] in outputs:
+        if node.op_type != "Transpose" or attribute(node, "perm") != TO_NCHW or node.output[0] in outputs:
             continue
-        after = consumers[node.output[0]]
+        after = readers[node.output[0]]
         if after and all(follows(consumer, node.output[0]) for consumer in after):
             return node, after
     return None

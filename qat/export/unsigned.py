@@ -16,15 +16,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from qat.core.errors import UserError
+from qat.export.lookups import attribute, constants, consumers, producers
 
 NEVER_NEGATIVE = ("Relu", "Sigmoid", "Softmax")
 # What gives nothing negative when its data inputs hold nothing negative.
@@ -47,15 +46,7 @@ class _Graph:
 
     def __init__(self, graph: onnx.GraphProto, never_negative: Collection[str] = ()) -> None:
         self.graph = graph
-        self.producer = {output: node for node in graph.node for output in node.output}
-        self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in graph.node:
-            for name in node.input:
-                self.consumers[name].append(node)
-        self.constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
-        for node in graph.node:
-            if node.op_type == "Constant":
-                self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        self.producer, self.consumers, self.constants = producers(graph), consumers(graph), constants(graph)
         self.added: dict[str, np.ndarray] = {}
         self._signs: dict[str, bool] = dict.fromkeys(never_negative, True)
 
@@ -72,7 +63,7 @@ class _Graph:
             elif node.op_type in NEVER_NEGATIVE:
                 sign = True
             elif node.op_type in ("QuantizeLinear", "DequantizeLinear") or (
-                node.op_type == "Resize" and _attribute(node, "mode", b"nearest") in (b"nearest", b"linear")
+                node.op_type == "Resize" and attribute(node, "mode", b"nearest") in (b"nearest", b"linear")
             ):
                 sign = self.never_negative(node.input[0])
             else:
@@ -82,14 +73,10 @@ class _Graph:
         return self._signs[name]
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-
 def _store_weight(g: _Graph, quantize: onnx.NodeProto, dequantize: onnx.NodeProto) -> None:
     """w ─► Q ─► DQ becomes an s8 initializer ─► DQ."""
     weight, scale = (g.constants[name] for name in quantize.input[:2])
-    axis = _attribute(quantize, "axis", 1)
+    axis = attribute(quantize, "axis", 1)
     shape = [1] * weight.ndim
     if scale.size > 1:
         shape[axis] = scale.size

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 
 from qat.core.files import sha256
 from qat.core.tensors import compare_tensors, frame_digest
@@ -32,6 +31,7 @@ from qat.core.verification import (
 from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.bisect import diagnose
 from qat.export.flavour_tensorrt_strong import verify_strong
+from qat.export.lookups import constants
 from qat.export.torch_parts import TorchPart
 from qat.lean.modes import quantizers_off, recording_scales
 
@@ -40,11 +40,8 @@ __all__ = ["Verification", "compare_scales", "graph_scales", "random_frame", "ve
 
 def graph_scales(model: onnx.ModelProto) -> list[np.ndarray]:
     """The scales of every QuantizeLinear, flattened."""
-    constants = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-    return [constants[node.input[1]].ravel() for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    known = constants(model.graph)
+    return [known[node.input[1]].ravel() for node in model.graph.node if node.op_type == "QuantizeLinear"]
 
 
 def compare_scales(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> dict[str, Any]:
