@@ -68,14 +68,19 @@ class ErrorMeter:
             self.errors[i] += float(torch.linalg.vector_norm(rounded.sub_(x), dtype=torch.float64)) ** 2
 
 
-def main() -> int:
-    """Runs the benchmark and returns the exit status: 0 measured, 2 bad use."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """--config, --ckpt and where the frames are, as `load_samples` reads them."""
     parser.add_argument("--config", type=Path, default=Path("model/resnet50/config.yaml"), metavar="YAML")
     parser.add_argument("--ckpt", type=Path, metavar="CKPT", help="float checkpoint (default: random weights)")
     parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
     parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
     parser.add_argument("--split", default="calib", help="default calib")
+
+
+def main() -> int:
+    """Runs the benchmark and returns the exit status: 0 measured, 2 bad use."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_source_flags(parser)
     parser.add_argument("--frames", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="times that all is measured (default 1)")
     parser.add_argument(

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from calibration import camera_inputs, load_samples
+from calibration import add_source_flags, camera_inputs, load_samples
 from peers_accuracy import Setting, installed, nncf_ptq, quantize_static, quiet
 from rich.console import Console
 from rich.table import Table
@@ -214,11 +214,7 @@ def report(rows: Sequence[Contender], args: argparse.Namespace) -> dict[str, Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status: 0 measured, 2 bad use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("model/resnet50/config.yaml"), metavar="YAML")
-    parser.add_argument("--ckpt", type=Path, metavar="CKPT", help="float checkpoint (default: random weights)")
-    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--split", default="calib", help="default calib")
+    add_source_flags(parser)
     parser.add_argument("--frames", type=int, default=6, metavar="N", help="keyframes, those held out too (default 6)")
     parser.add_argument(
         "--held-out", type=int, default=2, metavar="N", help="of these, to time and compare (default 2)"

@@ -25,12 +25,13 @@ from qat.calibrate.sensitivity import Metric, Sensitivity
 from qat.core.centerhead import Detections
 from qat.core.errors import UserError
 from qat.core.files import read_arrays, write_arrays, write_figure
+from qat.core.frame import Frame
 from qat.core.progress import progress_bar
 from qat.core.tensors import frame_digest
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers
 from qat.lean.units import Unit, only_on, units
-from qat.models.run import Frame, boxes_of, run_frame
+from qat.models.run import boxes_of, run_frame
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from qat.lean.placement import FloatRule, is_add, is_concat
 from qat.lean.quantizer import Quantizer, weight_axis
 from qat.lean.trace import submodule, trace
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
-from qat.models.checkpoint import take_branch
+from qat.models.checkpoint import take_branch, under_prefix
 
 INPUT = ("_input_quantizer", "input_quantizer")
 WEIGHT = ("_weight_quantizer", "weight_quantizer")
@@ -374,13 +374,7 @@ def load_foreign_file(
     """
     if prefix is not None:
         state, left_out = take_branch(checkpoint["state_dict"], prefix, str(path))
-        before = f"{prefix}." if prefix else ""
-        quantizers = {
-            f"encoders.camera.{name[len(before) :]}": value
-            for name, value in checkpoint["quantizers"].items()
-            if name.startswith(before)
-        }
-        checkpoint = {"state_dict": state, "quantizers": quantizers}
+        checkpoint = {"state_dict": state, "quantizers": under_prefix(checkpoint["quantizers"], prefix)}
     quantized, model, report = load_foreign(checkpoint, build_model(config), path)
     if prefix is not None:
         report["ignored"] = left_out

@@ -13,6 +13,7 @@ from torch import nn
 
 from qat.calibrate.distributed import agree, merge_calibrators, total
 from qat.core.errors import UserError
+from qat.core.frame import Frame
 from qat.lean import METHODS, QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.equalize import channel_scales
@@ -20,7 +21,7 @@ from qat.lean.modes import quantizers
 from qat.lean.placement import WEIGHTED
 from qat.lean.quantizer import Quantizer
 from qat.models import CameraBEVDetector
-from qat.models.run import Frame, run_frame
+from qat.models.run import run_frame
 
 UNEXCITED = 1e-6  # amax of a tensor that was zero on every frame: any positive scale serves
 

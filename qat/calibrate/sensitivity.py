@@ -25,12 +25,13 @@ from qat.core.centerhead import Detections
 from qat.core.config import is_camera_branch, need_boxes
 from qat.core.errors import UserError
 from qat.core.files import read_arrays, write_arrays, write_figure
+from qat.core.frame import Frame
 from qat.core.progress import progress_bar
 from qat.core.tensors import decibels, frame_digest
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers_off
 from qat.lean.units import Unit, only_on, units
-from qat.models.run import Frame, boxes_of, frame_tensors
+from qat.models.run import boxes_of, frame_tensors
 
 # The decoder's map; all of the head's maps together; and these in the cells where the float network sees an object. A
 # camera branch alone has the first, which is then what its downsampling gives.

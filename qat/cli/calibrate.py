@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qat.cli.flags import add_data_flags
+from qat.cli.flags import add_data_flags, add_init_flags, add_prefix_flag, init_seed
 
 MODEL = Path("model/camera-tiny")
 
@@ -25,16 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=MODEL / "config.yaml", metavar="YAML")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--ckpt", type=Path, default=MODEL / "camera-tiny.pth", metavar="CKPT", help="float checkpoint")
-    source.add_argument(
-        "--init", choices=("random",), help="no checkpoint: random weights of --config, for numerics and latency"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of --init random (default 0)")
-    parser.add_argument(
-        "--prefix",
-        metavar="NAME",
-        help="take the camera branch alone, which lies under NAME in the checkpoint: encoders.camera in a whole camera+lidar "
-        "model, '' in a state dict of the branch by itself",
-    )
+    add_init_flags(parser, source)
+    add_prefix_flag(parser)
     add_data_flags(parser, "calib", "calibrate on")
     parser.add_argument(
         "--method",
@@ -75,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.core.errors import UserError
     from qat.evaluate import devkit_metric
 
-    if args.seed is not None and args.init is None:
-        raise UserError("--seed: found without --init random, expected both: a checkpoint's weights are not drawn")
+    seed = init_seed(args)
     by_layer = []
     for text in args.method_for:
         pattern, equals, method = text.rpartition("=")
@@ -98,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         result = calibrate_checkpoint(
             config=args.config,
             checkpoint=None if args.init else args.ckpt,
-            seed=args.seed or 0,
+            seed=seed,
             data=args.data,
             version=args.version,
             split=args.split,

@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from qat.cli import FAILED, OK
-from qat.cli.flags import add_verification_flags
+from qat.cli.flags import add_init_flags, add_prefix_flag, add_verification_flags, init_seed
 from qat.core.errors import UserError
 
 
@@ -32,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--ckpt", metavar="CKPT", help="a checkpoint of calibrate, a float one, or one that another tool quantized"
     )
-    source.add_argument(
-        "--init", choices=("random",), help="no checkpoint: random weights of --config, to measure with"
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of --init random (default 0)")
+    add_init_flags(parser, source)
     precision = parser.add_mutually_exclusive_group()
     for name, what in (
         ("int8", "QDQ at the calibrated scales (default of a PTQ checkpoint)"),
@@ -85,12 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the scales as a TensorRT calibration cache too, with the graph without QDQ that it is for (DLA)",
     )
     parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
-    parser.add_argument(
-        "--prefix",
-        metavar="NAME",
-        help="of a float checkpoint, export the camera branch alone, which lies under NAME: encoders.camera in a whole "
-        "camera+lidar model, '' in a state dict of the branch by itself",
-    )
+    add_prefix_flag(parser)
     add_verification_flags(parser)
     parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
 
@@ -101,10 +93,9 @@ def run(args: argparse.Namespace) -> int:
     from qat.export.bisect import describe
     from qat.export.checkpoint import export_checkpoint
 
-    if args.seed is not None and args.init is None:
-        raise UserError("--seed: found without --init random, expected both: a checkpoint's weights are not drawn")
+    seed = init_seed(args)
     if args.format == "pt2":
-        return _programs(args)
+        return _programs(args, seed)
     if args.format == "onnx-e2e":
         for flag, given in (
             ("--parts", args.parts),
@@ -123,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         args.flavour,
         prefix=args.prefix,
         frames=verification_frames(args),
-        seed=args.seed or 0,
+        seed=seed,
         opset=args.opset,
         batch=args.batch,
         dynamic_batch=args.dynamic_batch,
@@ -185,7 +176,7 @@ def _whole(folder: Path) -> int:
     return FAILED
 
 
-def _programs(args: argparse.Namespace) -> int:
+def _programs(args: argparse.Namespace, seed: int) -> int:
     """Writes torch.export programs, and prints whether they compute the same reloaded."""
     from qat.export.checkpoint import export_programs
 
@@ -203,9 +194,7 @@ def _programs(args: argparse.Namespace) -> int:
     for flag, found in given.items():
         if found:
             raise UserError(f"{flag}: found with --format pt2, expected without: it is for ONNX graphs")
-    folder, manifest = export_programs(
-        args.ckpt, args.precision, args.out, args.config, args.prefix, args.seed or 0, args.parts
-    )
+    folder, manifest = export_programs(args.ckpt, args.precision, args.out, args.config, args.prefix, seed, args.parts)
     for part in manifest["parts"].values():
         file = folder / part["file"]
         print(f"{file}: {manifest['precision']}, {file.stat().st_size / 1e6:.1f} MB")

@@ -30,6 +30,35 @@ def root_and_split(text: str, flag: str) -> tuple[Path, str]:
     return Path(root), split
 
 
+def add_init_flags(parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup) -> None:
+    """--init random, in the place of --ckpt (`source` holds that flag), and --seed; `init_seed` reads them."""
+    source.add_argument(
+        "--init", choices=("random",), help="no checkpoint: random weights of --config, for numerics and latency"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of --init random (default 0)")
+
+
+def init_seed(args: argparse.Namespace) -> int:
+    """The seed of `add_init_flags`.
+
+    Raises:
+        UserError: a seed without --init.
+    """
+    if args.seed is not None and args.init is None:
+        raise UserError("--seed: found without --init random, expected both: a checkpoint's weights are not drawn")
+    return args.seed or 0
+
+
+def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
+    """--prefix: where the camera branch lies in a checkpoint."""
+    parser.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="take the camera branch alone, which lies under NAME in the checkpoint: encoders.camera in a whole camera+lidar "
+        "model, '' in a state dict of the branch by itself",
+    )
+
+
 EXAMPLE = Path("example-data")
 
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qat.cli.flags import add_data_flags
+from qat.cli.flags import add_data_flags, add_prefix_flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for a folder, the config whose test pipeline reads the data (default camera-tiny's); for a float checkpoint, "
         "instead of the one inside or beside it",
     )
-    parser.add_argument(
-        "--prefix",
-        metavar="NAME",
-        help="of a float checkpoint, check the camera branch alone, which lies under NAME: as calibrate's --prefix",
-    )
+    add_prefix_flag(parser)
     add_data_flags(parser, "calib", "check on")
     parser.add_argument(
         "--saturation",

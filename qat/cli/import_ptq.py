@@ -14,17 +14,14 @@ import argparse
 from pathlib import Path
 
 from qat.cli import OK
+from qat.cli.flags import add_prefix_flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="the other tool's checkpoint")
     parser.add_argument("--config", type=Path, metavar="YAML", help="default: config.yaml beside it")
-    parser.add_argument(
-        "--prefix",
-        metavar="NAME",
-        help="take the camera branch alone, which lies under NAME: encoders.camera in a whole camera+lidar model",
-    )
+    add_prefix_flag(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/imported/ptq.pth"), metavar="CKPT")
 
 

@@ -24,7 +24,6 @@ import io
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import sha256
+from qat.core.frame import FrameArrays
 from qat.core.geometry import camera_ring
 from qat.core.preprocess import normalize
 from qat.core.tensors import TensorDifference, compare_tensors, decibels
@@ -68,20 +68,7 @@ def _words(stream: int, count: int, seed: int = 0) -> np.ndarray:
     return np.random.PCG64([seed, stream]).random_raw(count).astype("<u8")
 
 
-@dataclass
-class Frame:
-    """One made-up keyframe: what `qat.runtime.SampleTensors` describes."""
-
-    token: str
-    img: np.ndarray
-    depth: np.ndarray
-    camera_intrinsics: np.ndarray
-    camera2lidar: np.ndarray
-    img_aug_matrix: np.ndarray
-    lidar_aug_matrix: np.ndarray
-
-
-def random_frame(settings: Mapping[str, Any], seed: int) -> Frame:
+def random_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
     """A made-up keyframe: noise for images, one pixel in twenty with a depth, the cameras in a ring.
 
     img and depth have the same bits on every machine; the noise is the sum of four 16-bit numbers, made to mean 0 and
@@ -108,7 +95,7 @@ def random_frame(settings: Mapping[str, Any], seed: int) -> Frame:
         unmoved,
         np.eye(4),
     )
-    return Frame(f"random:{seed}", *(array.astype(np.float32) for array in arrays))
+    return FrameArrays(f"random:{seed}", *(array.astype(np.float32) for array in arrays))
 
 
 def check_frame(settings: Mapping[str, Any], frame: Any, token: str) -> None:

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from qat.core.errors import UserError
@@ -43,7 +42,8 @@ from qat.core.geometry import (
 )
 from qat.core.manifest import FILE, PARTS, load_manifest
 from qat.core.tensors import compare_tensors
-from qat.core.verification import FP32_DB, INT8_MARGIN_DB, random_frame
+from qat.core.verification import judge, random_frame
+from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.graph import op_counts, tensor_specs
 from qat.export.lookups import opset_of
 from qat.runtime import Pipeline
@@ -300,18 +300,8 @@ def merge_detector(parts: Mapping[str, onnx.ModelProto], settings: Mapping[str, 
     return model
 
 
-class _Session:
-    """Runs a graph as it is, ONNX Runtime's optimizer off: a `qat.runtime.PartRunner`."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+def _plain(model: onnx.ModelProto) -> PlainGraph:
+    return PlainGraph(model.SerializeToString())
 
 
 def _geometry_alone(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -416,7 +406,7 @@ def verify_detector(
     matrices = {name: np.asarray(getattr(frame, name), np.float32) for name in MATRICES}
     frustum = create_frustum(transform["image_size"], transform["feature_size"], transform["dbound"])
     points = frustum_to_lidar(frustum, *matrices.values())
-    geometry_found = _Session(_geometry_alone(model)).run(matrices)
+    geometry_found = _plain(_geometry_alone(model)).run(matrices)
     found_points = geometry_found["geometry/points"].transpose(0, 2, 1).reshape(points.shape)
     patterns = [pooling_pattern(values, *bounds) for values in (points, found_points)]
     expected, own = (_cells(pattern, points[..., 0].size) for pattern in patterns)
@@ -437,23 +427,19 @@ def verify_detector(
         feeds["depth"] = frame.depth[None]
     watched = onnx.ModelProto.FromString(model.SerializeToString())
     watched.graph.output.append(helper.make_tensor_value_info("feat_in", TensorProto.FLOAT, [1, None, None, None]))
-    found = _Session(watched).run(feeds)
+    found = _plain(watched).run(feeds)
     rounding = _without_activation_rounding(watched)
-    unrounded = None if rounding is None else _Session(rounding).run(feeds)
-    pipeline = Pipeline({name: _Session(part) for name, part in parts.items()}, settings)
+    unrounded = None if rounding is None else _plain(rounding).run(feeds)
+    pipeline = Pipeline({name: _plain(part) for name, part in parts.items()}, settings)
     reference = own_cells = pipeline.forward(frame)
     if differing:
         pipeline.patterns = SimpleNamespace(get=lambda *_: patterns[1])  # type: ignore[assignment]
         own_cells = pipeline.forward(frame)
     tensors: dict[str, dict[str, Any]] = {}
     for name, value in found.items():
-        entry: dict[str, Any] = {**compare_tensors(own_cells[name], value), "tolerance_db": FP32_DB}
-        if unrounded is not None:
-            entry["quantization_db"] = compare_tensors(unrounded[name], value)["sqnr_db"]
-            entry["tolerance_db"] = min(FP32_DB, entry["quantization_db"] + INT8_MARGIN_DB)
-        entry["pipeline_db"] = compare_tensors(reference[name], value)["sqnr_db"]
-        entry["passed"] = entry["sqnr_db"] >= entry["tolerance_db"]
-        tensors[name] = entry
+        rounding_db = None if unrounded is None else compare_tensors(unrounded[name], value)["sqnr_db"]
+        tensors[name] = judge(compare_tensors(own_cells[name], value), rounding_db)
+        tensors[name]["pipeline_db"] = compare_tensors(reference[name], value)["sqnr_db"]
     passed = geometry["passed"] and all(entry["passed"] for entry in tensors.values())
     return {"runtime": "onnxruntime, optimizer off", "passed": passed, "geometry": geometry, "tensors": tensors}
 

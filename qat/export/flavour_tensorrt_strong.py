@@ -42,12 +42,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.core.verification import FP32_DB, INT8_MARGIN_DB
+from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.fp16 import EXACT, LEAST_SCALE, NORMAL, node_name, store_constants, to_fp16
 from qat.export.intermediates import tensor_types
 from qat.export.lookups import constants, opset_of
@@ -243,16 +243,9 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    wanted = {
-        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in model.graph.input
-    }
-    names = [value.name for value in model.graph.output]
-    values = session.run(names, {name: feeds[name].astype(dtype) for name, dtype in wanted.items()})
-    return {name: value.astype(np.float32) for name, value in zip(names, values, strict=True)}
+    graph = PlainGraph(model.SerializeToString())
+    values = graph.run({name: feeds[name].astype(spec.dtype) for name, spec in graph.inputs.items()})
+    return {name: value.astype(np.float32) for name, value in values.items()}
 
 
 def verify_strong(

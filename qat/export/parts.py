@@ -15,22 +15,20 @@ import torch
 
 from qat.core.config import CAMERAS
 from qat.core.errors import UserError
-from qat.core.files import atomic_directory, sha256, write_json
-from qat.core.manifest import FILE, FORMAT, SCHEMA
-from qat.core.versions import versions
+from qat.core.files import atomic_directory, write_json
+from qat.core.manifest import FILE
 from qat.export.calibration_cache import strip_qdq, write_calibration_cache
 from qat.export.flavour_cpu import to_cpu
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.lookups import opset_of
-from qat.export.settings import pipeline_settings
+from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.unsigned import never_negative_outputs
 from qat.export.verify import Verification
 from qat.lean.modes import (
     parts_on,
     qdq_tracing,
-    quantizers,
     quantizers_off,
     seven_bit_weights,
     watched_on,
@@ -67,8 +65,7 @@ class Form:
         """Raises `UserError` for a form that this detector cannot have, by the name of the flag."""
         if self.precision not in PRECISIONS:
             raise UserError(f"precision: found {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
-        if self.precision == "int8" and not quantizers(detector):
-            raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")
+        check_calibrated(detector, self.precision)
         if self.flavour not in FLAVOURS:
             raise UserError(f"flavour: found {self.flavour!r}, expected one of {', '.join(FLAVOURS)}")
         if self.flavour in CPU_FLAVOURS and self.precision != "int8":
@@ -203,10 +200,6 @@ def export_parts(
         return _export(detector, Path(out), form, settings, checkpoint, recipe, seed, frames)
 
 
-def _model_name(checkpoint: str | Path | None) -> str | None:
-    return None if checkpoint is None else Path(checkpoint).resolve().parent.name
-
-
 TYPES = {
     "fp32": "FP32 throughout",
     "fp16": "FP32-typed graph without QDQ: build it with the builder's FP16 flag, keeping FP32 inputs and outputs or "
@@ -233,33 +226,28 @@ def _export(
     frames: Sequence[Any],
 ) -> dict[str, Any]:
     parts = torch_parts(detector)
-    chosen = form.chosen(parts)
+    left = form.chosen(parts)
     batches = (form.batch, form.batch + 1) if form.dynamic_batch else (form.batch,)
     verification = Verification(detector, parts, settings, frames, seed, batches)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "model": _model_name(checkpoint),
-        "precision": form.precision,
+    manifest = {
+        **manifest_head(settings, form.precision, checkpoint, recipe),
         "flavour": form.flavour,
         "types": TYPES.get(f"{form.precision} {form.flavour}", TYPES[form.precision]),
         "opset": form.opset or OPSET,
         "io": form.io,
         "batch": None if form.dynamic_batch else form.batch,
         "reduce_range": form.reduce_range,
-        "checkpoint": None,
-        "calibration": dict(recipe) if recipe is not None and form.precision == "int8" else None,
-        "versions": versions(),
-        "pipeline": settings,
-        "parts": {},
     }
-    if checkpoint is not None:
-        manifest["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
     # Of the tensor before the next part, for what is behind a part's last ReLU is u8 in the next one too. Pooled features
     # have a sign: the context of a pixel has.
     positive = False
     with atomic_directory(out) as folder:
         for name, part in parts.items():
+            if not left:
+                break  # what comes behind the last part that is asked for
+            if name not in left and form.flavour not in CPU_FLAVOURS:  # these want to know the next part's signs
+                verification.skip(name)
+                continue
             model = source = _graph(part, name, verification.feeds, form)
             typed = None
             if form.strong:
@@ -271,9 +259,10 @@ def _export(
                 known = part.wrapper.inputs if positive else ()
                 model = to_cpu(model, known)
                 positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
-            if name not in chosen:
+            if name not in left:
                 verification.skip(name)
                 continue
+            left.remove(name)
             counts = op_counts(model)
             graph = model.SerializeToString(deterministic=True)
             (folder / f"{name}.onnx").write_bytes(graph)

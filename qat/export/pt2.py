@@ -23,10 +23,9 @@ from torch.export.graph_signature import InputKind
 from qat.core.config import CAMERAS
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
-from qat.core.manifest import FILE, FORMAT, PARTS, SCHEMA
+from qat.core.manifest import FILE, PARTS
 from qat.core.tensors import compare_tensors
-from qat.core.versions import versions
-from qat.export.settings import pipeline_settings
+from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import torch_parts
 from qat.export.verify import random_frame
 from qat.lean.modes import quantizers, quantizers_off
@@ -140,29 +139,18 @@ def export_pt2(
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)} for the pt2 format")
-    if precision == "int8" and not quantizers(detector):
-        raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")
+    check_calibrated(detector, precision)
     for name in parts:
         if name not in PARTS:
             raise UserError(f"parts: found {name!r}, expected some of {', '.join(PARTS)}")
     detector.eval()
     settings = pipeline_settings(detector.config, cameras)
     state: AbstractContextManager[None] = nullcontext() if precision == "int8" else quantizers_off(detector)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "schema": SCHEMA,
+    manifest = {
+        **manifest_head(settings, precision, checkpoint, recipe),
         "format_of_parts": "pt2",
-        "model": None if checkpoint is None else Path(checkpoint).resolve().parent.name,
-        "precision": precision,
         "types": "FP32 tensors" + (", rounded by torch's fake-quantize operators" if precision == "int8" else ""),
-        "checkpoint": None,
-        "calibration": dict(recipe) if recipe is not None and precision == "int8" else None,
-        "versions": versions(),
-        "pipeline": settings,
-        "parts": {},
     }
-    if checkpoint is not None:
-        manifest["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
     passed = True
     with state, atomic_directory(out) as folder:
         runners = torch_parts(detector)

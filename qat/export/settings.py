@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qat.core.config import CAMERAS, is_camera_branch, test_pipeline
 from qat.core.errors import UserError
+from qat.core.files import sha256
+from qat.core.manifest import FORMAT, SCHEMA
+from qat.core.versions import versions
+from qat.lean.modes import quantizers
 
 VTRANSFORM_KEYS = (
     "type", "in_channels", "out_channels", "image_size", "feature_size", "xbound", "ybound", "zbound", "dbound",
@@ -68,3 +73,36 @@ def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] = CAMERA
         "head": None if alone else {**{key: head[key] for key in HEAD_KEYS}, "norm_bbox": head.get("norm_bbox", True)},
         "head_maps": [] if alone else list(head_maps(config)),
     }
+
+
+def manifest_head(
+    settings: Mapping[str, Any], precision: str, checkpoint: str | Path | None, recipe: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What every manifest says, whatever the format of the parts; `parts` is empty.
+
+    Args:
+        settings: `pipeline_settings`.
+        checkpoint: where the weights came from; its name and sha256 go into the manifest, and the model's name.
+        recipe: how the quantizers were calibrated; for INT8.
+    """
+    head: dict[str, Any] = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "model": None,
+        "precision": precision,
+        "checkpoint": None,
+        "calibration": dict(recipe) if recipe is not None and precision == "int8" else None,
+        "versions": versions(),
+        "pipeline": dict(settings),
+        "parts": {},
+    }
+    if checkpoint is not None:
+        head["model"] = Path(checkpoint).resolve().parent.name
+        head["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
+    return head
+
+
+def check_calibrated(detector: Any, precision: str) -> None:
+    """Raises `UserError` where INT8 is asked of a float detector."""
+    if precision == "int8" and not quantizers(detector):
+        raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")

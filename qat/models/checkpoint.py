@@ -200,6 +200,12 @@ def _before(prefix: str) -> str:
     return f"{prefix.rstrip('.')}." if prefix else ""
 
 
+def under_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What lies under the prefix of a camera branch (as for `take_branch`), by this package's names."""
+    before = _before(prefix)
+    return {f"{BRANCH}{name[len(before) :]}": value for name, value in values.items() if name.startswith(before)}
+
+
 def take_branch(state: Mapping[str, Any], prefix: str, source: str) -> tuple[dict[str, Any], int]:
     """The camera branch out of a state dict, by this package's names, and how many of its names were left out.
 
@@ -211,8 +217,7 @@ def take_branch(state: Mapping[str, Any], prefix: str, source: str) -> tuple[dic
     Raises:
         UserError: nothing of a camera branch lies there; the prefixes under which one does are named.
     """
-    before = _before(prefix)
-    inside = {f"{BRANCH}{name[len(before) :]}": value for name, value in state.items() if name.startswith(before)}
+    inside = under_prefix(state, prefix)
     if not any(name.startswith(f"{BRANCH}vtransform.") for name in inside):
         expected = " or ".join(map(repr, _branch_prefixes(state)))
         if not expected:

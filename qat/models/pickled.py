@@ -12,6 +12,7 @@ import contextlib
 import re
 import struct
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ FAILURES = (
 )
 
 
-class _Storages:
+class _Storages(ABC):
     """Answers persistent ids: ("storage", class, key, device, elements[, view]) and, before 1.6, ("module", class, …)."""
 
     def __init__(self, limit: int) -> None:
@@ -72,9 +73,9 @@ class _Storages:
         self.claimed = 0
         self.data: dict[str, torch.UntypedStorage] = {}
 
+    @abstractmethod
     def read(self, key: str, size: int) -> torch.UntypedStorage:
         """The storage of this key, at least `size` bytes."""
-        raise NotImplementedError
 
     def __call__(self, identity: Any) -> Any:
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":

@@ -9,7 +9,6 @@ every batch norm has the statistics of what goes through it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qat.core.frame import Frame, FrameArrays
 from qat.core.geometry import camera_ring
 from qat.models.detector import CameraBEVDetector, build_model
-from qat.models.run import Frame, run_frame
+from qat.models.run import run_frame
 
 MADE_UP = 1  # frames: six pictures, and a whole BEV grid
 CAMERAS = 6
 NOTHING = 1e-3  # a scale below it leaves a residual branch dead
 
 
-def _made_up_frame(config: Mapping[str, Any]) -> Any:
+def _made_up_frame(config: Mapping[str, Any]) -> FrameArrays:
     """A keyframe drawn from torch's generator: coarse and fine noise for pictures, one pixel in twenty with a depth, six
     cameras in a ring."""
     height, width = config["image_size"]
@@ -38,7 +38,7 @@ def _made_up_frame(config: Mapping[str, Any]) -> Any:
     eye = np.eye(4, dtype=np.float32)
     intrinsics, camera2lidar = (matrix.astype(np.float32) for matrix in camera_ring(CAMERAS, (height, width)))
     unmoved = np.tile(eye, (CAMERAS, 1, 1))
-    return SimpleNamespace(
+    return FrameArrays(
         token="made up",
         img=img.numpy(),
         depth=depth.numpy(),

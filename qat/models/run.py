@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from qat.core.centerhead import Detections, decode
 from qat.core.config import need_boxes
+from qat.core.frame import Frame
 from qat.core.geometry import PoolPattern
-
-
-class Frame(Protocol):
-    """What a detector reads of a sample: `qat.data.Sample` has it. float32, N cameras."""
-
-    token: str
-    img: np.ndarray
-    depth: np.ndarray
-    camera_intrinsics: np.ndarray
-    camera2lidar: np.ndarray
-    img_aug_matrix: np.ndarray
-    lidar_aug_matrix: np.ndarray
 
 
 def frame_tensors(model: Any, frame: Frame) -> tuple[torch.Tensor, torch.Tensor, list[PoolPattern]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from qat.core.centerhead import Detections, decode, maps_from_tensors
 from qat.core.errors import UserError
+from qat.core.frame import FrameArrays, SampleTensors
 from qat.core.geometry import rasterize_depth, within
 from qat.core.manifest import PARTS, load_manifest
 from qat.core.preprocess import ResizeCrop, normalize
@@ -25,20 +26,6 @@ class PartRunner(Protocol):
 
     def run(self, feeds: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
         """Input arrays by tensor name to output arrays by tensor name."""
-
-
-class SampleTensors(Protocol):
-    """One preprocessed keyframe of N cameras, float32 (`qat.data.Sample` is one).
-
-    img [N,3,H,W] normalised; depth [N,1,H,W] metres, 0 where no point falls; matrices [N,4,4], lidar_aug_matrix [4,4].
-    """
-
-    img: np.ndarray
-    depth: np.ndarray
-    camera_intrinsics: np.ndarray
-    camera2lidar: np.ndarray
-    img_aug_matrix: np.ndarray
-    lidar_aug_matrix: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,16 +44,6 @@ class Calibration:
         """Lidar frame to native pixels, float32[N,4,4]."""
         inverse = np.linalg.inv(self.camera2lidar.astype(np.float64))
         return (self.camera_intrinsics.astype(np.float64) @ inverse).astype(np.float32)
-
-
-@dataclass
-class _Frame:
-    img: np.ndarray
-    depth: np.ndarray
-    camera_intrinsics: np.ndarray
-    camera2lidar: np.ndarray
-    img_aug_matrix: np.ndarray
-    lidar_aug_matrix: np.ndarray
 
 
 class Pipeline:
@@ -204,7 +181,7 @@ class Pipeline:
                 "`Pipeline.forward` gives its tensors up to feat_out"
             )
 
-    def _preprocess(self, images: Sequence[np.ndarray], points: np.ndarray, calibration: Calibration) -> _Frame:
+    def _preprocess(self, images: Sequence[np.ndarray], points: np.ndarray, calibration: Calibration) -> FrameArrays:
         count = len(self.cameras)
         for what, found in (
             ("images", len(images)),
@@ -227,7 +204,8 @@ class Pipeline:
                 if limits := self.settings["points"]["range"]:
                     points = points[within(points, limits)]
                 depth = rasterize_depth(points, calibration.lidar2image, matrices, no_augmentation, cfg["size"])
-        return _Frame(
+        return FrameArrays(
+            "pictures",
             img,
             depth,
             calibration.camera_intrinsics.astype(np.float32),

@@ -263,6 +263,10 @@ def test_the_camera_branch_of_it_alone(folder, tmp_path, tiny_config):
     with torch.inference_mode():
         both = [q.camera_logits(expected["img"], expected["depth"]) for q in (quantized, again)]
     assert torch.equal(*both)
+    dotted, _, _ = load_foreign_file(path, load_checkpoint(path), branch, "encoders.camera.")
+    assert {name: q._disabled for name, q in quantizers(dotted).items()} == {
+        name: q._disabled for name, q in quantizers(quantized).items()
+    }
     with pytest.raises(UserError, match=r"--prefix: found 'camera'"):
         load_foreign_file(path, load_checkpoint(path), branch, "camera")
 

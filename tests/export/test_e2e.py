@@ -151,9 +151,9 @@ def test_points_lie_where_double_precision_has_them(opened):
 
 
 def build_geometry(model):
-    from qat.export.e2e import _geometry_alone, _Session
+    from qat.export.e2e import _geometry_alone, _plain
 
-    return _Session(_geometry_alone(model))
+    return _plain(_geometry_alone(model))
 
 
 def test_a_wrong_cell_is_not_taken_for_one_at_a_border(opened):
