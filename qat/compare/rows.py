@@ -18,15 +18,12 @@ from qat.core.config import need_boxes
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
-from qat.engine import BACKENDS, Options
-from qat.export import pipeline_settings, torch_parts
+from qat.engine import Options, find_backend
+from qat.export import CPU_FLAVOURS, pipeline_settings, torch_parts
 from qat.export.checkpoint import config_of
 from qat.lean import QuantizedDetector
 from qat.models import load_checkpoint, load_float_model
 from qat.runtime import Pipeline
-
-# backend: the package whose version decides the figures
-PACKAGES = {"pytorch": "torch", "openvino": "openvino", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
 
 
 @dataclass
@@ -159,16 +156,17 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
                 what = f"{precision} part, {manifest['flavour']}"
                 files.append({"what": what, "file": f"{folder.name}/{part['file']}", "sha256": part["sha256"]})
     for backend in backends:
-        own = {precision for _, precision, manifest in manifests if manifest["flavour"] == backend}
+        flavour = find_backend(backend).flavour
+        own = {precision for _, precision, manifest in manifests if manifest["flavour"] == flavour}
         for folder, precision, manifest in manifests:
-            if manifest["flavour"] in BACKENDS and manifest["flavour"] != backend:
-                continue  # a flavour by the name of a backend is made for that one alone
-            if manifest["flavour"] != backend and precision in own:
-                continue  # and where that one is at hand, nobody would ship another on its backend
+            if manifest["flavour"] in CPU_FLAVOURS and manifest["flavour"] != flavour:
+                continue  # made for one backend alone
+            if manifest["flavour"] != flavour and precision in own:
+                continue  # where the backend's own is at hand, nobody would ship another on it
             pipeline = Pipeline.load(folder, backend, precision, options)
             hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
             size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())
-            version = metadata.version(PACKAGES.get(backend, backend))
+            version = find_backend(backend).version
             key = _key(backend, precision, version, hashes, manifest["pipeline"])
             rows.append(Row(backend, precision, manifest["flavour"], pipeline, size / 1e6, key))
     return rows, {"config": config, "recipe": recipe, "files": files}

@@ -24,7 +24,7 @@ from qat.core.files import write_json
 from qat.core.progress import progress_bar
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
-from qat.engine import BACKENDS, Options
+from qat.engine import BACKENDS, CPU_BACKENDS, Options
 from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.evaluate.bootstrap import MIN_SCENES
 from qat.report import SCHEMA, Verdict, compared_row, decide, reference_of, row_name, write_report
@@ -48,7 +48,7 @@ class CompareOptions:
     split: str = "eval"
     version: str | None = None
     frames: int | None = None
-    backends: Sequence[str] = tuple(BACKENDS)
+    backends: Sequence[str] = CPU_BACKENDS
     rounds: int = 10
     repeats: int = 3
     latency_frames: int = 4

@@ -101,7 +101,12 @@ class Engine(ABC):
     """A compiled graph. Not for use by several threads at once.
 
     inputs, outputs: tensor name to `TensorSpec`, in the graph's order.
+    size_bytes: of the built engine as it would be shipped; None where the backend does not tell.
+    transfer_ms: of the latest run, copies between host and device; 0 where it computes in the host's memory.
     """
+
+    size_bytes: int | None = None
+    transfer_ms: float = 0.0
 
     def __init__(
         self, source: Path, precision: str, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]

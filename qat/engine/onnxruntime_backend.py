@@ -140,7 +140,7 @@ def _precision(event: Mapping[str, Any]) -> str:
     return next(iter(types[0]), "")
 
 
-def build(onnx_path: Path, precision: str, options: Options) -> Engine:
+def build(onnx_path: Path, precision: str, options: Options, device: str) -> Engine:
     """See `qat.engine.build`."""
     if precision == "fp16":
         raise UserError(

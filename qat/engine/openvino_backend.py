@@ -116,6 +116,6 @@ class OpenVinoEngine(Engine):
         ]
 
 
-def build(onnx_path: Path, precision: str, options: Options) -> Engine:
+def build(onnx_path: Path, precision: str, options: Options, device: str) -> Engine:
     """See `qat.engine.build`."""
     return OpenVinoEngine(onnx_path, precision, options)

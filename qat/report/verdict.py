@@ -13,7 +13,11 @@ MIN_GAIN = 1.05  # a smaller speed-up is within what the machine's load makes of
 NAMES = {
     "pytorch": "PyTorch",
     "openvino": "OpenVINO",
+    "openvino-gpu": "OpenVINO GPU",
+    "openvino-npu": "OpenVINO NPU",
     "onnxruntime": "ONNX Runtime",
+    "onnxruntime-cuda": "ONNX Runtime CUDA",
+    "onnxruntime-tensorrt": "ONNX Runtime TensorRT",
     "tensorrt": "TensorRT",
     "fp32": "FP32",
     "fp16": "FP16",

@@ -11,7 +11,7 @@ from qat import engine
 from qat.core.errors import UserError
 from qat.engine import Options
 
-BACKENDS = sorted(engine.BACKENDS)
+BACKENDS = sorted(engine.CPU_BACKENDS)
 
 
 def linear_relu(path: Path, quantized: bool = False, batch: int | str = 4) -> np.ndarray:
@@ -223,7 +223,7 @@ def test_onnxruntime_on_the_cpu_refuses_fp16(tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_missing_package_says_what_to_install(tmp_path, backend):
     linear_relu(tmp_path / "g.onnx")
-    package = engine.BACKENDS[backend][1]
+    package = engine.BACKENDS[backend].package
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "from qat import engine\nfrom qat.core.errors import UserError\n"

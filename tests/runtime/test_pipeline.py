@@ -13,7 +13,7 @@ from qat.core.centerhead import decode
 from qat.core.errors import UserError
 from qat.core.geometry import rasterize_depth
 from qat.core.preprocess import ResizeCrop, normalize
-from qat.engine import BACKENDS, Options
+from qat.engine import CPU_BACKENDS, Options
 from qat.export import pipeline_settings, torch_parts
 from qat.runtime import Calibration, Pipeline
 
@@ -62,7 +62,7 @@ def pytorch_maps(detector, sample):
     return [{name: value.numpy() for name, value in task.items()} for task in maps]
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", sorted(CPU_BACKENDS))
 def test_every_backend_gives_the_maps_and_boxes_of_pytorch(tmp_path, folder, detector, sample, small_config, backend):
     pipeline = Pipeline.load(folder, backend, options=Options(threads=1, cache=tmp_path / "cache"))
     tensors = pipeline.forward(sample)
@@ -171,7 +171,7 @@ import numpy as np
 from qat.engine import Options
 from qat.runtime import Calibration, Pipeline
 scene = np.load({str(tmp_path / "scene.npz")!r})
-for backend in {sorted(BACKENDS)!r}:
+for backend in {sorted(CPU_BACKENDS)!r}:
     pipeline = Pipeline.load({str(folder)!r}, backend, options=Options(threads=1, cache=None))
     calibration = Calibration(scene["camera_intrinsics"], scene["camera2lidar"])
     print(len(pipeline(list(scene["images"]), scene["points"], calibration)))
