@@ -156,6 +156,7 @@ class _State:
     def __init__(self, checkpoint: Path, options: FinetuneOptions, where: torch.device) -> None:
         torch.manual_seed(options.seed)
         self.student, self.recipe = load_ptq(checkpoint)
+        self.student.absorb_background()
         self.student.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups: list[dict[str, Any]] = [{"params": list(trained_parameters(self.student).values()), "share": 1.0}]
         if options.learn_ranges:

@@ -172,6 +172,7 @@ def calibrate(
         quantizer.set_range(torch.tensor(max(amax, UNEXCITED)))
     if equalize:
         _equalize(quantized, calibrators, by_layer)
+    quantized.keep_background()
     report.int8 = int8_layers(quantized)
     return quantized, report
 

@@ -238,6 +238,11 @@ def camera_branch(config: Mapping[str, Any]) -> Config:
     )
 
 
+def needs_depth(config: Mapping[str, Any]) -> bool:
+    """Whether the camera part has a `depth` input."""
+    return config["model"]["encoders"]["camera"]["vtransform"]["type"] == "DepthLSSTransform"
+
+
 def need_boxes(config: Mapping[str, Any], what: str, mend: str) -> None:
     """Raises `UserError` where `config` is a camera branch alone, which gives BEV features and no boxes.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.core.config import CAMERAS, is_camera_branch, test_pipeline
+from qat.core.config import CAMERAS, is_camera_branch, needs_depth, test_pipeline
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import FORMAT, SCHEMA
@@ -19,11 +19,6 @@ VTRANSFORM_KEYS = (
     "type", "in_channels", "out_channels", "image_size", "feature_size", "xbound", "ybound", "zbound", "dbound",
 )  # fmt: skip
 HEAD_KEYS = ("type", "tasks", "bbox_coder", "test_cfg")
-
-
-def needs_depth(config: Mapping[str, Any]) -> bool:
-    """Whether the camera part has a `depth` input."""
-    return config["model"]["encoders"]["camera"]["vtransform"]["type"] == "DepthLSSTransform"
 
 
 def head_maps(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from qat.core.config import is_camera_branch
-from qat.export.settings import head_maps, needs_depth
+from qat.core.config import is_camera_branch, needs_depth
+from qat.export.settings import head_maps
 from qat.export.wrappers import CameraBackbone, CameraBackboneWithoutDepth, CameraVTransform, Fuser, HeadBBox
 
 

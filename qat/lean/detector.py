@@ -10,8 +10,9 @@ import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import fx, nn
 
-from qat.core.config import is_camera_branch, need_boxes
+from qat.core.config import is_camera_branch, need_boxes, needs_depth
 from qat.core.geometry import PoolPattern
+from qat.lean.background import absorb_backgrounds, correct_backgrounds
 from qat.lean.clean import clean
 from qat.lean.equalize import equalizable, equalize
 from qat.lean.fold import fold_batch_norm
@@ -27,14 +28,13 @@ PARTS = {"camera": "camera_logits", "vtransform": "downsample", "decoder": "deco
 BRANCH_PARTS = ("camera", "vtransform")
 
 KEEP_FLOAT = (
-    FloatRule(
-        "encoders.camera.vtransform.dtransform.*", "its input is raw metres, nearly all zero: one scale cannot serve it"
-    ),
+    FloatRule("encoders.camera.vtransform.dtransform.0", "its input is raw metres: a step would be half a metre"),
 )
 # How `--method auto` chooses ranges. A BEV cell near the car sums the features of hundreds of pixels, one far away those of
 # a few: the decoder's tensors have long tails. What clips them (mse, entropy) raises the SQNR at the head maps, which
 # empty far cells dominate, and loses the objects near the car: mAP falls. In the camera part mse does no harm.
-AUTO = ("mse", (("decoder.*", "max"), ("head.*", "max")))
+# What is computed from the depth map alone has long tails too: its large values are the near points.
+AUTO = ("mse", (("decoder.*", "max"), ("head.*", "max"), ("camera.*_dtransform_*", "max")))
 # CUDA-BEVFusion builds the vtransform with --fp16 alone, so it carries no QDQ unless asked.
 PARTS_OFF = ("vtransform",)
 
@@ -48,7 +48,12 @@ def auto_methods(config: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str],
     """`AUTO` for a detector of this config: without the patterns of parts that it has not."""
     method, by_layer = AUTO
     parts = part_methods(config)
-    return method, tuple((pattern, other) for pattern, other in by_layer if pattern.partition(".")[0] in parts)
+    depth = needs_depth(config)
+    return method, tuple(
+        (pattern, other)
+        for pattern, other in by_layer
+        if pattern.partition(".")[0] in parts and (depth or "dtransform" not in pattern)
+    )
 
 
 class QuantizedDetector(nn.Module):
@@ -70,6 +75,7 @@ class QuantizedDetector(nn.Module):
         self.parts = nn.ModuleDict()
         self.inventory: dict[str, Inventory] = {}
         self.equalized: dict[str, torch.Tensor] = {}  # `part.quantizer` → what its channels are divided by
+        self.keeps_background = False
         for name, method in part_methods(self.config).items():
             graph = trace(detector, method)
             clean(graph)
@@ -154,6 +160,23 @@ class QuantizedDetector(nn.Module):
         assert isinstance(graph, fx.GraphModule)
         equalize(graph, quantizer, scales)
         self.equalized[name] = scales
+
+    def keep_background(self) -> None:
+        """Keeps the constant that the depth map's tensors hold nearly everywhere exact (`qat.lean.background`).
+
+        From here on `keeps_background` is set. The corrections depend on weights and ranges: call again when those changed.
+        """
+        self.keeps_background = True
+        for graph in self.parts.values():
+            assert isinstance(graph, fx.GraphModule)
+            correct_backgrounds(graph)
+
+    def absorb_background(self) -> None:
+        """Makes the corrections of `keep_background` part of the biases, which may then be trained."""
+        self.keeps_background = False
+        for graph in self.parts.values():
+            assert isinstance(graph, fx.GraphModule)
+            absorb_backgrounds(graph)
 
     def amax(self) -> dict[str, torch.Tensor]:
         """Every quantizer's range by its path; for those that have one."""

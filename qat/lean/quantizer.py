@@ -106,12 +106,19 @@ def weight_quantizer(module: nn.Module) -> Quantizer:
 
 
 class QuantizedConv2d(nn.Conv2d):
-    """A convolution whose weight passes `weight_quantizer`."""
+    """A convolution whose weight passes `weight_quantizer`.
+
+    background_shift: added to the bias while the weight is rounded (`qat.lean.background`), float32[out channels].
+    """
 
     weight_quantizer: Quantizer
+    background_shift: torch.Tensor | None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, self.weight_quantizer(self.weight), self.bias)
+        bias = self.bias
+        if self.background_shift is not None and not self.weight_quantizer._disabled:
+            bias = self.background_shift if bias is None else bias + self.background_shift
+        return self._conv_forward(input, self.weight_quantizer(self.weight), bias)
 
 
 class QuantizedConvTranspose2d(nn.ConvTranspose2d):
@@ -155,5 +162,7 @@ def quantized_layer(module: nn.Module) -> nn.Module:
             layer = quantized.__new__(quantized)
             layer.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
             layer.weight_quantizer = weight_quantizer(module)
+            if isinstance(layer, QuantizedConv2d):
+                layer.register_buffer("background_shift", None, persistent=False)
             return layer
     raise TypeError(f"{type(module).__name__} has no quantized form")

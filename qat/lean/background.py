@@ -1,0 +1,113 @@
+"""The value that a depth map's tensors hold nearly everywhere, kept exact under rounding.
+
+A depth map is zero but for the pixels that a lidar point fell on, so whatever is computed from it alone holds one constant
+for each channel nearly everywhere: its background. Rounding moves that constant by up to half a step, the same way at
+every pixel, and a 5×5 convolution adds 25 times as much: not noise, which would cancel, but an offset of whole channels.
+
+    before   x ─► Q ─► conv(Q(W), b)          after   x ─► Q ─► conv(Q(W), b + e),   e = Σ W·β − Σ Q(W)·Q(β)
+
+β being the background of x and the sums over input channels and taps: the convolution's output has the float
+network's background exactly, and so has the input of the next one. (Bias correction, Nagel et al., ICCV 2019, §4.2, with an
+expectation that is known without data.) Within reach of the image's border, where padding replaces some of the taps, e is too
+large by their share. It holds for one grid: an export flavour that rounds these tensors must keep their step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from qat.lean.quantizer import QuantizedConv2d, Quantizer
+from qat.lean.trace import submodule
+
+SOURCE = "depth"  # the input that is zero nearly everywhere
+KEEPS_CONSTANTS = (nn.Identity, nn.Dropout, nn.MaxPool2d)
+ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.BatchNorm2d,
+)
+
+
+def _through(layer: nn.Module | None, value: torch.Tensor) -> torch.Tensor | None:
+    """What a module makes of a map that holds `value`, float64[C], everywhere; None where that is not known."""
+    if isinstance(layer, (Quantizer, *KEEPS_CONSTANTS)):
+        return value
+    if isinstance(layer, ELEMENTWISE):
+        norm = isinstance(layer, nn.BatchNorm2d)  # which computes in its own type
+        found = layer((value.float() if norm else value).reshape(1, -1, 1, 1))
+        return found.double().flatten()
+    if isinstance(layer, nn.Conv2d):
+        bias = 0.0 if layer.bias is None else layer.bias.double()
+        return _summed(layer, layer.weight, value) + bias
+    return None
+
+
+def _summed(layer: nn.Conv2d, weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Away from the border: Σ over input channels and taps of weight · value, float64[out channels]."""
+    taps = weight.double().sum((2, 3), keepdim=True)
+    return F.conv2d(value.reshape(1, -1, 1, 1), taps, groups=layer.groups).flatten()
+
+
+def backgrounds(graph: fx.GraphModule) -> dict[str, tuple[torch.Tensor, Quantizer | None]]:
+    """Convolutions with INT8 weights that take what is computed from the depth map alone.
+
+    Returns:
+        by path: the background of the input in the float network, float64[C], and the quantizer that rounds the input.
+    """
+    values: dict[fx.Node, torch.Tensor | None] = {}
+    found = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" and node.target == SOURCE:
+            values[node] = torch.zeros(1, dtype=torch.float64)
+            continue
+        source = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
+        value = values.get(source) if isinstance(source, fx.Node) else None
+        if value is None or not isinstance(source, fx.Node):
+            continue
+        layer, before = submodule(graph, node), submodule(graph, source)
+        value = value.to(_device(layer))
+        if isinstance(layer, QuantizedConv2d):
+            found[str(node.target)] = value, before if isinstance(before, Quantizer) else None
+        values[node] = _through(layer, value)
+    return found
+
+
+def _device(layer: nn.Module | None) -> torch.device:
+    parameter = None if layer is None else next(layer.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@torch.no_grad()
+def correct_backgrounds(graph: fx.GraphModule) -> list[str]:
+    """Sets the `background_shift` of every layer that `backgrounds` lists from weights and ranges as they are now.
+
+    Returns:
+        the layers' paths.
+    """
+    layers = backgrounds(graph)
+    for path, (value, quantizer) in layers.items():
+        layer = graph.get_submodule(path)
+        assert isinstance(layer, QuantizedConv2d)
+        rounded = value if quantizer is None else quantizer(value.float()).double()
+        exact = _summed(layer, layer.weight, value)
+        shift = exact - _summed(layer, layer.weight_quantizer(layer.weight), rounded)
+        layer.background_shift = shift.float()
+    return list(layers)
+
+
+@torch.no_grad()
+def absorb_backgrounds(graph: fx.GraphModule) -> None:
+    """Adds every layer's `background_shift` to a bias of its own, to be trained on from there."""
+    for layer in graph.modules():
+        if isinstance(layer, QuantizedConv2d) and layer.background_shift is not None:
+            bias = layer.background_shift if layer.bias is None else layer.bias + layer.background_shift
+            layer.bias = nn.Parameter(bias.clone())
+            layer.background_shift = None
