@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """--threads, --pinning, --no-spinning and --no-arena: the fields of `qat.engine.Options`, by their names."""
+    """--threads, --pinning and --no-spinning: fields of `qat.engine.Options`, by their names."""
     group = parser.add_argument_group("on the CPU", "noted in the manifest, for whoever loads the engines")
     group.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default 0: one on each core)")
     group.add_argument(
@@ -44,14 +44,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-spinning", dest="spinning", action="store_false", help="threads sleep while they wait (onnxruntime)"
     )
-    group.add_argument(
-        "--no-arena", dest="arena", action="store_false", help="give memory back after each run (onnxruntime)"
-    )
 
 
 def engine_options(args: argparse.Namespace, **more: Any) -> Options:
     """The options that `add_engine_flags`' flags say; more: fields of other flags."""
-    return Options(threads=args.threads, pinning=args.pinning, spinning=args.spinning, arena=args.arena, **more)
+    return Options(threads=args.threads, pinning=args.pinning, spinning=args.spinning, **more)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -132,7 +132,7 @@ def load(built_file: str | Path, backend: str, precision: str, options: Options 
         built_file: what `Engine.save` wrote.
         backend: a key of `BACKENDS`.
         precision: as it was built for.
-        options: threads, pinning and how memory is kept, which belong to the process and not to the file.
+        options: threads, pinning and spinning, which belong to the process and not to the file.
 
     Raises:
         UserError: no such file, one that the backend does not load, an unknown backend or precision, no such device, or

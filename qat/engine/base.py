@@ -71,7 +71,6 @@ class Options:
     pinning: each CPU thread stays on a core of its own. For a process that has the cores to itself: threads of two that
         both pin meet on the same cores.
     spinning: ONNX Runtime's CPU threads wait for work in a loop, which answers sooner and takes whole cores while it runs.
-    arena: ONNX Runtime keeps the memory of a run for the next one.
     """
 
     threads: int = 0
@@ -80,7 +79,6 @@ class Options:
     )
     pinning: bool = False
     spinning: bool = True
-    arena: bool = True
 
     def __post_init__(self) -> None:
         if self.threads < 0:

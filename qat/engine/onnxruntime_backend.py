@@ -56,7 +56,8 @@ def _plain_options(threads: int = 0) -> ort.SessionOptions:
 
 
 def session_options(options: Options) -> ort.SessionOptions:
-    """What sessions run with: threads, where they stay, how they wait, and what happens to their memory.
+    """What sessions run with: threads, where they stay and how they wait. Memory is ONNX Runtime's default: an arena, with
+    patterns.
 
     The number of threads is always told: with 0, ONNX Runtime takes all cores and pins the threads to them unasked. A thread
     that calls `run` is the first of them; it belongs to the caller and is not pinned.
@@ -64,7 +65,6 @@ def session_options(options: Options) -> ort.SessionOptions:
     places = cores()
     threads = options.threads or len(places)
     settings = _plain_options(threads)
-    settings.enable_cpu_mem_arena = options.arena
     settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
     if options.pinning and threads > 1:
         if threads > len(places):
@@ -140,8 +140,8 @@ def check_used(session: ort.InferenceSession, device: str) -> None:
         return
     graphs = session.get_provider_graph_assignment_info()
     if graphs and not any(graph.ep_name == device for graph in graphs):
-        nodes = sum(len(graph.get_nodes()) for graph in graphs)
-        raise UserError(f"onnxruntime: {device} took none of the graph's {nodes} operators, expected it to run them")
+        others = ", ".join(sorted({graph.ep_name for graph in graphs}))
+        raise UserError(f"onnxruntime: {device} took none of the graph's operators, all went to {others}")
 
 
 def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str, dict[str, str]]]) -> Any:
@@ -151,6 +151,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
         if hasattr(ort, "preload_dlls"):  # of the nvidia-* packages, which lie where no loader looks
             with contextlib.redirect_stdout(io.StringIO()):
                 ort.preload_dlls()
+        ort.set_default_logger_severity(4)  # a provider that does not start is told below, in one line
     try:
         session = ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:
@@ -162,6 +163,8 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
                 + "; mend by: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt, with a driver for its CUDA"
             ) from None
         raise
+    finally:
+        ort.set_default_logger_severity(2)
     check_used(session, device)
     return session
 
@@ -193,7 +196,7 @@ class PlainGraph:
 class DeviceRun:
     """Runs a session with its inputs and outputs in the memory of a device.
 
-    Buffers are allocated once for each shape and keep their address. pinned: whether inputs go through page-locked host
+    Buffers of shapes that do not vary are allocated once and keep their address. pinned: whether inputs go through page-locked host
     memory, which a GPU fetches by itself at full speed; it needs the package cuda-bindings.
     transfer_ms: of the latest run, copies to the device and back.
     """
@@ -209,14 +212,12 @@ class DeviceRun:
         self._host: dict[str, np.ndarray] = {}
         self.pinned = False
         self.transfer_ms = 0.0
-        self._outputs: dict[str, Any] = {}
         for name, spec in outputs.items():
-            shape = [n for n in spec.shape if n is not None]
-            if len(shape) == len(spec.shape):
+            if None not in spec.shape:
+                shape = list(spec.shape)
                 buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(spec.dtype).type, device, 0)
                 self._binding.bind_ortvalue_output(name, buffer)
-            else:
-                self._binding.bind_output(name, device, 0)
+        self._varying = [name for name, spec in outputs.items() if None in spec.shape]
         self._names = list(outputs)
 
     def _send(self, name: str, array: np.ndarray) -> None:
@@ -239,6 +240,8 @@ class DeviceRun:
         for name, array in feeds.items():
             self._send(name, array)
         self.transfer_ms = (time.perf_counter() - begin) * 1e3
+        for name in self._varying:  # anew each time: a run leaves its own buffer bound, of the shape it had
+            self._binding.bind_output(name, self._device, 0)
         self._session.run_with_iobinding(self._binding)  # returns when the device is done
         return dict(zip(self._names, self._binding.get_outputs(), strict=True))
 
