@@ -164,7 +164,8 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
             ) from None
         raise
     finally:
-        ort.set_default_logger_severity(2)
+        if device != CPU:
+            ort.set_default_logger_severity(2)  # warnings, as it was
     check_used(session, device)
     return session
 
@@ -283,7 +284,7 @@ class OnnxRuntimeEngine(Engine):
         the cache."""
         self._options = options
         self._device = device
-        self._providers = provider_options(device, precision, options.cache)
+        self._providers = provider_options(device, precision, None if built else options.cache)
         self._built = built
         try:
             self._session = self._start(source, precision)
