@@ -26,6 +26,7 @@ VERBS = {
     "sensitivity": "measure the damage that each quantized unit does alone",
     "health": "name the first layer that gives NaN or infinity, and quantizers that saturate",
     "export-camera": "write a checkpoint's ONNX parts and their manifest",
+    "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
     "compare": "run every backend and precision over the evaluation frames, beside FP32",
     "report": "make report.html from results.json",

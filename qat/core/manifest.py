@@ -30,7 +30,8 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
     """Reads a folder's manifest and, unless told not to, checks each file that it lists against its recorded sha256.
 
     Args:
-        format_of_parts: "onnx", or "pt2" for programs of torch.export. A manifest that does not say is of ONNX parts.
+        format_of_parts: "onnx", "pt2" for programs of torch.export, or "engine" for built engines. A manifest that does not
+            say is of ONNX parts.
 
     Raises:
         UserError: no manifest, another format or schema, other parts, a file outside the folder, or one that is
@@ -46,27 +47,27 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path}: found schema {manifest.get('schema')!r}, expected {SCHEMA}; export again")
     if (found := manifest.get("format_of_parts", "onnx")) != format_of_parts:
-        mend = (
-            "those are for torch (docs/formats.md); export ONNX parts for an engine"
-            if found == "pt2"
-            else "export again"
-        )
+        mend = {
+            "pt2": "those are for torch (docs/formats.md); export ONNX parts for an engine",
+            "engine": "those are built (docs/engines.md); name the folder that they were built from",
+        }.get(found, "export again")
         raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {mend}")
     names = [part["file"] for part in (*manifest["parts"].values(), *([manifest["e2e"]] if "e2e" in manifest else []))]
     verification = manifest.get("verification", {})
     for name in [*names, verification["file"]] if "file" in verification else names:
         check_inside(path, name)
     if check_files:
+        again = "run `bevqat build` again" if format_of_parts == "engine" else "export again"
         files = {f"part {name}": part for name, part in manifest["parts"].items()}
         if "e2e" in manifest:
             files["the whole detector"] = manifest["e2e"]
         for name, part in files.items():
             file = folder / part["file"]
             if not file.is_file():
-                raise UserError(f"{file}: no such file, expected {name}; export again")
+                raise UserError(f"{file}: no such file, expected {name}; {again}")
             if (found := sha256(file)) != part["sha256"]:
                 raise UserError(
                     f"{file}: found sha256 {found[:12]}…, expected {part['sha256'][:12]}… as in {FILE}: "
-                    "the file was changed after its export; export again"
+                    f"the file was changed after it was written; {again}"
                 )
     return manifest

@@ -16,19 +16,24 @@ from pathlib import Path
 from types import ModuleType
 
 from qat.core.errors import UserError
-from qat.engine.base import Engine, LayerProfile, Options, TensorSpec
+from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, layers_by_device
 
 __all__ = [
     "BACKENDS",
     "CPU_BACKENDS",
     "PRECISIONS",
     "Backend",
+    "Device",
     "Engine",
     "LayerProfile",
     "Options",
     "TensorSpec",
     "build",
+    "ending",
     "find_backend",
+    "identify",
+    "layers_by_device",
+    "load",
 ]
 
 
@@ -36,7 +41,8 @@ __all__ = [
 class Backend:
     """Where a graph can run.
 
-    module: has `build(onnx_path, precision, options, device)`. package: the Python package that it needs. install: what pip
+    module: has `build(onnx_path, precision, options, device)`, `load(built_file, precision, options, device)`,
+    `identify(device)` and ENDING, the name ending of its built files. package: the Python package that it needs. install: what pip
     calls it. device: in the backend's own words. flavour: the export flavour made for it.
     """
 
@@ -78,7 +84,7 @@ def find_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def _load(name: str) -> ModuleType:
+def _module(name: str) -> ModuleType:
     backend = find_backend(name)
     try:
         return importlib.import_module(backend.module)
@@ -88,6 +94,11 @@ def _load(name: str) -> ModuleType:
         raise UserError(
             f"backend {name}: the package {backend.package} is not installed; mend by: pip install {backend.install}"
         ) from None
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
 
 
 def build(onnx_path: str | Path, backend: str, precision: str, options: Options | None = None) -> Engine:
@@ -104,9 +115,47 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
             that the backend cannot do on this machine, or a missing package.
     """
     path = Path(onnx_path)
-    if precision not in PRECISIONS:
-        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    _check_precision(precision)
     if not path.is_file():
         raise UserError(f"{path}: no such file; write it with export-camera")
-    engine: Engine = _load(backend).build(path, precision, options or Options(), BACKENDS[backend].device)
+    engine: Engine = _module(backend).build(path, precision, options or Options(), BACKENDS[backend].device)
     return engine
+
+
+def load(built_file: str | Path, backend: str, precision: str, options: Options | None = None) -> Engine:
+    """Loads an engine that `Engine.save` wrote, on the same kind of device and with the same version of the backend.
+
+    Whether they are the same is not checked here: what a built file is, only its writer's notes tell
+    (`qat.runtime.load_engines` reads them). The engine cache is neither read nor written.
+
+    Args:
+        built_file: what `Engine.save` wrote.
+        backend: a key of `BACKENDS`.
+        precision: as it was built for.
+        options: threads, pinning and spinning, which belong to the process and not to the file.
+
+    Raises:
+        UserError: no such file, one that the backend does not load, an unknown backend or precision, no such device, or
+            a missing package.
+    """
+    path = Path(built_file)
+    _check_precision(precision)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; write it with bevqat build")
+    engine: Engine = _module(backend).load(path, precision, options or Options(), BACKENDS[backend].device)
+    return engine
+
+
+def ending(backend: str) -> str:
+    """What the names of a backend's built files end with."""
+    return str(_module(backend).ENDING)
+
+
+def identify(backend: str) -> Device:
+    """The device that a backend's engines are built for and run on here.
+
+    Raises:
+        UserError: an unknown backend, a missing package, or no such device.
+    """
+    device: Device = _module(backend).identify(find_backend(backend).device)
+    return device

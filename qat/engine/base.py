@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -37,32 +40,84 @@ class TensorSpec:
         )
 
 
-class LayerProfile(TypedDict):
-    """One executed layer: its name and kind in the backend's words, numeric type it ran in, milliseconds a run."""
-
+class _Layer(TypedDict):
     name: str
     type: str
     precision: str
     ms: float
 
 
+class LayerProfile(_Layer, total=False):
+    """One executed layer: its name and kind in the backend's words, numeric type it ran in, milliseconds a run.
+
+    device: where it ran, in the backend's words; left out by a backend that runs all layers in one place.
+    """
+
+    device: str
+
+
+def layers_by_device(layers: Iterable[LayerProfile]) -> dict[str, int]:
+    """How many layers of a profile ran on each device: what a GPU session left to the CPU is told by it."""
+    return dict(Counter(layer.get("device", "") for layer in layers))
+
+
 @dataclass(frozen=True)
 class Options:
-    """How to build.
+    """How to build and run. What measurement settled for all is no option: docs/engines.md.
 
-    threads: CPU threads, 0 for what the backend takes by itself (all cores).
+    threads: CPU threads, 0 for one on each core.
     cache: folder of built engines; None switches the cache off. The default is $BEVQAT_CACHE, else
         $XDG_CACHE_HOME/bevqat, else ~/.cache/bevqat.
+    pinning: each CPU thread stays on a core of its own. For a process that has the cores to itself: threads of two that
+        both pin meet on the same cores.
+    spinning: ONNX Runtime's CPU threads wait for work in a loop, which answers sooner and takes whole cores while it runs.
     """
 
     threads: int = 0
     cache: Path | None = Path(
         os.environ.get("BEVQAT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevqat"
     )
+    pinning: bool = False
+    spinning: bool = True
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise UserError(f"threads: found {self.threads}, expected 0 (all cores) or more")
+
+
+def cores() -> list[int]:
+    """One processor number for each core that this process may run on; of a core's hyper-threads the first."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    seen: set[str] = set()
+    found = []
+    for number in allowed:
+        try:
+            core = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text().strip()
+        except OSError:
+            core = str(number)
+        if core not in seen:
+            seen.add(core)
+            found.append(number)
+    return found
+
+
+class Device(NamedTuple):
+    """What an engine was built for. name: for people. fingerprint: equal on devices that may run the same engine."""
+
+    name: str
+    fingerprint: str
+
+
+def this_cpu() -> Device:
+    """The processor; its fingerprint is over its model and instruction sets."""
+    features = _cpu_features()
+    name = next((line.partition(":")[2].strip() for line in features.splitlines() if line.startswith("model name")), "")
+    return Device(name or platform.processor() or platform.machine(), text_digest(features))
+
+
+def text_digest(text: str) -> str:
+    """16 hexadecimal digits of the text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _cpu_features() -> str:
@@ -101,11 +156,9 @@ class Engine(ABC):
     """A compiled graph. Not for use by several threads at once.
 
     inputs, outputs: tensor name to `TensorSpec`, in the graph's order.
-    size_bytes: of the built engine as it would be shipped; None where the backend does not tell.
     transfer_ms: of the latest run, copies between host and device; 0 where it computes in the host's memory.
     """
 
-    size_bytes: int | None = None
     transfer_ms: float = 0.0
 
     def __init__(
@@ -128,6 +181,10 @@ class Engine(ABC):
         Raises:
             UserError: an input is missing, unknown, or of another dtype or shape.
         """
+        return self._infer(self._checked(feeds))
+
+    def _checked(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Contiguous arrays in the order of `inputs`; raises as `run` does."""
         for name in feeds:
             if name not in self.inputs:
                 raise UserError(f"{self.source}: input {name!r}: unknown, expected {', '.join(self.inputs)}")
@@ -138,11 +195,29 @@ class Engine(ABC):
             if not spec.accepts(array):
                 found = TensorSpec(array.dtype.name, array.shape)
                 raise UserError(f"{self.source}: input {name}: found {found}, expected {spec}")
-        return self._infer({name: np.ascontiguousarray(feeds[name]) for name in self.inputs})
+        return {name: np.ascontiguousarray(feeds[name]) for name in self.inputs}
 
     @abstractmethod
     def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`run` after the checks: contiguous arrays in the order of `inputs`."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Writes the built engine, which the backend's `load` takes.
+
+        Raises:
+            UserError: the backend cannot write engines for this device.
+        """
+
+    @cached_property
+    def size_bytes(self) -> int | None:
+        """Of the built engine as `save` writes it; None where the backend cannot write it."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self.save(Path(folder) / "engine")
+            except UserError:
+                return None
+            return (Path(folder) / "engine").stat().st_size
 
     @abstractmethod
     def profile(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerProfile]:

@@ -1,10 +1,19 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime: the CPU, CUDA and TensorRT execution providers.
+
+The built file is, on the CPU, the graph as ONNX Runtime's optimizer left it; for TensorRT a graph with the engines in it (an
+"EP context" model); for CUDA the graph as it is, which the provider prepares when it is loaded.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 import json
+import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +21,12 @@ import numpy as np
 import onnxruntime as ort
 
 from qat.core.errors import UserError
-from qat.engine.base import Engine, LayerProfile, Options, TensorSpec, cached
+from qat.core.files import atomic_path
+from qat.core.onnx_file import has_fp16
+from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cached, cores, text_digest, this_cpu
+
+ENDING = ".optimized.onnx"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 DTYPES = {
     "tensor(float)": "float32",
@@ -34,15 +48,126 @@ def _specs(arguments: Any) -> dict[str, TensorSpec]:
     }
 
 
-def _session_options(threads: int) -> ort.SessionOptions:
+def _plain_options(threads: int = 0) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # the optimizer's remarks are not for users
     return options
 
 
-def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def session_options(options: Options) -> ort.SessionOptions:
+    """What sessions run with: threads, where they stay and how they wait. Memory is ONNX Runtime's default: an arena, with
+    patterns.
+
+    The number of threads is always told: with 0, ONNX Runtime takes all cores and pins the threads to them unasked. A thread
+    that calls `run` is the first of them; it belongs to the caller and is not pinned.
+    """
+    places = cores()
+    threads = options.threads or len(places)
+    settings = _plain_options(threads)
+    settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+    if options.pinning and threads > 1:
+        if threads > len(places):
+            raise UserError(f"pinning: found {threads} threads, expected at most {len(places)}, one for each core")
+        affinities = ";".join(str(place + 1) for place in places[1:threads])  # ONNX Runtime counts processors from 1
+        settings.add_session_config_entry("session.intra_op_thread_affinities", affinities)
+    if hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return settings
+
+
+def provider_options(device: str, precision: str, cache: Path | None) -> list[tuple[str, dict[str, str]]]:
+    """The execution providers of a session in their order, each with its settings; what one cannot run goes to the next.
+
+    FP32 is FP32: TensorFloat-32 is off, as it is for every backend. A timing cache, which spares a second build most of
+    TensorRT's measurements, lies in the folder of built engines.
+    """
+    cuda = (CUDA, {"device_id": "0", "use_tf32": "0"})
+    if device == CPU:
+        return [(CPU, {})]
+    if device == CUDA:
+        return [cuda, (CPU, {})]
+    flags = {
+        "device_id": "0",
+        "trt_fp16_enable": str(
+            int(precision in ("fp16", "int8"))
+        ),  # beside INT8 as the reference's build script has it
+        "trt_int8_enable": str(int(precision == "int8")),
+        "trt_timing_cache_enable": str(int(cache is not None)),
+    }
+    if cache is not None:
+        flags["trt_timing_cache_path"] = str(cache)
+    return [(TENSORRT, flags), cuda, (CPU, {})]
+
+
+def _missing_library(device: str) -> str:
+    """The first shared library that a provider needs and does not find; "" where none is missing."""
+    name = "cuda" if device == CUDA else "tensorrt"
+    provider = Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
+    try:
+        ctypes.CDLL(str(provider))
+    except OSError as error:
+        cause = str(error).partition(": cannot open shared object file")
+        return cause[0] if cause[1] and cause[0] != str(provider) else ""
+    return ""
+
+
+def check_available(device: str) -> None:
+    """Raises `UserError` where this ONNX Runtime was built without the provider."""
+    available = ort.get_available_providers()
+    if device not in available:
+        raise UserError(
+            f"onnxruntime: found the providers {', '.join(available)}, expected {device}; mend by: "
+            "pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+
+
+def check_used(session: ort.InferenceSession, device: str) -> None:
+    """Raises `UserError` where ONNX Runtime made a session without the provider that was asked for, or gave it nothing to do.
+
+    ONNX Runtime itself then computes on the CPU and says so in its log alone.
+    """
+    if device not in session.get_providers():
+        library = _missing_library(device)
+        raise UserError(
+            f"onnxruntime: {device} did not start"
+            + (f": {library} is not found" if library else ": no driver, or no GPU that it supports")
+            + "; mend by: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            + (" tensorrt" if device == TENSORRT else "")
+            + ", with a driver for its CUDA"
+        )
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return
+    graphs = session.get_provider_graph_assignment_info()
+    if graphs and not any(graph.ep_name == device for graph in graphs):
+        others = ", ".join(sorted({graph.ep_name for graph in graphs}))
+        raise UserError(f"onnxruntime: {device} took none of the graph's operators, all went to {others}")
+
+
+def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str, dict[str, str]]]) -> Any:
+    device = providers[0][0]
+    if device != CPU:
+        check_available(device)
+        if hasattr(ort, "preload_dlls"):  # of the nvidia-* packages, which lie where no loader looks
+            with contextlib.redirect_stdout(io.StringIO()):
+                ort.preload_dlls()
+        ort.set_default_logger_severity(4)  # a provider that does not start is told below, in one line
+    try:
+        session = ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
+    except Exception as error:
+        if device == TENSORRT and "install TensorRT libraries" in str(error):
+            library = _missing_library(device)
+            raise UserError(
+                f"onnxruntime: {device} did not start"
+                + (f": {library} is not found" if library else "")
+                + "; mend by: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt, with a driver for its CUDA"
+            ) from None
+        raise
+    finally:
+        if device != CPU:
+            ort.set_default_logger_severity(2)  # warnings, as it was
+    check_used(session, device)
+    return session
 
 
 class PlainGraph:
@@ -53,11 +178,11 @@ class PlainGraph:
 
     def __init__(self, graph: bytes | Path, threads: int = 0) -> None:
         """graph: the file's bytes or its path. Raises `UserError` where ONNX Runtime cannot read it."""
-        options = _session_options(threads)
+        options = _plain_options(threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         source = graph if isinstance(graph, bytes) else str(graph)
         try:
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(source, options, providers=[CPU])
         except Exception as error:  # onnxruntime's own exceptions have no base class below Exception
             name = "the graph" if isinstance(graph, bytes) else graph
             raise UserError(f"{name}: ONNX Runtime cannot read it: {' '.join(str(error).split())}") from None
@@ -69,54 +194,198 @@ class PlainGraph:
         return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
 
 
-class OnnxRuntimeEngine(Engine):
-    """A session over the graph as ONNX Runtime's optimizer left it."""
+class DeviceRun:
+    """Runs a session with its inputs and outputs in the memory of a device.
 
-    def __init__(self, source: Path, precision: str, options: Options) -> None:
-        self._threads = options.threads
-        self._graph = source
+    Buffers of shapes that do not vary are allocated once and keep their address. pinned: whether inputs go through page-locked host
+    memory, which a GPU fetches by itself at full speed; it needs the package cuda-bindings.
+    transfer_ms: of the latest run, copies to the device and back.
+    """
+
+    def __init__(
+        self, session: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], device: str = "cuda"
+    ) -> None:
+        """device: in ONNX Runtime's words, "cuda" or "cpu"."""
+        self._session = session
+        self._device = device
+        self._binding = session.io_binding()
+        self._inputs: dict[str, Any] = {}
+        self._host: dict[str, np.ndarray] = {}
+        self.pinned = False
+        self.transfer_ms = 0.0
+        for name, spec in outputs.items():
+            if None not in spec.shape:
+                shape = list(spec.shape)
+                buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(spec.dtype).type, device, 0)
+                self._binding.bind_ortvalue_output(name, buffer)
+        self._varying = [name for name, spec in outputs.items() if None in spec.shape]
+        self._names = list(outputs)
+
+    def _send(self, name: str, array: np.ndarray) -> None:
+        buffer = self._inputs.get(name)
+        if buffer is None or list(buffer.shape()) != list(array.shape):
+            buffer = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self._device, 0)
+            self._inputs[name] = buffer
+            self._binding.bind_ortvalue_input(name, buffer)
+            host = pinned_array(array.shape, array.dtype) if self._device == "cuda" else None
+            self.pinned = host is not None
+            self._host[name] = array if host is None else host
+        if self.pinned:
+            np.copyto(self._host[name], array)
+            array = self._host[name]
+        buffer.update_inplace(array)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Outputs as ONNX Runtime's own values on the device (`data_ptr()`, `__dlpack__()`); the next run overwrites them."""
+        begin = time.perf_counter()
+        for name, array in feeds.items():
+            self._send(name, array)
+        self.transfer_ms = (time.perf_counter() - begin) * 1e3
+        for name in self._varying:  # anew each time: a run leaves its own buffer bound, of the shape it had
+            self._binding.bind_output(name, self._device, 0)
+        self._session.run_with_iobinding(self._binding)  # returns when the device is done
+        return dict(zip(self._names, self._binding.get_outputs(), strict=True))
+
+    def fetch(self, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """`run`'s values as arrays of the caller's; adds to `transfer_ms`."""
+        begin = time.perf_counter()
+        arrays = {name: value.numpy() for name, value in values.items()}
+        if self._device == "cpu":  # these may be views of the buffers
+            arrays = {name: array.copy() for name, array in arrays.items()}
+        self.transfer_ms += (time.perf_counter() - begin) * 1e3
+        return arrays
+
+
+def pinned_array(shape: Sequence[int], dtype: np.dtype) -> np.ndarray | None:
+    """An array in page-locked host memory; None without cuda-bindings or a GPU. The memory is never given back: an engine
+    asks once for each input shape."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return None
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    try:
+        status, address = runtime.cudaHostAlloc(size, runtime.cudaHostAllocDefault)
+    except RuntimeError:  # no CUDA runtime beside the package
+        return None
+    if int(status) != 0:
+        return None
+    memory = (ctypes.c_uint8 * size).from_address(int(address))
+    return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+
+
+class OnnxRuntimeEngine(Engine):
+    """A session with its execution providers."""
+
+    def __init__(
+        self, source: Path, precision: str, options: Options, device: str = CPU, built: Path | None = None
+    ) -> None:
+        """source: the graph, or the built file itself. built: a file that `save` wrote; None to build, or to take one of
+        the cache."""
+        self._options = options
+        self._device = device
+        self._providers = provider_options(device, precision, None if built else options.cache)
+        self._built = built
         try:
-            self._session = self._load(source, precision, options)
+            self._session = self._start(source, precision)
         except UserError:
             raise
         except Exception as error:  # onnxruntime's own exceptions have no base class below Exception
             raise UserError(f"{source}: ONNX Runtime cannot read it: {' '.join(str(error).split())}") from None
         super().__init__(source, precision, _specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
         self._names = list(self.outputs)
+        self._bound = None if device == CPU else DeviceRun(self._session, self.inputs, self.outputs)
 
-    def _optimized(self) -> ort.SessionOptions:
-        options = _session_options(self._threads)
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return options
+    def _settings(self) -> ort.SessionOptions:
+        """For a session over the built file, or over the source where there is none."""
+        settings = session_options(self._options)
+        if self._built is not None and self._device == CPU:
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return settings
 
-    def _load(self, source: Path, precision: str, options: Options) -> ort.InferenceSession:
-        if options.cache is None:
-            return _open(source, _session_options(self._threads))
+    def _make(self, source: Path, path: Path) -> None:
+        """Builds into a file."""
+        settings = session_options(self._options)
+        providers = self._providers
+        if self._device == CPU:
+            settings.optimized_model_filepath = str(path)
+        elif self._device == TENSORRT:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                context = {
+                    "trt_dump_ep_context_model": "1",
+                    "trt_ep_context_file_path": str(Path(folder) / "context.onnx"),
+                    "trt_ep_context_embed_mode": "1",  # the engines in the file, not beside it
+                }
+                providers = [(name, {**flags, **context} if name == TENSORRT else flags) for name, flags in providers]
+                _open(source, settings, providers)
+                (Path(folder) / "context.onnx").replace(path)
+            return
+        else:
+            shutil.copyfile(source, path)
+            return
+        _open(source, settings, providers)
 
-        def make(path: Path) -> None:
-            building = _session_options(self._threads)
-            building.optimized_model_filepath = str(path)
-            _open(source, building)
-
-        key = {"backend": "onnxruntime", "version": ort.__version__, "precision": precision}
-        self._graph = cached(source, ".onnx", options, key, make)
+    def _start(self, source: Path, precision: str) -> Any:
+        cache = self._options.cache
+        if self._built is not None or cache is None or self._device == CUDA:
+            return _open(self._built or source, self._settings(), self._providers)
+        check_available(self._device)
+        key = {
+            "backend": "onnxruntime",
+            "version": ort.__version__,
+            "precision": precision,
+            "device": self._device,
+            "fingerprint": identify(self._device).fingerprint,
+        }
+        self._built = cached(source, ENDING, self._options, key, lambda path: self._make(source, path))
         try:
-            return _open(self._graph, self._optimized())
+            return _open(self._built, self._settings(), self._providers)
+        except UserError:
+            raise
         except Exception:  # a damaged file of the cache, in whatever way: build afresh
-            self._graph.unlink(missing_ok=True)
-            self._graph = cached(source, ".onnx", options, key, make)
-            return _open(self._graph, self._optimized())
+            self._built.unlink(missing_ok=True)
+            self._built = cached(source, ENDING, self._options, key, lambda path: self._make(source, path))
+            return _open(self._built, self._settings(), self._providers)
+
+    @property
+    def settings(self) -> ort.SessionOptions:
+        """What the session runs with, as ONNX Runtime has it."""
+        return self._session.get_session_options()
 
     def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+        if self._bound is None:
+            return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+        outputs = self._bound.fetch(self._bound.run(feeds))
+        self.transfer_ms = self._bound.transfer_ms
+        return outputs
+
+    def run_on_device(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """`run` with outputs that stay on the GPU, as values with `data_ptr()`, `shape()` and `__dlpack__()`; the next run
+        overwrites them.
+
+        Raises:
+            UserError: as `run`, or the engine runs on the CPU.
+        """
+        if self._bound is None:
+            raise UserError(f"{self.source}: found an engine on the CPU, expected one on a GPU")
+        outputs = self._bound.run(self._checked(feeds))
+        self.transfer_ms = self._bound.transfer_ms
+        return outputs
+
+    def save(self, path: Path) -> None:
+        with atomic_path(path) as temporary:
+            if self._built is not None:
+                shutil.copyfile(self._built, temporary)
+            else:
+                self._make(self.source, temporary)
 
     def profile(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerProfile]:
         arrays = dict(feeds or self.example_feeds())
-        options = _session_options(self._threads) if self._graph == self.source else self._optimized()
+        options = self._settings()
         options.enable_profiling = True
         with tempfile.TemporaryDirectory() as folder:
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _open(self._graph, options)
+            session = _open(self._built or self.source, options, self._providers)
             for _ in range(runs + 1):
                 session.run(None, arrays)
             events = json.loads(Path(session.end_profiling()).read_text())
@@ -126,9 +395,14 @@ class OnnxRuntimeEngine(Engine):
         layers: dict[str, LayerProfile] = {}
         for event in kernels:
             name = event["name"].removesuffix("_kernel_time")
-            kind = event["args"]["op_name"]
-            layer = layers.setdefault(name, {"name": name, "type": kind, "precision": _precision(event), "ms": 0.0})
-            layer["ms"] += event["dur"] / 1e3 / runs
+            new: LayerProfile = {
+                "name": name,
+                "type": event["args"]["op_name"],
+                "precision": _precision(event),
+                "ms": 0.0,
+                "device": event["args"].get("provider", ""),
+            }
+            layers.setdefault(name, new)["ms"] += event["dur"] / 1e3 / runs
         return list(layers.values())
 
 
@@ -140,10 +414,51 @@ def _precision(event: Mapping[str, Any]) -> str:
     return next(iter(types[0]), "")
 
 
+def _check_precision(path: Path, precision: str, device: str) -> None:
+    if precision != "fp16":
+        return
+    if device == CPU:
+        raise UserError(
+            f"{path}: precision fp16: ONNX Runtime's CPU provider takes no precision flag; mend by fp32 or int8"
+        )
+    if device == CUDA and not has_fp16(path):
+        raise UserError(
+            f"{path}: precision fp16: found an FP32-typed graph, expected FP16 types: the CUDA provider takes no "
+            "precision flag; mend by export-camera --fp16 --flavour tensorrt-strong, or by backend onnxruntime-tensorrt"
+        )
+
+
+def identify(device: str) -> Device:
+    """The processor or GPU that engines are built for and run on here.
+
+    Raises:
+        UserError: there is no NVIDIA GPU, or no driver.
+    """
+    if device == CPU:
+        return this_cpu()
+    check_available(device)
+    name = _gpu_name()
+    return Device(name, text_digest(name))
+
+
+def _gpu_name() -> str:
+    """The first GPU's, by the driver's own library."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise UserError("onnxruntime: found no NVIDIA driver (libcuda.so.1), expected one with a GPU") from None
+    handle, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), 0) or driver.cuDeviceGetName(name, 256, handle):
+        raise UserError("onnxruntime: the NVIDIA driver found no GPU, expected one")
+    return name.value.decode()
+
+
 def build(onnx_path: Path, precision: str, options: Options, device: str) -> Engine:
     """See `qat.engine.build`."""
-    if precision == "fp16":
-        raise UserError(
-            f"{onnx_path}: precision fp16: ONNX Runtime's CPU provider takes no precision flag; mend by fp32 or int8"
-        )
-    return OnnxRuntimeEngine(onnx_path, precision, options)
+    _check_precision(onnx_path, precision, device)
+    return OnnxRuntimeEngine(onnx_path, precision, options, device)
+
+
+def load(built_file: Path, precision: str, options: Options, device: str) -> Engine:
+    """See `qat.engine.load`."""
+    return OnnxRuntimeEngine(built_file, precision, options, device, built=built_file)

@@ -1,7 +1,8 @@
-"""OpenVINO on the CPU."""
+"""OpenVINO on a CPU, GPU or NPU. The built file is what OpenVINO exports: the graph as its plugin transformed it."""
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,18 @@ import numpy as np
 import openvino as ov
 
 from qat.core.errors import UserError
-from qat.engine.base import Engine, LayerProfile, Options, TensorSpec, cached
+from qat.core.files import atomic_path
+from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cached, text_digest, this_cpu
 from qat.engine.openvino_shift import shift_concatenated
 
-# The type that layers outside the QDQ run in. Left to itself OpenVINO takes bfloat16 where the CPU has it, and FP32
-# rows would then not be FP32.
-FLOAT_TYPE = {"fp32": "f32", "int8": "f32", "fp16": "f16"}
+ENDING = ".openvino"
+# The type that layers outside the QDQ run in. Left to itself OpenVINO takes bfloat16 where a CPU has it and FP16 on a GPU,
+# and FP32 rows would then not be FP32. An NPU has no FP32.
+FLOAT_TYPE = {
+    "CPU": {"fp32": "f32", "int8": "f32", "fp16": "f16"},
+    "GPU": {"fp32": "f32", "int8": "f16", "fp16": "f16"},
+    "NPU": {"int8": "f16", "fp16": "f16"},
+}
 
 PASSES_VERSION = "1"  # of what is done to a graph before it is compiled; engines built otherwise are not reused
 
@@ -33,43 +40,90 @@ def _specs(ports: Any) -> dict[str, TensorSpec]:
 
 def _last_line(error: RuntimeError) -> str:
     """The cause; the lines above it are OpenVINO's own source files."""
-    return str(error).strip().splitlines()[-1]
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
+    """What OpenVINO is told when it compiles or loads a graph.
+
+    One picture at a time and no second stream: LATENCY. On a CPU also the threads, and whether each stays on its core.
+    """
+    told: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": FLOAT_TYPE[device][precision],
+    }
+    if device == "CPU":
+        told["ENABLE_CPU_PINNING"] = options.pinning
+        if options.threads:
+            told["INFERENCE_NUM_THREADS"] = options.threads
+    return told
+
+
+def _check(core: ov.Core, source: Path, precision: str, device: str) -> None:
+    """Raises `UserError` where the device is not there, or has no arithmetic of this precision."""
+    _check_device(core, device)
+    if precision not in FLOAT_TYPE[device]:
+        raise UserError(f"{source}: precision {precision}: OpenVINO's {device} computes in FP16; mend by fp16 or int8")
+    if precision == "fp16" and "FP16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+        raise UserError(
+            f"{source}: precision fp16: OpenVINO has no FP16 arithmetic on this {device}; mend by fp32 or int8"
+        )
+
+
+def _check_device(core: ov.Core, device: str) -> None:
+    there = core.available_devices  # "GPU" alone, or "GPU.0" and "GPU.1"
+    if not any(name.split(".")[0] == device for name in there):
+        raise UserError(
+            f"openvino: found the devices {', '.join(there)}, expected {device}; install its driver "
+            "(docs.openvino.ai: additional hardware setup), or choose another backend"
+        )
 
 
 class OpenVinoEngine(Engine):
     """A compiled model with one synchronous request."""
 
-    def __init__(self, source: Path, precision: str, options: Options) -> None:
+    def __init__(
+        self, source: Path, precision: str, options: Options, device: str = "CPU", built: Path | None = None
+    ) -> None:
+        """source: the graph, or the built file itself. built: a file that `save` wrote; None to build, or to take one of
+        the cache."""
         self._core = ov.Core()
-        if precision == "fp16" and "FP16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise UserError(
-                f"{source}: precision fp16: OpenVINO has no FP16 arithmetic on this CPU; mend by fp32 or int8"
-            )
-        self._settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": FLOAT_TYPE[precision],
-        }
-        if options.threads:
-            self._settings["INFERENCE_NUM_THREADS"] = options.threads
-        self._compiled = self._load(source, precision, options)
+        self._device = device
+        _check(self._core, source, precision, device)
+        self._settings = settings(precision, options, device)
+        self._compiled = self._import(built) if built else self._load(source, precision, options)
         super().__init__(source, precision, _specs(self._compiled.inputs), _specs(self._compiled.outputs))
+        self._built = built
         self._request = self._compiled.create_infer_request()
+
+    @property
+    def compiled(self) -> ov.CompiledModel:
+        """OpenVINO's own object, which tells its properties."""
+        return self._compiled
 
     def _compile(self, source: Path, **more: Any) -> ov.CompiledModel:
         try:
             model = self._core.read_model(source)
         except RuntimeError as error:
-            raise UserError(
-                f"{source}: OpenVINO cannot read it as ONNX: {str(error).strip().splitlines()[-1]}"
-            ) from None
+            raise UserError(f"{source}: OpenVINO cannot read it as ONNX: {_last_line(error)}") from None
         shift_concatenated(model)
         try:
-            return self._core.compile_model(model, "CPU", {**self._settings, **more})
+            return self._core.compile_model(model, self._device, {**self._settings, **more})
         except RuntimeError as error:
-            raise UserError(f"{source}: OpenVINO cannot compile it for this CPU: {_last_line(error)}") from None
+            raise UserError(
+                f"{source}: OpenVINO cannot compile it for this {self._device}: {_last_line(error)}"
+            ) from None
+
+    def _import(self, built: Path, **more: Any) -> ov.CompiledModel:
+        # Settings are not part of the file: a graph that is imported without them runs in another precision.
+        try:
+            return self._core.import_model(built.read_bytes(), self._device, {**self._settings, **more})
+        except RuntimeError as error:
+            raise UserError(f"{built}: OpenVINO cannot load it on this {self._device}: {_last_line(error)}") from None
 
     def _load(self, source: Path, precision: str, options: Options) -> ov.CompiledModel:
-        if options.cache is None:
+        exports = "EXPORT_IMPORT" in self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
+        if options.cache is None or not exports:
             return self._compile(source)
         compiled: list[ov.CompiledModel] = []
 
@@ -77,13 +131,20 @@ class OpenVinoEngine(Engine):
             compiled.append(self._compile(source))
             path.write_bytes(compiled[0].export_model().getvalue())
 
-        key = {"backend": "openvino", "version": ov.__version__, "precision": precision, "passes": PASSES_VERSION}
-        blob = cached(source, ".openvino", options, key, make)
+        key = {
+            "backend": "openvino",
+            "version": ov.__version__,
+            "precision": precision,
+            "passes": PASSES_VERSION,
+            "device": self._device,
+            "fingerprint": identify(self._device).fingerprint,
+        }
+        blob = cached(source, ENDING, options, key, make)
         if compiled:
             return compiled[0]
         try:
-            return self._core.import_model(blob.read_bytes(), "CPU", self._settings)
-        except RuntimeError:
+            return self._import(blob)
+        except UserError:
             blob.unlink()  # cut short or from another build: compile afresh
             return self._load(source, precision, options)
 
@@ -92,8 +153,23 @@ class OpenVinoEngine(Engine):
         # The request reuses its output buffers.
         return {name: results[i].copy() for i, name in enumerate(self.outputs)}
 
+    def save(self, path: Path) -> None:
+        if self._built is not None:
+            with atomic_path(path) as temporary:
+                shutil.copyfile(self._built, temporary)
+            return
+        try:
+            exported = self._compiled.export_model().getvalue()
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.source}: OpenVINO cannot export what it built for this {self._device}: {_last_line(error)}"
+            ) from None
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(exported)
+
     def profile(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerProfile]:
-        compiled = self._compile(self.source, PERF_COUNT=True)
+        counted = {"PERF_COUNT": True}
+        compiled = self._import(self._built, **counted) if self._built else self._compile(self.source, **counted)
         request = compiled.create_infer_request()
         arrays = list((feeds or self.example_feeds()).values())
         request.infer(arrays)
@@ -116,6 +192,25 @@ class OpenVinoEngine(Engine):
         ]
 
 
+def identify(device: str) -> Device:
+    """The processor, GPU or NPU that engines are built for and run on here.
+
+    Raises:
+        UserError: OpenVINO does not find one.
+    """
+    if device == "CPU":
+        return this_cpu()
+    core = ov.Core()
+    _check_device(core, device)
+    name = str(core.get_property(device, "FULL_DEVICE_NAME"))
+    return Device(name, text_digest(f"{name} {core.get_property(device, 'DEVICE_ARCHITECTURE')}"))
+
+
 def build(onnx_path: Path, precision: str, options: Options, device: str) -> Engine:
     """See `qat.engine.build`."""
-    return OpenVinoEngine(onnx_path, precision, options)
+    return OpenVinoEngine(onnx_path, precision, options, device)
+
+
+def load(built_file: Path, precision: str, options: Options, device: str) -> Engine:
+    """See `qat.engine.load`."""
+    return OpenVinoEngine(built_file, precision, options, device, built=built_file)

@@ -1,11 +1,21 @@
-"""Images to boxes at the customer's, from a folder of exported parts; numpy, a JIT and one backend, never torch.
+"""Images to boxes at the customer's, from a folder of engines or exported parts; numpy, a JIT and one backend, never torch.
 
-pipeline = Pipeline.load("onnx_int8", backend="openvino")
+pipeline = Pipeline.load("engines_int8_openvino")       # or of ONNX parts: Pipeline.load("onnx_int8", "openvino")
 detections = pipeline(images, points, Calibration(camera_intrinsics, camera2lidar))
 print(pipeline.timing_ms)
 """
 
+from qat.runtime.engines import build_engines, load_engines
 from qat.runtime.pipeline import Calibration, PartRunner, Pipeline, SampleTensors
 from qat.runtime.pooling import PatternCache, pool
 
-__all__ = ["Calibration", "PartRunner", "PatternCache", "Pipeline", "SampleTensors", "pool"]
+__all__ = [
+    "Calibration",
+    "PartRunner",
+    "PatternCache",
+    "Pipeline",
+    "SampleTensors",
+    "build_engines",
+    "load_engines",
+    "pool",
+]

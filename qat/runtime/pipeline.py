@@ -15,9 +15,10 @@ from qat.core.centerhead import Detections, decode, maps_from_tensors
 from qat.core.errors import UserError
 from qat.core.frame import FrameArrays, SampleTensors
 from qat.core.geometry import rasterize_depth, within
-from qat.core.manifest import PARTS, load_manifest
+from qat.core.manifest import load_manifest
 from qat.core.preprocess import ResizeCrop, normalize
-from qat.engine import Options, build
+from qat.engine import BACKENDS, Options, build
+from qat.runtime.engines import is_engines, load_engines, part_precisions
 from qat.runtime.pooling import PatternCache, pool
 
 
@@ -80,47 +81,36 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, folder: str | Path, backend: str, precision: str | None = None, options: Options | None = None
+        cls,
+        folder: str | Path,
+        backend: str | None = None,
+        precision: str | None = None,
+        options: Options | None = None,
     ) -> Pipeline:
-        """Builds every part of an exported folder, after checking its files against the manifest.
+        """Loads a folder of built engines, or builds every part of an exported one; both are checked against their manifest.
 
         Args:
-            folder: where export-camera wrote manifest.json and the parts.
-            backend: a backend of `qat.engine`.
+            folder: where `bevqat build` wrote engines, or export-camera the ONNX parts.
+            backend: a backend of `qat.engine`. Of engines it is known: None, or the same.
             precision: None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for it too.
-            options: threads and engine cache.
+            options: threads and engine cache; None for those that engines were built with.
 
         Raises:
-            UserError: the folder is incomplete or was changed, or its graphs are not of this precision.
+            UserError: the folder is incomplete or was changed, or its graphs are not of this precision; engines are
+                another backend's or precision's, or were built by another version of it or for another device.
         """
         folder = Path(folder)
+        if is_engines(folder):
+            engines, manifest, options = load_engines(folder, backend, precision, options)
+            return cls(engines, manifest["pipeline"], options.threads, str(folder))
         manifest = load_manifest(folder)
-        if not manifest["parts"]:
+        if backend is None:
             raise UserError(
-                f"{folder}: found the whole detector in one file, expected its parts: name the parts' folder"
+                f"{folder}: found ONNX parts, expected a backend for them too: one of {', '.join(BACKENDS)}"
             )
-        found = manifest["precision"]
-        if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
-            raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
-        needed = [PARTS[0], *(PARTS[1:2] if manifest["pipeline"]["vtransform"]["downsample"] > 1 else ())]
-        if manifest["pipeline"]["head"] is not None:  # else the camera branch alone
-            needed += PARTS[2:]
-        if missing := [name for name in needed if name not in manifest["parts"]]:
-            raise UserError(
-                f"{folder}: found no parts {', '.join(missing)}, expected all; export again without --parts"
-            )
-        if manifest.get("batch", 1) not in (1, None):
-            raise UserError(
-                f"{folder}: found parts for batches of {manifest['batch']}, expected 1 or any; export again without "
-                "--batch, or with --dynamic-batch"
-            )
-        if manifest.get("io", "fp32") != "fp32":
-            raise UserError(f"{folder}: found FP16 inputs and outputs, expected FP32; export again without --io fp16")
-        if manifest["flavour"] == "tensorrt-strong" and precision is None:
-            precision = "fp32"  # as far as a builder is told: the graph's own types say the rest
         parts = {
-            name: build(folder / part["file"], backend, precision or part["precision"], options)
-            for name, part in manifest["parts"].items()
+            name: build(folder / manifest["parts"][name]["file"], backend, wanted, options)
+            for name, wanted in part_precisions(folder, manifest, precision).items()
         }
         return cls(parts, manifest["pipeline"], options.threads if options else 0, str(folder))
 

@@ -16,6 +16,7 @@ import numpy as np
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
+from qat.core.onnx_file import graph_opset
 from qat.core.verification import Summary, compare_summary
 from qat.engine import Options, TensorSpec, build
 
@@ -27,60 +28,6 @@ class _Runner(Protocol):
     outputs: dict[str, TensorSpec]
 
     def run(self, feeds: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]: ...
-
-
-def _number(data: bytes, at: int) -> tuple[int, int]:
-    """A varint and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("a varint of more than 64 bits")
-
-
-def _fields(data: bytes) -> list[tuple[int, Any]]:
-    """A protobuf message's fields in their order: number and value, a memory view for what has a length."""
-    view, found, at = memoryview(data), [], 0
-    while at < len(data):
-        key, at = _number(data, at)
-        kind = key & 7
-        value: Any
-        if kind == 0:
-            value, at = _number(data, at)
-        else:
-            if kind == 2:
-                size, at = _number(data, at)
-            elif kind in (1, 5):
-                size = 8 if kind == 1 else 4
-            else:
-                raise ValueError(f"wire type {kind}")
-            if at + size > len(data):
-                raise ValueError("a field reaches beyond the end")
-            value, at = view[at : at + size], at + size
-        found.append((key >> 3, value))
-    return found
-
-
-def graph_opset(path: Path) -> int | None:
-    """The opset of ONNX's own operators that a file asks for, read without the onnx package: ModelProto's opset_import
-    (field 8) with an empty domain (1) and its version (2), from onnx.proto. None where there is none.
-
-    Raises:
-        UserError: not a protobuf message.
-    """
-    try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 8:
-                entry = dict(_fields(bytes(value)))
-                if not bytes(entry.get(1, b"")):
-                    return int(entry.get(2, 0))
-    except (ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: not an ONNX file: {error}; export again") from None
-    return None
 
 
 def _fits(described: Mapping[str, Any], found: TensorSpec) -> bool:

@@ -5,8 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+import onnx
 import torch
 import yaml
+from onnx import TensorProto, helper
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,3 +69,35 @@ def test_flavours_need_frames_to_calibrate_on(monkeypatch, capsys, tmp_path, tin
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert run(monkeypatch, "flavours", "--config", tmp_path / "tiny.yaml", "--frames", 2) == 2
     assert capsys.readouterr().err.endswith("error: --frames: found 2, expected more than the 2 that are held out\n")
+
+
+def test_engine_settings_are_timed_beside_the_default(monkeypatch, capsys, tmp_path):
+    linear = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "relu",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 8])],
+    )
+    onnx.save(helper.make_model(linear, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "g.onnx")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the settings' own processes import from here too
+    names = ("not spinning", "parallel branches", "arena shrunk after a run", "bfloat16")
+    flags = ("--onnx", tmp_path / "g.onnx", "--rounds", 2, "--repeats", 1, "--pause", 0, "--only", *names)
+    assert run(monkeypatch, "engine_settings", *flags, "--out", tmp_path / "found.json") == 0
+    rows = {(row["backend"], row["name"]): row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
+    assert list(rows) == [
+        ("openvino", "default"),
+        ("openvino", "bfloat16"),
+        ("onnxruntime", "default"),
+        ("onnxruntime", "not spinning"),
+        ("onnxruntime", "arena shrunk after a run"),
+        ("onnxruntime", "parallel branches"),
+    ]
+    for (_, name), row in rows.items():
+        assert row["ms"] > 0 and row["peak_rss_mb"] > 20 and len(row["rounds_ms"]) == 2
+        assert name != "default" or row["ratio"] == 1
+    assert "peak RSS MB" in capsys.readouterr().out
+
+
+def test_engine_settings_refuse_no_rounds(monkeypatch, capsys):
+    assert run(monkeypatch, "engine_settings", "--rounds", 0) == 2
+    assert capsys.readouterr().err == "error: --rounds: found 0, expected at least 1\n"

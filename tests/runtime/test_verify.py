@@ -17,6 +17,7 @@ from qat.core import verification
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
+from qat.core.onnx_file import graph_opset
 from qat.core.preprocess import normalize
 from qat.core.tensors import compare_tensors
 from qat.core.verification import (
@@ -32,7 +33,7 @@ from qat.core.verification import (
 )
 from qat.engine import Options
 from qat.export import export_parts, pipeline_settings
-from qat.runtime.verify import graph_opset, verify_folder
+from qat.runtime.verify import verify_folder
 
 ROOT = Path(__file__).parents[2]
 IMAGE = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

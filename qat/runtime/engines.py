@@ -1,0 +1,194 @@
+"""A folder of built engines: what `bevqat build` writes and a robot's process loads, without the ONNX graphs.
+
+It has one built file for each part and a manifest.json, that of the parts with the section `engine`: which backend, which
+version of it, the device that the files were built for, and the options. A built file is for that version and device alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qat.core.errors import UserError
+from qat.core.files import atomic_directory, read_json, sha256, write_json
+from qat.core.manifest import FILE, PARTS, load_manifest
+from qat.engine import Engine, Options, build, ending, find_backend, identify, load
+
+FORMAT_OF_PARTS = "engine"
+AGAIN = "run `bevqat build` again, on the machine that is to run it"
+NOTED = ("backend", "version", "precision", "device", "device_fingerprint", "options")
+
+
+def is_engines(folder: Path) -> bool:
+    """Whether a folder's manifest is that of built engines; False where there is no readable one."""
+    try:
+        manifest = read_json(folder / FILE)
+    except UserError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("format_of_parts") == FORMAT_OF_PARTS
+
+
+def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | None) -> dict[str, str]:
+    """What each part of a folder is built for, after checking that together they are a detector that `Pipeline` runs.
+
+    Args:
+        precision: as asked for; None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for
+            it too.
+
+    Raises:
+        UserError: parts are missing, or are of another precision, batch or type of inputs and outputs.
+    """
+    if not manifest["parts"]:
+        raise UserError(f"{folder}: found the whole detector in one file, expected its parts: name the parts' folder")
+    found = manifest["precision"]
+    if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
+        raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
+    needed = [PARTS[0], *(PARTS[1:2] if manifest["pipeline"]["vtransform"]["downsample"] > 1 else ())]
+    if manifest["pipeline"]["head"] is not None:  # else the camera branch alone
+        needed += PARTS[2:]
+    if missing := [name for name in needed if name not in manifest["parts"]]:
+        raise UserError(f"{folder}: found no parts {', '.join(missing)}, expected all; export again without --parts")
+    if manifest.get("batch", 1) not in (1, None):
+        raise UserError(
+            f"{folder}: found parts for batches of {manifest['batch']}, expected 1 or any; export again without "
+            "--batch, or with --dynamic-batch"
+        )
+    if manifest.get("io", "fp32") != "fp32":
+        raise UserError(f"{folder}: found FP16 inputs and outputs, expected FP32; export again without --io fp16")
+    if manifest["flavour"] == "tensorrt-strong" and precision is None:
+        precision = "fp32"  # as far as a builder is told: the graph's own types say the rest
+    return {name: precision or part["precision"] for name, part in manifest["parts"].items()}
+
+
+def _described(options: Options) -> dict[str, Any]:
+    """Options as JSON. The cache is this machine's own affair."""
+    described = {name: value for name, value in asdict(options).items() if name != "cache"}
+    return {name: str(value) if isinstance(value, os.PathLike) else value for name, value in described.items()}
+
+
+def _check_out(out: Path, folder: Path) -> None:
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out}: found the folder of the ONNX parts itself, expected another: it would be replaced")
+    if out.exists() and not is_engines(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: found something else than built engines there, expected a new folder: name another")
+
+
+def build_engines(
+    folder: str | Path,
+    backend: str,
+    precision: str | None = None,
+    out: str | Path | None = None,
+    options: Options | None = None,
+    progress: Callable[[str], None] = lambda part: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Builds every part of an exported folder into a folder of engines, whole or not at all.
+
+    Args:
+        folder: where export-camera wrote manifest.json and the parts.
+        backend: a key of `qat.engine.BACKENDS`.
+        precision: None for the manifest's.
+        out: None for engines_PRECISION_BACKEND beside the folder. Earlier engines there are replaced.
+        options: threads and the other options are noted, and are the defaults of whoever loads the folder.
+        progress: called with a part's name before it is built.
+
+    Returns:
+        the folder and its manifest.
+
+    Raises:
+        UserError: as `Pipeline.load` of the folder; the backend cannot write what it built; or `out` is something else.
+    """
+    folder = Path(folder)
+    options = options or Options()
+    manifest = load_manifest(folder)
+    precisions = part_precisions(folder, manifest, precision)
+    out = Path(out) if out is not None else folder.parent / f"engines_{precision or manifest['precision']}_{backend}"
+    version, suffix = find_backend(backend).version, ending(backend)
+    device = identify(backend)
+    _check_out(out, folder)
+    parts = {}
+    with atomic_directory(out) as temporary:
+        for name, part in manifest["parts"].items():
+            progress(name)
+            file = temporary / f"{name}{suffix}"
+            build(folder / part["file"], backend, precisions[name], options).save(file)
+            parts[name] = {
+                **{key: value for key, value in part.items() if key != "calibration_cache"},
+                "file": file.name,
+                "sha256": sha256(file),
+                "bytes": file.stat().st_size,
+                "built_for": precisions[name],
+                "onnx": {"file": part["file"], "sha256": part["sha256"]},
+            }
+        verification = {key: value for key, value in manifest.get("verification", {}).items() if key != "file"}
+        manifest = {
+            **{key: value for key, value in manifest.items() if key not in ("e2e", "verification")},
+            "format_of_parts": FORMAT_OF_PARTS,
+            "verification": verification,  # of the graphs; its frames stay with them
+            "engine": {
+                "backend": backend,
+                "version": version,
+                "precision": precision or manifest["precision"],
+                "device": device.name,
+                "device_fingerprint": device.fingerprint,
+                "options": _described(options),
+            },
+            "parts": parts,
+        }
+        write_json(temporary / FILE, manifest)
+    return out, manifest
+
+
+def _noted_options(noted: Mapping[str, Any]) -> Options:
+    """The options of a manifest: the numbers and switches among them, which say how a built file is run."""
+    plain = {field.name: type(field.default) for field in fields(Options) if isinstance(field.default, bool | int)}
+    known: dict[str, Any] = {name: value for name, value in noted.items() if type(value) is plain.get(name)}
+    return replace(Options(), **known)
+
+
+def load_engines(
+    folder: str | Path, backend: str | None = None, precision: str | None = None, options: Options | None = None
+) -> tuple[dict[str, Engine], dict[str, Any], Options]:
+    """Loads a folder that `build_engines` wrote.
+
+    Args:
+        backend, precision: None for the manifest's; others are refused.
+        options: None for those that it was built with.
+
+    Returns:
+        the engines by part, the manifest, the options they run with.
+
+    Raises:
+        UserError: the folder is incomplete or was changed; it was built for another backend, precision, version of the
+            backend, processor or GPU; or the backend does not load a file.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder, format_of_parts=FORMAT_OF_PARTS)
+    path = folder / FILE
+    noted = manifest.get("engine")
+    if not isinstance(noted, dict) or not set(NOTED) <= set(noted):
+        raise UserError(f"{path}: found no section engine with {', '.join(NOTED)}, expected it; {AGAIN}")
+    if backend is not None and backend != noted["backend"]:
+        raise UserError(
+            f"{path}: found engines of {noted['backend']}, expected {backend}; build with --backend {backend}"
+        )
+    if precision is not None and precision != noted["precision"]:
+        raise UserError(
+            f"{path}: found engines in {noted['precision']}, expected {precision}; export it with --{precision} and build"
+        )
+    name = noted["backend"]
+    version = find_backend(name).version
+    if version and version != noted["version"]:
+        raise UserError(f"{path}: built by {name} {noted['version']}, found {version} here; {AGAIN}")
+    device = identify(name)
+    if device.fingerprint != noted["device_fingerprint"]:
+        other = device.name if device.name != noted["device"] else f"{device.name} with other instruction sets"
+        raise UserError(f"{path}: built for {noted['device']}, found {other} here; {AGAIN}")
+    options = options or _noted_options(noted["options"])
+    engines = {
+        part: load(folder / entry["file"], name, entry["built_for"], options)
+        for part, entry in manifest["parts"].items()
+    }
+    return engines, manifest, options

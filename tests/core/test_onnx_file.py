@@ -1,0 +1,47 @@
+"""What is read of an ONNX file without the onnx package."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qat.core.errors import UserError
+from qat.core.onnx_file import has_fp16
+
+
+def save(path: Path, dtype: type, cast: int | None = None) -> Path:
+    """y = x + w, w of the dtype; with `cast` the sum is cast to that type and back."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes = [helper.make_node("Add", ["x", "w"], ["y" if cast is None else "s"])]
+    if cast is not None:
+        nodes += [helper.make_node("Cast", ["s"], ["c"], to=cast), helper.make_node("Cast", ["c"], ["y"], to=kind)]
+    graph = helper.make_graph(
+        nodes,
+        "add",
+        [helper.make_tensor_value_info("x", kind, [3])],
+        [helper.make_tensor_value_info("y", kind, [3])],
+        [numpy_helper.from_array(np.arange(3, dtype=dtype), "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast", "expected"),
+    [
+        (np.float32, None, False),
+        (np.float16, None, True),
+        (np.float32, TensorProto.FLOAT16, True),
+        (np.float32, TensorProto.DOUBLE, False),
+    ],
+)
+def test_a_graph_of_fp16_is_told_by_its_weights_or_its_casts(tmp_path, dtype, cast, expected):
+    assert has_fp16(save(tmp_path / "g.onnx", dtype, cast)) is expected
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path):
+    (tmp_path / "g.onnx").write_bytes(b"\x3a\xff\xff")
+    with pytest.raises(UserError, match=r"g\.onnx: not an ONNX file"):
+        has_fp16(tmp_path / "g.onnx")

@@ -1,0 +1,198 @@
+"""A folder of built engines: written whole, loaded without its graphs, and only where it was built for."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qat.cli import main
+from qat.core.errors import UserError
+from qat.engine import CPU_BACKENDS, Options
+from qat.runtime import Calibration, Pipeline, build_engines
+from qat.runtime.verify import verify_folder
+
+BACKENDS = sorted(CPU_BACKENDS)
+PARTS = ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, exported_fp32):
+    """A folder of engines by backend; copy it before changing anything in it."""
+    root = tmp_path_factory.mktemp("built")
+    options = Options(threads=1, cache=None)
+    return {name: build_engines(exported_fp32, name, out=root / name, options=options)[0] for name in BACKENDS}
+
+
+@pytest.fixture
+def engines(tmp_path, built):
+    return Path(shutil.copytree(built["openvino"], tmp_path / "engines"))
+
+
+def detect(pipeline, scene):
+    calibration = Calibration(scene["camera_intrinsics"], scene["camera2lidar"])
+    return pipeline(scene["images"], scene["points"], calibration)
+
+
+def change_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["engine"].update(changes)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_engines_give_the_boxes_of_the_graphs_that_they_were_built_from(exported_fp32, built, small_scene, backend):
+    expected = detect(Pipeline.load(exported_fp32, backend, options=Options(1, None)), small_scene)
+    pipeline = Pipeline.load(built[backend])
+    found = detect(pipeline, small_scene)
+    assert len(expected) > 5
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_allclose(found.boxes, expected.boxes, rtol=1e-5, atol=1e-5)
+    assert set(PARTS) < set(pipeline.timing_ms) and {"pooling", "decode"} < set(pipeline.timing_ms)
+
+
+def test_the_build_command_writes_a_file_for_each_part_and_says_what_for(tmp_path, exported_fp32, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported_fp32, "onnx_fp32")
+    assert main(["build", "--onnx", "onnx_fp32", "--backend", "onnxruntime", "--threads", "2", "--no-spinning"]) == 0
+    folder = tmp_path / "engines_fp32_onnxruntime"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == sorted(["manifest.json", *(f"{name}.optimized.onnx" for name in PARTS)])
+    assert list(manifest["parts"]) == PARTS
+    for part in manifest["parts"].values():
+        assert part["bytes"] == (folder / part["file"]).stat().st_size
+        assert part["onnx"]["sha256"] != part["sha256"]
+    printed = capsys.readouterr()
+    assert "fuser.optimized.onnx: fp32" in printed.out and printed.err.count("build ") == len(PARTS)
+    shutil.rmtree("onnx_fp32")
+    settings = Pipeline.load(folder).parts["fuser"].settings  # those that the session itself tells
+    assert settings.intra_op_num_threads == 2
+    assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    own = Pipeline.load(folder, options=Options(threads=1)).parts["fuser"].settings
+    assert own.intra_op_num_threads == 1
+    assert own.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_robots_process_needs_neither_torch_nor_the_graphs(tmp_path, built, small_scene, backend):
+    np.savez(tmp_path / "scene.npz", **{**small_scene, "images": np.stack(small_scene["images"])})
+    code = f"""
+import sys
+for name in ("torch", "torchvision", "timm", "onnx", "yaml", "nuscenes", "pytorch_quantization"):
+    sys.modules[name] = None
+import numpy as np
+from qat.runtime import Calibration, Pipeline
+scene = np.load({str(tmp_path / "scene.npz")!r})
+pipeline = Pipeline.load({str(built[backend])!r})
+calibration = Calibration(scene["camera_intrinsics"], scene["camera2lidar"])
+print(len(pipeline(list(scene["images"]), scene["points"], calibration)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5
+
+
+def test_another_backend_or_precision_than_it_was_built_for_is_refused(engines):
+    with pytest.raises(UserError, match="found engines of openvino, expected onnxruntime; build with --backend"):
+        Pipeline.load(engines, "onnxruntime")
+    with pytest.raises(UserError, match="found engines in fp32, expected int8; export it with --int8 and build"):
+        Pipeline.load(engines, precision="int8")
+    assert Pipeline.load(engines, "openvino", "fp32").parts
+
+
+def test_graphs_need_a_backend(exported_fp32):
+    with pytest.raises(UserError, match="found ONNX parts, expected a backend for them too: one of openvino"):
+        Pipeline.load(exported_fp32)
+
+
+def test_a_changed_or_missing_engine_file_is_refused(engines):
+    file = engines / "fuser.openvino"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"fuser\.openvino: found sha256 .*; run `bevqat build` again"):
+        Pipeline.load(engines)
+    file.unlink()
+    with pytest.raises(UserError, match=r"fuser\.openvino: no such file, expected part fuser; run `bevqat build`"):
+        Pipeline.load(engines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "2023.1.0"}, r"built by openvino 2023\.1\.0, found .* here; run `bevqat build` again"),
+        (
+            {"device": "Other CPU", "device_fingerprint": "0" * 16},
+            "built for Other CPU, found .* here; run `bevqat build` again",
+        ),
+        ({"device_fingerprint": "0" * 16}, "found .* with other instruction sets here; run `bevqat build` again"),
+        ({"backend": "tpu"}, "backend: found 'tpu', expected one of"),
+    ],
+)
+def test_engines_of_another_version_or_processor_are_refused_before_they_are_opened(engines, changes, message):
+    change_manifest(engines, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        Pipeline.load(engines)
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_without_the_engines_section_is_refused(engines):
+    path = engines / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["engine"]["version"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="found no section engine with backend, version"):
+        Pipeline.load(engines)
+
+
+def test_an_interrupted_build_leaves_the_earlier_engines(engines, exported_fp32):
+    before = {path.name: path.read_bytes() for path in engines.iterdir()}
+
+    def interrupt(part: str) -> None:
+        if part == "fuser":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(exported_fp32, "onnxruntime", out=engines, options=Options(1, None), progress=interrupt)
+    assert {path.name: path.read_bytes() for path in engines.iterdir()} == before
+    assert [path.name for path in engines.parent.iterdir()] == ["engines"]
+    build_engines(exported_fp32, "onnxruntime", out=engines, options=Options(1, None))
+    assert sorted(path.suffix for path in engines.iterdir()) == [".json", *[".onnx"] * 4]
+
+
+def test_a_build_replaces_nothing_but_engines(tmp_path, exported_fp32):
+    with pytest.raises(UserError, match="found the folder of the ONNX parts itself"):
+        build_engines(exported_fp32, "openvino", out=exported_fp32)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("kept")
+    with pytest.raises(UserError, match="found something else than built engines there"):
+        build_engines(exported_fp32, "openvino", out=tmp_path / "notes")
+    assert (tmp_path / "notes" / "a.txt").read_text() == "kept"
+
+
+def test_an_fp16_folders_graphs_are_built_in_fp32_when_asked(tmp_path, exported_fp32):
+    folder = Path(shutil.copytree(exported_fp32, tmp_path / "onnx_fp16"))
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["precision"] = "fp16"
+    for part in manifest["parts"].values():
+        part["precision"] = "fp16"  # as export-camera --fp16 writes it: the types stay FP32
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="precision fp16: ONNX Runtime's CPU provider takes no precision flag"):
+        build_engines(folder, "onnxruntime", options=Options(1, None))
+    assert not (tmp_path / "engines_fp16_onnxruntime").exists()
+    out, _ = build_engines(folder, "onnxruntime", "fp32", options=Options(1, None))
+    assert out == tmp_path / "engines_fp32_onnxruntime"
+    assert Pipeline.load(out, precision="fp32").parts["fuser"].precision == "fp32"
+
+
+def test_engines_are_not_taken_for_graphs(engines):
+    with pytest.raises(UserError, match="found parts of format engine, expected onnx: those are built"):
+        verify_folder(engines)
+    with pytest.raises(UserError, match="found parts of format engine, expected onnx: those are built"):
+        build_engines(engines, "openvino")
