@@ -89,7 +89,7 @@ def test_activations_behind_a_relu_use_all_of_u8(x):
 
 def test_what_is_computed_from_a_named_input_alone_keeps_the_step_of_s8(x):
     """There the biases are corrected for how s8 rounds (`qat.lean.background`)."""
-    model, weight, bias = conv_graph(relu=True)
+    model, _, _ = conv_graph(relu=True)
     changed = to_cpu(model, same_step=["x"])
     values, nodes = parts(changed)
     zero, scale = values[nodes["xq"].input[2]], values[nodes["xq"].input[1]]
