@@ -8,7 +8,7 @@ import os
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, sha256
+from qat.engine.tensorrt_options import TensorRtOptions
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class TensorSpec:
 
     def accepts(self, array: np.ndarray) -> bool:
         """Whether the array has this dtype and shape."""
+        return self.accepts_shape(array.dtype.name, array.shape)
+
+    def accepts_shape(self, dtype: str, shape: tuple[int, ...]) -> bool:
+        """Whether an array of this dtype name and shape is one."""
         return (
-            array.dtype.name == self.dtype
-            and array.ndim == len(self.shape)
-            and all(want is None or want == have for want, have in zip(self.shape, array.shape, strict=True))
+            dtype == self.dtype
+            and len(shape) == len(self.shape)
+            and all(want is None or want == have for want, have in zip(self.shape, shape, strict=True))
         )
 
 
@@ -53,12 +58,14 @@ class Options:
     threads: CPU threads, 0 for what the backend takes by itself (all cores).
     cache: folder of built engines; None switches the cache off. The default is $BEVQAT_CACHE, else
         $XDG_CACHE_HOME/bevqat, else ~/.cache/bevqat.
+    tensorrt: what the backend tensorrt alone takes; it says itself what enters the key of its cached plans.
     """
 
     threads: int = 0
     cache: Path | None = Path(
         os.environ.get("BEVQAT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bevqat"
     )
+    tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -75,22 +82,29 @@ def _cpu_features() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def cached(
-    onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]
-) -> Path:
-    """The built file for this graph, backend, options and processor; `make(path)` writes it where there is none.
+def cache_path(onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str]) -> Path:
+    """Where the built file for this graph, backend, options and processor is kept, whether it is there or not.
 
     Args:
         suffix: file name ending of the built file.
         key: what else the result depends on: backend, its version, precision.
+    """
+    assert options.cache is not None
+    plain = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
+    described = {**key, **plain, "cache": None, "onnx": sha256(onnx_path), "cpu": _cpu_features()}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return options.cache / f"{digest[:32]}{suffix}"
+
+
+def cached(
+    onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]
+) -> Path:
+    """The file at `cache_path`; `make(path)` writes it where there is none.
 
     Raises:
         UserError: the cache folder cannot be written.
     """
-    assert options.cache is not None
-    described = {**key, **asdict(options), "cache": None, "onnx": sha256(onnx_path), "cpu": _cpu_features()}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    built = options.cache / f"{digest[:32]}{suffix}"
+    built = cache_path(onnx_path, suffix, options, key)
     if not built.exists():
         with atomic_path(built) as temporary:
             make(temporary)
