@@ -75,7 +75,7 @@ def plan_jobs(folders: Sequence[Path], parts: Sequence[str] | None, rows: Sequen
                 continue
             file = folder / manifest["parts"][part]["file"]
             strong = " strong" if manifest.get("flavour") == "tensorrt-strong" else ""
-            precision = manifest["precision"]
+            precision = manifest["parts"][part].get("precision", manifest["precision"])  # a part may stay float
             if precision == "int8":
                 found.append(Job(part, f"INT8+FP16{strong}", "int8", folder, file, tf32=False))
             elif strong:

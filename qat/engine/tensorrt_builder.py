@@ -230,7 +230,10 @@ def configure(tools: Tools, network: Any, typing: Typing, path: Path, options: T
     config = tools.builder.create_builder_config()
     for name in typing.flags:
         config.set_flag(getattr(trt.BuilderFlag, name))
-    (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    if options.tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:  # on by default
+        config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if options.tactic_sources is not None:
