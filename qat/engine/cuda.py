@@ -10,7 +10,7 @@ import ctypes
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -82,10 +82,6 @@ class Device:
     clock_mhz: int
     memory_clock_mhz: int
     driver: str
-
-    def described(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def use_device(device: str | int = 0) -> Device:
@@ -165,7 +161,7 @@ class PinnedBuffer:
             raise ValueError(f"{wanted} bytes of a buffer of {self.size}")
         memory = (ctypes.c_byte * wanted).from_address(self.pointer)
         memory.owner = self  # type: ignore[attr-defined]
-        return np.frombuffer(memory, dtype).reshape(shape)
+        return np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
     def __del__(self) -> None:
         _release("cudaFreeHost", self, "pointer")
@@ -273,7 +269,8 @@ def wait_for(stream: int, other: int) -> None:
 @contextmanager
 def timed(stream: int) -> Iterator[list[float]]:
     """Yields a list that holds, after the block, the milliseconds between its begin and end on the stream."""
-    begin, end, spent = Event(), Event(), []
+    begin, end = Event(), Event()
+    spent: list[float] = []
     begin.record(stream)
     yield spent
     end.record(stream)

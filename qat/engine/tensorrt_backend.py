@@ -182,15 +182,16 @@ class TensorRtEngine(Engine):
         self._host = {name: cuda.PinnedBuffer(size) for name, size in sizes.items() if name not in self._vectorized}
 
     def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]], context: Any = None) -> None:
+        """Tells a context the inputs' shapes; the engine's own only when they change: TensorRT sets itself up anew."""
         key = tuple(shapes[name] for name in self.inputs)
         if context is None and key == self._shapes:
             return
+        for name in self.inputs:
+            self._check_profile(name, shapes[name])
         for name, spec in self.inputs.items():
             if None in spec.shape and not (context or self._context).set_input_shape(name, shapes[name]):
-                low, _, high = self._profile_shapes(name)
                 raise UserError(
-                    f"{self.source}: input {name}: found shape {list(shapes[name])}, expected between {list(low)} and "
-                    f"{list(high)}, for which the plan was built"
+                    f"{self.source}: input {name}: TensorRT refuses shape {list(shapes[name])}: {self._messages()}"
                 )
         if context is None:
             self._shapes = key
@@ -251,8 +252,6 @@ class TensorRtEngine(Engine):
                 f"{self.source}: {', '.join(self._vectorized)}: built with another layout than chw, which numpy arrays do not "
                 "have; use run_device, or build with formats such as fp16:chw"
             )
-        for name, array in feeds.items():
-            self._check_profile(name, array.shape)
         self._set_shapes({name: array.shape for name, array in feeds.items()})
         for name, array in feeds.items():
             np.copyto(self._host[name].view(array.dtype, array.shape), array)
@@ -305,8 +304,6 @@ class TensorRtEngine(Engine):
         for name in inputs:
             if name not in self.inputs:
                 raise UserError(f"{self.source}: input {name!r}: unknown, expected {', '.join(self.inputs)}")
-        for name, array in taken.items():
-            self._check_profile(name, array.shape)
         self._set_shapes({name: array.shape for name, array in taken.items()})
         results: dict[str, Any]
         if outputs is None:
@@ -359,7 +356,7 @@ class TensorRtEngine(Engine):
         trt = self._trt
         total: dict[str, float] = {}
 
-        class Times(trt.IProfiler):  # type: ignore[name-defined, misc]
+        class Times(trt.IProfiler):
             def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
                 self.counts = False

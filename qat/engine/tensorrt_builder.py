@@ -94,7 +94,7 @@ def choose_typing(
 def make_logger(trt: Any) -> Any:
     """A TensorRT logger that keeps errors and warnings instead of printing them."""
 
-    class Logger(trt.ILogger):  # type: ignore[name-defined, misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -351,7 +351,7 @@ class Interrupt:
 def _monitor(trt: Any, interrupt: Interrupt, report: Callable[[str], None]) -> Any:
     """TensorRT's progress (10 and later): steps of nested phases, and a way to stop."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined, misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.phases: dict[str, list[int]] = {}

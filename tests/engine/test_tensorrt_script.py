@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qat.core.errors import UserError
+from qat.engine import cuda
 from qat.engine.__main__ import main, plan_jobs, random_feeds, ratios, reference_outputs, result_table, summary
 from qat.engine.base import TensorSpec
 
@@ -56,6 +57,12 @@ def test_reference_outputs_are_written_and_found_again(forms, tmp_path, capsys):
 
 
 def test_without_tensorrt_or_a_gpu_it_leaves_with_status_2(forms, capsys):
+    try:
+        cuda.use_device(0)
+    except UserError:
+        pass
+    else:
+        pytest.skip("this machine has a GPU: tests/gpu runs the script")
     assert main([str(forms["fp32"])]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
