@@ -93,8 +93,8 @@ def use_device(device: str | int = 0) -> Device:
     index = device if isinstance(device, int) else parse_device(device)
     try:
         count = call("cudaGetDeviceCount")
-    except CudaError as error:
-        raise UserError(f"cuda:{index}: {error.meaning}{UNUSABLE}") from None
+    except RuntimeError as error:  # cuda-python 11 has its own where there is no driver at all
+        raise UserError(f"cuda:{index}: {getattr(error, 'meaning', error)}{UNUSABLE}") from None
     if index >= count:
         raise UserError(f"cuda:{index}: no such GPU, found {count}{UNUSABLE if not count else ''}")
     try:

@@ -112,7 +112,10 @@ def take(value: Any, spec: TensorSpec, where: str, stream: int, device: int = 0)
     Raises:
         UserError: neither protocol, on the host or another GPU, not contiguous, or of another dtype or shape.
     """
-    interface = getattr(value, "__cuda_array_interface__", None)
+    try:
+        interface = getattr(value, "__cuda_array_interface__", None)
+    except RuntimeError as error:  # torch, of a tensor that requires grad
+        raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
     mend = "copy it to the GPU first, or use run() for numpy arrays"
     if interface is not None:
         array, contiguous = _from_interface(interface, value)
@@ -123,7 +126,9 @@ def take(value: Any, spec: TensorSpec, where: str, stream: int, device: int = 0)
         if number != device:
             raise UserError(f"{where}: found an array on cuda:{number}, expected cuda:{device}; copy it there first")
         try:
-            array, contiguous, _ = _from_capsule(value.__dlpack__(stream=stream))
+            array, contiguous, _ = _from_capsule(
+                value.__dlpack__(stream=stream or 1)
+            )  # DLPack's name of the default stream
         except ValueError as error:
             raise UserError(f"{where}: found {error}, expected {spec}") from None
     else:

@@ -356,7 +356,7 @@ class TensorRtEngine(Engine):
         trt = self._trt
         total: dict[str, float] = {}
 
-        class Times(trt.IProfiler):
+        class Times(trt.IProfiler):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
                 self.counts = False

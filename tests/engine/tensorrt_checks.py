@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,13 +121,20 @@ def unknown_attributes() -> list[str]:
 
 
 def unknown_cuda_calls() -> list[str]:
-    """Functions of the runtime API that cuda.py names and cuda-bindings has not."""
+    """Functions and constants of the runtime API that cuda.py names and cuda-bindings has not."""
     tree = ast.parse(Path(cuda.__file__).read_text())
-    named = {
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and str(node.value).startswith("cuda") and
-        str(node.value)[4:5].isupper()
-    }  # fmt: skip
-    return sorted(name for name in named if not hasattr(cuda.runtime(), name) and not name.startswith("cudaError"))
+    words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    words += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    named = {str(word) for word in words if re.fullmatch(r"cuda[A-Z]\w+", str(word))}
+    api = cuda.runtime()
+    known = {
+        *dir(api),
+        *dir(api.cudaError_t),
+        *dir(api.cudaDeviceAttr),
+        *dir(api.cudaMemcpyKind),
+        *dir(api.cudaStreamCaptureMode),
+    }
+    return sorted(named - known)
 
 
 def typings(graphs: dict[str, str]) -> dict[str, Any]:

@@ -81,6 +81,12 @@ def test_what_does_not_fit_is_one_line():
     assert "strides" in refused(Capsule(np.zeros((2, 3, 5), np.float32).transpose(0, 2, 1), (2, 0)))
 
 
+def test_the_default_stream_has_dlpacks_name():
+    source = Capsule(np.zeros(3, np.float32), (2, 0))
+    take(source, TensorSpec("float32", (3,)), "x", stream=0)
+    assert source.asked == 1
+
+
 def test_an_axis_of_size_one_may_have_any_stride():
     array = np.zeros((1, 8, 3), np.float32)[:, ::8]
     assert array.strides[1] != 12
