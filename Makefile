@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit tensorrt-lab clean
 
 $(READY): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,11 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# TensorRT 8.5.3.1 and later releases' bindings, for tests/engine/test_tensorrt_lab.py; about 1 GB in .trt.
+PYTHON310 ?= python3.10
+tensorrt-lab:
+	$(PYTHON310) tests/engine/make_tensorrt_lab.py .trt
 
 clean:
 	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

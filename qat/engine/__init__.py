@@ -17,6 +17,7 @@ from types import ModuleType
 
 from qat.core.errors import UserError
 from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, layers_by_device
+from qat.engine.tensorrt_options import TensorRtOptions
 
 __all__ = [
     "BACKENDS",
@@ -27,6 +28,7 @@ __all__ = [
     "Engine",
     "LayerProfile",
     "Options",
+    "TensorRtOptions",
     "TensorSpec",
     "build",
     "ending",
@@ -69,6 +71,7 @@ BACKENDS = {
     "openvino": Backend(*_OPENVINO, "CPU", "openvino"),
     "openvino-gpu": Backend(*_OPENVINO, "GPU", "openvino"),
     "openvino-npu": Backend(*_OPENVINO, "NPU", "openvino"),
+    "tensorrt": Backend("qat.engine.tensorrt_backend", "tensorrt", "tensorrt", "cuda:0", "tensorrt"),
     "onnxruntime": Backend(*_ONNXRUNTIME, "onnxruntime", "CPUExecutionProvider", "onnxruntime"),
     "onnxruntime-cuda": Backend(*_ONNXRUNTIME, "onnxruntime-gpu", "CUDAExecutionProvider", "tensorrt"),
     "onnxruntime-tensorrt": Backend(*_ONNXRUNTIME, "onnxruntime-gpu", "TensorrtExecutionProvider", "tensorrt"),

@@ -10,7 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -19,6 +19,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, sha256
+from qat.engine.tensorrt_options import TensorRtOptions
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,14 @@ class TensorSpec:
 
     def accepts(self, array: np.ndarray) -> bool:
         """Whether the array has this dtype and shape."""
+        return self.accepts_shape(array.dtype.name, array.shape)
+
+    def accepts_shape(self, dtype: str, shape: tuple[int, ...]) -> bool:
+        """Whether an array of this dtype name and shape is one."""
         return (
-            array.dtype.name == self.dtype
-            and array.ndim == len(self.shape)
-            and all(want is None or want == have for want, have in zip(self.shape, array.shape, strict=True))
+            dtype == self.dtype
+            and len(shape) == len(self.shape)
+            and all(want is None or want == have for want, have in zip(self.shape, shape, strict=True))
         )
 
 
@@ -71,6 +76,7 @@ class Options:
     pinning: each CPU thread stays on a core of its own. For a process that has the cores to itself: threads of two that
         both pin meet on the same cores.
     spinning: ONNX Runtime's CPU threads wait for work in a loop, which answers sooner and takes whole cores while it runs.
+    tensorrt: what the backend tensorrt alone takes; it says itself what enters the key of its cached plans.
     """
 
     threads: int = 0
@@ -79,6 +85,7 @@ class Options:
     )
     pinning: bool = False
     spinning: bool = True
+    tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -130,22 +137,29 @@ def _cpu_features() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def cached(
-    onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]
-) -> Path:
-    """The built file for this graph, backend, options and processor; `make(path)` writes it where there is none.
+def cache_path(onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str]) -> Path:
+    """Where the built file for this graph, backend, options and processor is kept, whether it is there or not.
 
     Args:
         suffix: file name ending of the built file.
         key: what else the result depends on: backend, its version, precision.
+    """
+    assert options.cache is not None
+    plain = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
+    described = {**key, **plain, "cache": None, "onnx": sha256(onnx_path), "cpu": _cpu_features()}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return options.cache / f"{digest[:32]}{suffix}"
+
+
+def cached(
+    onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]
+) -> Path:
+    """The file at `cache_path`; `make(path)` writes it where there is none.
 
     Raises:
         UserError: the cache folder cannot be written.
     """
-    assert options.cache is not None
-    described = {**key, **asdict(options), "cache": None, "onnx": sha256(onnx_path), "cpu": _cpu_features()}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    built = options.cache / f"{digest[:32]}{suffix}"
+    built = cache_path(onnx_path, suffix, options, key)
     if not built.exists():
         with atomic_path(built) as temporary:
             make(temporary)

@@ -1,0 +1,277 @@
+"""The little of CUDA that an engine needs, over NVIDIA's cuda-bindings: buffers, streams, events, graphs. No torch, no pycuda.
+
+Everything here works on the current device. What cannot be done raises `UserError` where the user can mend it (no GPU, no
+driver, no package, memory spent) and `CudaError` elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from qat.core.errors import UserError
+
+# cuda-bindings 12 and 13; cuda-python 11 and early 12.
+RUNTIMES = ("cuda.bindings.runtime", "cuda.cudart")
+UNUSABLE = "; this needs an NVIDIA GPU with its driver"
+
+
+class CudaError(RuntimeError):
+    """A CUDA call failed. name: CUDA's own, such as "cudaErrorMemoryAllocation"."""
+
+    def __init__(self, call: str, name: str, meaning: str) -> None:
+        super().__init__(f"{call}: {meaning} ({name})")
+        self.name = name
+        self.meaning = meaning
+
+
+@cache
+def runtime() -> ModuleType:
+    """The module of CUDA's runtime API. Raises `UserError` where cuda-bindings is not installed."""
+    for name in RUNTIMES:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        except ImportError as error:
+            raise UserError(
+                f"cuda-bindings: {' '.join(str(error).split())}; install the release of the driver's CUDA"
+            ) from None
+    raise UserError("the package cuda-bindings is not installed; mend by: pip install cuda-bindings")
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Calls a function of the runtime API; returns what it returns beside the status: None, a value, or a tuple.
+
+    Raises:
+        CudaError: another status than success.
+    """
+    api = runtime()
+    status, *values = getattr(api, name)(*arguments)
+    if status != api.cudaError_t.cudaSuccess:
+        meaning = api.cudaGetErrorString(status)[1]
+        raise CudaError(name, status.name, meaning.decode() if isinstance(meaning, bytes) else str(meaning))
+    return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+
+def parse_device(device: str) -> int:
+    """ "cuda:1" → 1. Raises `UserError` where it is of another form."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not (index or "0").isdigit():
+        raise UserError(f"device: found {device!r}, expected cuda:0 or another number")
+    return int(index or 0)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as a plan depends on it. capability: such as "9.0". clocks in MHz: the highest that the device allows."""
+
+    index: int
+    name: str
+    capability: str
+    processors: int
+    memory: int
+    clock_mhz: int
+    memory_clock_mhz: int
+    driver: str
+
+
+def use_device(device: str | int = 0) -> Device:
+    """Makes a GPU the current one and says what it is.
+
+    Raises:
+        UserError: no driver, no GPU, or none of that number.
+    """
+    index = device if isinstance(device, int) else parse_device(device)
+    try:
+        count = call("cudaGetDeviceCount")
+    except RuntimeError as error:  # cuda-python 11 has its own where there is no driver at all
+        raise UserError(f"cuda:{index}: {getattr(error, 'meaning', error)}{UNUSABLE}") from None
+    if index >= count:
+        raise UserError(f"cuda:{index}: no such GPU, found {count}{UNUSABLE if not count else ''}")
+    try:
+        call("cudaSetDevice", index)
+        properties = call("cudaGetDeviceProperties", index)
+        kinds = runtime().cudaDeviceAttr
+        # From CUDA 13 on the properties no longer have the clocks; the attributes still do.
+        clocks = [
+            call("cudaDeviceGetAttribute", kind, index) // 1000
+            for kind in (kinds.cudaDevAttrClockRate, kinds.cudaDevAttrMemoryClockRate)
+        ]
+        driver = call("cudaDriverGetVersion")
+    except CudaError as error:
+        raise UserError(f"cuda:{index}: {error.meaning}{UNUSABLE}") from None
+    name = properties.name
+    return Device(
+        index=index,
+        name=(name.decode() if isinstance(name, bytes) else str(name)).rstrip("\0"),
+        capability=f"{properties.major}.{properties.minor}",
+        processors=properties.multiProcessorCount,
+        memory=properties.totalGlobalMem,
+        clock_mhz=clocks[0],
+        memory_clock_mhz=clocks[1],
+        driver=f"{driver // 1000}.{driver % 1000 // 10}",
+    )
+
+
+def _out_of_memory(what: str, size: int, error: CudaError) -> UserError | CudaError:
+    if error.name != "cudaErrorMemoryAllocation":
+        return error
+    return UserError(
+        f"{what} of {size / 2**20:.0f} MiB: out of memory; close other programs on the GPU or make batches smaller"
+    )
+
+
+class DeviceBuffer:
+    """Memory on the GPU, freed with this object. pointer: its address. size: bytes, at least 1."""
+
+    def __init__(self, size: int) -> None:
+        self.size = max(size, 1)
+        try:
+            self.pointer = int(call("cudaMalloc", self.size))
+        except CudaError as error:
+            raise _out_of_memory("GPU memory", self.size, error) from None
+
+    def __del__(self) -> None:
+        _release("cudaFree", self, "pointer")
+
+
+class PinnedBuffer:
+    """Page-locked memory of the host, which copies to and from the GPU go through at full speed."""
+
+    def __init__(self, size: int) -> None:
+        self.size = max(size, 1)
+        try:
+            self.pointer = int(call("cudaHostAlloc", self.size, 0))
+        except CudaError as error:
+            raise _out_of_memory("pinned memory", self.size, error) from None
+
+    def view(self, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """An array over the buffer's first bytes; it keeps the buffer alive."""
+        wanted = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if wanted > self.size:
+            raise ValueError(f"{wanted} bytes of a buffer of {self.size}")
+        memory = (ctypes.c_byte * wanted).from_address(self.pointer)
+        memory.owner = self  # type: ignore[attr-defined]
+        return np.frombuffer(memoryview(memory), dtype).reshape(shape)
+
+    def __del__(self) -> None:
+        _release("cudaFreeHost", self, "pointer")
+
+
+class Stream:
+    """A stream of its own, not synchronised with the default one. handle: as the runtime API takes it, and as an integer."""
+
+    def __init__(self) -> None:
+        self.native = call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking)
+        self.handle = int(self.native)
+
+    def synchronize(self) -> None:
+        """Waits until all that was enqueued is done; raises `CudaError` where any of it failed."""
+        call("cudaStreamSynchronize", self.native)
+
+    def __del__(self) -> None:
+        _release("cudaStreamDestroy", self, "native")
+
+
+class Event:
+    """A point in a stream, timed."""
+
+    def __init__(self) -> None:
+        self.native = call("cudaEventCreate")
+
+    def record(self, stream: int) -> None:
+        """Marks the point reached so far in the stream (an integer handle)."""
+        call("cudaEventRecord", self.native, stream)
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        """Between two recorded events; waits for this one."""
+        call("cudaEventSynchronize", self.native)
+        return float(call("cudaEventElapsedTime", earlier.native, self.native))
+
+    def __del__(self) -> None:
+        _release("cudaEventDestroy", self, "native")
+
+
+class Graph:
+    """What was enqueued on a stream during `capture`, to be launched as one.
+
+    Raises:
+        CudaError: something that was enqueued cannot be part of a graph.
+    """
+
+    def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
+        # Thread-local: what other threads do (the builder of another engine) is not of this capture.
+        call("cudaStreamBeginCapture", stream.native, runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        failed = None
+        try:
+            enqueue()
+        except Exception as error:
+            failed = error
+        try:
+            graph = call("cudaStreamEndCapture", stream.native)  # always: the stream must leave capture mode
+        except CudaError as error:
+            raise failed or error from None
+        if failed is not None:
+            call("cudaGraphDestroy", graph)
+            raise failed
+        try:
+            # The plain name took other arguments before CUDA 12.
+            name = "cudaGraphInstantiateWithFlags"
+            self.native = call(name if hasattr(runtime(), name) else "cudaGraphInstantiate", graph, 0)
+        finally:
+            call("cudaGraphDestroy", graph)
+
+    def launch(self, stream: int) -> None:
+        """Enqueues the whole graph on a stream (an integer handle)."""
+        call("cudaGraphLaunch", self.native, stream)
+
+    def __del__(self) -> None:
+        _release("cudaGraphExecDestroy", self, "native")
+
+
+def _release(function: str, holder: Any, attribute: str) -> None:
+    """Frees what a constructor got, once; silent when the interpreter or the driver is already going down."""
+    handle = holder.__dict__.pop(attribute, None)
+    if handle is None:
+        return
+    try:
+        getattr(runtime(), function)(handle)
+    except Exception:
+        return
+
+
+def upload(buffer: int, source: int, size: int, stream: int) -> None:
+    """Enqueues a copy from the host (an address, pinned) to the device."""
+    call("cudaMemcpyAsync", buffer, source, size, runtime().cudaMemcpyKind.cudaMemcpyHostToDevice, stream)
+
+
+def download(target: int, buffer: int, size: int, stream: int) -> None:
+    """Enqueues a copy from the device to the host (an address, pinned)."""
+    call("cudaMemcpyAsync", target, buffer, size, runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
+
+
+def wait_for(stream: int, other: int) -> None:
+    """Makes `stream` go on only after what is enqueued on `other` now. Both are integer handles."""
+    event = Event()
+    event.record(other)
+    call("cudaStreamWaitEvent", stream, event.native, 0)
+
+
+@contextmanager
+def timed(stream: int) -> Iterator[list[float]]:
+    """Yields a list that holds, after the block, the milliseconds between its begin and end on the stream."""
+    begin, end = Event(), Event()
+    spent: list[float] = []
+    begin.record(stream)
+    yield spent
+    end.record(stream)
+    spent.append(end.milliseconds_since(begin))

@@ -1,0 +1,481 @@
+"""TensorRT on an NVIDIA GPU: plans built from ONNX or loaded, run through cuda-bindings. No torch.
+
+engine = build(Path("onnx_int8/camera.backbone.onnx"), "int8", Options(), "cuda:0")
+outputs = engine.run({"img": img, "depth": depth})                       # numpy, through pinned memory
+engine.run_device({"img": img_gpu, "depth": depth_gpu}, stream=stream)   # torch or CuPy tensors, no copy
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qat.core.errors import UserError
+from qat.core.files import atomic_path
+from qat.engine import cuda
+from qat.engine.base import Engine, LayerProfile, Options, TensorSpec, cache_path
+from qat.engine.device_arrays import DeviceArray, stream_handle, take
+from qat.engine.inspector import Findings, LayerInfo, find, read_layers, with_times
+from qat.engine.tensorrt_builder import (
+    ENDING,
+    PlanFacts,
+    build_plan,
+    check_facts,
+    load_plugins,
+    make_logger,
+    one_line,
+    read_facts,
+    write_plan,
+)
+from qat.engine.tensorrt_capabilities import Capabilities, tensorrt_module
+from qat.engine.tensorrt_options import TensorRtOptions
+
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
+
+
+def _shape(dims: Any) -> tuple[int | None, ...]:
+    return tuple(None if size < 0 else int(size) for size in dims)
+
+
+class TensorRtEngine(Engine):
+    """A plan with one execution context, its buffers on the GPU and in pinned memory, and a stream of its own.
+
+    transfer_ms: of the latest `run`, both copies, from CUDA events.
+    compute_ms: of the latest `run`, between them.
+    graph_refused: why runs are enqueued layer by layer although a CUDA graph was asked for; "" where they are not.
+    device: the GPU. facts: how the plan was built, None where no sidecar tells.
+    """
+
+    def __init__(
+        self,
+        plan: bytes,
+        source: Path,
+        precision: str,
+        options: TensorRtOptions,
+        device: cuda.Device,
+        facts: PlanFacts | None,
+    ) -> None:
+        """plan: TensorRT's file, checked against `facts` already.
+
+        Raises:
+            UserError: TensorRT cannot take the plan, or an output's size is known only after a run.
+        """
+        self._trt = tensorrt_module()
+        self._capabilities = Capabilities(self._trt)
+        self._options = options
+        self._plan = plan
+        self.device = device
+        self.facts = facts
+        self.size_bytes = len(plan)
+        self.compute_ms = 0.0
+        self.graph_refused = "" if options.cuda_graph else "switched off"
+        self._logger = make_logger(self._trt)
+        load_plugins(self._trt, self._logger, options)
+        self._engine = self._deserialize(source)
+        self._context = self._new_context(source)
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        reads = self._trt.TensorIOMode.INPUT
+        inputs = [name for name in names if self._engine.get_tensor_mode(name) == reads]
+        super().__init__(
+            source,
+            precision,
+            {name: self._spec(name) for name in inputs},
+            {name: self._spec(name) for name in names if name not in inputs},
+        )
+        self._vectorized = [
+            name for name in names if self._engine.get_tensor_format(name) != self._trt.TensorFormat.LINEAR
+        ]
+        self.stream = cuda.Stream()
+        self._graph: tuple[tuple[Any, ...], cuda.Graph] | None = None
+        self._shapes: tuple[Any, ...] | None = None
+        self._select_profile(self._context)
+        self._allocate()
+
+    def _deserialize(self, source: Path) -> Any:
+        try:
+            # Kept: an engine does not keep its runtime alive in every version.
+            self._runtime = self._trt.Runtime(self._logger)
+        except (TypeError, RuntimeError):
+            raise UserError(f"TensorRT {self._capabilities.version} cannot start: {self._messages()}") from None
+        if self._options.version_compatible and hasattr(self._runtime, "engine_host_code_allowed"):
+            self._runtime.engine_host_code_allowed = True
+        try:
+            engine = self._runtime.deserialize_cuda_engine(self._plan)
+        except RuntimeError:
+            engine = None
+        if engine is None:
+            raise UserError(
+                f"{source}: TensorRT {self._capabilities.version} cannot load the plan on {self.device.name}: "
+                f"{self._messages()}; build it again here"
+            )
+        return engine
+
+    def _messages(self) -> str:
+        found = [*self._logger.errors, *self._logger.warnings]
+        return one_line(found[-1]) if found else "no cause given"
+
+    def _new_context(self, source: Path) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            needed = getattr(self._engine, self._capabilities.memory_attribute)
+            raise UserError(
+                f"{source}: TensorRT cannot make an execution context ({needed / 2**20:.0f} MiB of scratch memory): "
+                f"{self._messages()}"
+            )
+        return context
+
+    def _select_profile(self, context: Any) -> None:
+        if self._engine.num_optimization_profiles and any(None in spec.shape for spec in self.inputs.values()):
+            context.set_optimization_profile_async(0, self.stream.handle)
+            self.stream.synchronize()
+
+    def _spec(self, name: str) -> TensorSpec:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in DTYPES:
+            raise UserError(f"{name}: found tensors of type {kind}, expected of {', '.join(DTYPES.values())}")
+        return TensorSpec(DTYPES[kind], _shape(self._engine.get_tensor_shape(name)))
+
+    def _profile_shapes(self, name: str) -> list[tuple[int, ...]]:
+        """min, opt and max of an input; its one shape thrice where no axis varies."""
+        spec = self.inputs[name]
+        if None not in spec.shape:
+            return [tuple(n or 0 for n in spec.shape)] * 3
+        return [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, 0)]
+
+    def _bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Of a tensor's memory on the GPU, the padding of vectorized layouts included."""
+        spec = {**self.inputs, **self.outputs}[name]
+        sizes = list(shape)
+        vector = self._engine.get_tensor_vectorized_dim(name) if name in self._vectorized else -1
+        if vector >= 0:
+            step = self._engine.get_tensor_components_per_element(name)
+            sizes[vector] = -(-sizes[vector] // step) * step
+        return int(np.prod(sizes, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
+
+    def _allocate(self) -> None:
+        """Buffers for the largest shapes, once."""
+        largest = {name: self._profile_shapes(name)[2] for name in self.inputs}
+        self._set_shapes(largest)
+        sizes = {name: self._bytes(name, shape) for name, shape in largest.items()}
+        for name in self.outputs:
+            shape = tuple(self._context.get_tensor_shape(name))
+            if any(size < 0 for size in shape):
+                raise UserError(
+                    f"{self.source}: output {name}: its size depends on the data, which this engine cannot run"
+                )
+            sizes[name] = self._bytes(name, shape)
+        self._device = {name: cuda.DeviceBuffer(size) for name, size in sizes.items()}
+        self._host = {name: cuda.PinnedBuffer(size) for name, size in sizes.items() if name not in self._vectorized}
+
+    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]], context: Any = None) -> None:
+        """Tells a context the inputs' shapes; the engine's own only when they change: TensorRT sets itself up anew."""
+        key = tuple(shapes[name] for name in self.inputs)
+        if context is None and key == self._shapes:
+            return
+        for name in self.inputs:
+            self._check_profile(name, shapes[name])
+        for name, spec in self.inputs.items():
+            if None in spec.shape and not (context or self._context).set_input_shape(name, shapes[name]):
+                raise UserError(
+                    f"{self.source}: input {name}: TensorRT refuses shape {list(shapes[name])}: {self._messages()}"
+                )
+        if context is None:
+            self._shapes = key
+
+    def _check_profile(self, name: str, shape: tuple[int, ...]) -> None:
+        low, _, high = self._profile_shapes(name)
+        if any(not a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+            raise UserError(
+                f"{self.source}: input {name}: found shape {list(shape)}, expected between {list(low)} and {list(high)}, for "
+                "which the plan was built"
+            )
+
+    def _output_shape(self, name: str, context: Any = None) -> tuple[int, ...]:
+        return tuple(int(size) for size in (context or self._context).get_tensor_shape(name))
+
+    def _bind(self, addresses: Mapping[str, int], context: Any = None) -> None:
+        for name, address in addresses.items():
+            (context or self._context).set_tensor_address(name, address)
+
+    def _enqueue(self, stream: int, context: Any = None) -> None:
+        if not (context or self._context).execute_async_v3(stream):
+            raise UserError(f"{self.source}: TensorRT cannot run the plan: {self._messages()}")
+
+    def _own(self) -> dict[str, int]:
+        return {name: buffer.pointer for name, buffer in self._device.items()}
+
+    def enqueue(self, graph: bool | None = None) -> None:
+        """Enqueues one run over the engine's own buffers, at the shapes of the latest `run`; does not wait.
+
+        graph: as a CUDA graph or not; None as the options say and the driver allows.
+        """
+        if graph is None:
+            graph = not self.graph_refused
+        if graph and (self._graph is None or self._graph[0] != self._shapes):
+            self._graph = self._capture()
+        if graph and self._graph is not None:
+            self._graph[1].launch(self.stream.handle)
+            return
+        self._bind(self._own())
+        self._enqueue(self.stream.handle)
+
+    def _capture(self) -> tuple[tuple[Any, ...], cuda.Graph] | None:
+        """A graph for the present shapes; None, and why in `graph_refused`, where capture is refused."""
+        assert self._shapes is not None
+        self._bind(self._own())
+        # TensorRT sets itself up in the first run after a change of shapes, which a capture must not hold.
+        self._enqueue(self.stream.handle)
+        self.stream.synchronize()
+        try:
+            return self._shapes, cuda.Graph(self.stream, lambda: self._enqueue(self.stream.handle))
+        except (cuda.CudaError, UserError) as error:
+            self.graph_refused = one_line(str(error))
+            return None
+
+    def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._vectorized:
+            raise UserError(
+                f"{self.source}: {', '.join(self._vectorized)}: built with another layout than chw, which numpy arrays do not "
+                "have; use run_device, or build with formats such as fp16:chw"
+            )
+        self._set_shapes({name: array.shape for name, array in feeds.items()})
+        for name, array in feeds.items():
+            np.copyto(self._host[name].view(array.dtype, array.shape), array)
+        handle = self.stream.handle
+        if not self.graph_refused and (self._graph is None or self._graph[0] != self._shapes):
+            self._graph = self._capture()  # its own run must not count as this one's
+        points = [cuda.Event() for _ in range(4)]
+        points[0].record(handle)
+        for name, array in feeds.items():
+            cuda.upload(self._device[name].pointer, self._host[name].pointer, array.nbytes, handle)
+        points[1].record(handle)
+        self.enqueue()
+        points[2].record(handle)
+        results = {}
+        for name, spec in self.outputs.items():
+            view = self._host[name].view(spec.dtype, self._output_shape(name))
+            cuda.download(self._host[name].pointer, self._device[name].pointer, view.nbytes, handle)
+            results[name] = view
+        points[3].record(handle)
+        self._wait()
+        self.transfer_ms = points[1].milliseconds_since(points[0]) + points[3].milliseconds_since(points[2])
+        self.compute_ms = points[2].milliseconds_since(points[1])
+        return {name: view.copy() for name, view in results.items()}
+
+    def _wait(self) -> None:
+        try:
+            self.stream.synchronize()
+        except cuda.CudaError as error:
+            raise UserError(f"{self.source}: the GPU failed while running the plan: {error}") from None
+
+    def run_device(
+        self, inputs: Mapping[str, Any], outputs: Mapping[str, Any] | None = None, stream: Any = None
+    ) -> dict[str, Any]:
+        """Runs on arrays that are on the GPU already, without a copy.
+
+        Args:
+            inputs: for each input an array with `__cuda_array_interface__` or DLPack, contiguous, of its dtype and shape.
+            outputs: where to write, likewise; None for the engine's own buffers, which the next run overwrites.
+            stream: the caller's: an integer handle, or a torch or CuPy stream. The run is only enqueued there, so the
+                arrays must live until it is done. None for the engine's own: this call then waits.
+
+        Returns:
+            the arrays of `outputs`; or, of its own buffers, objects with `__cuda_array_interface__`.
+
+        Raises:
+            UserError: an array is missing, unknown, on the host or another GPU, not contiguous, of another dtype or shape.
+        """
+        handle = self.stream.handle if stream is None else stream_handle(stream)
+        taken = {name: self._taken(inputs, name, spec, "input", handle) for name, spec in self.inputs.items()}
+        for name in inputs:
+            if name not in self.inputs:
+                raise UserError(f"{self.source}: input {name!r}: unknown, expected {', '.join(self.inputs)}")
+        self._set_shapes({name: array.shape for name, array in taken.items()})
+        results: dict[str, Any]
+        if outputs is None:
+            written_on = None if stream is None else handle
+            results = {
+                name: DeviceArray(
+                    self._device[name].pointer, spec.dtype, self._output_shape(name), written_on, self._device[name]
+                )
+                for name, spec in self.outputs.items()
+            }
+            taken |= results
+        else:
+            results = {name: outputs[name] for name in self.outputs if name in outputs}
+            for name, spec in self.outputs.items():
+                exact = TensorSpec(spec.dtype, self._output_shape(name))
+                taken[name] = self._taken(outputs, name, exact, "output", handle)
+        for array in taken.values():
+            if array.stream is not None and array.stream != handle:
+                cuda.wait_for(handle, array.stream)
+        self._bind({name: array.pointer for name, array in taken.items()})
+        self._enqueue(handle)
+        if stream is None:
+            self._wait()
+        return results
+
+    def _taken(self, arrays: Mapping[str, Any], name: str, spec: TensorSpec, what: str, stream: int) -> DeviceArray:
+        if name not in arrays:
+            raise UserError(f"{self.source}: {what} {name}: missing, expected {spec}")
+        return take(arrays[name], spec, f"{self.source}: {what} {name}", stream, self.device.index)
+
+    def example_feeds(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random inputs as in `Engine`; dimensions that vary are those that the plan was tuned for."""
+        random = np.random.default_rng(seed)
+        return {
+            name: random.standard_normal(self._profile_shapes(name)[1]).astype(spec.dtype)
+            for name, spec in self.inputs.items()
+        }
+
+    def inspect(self) -> list[LayerInfo]:
+        """The plan's layers as TensorRT's inspector names them, without times."""
+        return read_layers(self.inspector_json())
+
+    def inspector_json(self) -> str:
+        """The inspector's own text for the whole plan."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def layers(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerInfo]:
+        """`inspect` with the mean milliseconds of `runs` runs after one warm-up, in a context of its own, without a graph."""
+        trt = self._trt
+        total: dict[str, float] = {}
+
+        class Times(trt.IProfiler):  # type: ignore[name-defined]
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+                self.counts = False
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                if self.counts:
+                    total[layer_name] = total.get(layer_name, 0.0) + ms
+
+        arrays = dict(feeds or self.example_feeds())
+        context = self._new_context(self.source)
+        self._select_profile(context)
+        self._set_shapes({name: array.shape for name, array in arrays.items()}, context)
+        handle = self.stream.handle
+        for name, array in arrays.items():
+            self._host_for(name, array)
+            cuda.upload(self._device[name].pointer, self._host[name].pointer, array.nbytes, handle)
+        self._bind(self._own(), context)
+        times = Times()
+        context.profiler = times
+        for run in range(runs + 1):
+            times.counts = run > 0
+            self._enqueue(handle, context)
+            self._wait()
+        return with_times(self.inspect(), {name: ms / runs for name, ms in total.items()})
+
+    def _host_for(self, name: str, array: np.ndarray) -> None:
+        if name in self._vectorized:
+            raise UserError(
+                f"{self.source}: input {name}: built with another layout than chw, which numpy arrays do not have"
+            )
+        np.copyto(self._host[name].view(array.dtype, array.shape), array)
+
+    def profile(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerProfile]:
+        return [
+            {"name": layer.name, "type": layer.type, "precision": layer.precision, "ms": layer.ms or 0.0}
+            for layer in self.layers(feeds, runs)
+        ]
+
+    def findings(self) -> Findings:
+        """Reformats, and which quantized convolutions run in INT8, from the inspector and the sidecar."""
+        return find(self.inspect(), self.facts.quantized if self.facts else ())
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan, as TensorRT serialized it, and its sidecar NAME.plan.json where it is known."""
+        path = Path(path)
+        if self.facts is not None:
+            write_plan(path, self._plan, self.facts)
+            return
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(self._plan)
+
+
+def _key(options: Options, precision: str, device: cuda.Device, version: str) -> dict[str, str]:
+    return {
+        "backend": "tensorrt",
+        "version": version,
+        "gpu": f"{device.name} {device.capability}",
+        "precision": precision,
+        "options": json.dumps(options.tensorrt.described(), sort_keys=True),
+    }
+
+
+def build(onnx_path: Path, precision: str, options: Options, device: str) -> TensorRtEngine:
+    """See `qat.engine.build`. A plan of the cache is for this TensorRT version and GPU model.
+
+    Raises:
+        UserError: no GPU, no TensorRT, or what `tensorrt_builder.build_plan` raises.
+        KeyboardInterrupt: Ctrl-C during the build.
+    """
+    trt = tensorrt_module()
+    gpu = cuda.use_device(device)
+    path: Path | None = None
+    if options.cache is not None:
+        # Threads are the CPU's affair.
+        key = _key(options, precision, gpu, trt.__version__)
+        path = cache_path(onnx_path, ENDING, replace(options, threads=0), key)
+        if path.is_file():
+            try:
+                return TensorRtEngine(path.read_bytes(), onnx_path, precision, options.tensorrt, gpu, read_facts(path))
+            except UserError:
+                path.unlink(missing_ok=True)  # a damaged file of the cache: build afresh
+    plan, facts = build_plan(onnx_path, precision, options.tensorrt, gpu.name, gpu.capability)
+    if path is not None:
+        write_plan(path, plan, facts)
+    return TensorRtEngine(plan, onnx_path, precision, options.tensorrt, gpu, facts)
+
+
+def load(built_file: Path, precision: str, options: Options, device: str) -> TensorRtEngine:
+    """A plan from a file: of `TensorRtEngine.save`, or of trtexec.
+
+    Args:
+        precision: what it was built for; the sidecar's word counts where there is one.
+
+    Raises:
+        UserError: no such file, no GPU, no TensorRT, or a plan of another TensorRT version or for another GPU: known from
+            the sidecar before TensorRT sees the plan, else from TensorRT's own message.
+    """
+    built_file = Path(built_file)
+    try:
+        plan = built_file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{built_file}: cannot be read: {error.strerror}") from None
+    trt = tensorrt_module()
+    facts = read_facts(built_file)
+    tensorrt_options = options.tensorrt
+    gpu = cuda.use_device(device)
+    if facts is not None:
+        check_facts(built_file, facts, trt.__version__, gpu.name, gpu.capability)
+        precision = facts.precision
+        if facts.options.get("version_compatible") and not tensorrt_options.version_compatible:
+            tensorrt_options = replace(tensorrt_options, version_compatible=True)
+    return TensorRtEngine(plan, built_file, precision, tensorrt_options, gpu, facts)
+
+
+def describe_device(device: str = "cuda:0") -> str:
+    """One line on GPU, clocks, driver and TensorRT, for reports. Raises `UserError` as `build` does."""
+    gpu = cuda.use_device(device)
+    return (
+        f"{gpu.name} (compute capability {gpu.capability}, {gpu.processors} SMs, up to {gpu.clock_mhz} MHz, "
+        f"{gpu.memory / 2**30:.0f} GiB), CUDA {gpu.driver}, {Capabilities(tensorrt_module()).describe()}, "
+        f"Python {sys.version.split()[0]}"
+    )
