@@ -19,7 +19,7 @@ import numpy as np
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
 from qat.engine import cuda
-from qat.engine.base import Engine, LayerProfile, Options, TensorSpec, cache_path
+from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cache_path, text_digest
 from qat.engine.device_arrays import DeviceArray, stream_handle, take
 from qat.engine.inspector import Findings, LayerInfo, find, read_layers, with_times
 from qat.engine.tensorrt_builder import (
@@ -469,6 +469,16 @@ def load(built_file: Path, precision: str, options: Options, device: str) -> Ten
         if facts.options.get("version_compatible") and not tensorrt_options.version_compatible:
             tensorrt_options = replace(tensorrt_options, version_compatible=True)
     return TensorRtEngine(plan, built_file, precision, tensorrt_options, gpu, facts)
+
+
+def identify(device: str) -> Device:
+    """The GPU that plans are built for and run on here: its model and compute capability.
+
+    Raises:
+        UserError: no driver, no GPU, or none of that number.
+    """
+    gpu = cuda.use_device(device)
+    return Device(gpu.name, text_digest(f"{gpu.name} {gpu.capability}"))
 
 
 def describe_device(device: str = "cuda:0") -> str:

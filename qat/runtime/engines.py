@@ -6,7 +6,6 @@ version of it, the device that the files were built for, and the options. A buil
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -63,10 +62,10 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
     return {name: precision or part["precision"] for name, part in manifest["parts"].items()}
 
 
-def _described(options: Options) -> dict[str, Any]:
+def _described(options: Options, backend: str) -> dict[str, Any]:
     """Options as JSON. The cache is this machine's own affair."""
-    described = {name: value for name, value in asdict(options).items() if name != "cache"}
-    return {name: str(value) if isinstance(value, os.PathLike) else value for name, value in described.items()}
+    described = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
+    return described | ({"tensorrt": options.tensorrt.described()} if backend == "tensorrt" else {})
 
 
 def _check_out(out: Path, folder: Path) -> None:
@@ -133,7 +132,7 @@ def build_engines(
                 "precision": precision or manifest["precision"],
                 "device": device.name,
                 "device_fingerprint": device.fingerprint,
-                "options": _described(options),
+                "options": _described(options, backend),
             },
             "parts": parts,
         }
@@ -180,7 +179,8 @@ def load_engines(
         )
     name = noted["backend"]
     version = find_backend(name).version
-    if version and version != noted["version"]:
+    lasting = noted["options"].get("tensorrt", {}).get("version_compatible", False)  # then TensorRT itself decides
+    if version and version != noted["version"] and not lasting:
         raise UserError(f"{path}: built by {name} {noted['version']}, found {version} here; {AGAIN}")
     device = identify(name)
     if device.fingerprint != noted["device_fingerprint"]:

@@ -1,5 +1,6 @@
 """A folder of built engines: written whole, loaded without its graphs, and only where it was built for."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from qat.cli import main
+from qat.cli.build import add_arguments, tensorrt_options
 from qat.core.errors import UserError
-from qat.engine import CPU_BACKENDS, Options
+from qat.engine import CPU_BACKENDS, Options, TensorRtOptions
+from qat.engine.tensorrt_options import Profile
 from qat.runtime import Calibration, Pipeline, build_engines
 from qat.runtime.verify import verify_folder
 
@@ -196,3 +199,41 @@ def test_engines_are_not_taken_for_graphs(engines):
         verify_folder(engines)
     with pytest.raises(UserError, match="found parts of format engine, expected onnx: those are built"):
         build_engines(engines, "openvino")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--backend", "openvino", "--workspace", "64", "--no-tf32"], "expected tensorrt for --no-tf32, --workspace"),
+        (["--backend", "tensorrt", "--profile", "img"], "expected NAME=MIN:OPT:MAX"),
+        (["--backend", "tensorrt", "--input-formats", "fp16"], "expected TYPE:LAYOUT"),
+    ],
+)
+def test_flags_of_another_backend_or_form_are_refused_in_one_line(exported_fp32, capsys, flags, problem):
+    assert main(["build", "--onnx", str(exported_fp32), *flags]) == 2
+    error = capsys.readouterr().err
+    assert problem in error and error.count("\n") == 1
+
+
+def test_tensorrt_flags_become_its_options():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [
+        "--workspace",
+        "64",
+        "--no-tf32",
+        "--profile",
+        "img=1x3:2x3:4x3",
+        "--timing-cache",
+        "t",
+        "--plugins",
+        __file__,
+    ]
+    options = tensorrt_options(parser.parse_args(["--onnx", "d", "--backend", "tensorrt", *given]))
+    assert options == TensorRtOptions(
+        workspace=64 * 2**20,
+        tf32=False,
+        profiles=(Profile("img", (1, 3), (2, 3), (4, 3)),),
+        timing_cache=Path("t"),
+        plugins=(Path(__file__),),
+    )
