@@ -91,6 +91,11 @@ class PoolPattern:
     pixels: int
 
     @cached_property
+    def last_depth(self) -> int:
+        """The largest of `depth`, -1 where no point is in the grid."""
+        return int(self.depth.max(initial=-1))
+
+    @cached_property
     def by_pixel(self) -> tuple[np.ndarray, np.ndarray]:
         """The transposed pattern, for gradients: row_ptr int32[pixels + 1] and the order int64[P] of entries."""
         order = np.argsort(self.pixel, kind="stable")
