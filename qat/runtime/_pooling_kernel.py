@@ -171,7 +171,7 @@ _sum_16, _sum_32, _sum_48, _sum_64, _sum_80 = (_sum_entries(vectors) for vectors
 _store_block, _store_block_past_cache = _store_transposed(False), _store_transposed(True)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 def _sum_cell(weights, features, depth, pixel, begin, end, channels, sums, at):  # type: ignore[no-untyped-def]
     """sums[at + c] = Σ weights[depth[p]] · features[pixel[p] · channels + c], begin ≤ p < end, for all channels c."""
     first = 0
