@@ -46,14 +46,19 @@ def lift_points(
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def cells_of_points(
-    points: np.ndarray, low: np.ndarray, step: np.ndarray, nx: int, ny: int, nz: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each point's cell (z·nx + x)·ny + y, int32[P], −1 outside the grid; and each cell's points, int32[cells].
+    points: np.ndarray,
+    low: np.ndarray,
+    step: np.ndarray,
+    shape: tuple[int, int, int],
+    cells: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """Each point's cell (z·nx + x)·ny + y into cells int32[P], and how many each has into counts int32[nz·nx·ny], zeros before.
 
-    points float32[P,3]; the x cell is trunc((x − low[0]) / step[0]). Numbers that no int32 holds are outside.
+    points float32[P,3]; shape (nz, nx, ny). The x cell is trunc((x − low[0]) / step[0]); −1 is outside the grid, where numbers
+    that no int32 holds are too.
     """
-    cells = np.empty(len(points), np.int32)
-    counts = np.zeros(nx * ny * nz, np.int32)
+    nz, nx, ny = shape
     for i in range(len(points)):
         x = (points[i, 0] - low[0]) / step[0]
         y = (points[i, 1] - low[1]) / step[1]
@@ -63,19 +68,23 @@ def cells_of_points(
             cell = (np.int32(z) * nx + np.int32(x)) * ny + np.int32(y)
             cells[i] = cell
             counts[cell] += 1
-    return cells, counts
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def sort_by_cell(
-    cells: np.ndarray, row_ptr: np.ndarray, cameras: int, bins: int, plane: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A stable counting sort of the points that have a cell: cell, pixel and depth of a `PoolPattern`.
+    cells: np.ndarray,
+    row_ptr: np.ndarray,
+    sizes: tuple[int, int, int],
+    cell: np.ndarray,
+    pixel: np.ndarray,
+    depth: np.ndarray,
+) -> None:
+    """A stable counting sort of the points that have a cell, into cell, pixel and depth of a `PoolPattern`.
 
-    cells: int32[cameras · bins · plane], −1 for a point to leave out. row_ptr: int32[cells + 1], where each cell begins.
+    cells: int32[cameras · bins · plane], −1 for a point to leave out, of sizes (cameras, bins, plane). row_ptr: int32[cells + 1],
+    where each cell begins.
     """
-    count = row_ptr[-1]
-    cell, pixel, depth = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.int32)
+    cameras, bins, plane = sizes
     place = row_ptr[:-1].copy()
     point = 0
     for camera in range(cameras):
@@ -89,4 +98,3 @@ def sort_by_cell(
                 point += 1
     for at in range(len(place)):
         cell[row_ptr[at] : row_ptr[at + 1]] = at
-    return cell, pixel, depth

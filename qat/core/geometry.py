@@ -68,7 +68,7 @@ def frustum_to_lidar(
     combine = camera2lidar[:, :3, :3] @ np.linalg.inv(camera_intrinsics[:, :3, :3])
     combine = (lidar_aug_matrix[:3, :3] @ combine).astype(np.float32)
     shift = (camera2lidar[:, :3, 3] @ lidar_aug_matrix[:3, :3].T + lidar_aug_matrix[:3, 3]).astype(np.float32)
-    origin = img_aug_matrix[:, :3, 3].astype(np.float32)
+    origin = np.ascontiguousarray(img_aug_matrix[:, :3, 3], np.float32)
     flat = np.ascontiguousarray(frustum, np.float32).reshape(-1, 3)
     out = np.empty((len(camera2lidar), *frustum.shape), np.float32)
     for n in range(len(camera2lidar)):
@@ -116,16 +116,19 @@ def pooling_pattern(points: np.ndarray, xbound: Bound, ybound: Bound, zbound: Bo
     Args:
         points: float32[N,D,fH,fW,3] in metres in the lidar frame.
     """
+    from qat.core._pattern_kernel import cells_of_points, sort_by_cell
+
     n, d, fh, fw, _ = points.shape
     nx, ny, nz = grid_size(xbound, ybound, zbound)
     step = np.array([row[2] for row in (xbound, ybound, zbound)], np.float32)
     centre = np.array([row[0] + row[2] / 2.0 for row in (xbound, ybound, zbound)], np.float32)
-    from qat.core._pattern_kernel import cells_of_points, sort_by_cell
-
     flat = np.ascontiguousarray(points, np.float32).reshape(-1, 3)
-    cells, counts = cells_of_points(flat, centre - step / np.float32(2.0), step, nx, ny, nz)
+    # numpy's memory, not the kernels' own: numpy asks for large pages, which saves most of the page faults.
+    cells, counts = np.empty(len(flat), np.int32), np.zeros(nx * ny * nz, np.int32)
+    cells_of_points(flat, centre - step / np.float32(2.0), step, (nz, nx, ny), cells, counts)
     row_ptr = _row_pointers(counts)
-    cell, pixel, depth = sort_by_cell(cells, row_ptr, n, d, fh * fw)
+    cell, pixel, depth = (np.empty(row_ptr[-1], np.int32) for _ in range(3))
+    sort_by_cell(cells, row_ptr, (n, d, fh * fw), cell, pixel, depth)
     return PoolPattern(cell, pixel, depth, row_ptr, (nz, nx, ny), n * fh * fw)
 
 

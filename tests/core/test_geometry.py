@@ -104,6 +104,19 @@ def test_patterns_are_sorted_and_index_pixels_and_depths(cameras):
     assert (np.diff(pattern.pixel[order]) >= 0).all() and row_ptr[-1] == len(order)
 
 
+def test_every_frustum_point_is_where_double_precision_puts_it(cameras):
+    intrinsics, camera2lidar, aug, lidar_aug = (matrix.astype(np.float64) for matrix in cameras)
+    frustum = create_frustum((32, 64), (4, 8), (1.0, 60.0, 0.5))
+    points = frustum_to_lidar(frustum, *cameras)
+    for n in range(3):
+        seen = (frustum.reshape(-1, 3) - aug[n, :3, 3]) @ np.linalg.inv(aug[n, :3, :3]).T
+        seen[:, :2] *= seen[:, 2:]
+        camera = seen @ np.linalg.inv(intrinsics[n, :3, :3]).T
+        lidar = camera @ camera2lidar[n, :3, :3].T + camera2lidar[n, :3, 3]
+        expected = lidar @ lidar_aug[:3, :3].T + lidar_aug[:3, 3]
+        np.testing.assert_allclose(points[n].reshape(-1, 3), expected, atol=2e-4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     arrays(
