@@ -17,7 +17,8 @@ Every row gets its result in new memory, but for "ours, out=", which writes into
 - naive: the same with `numpy.add.at`, once, in double precision; the others' errors are their distance from it.
 
 Goal: ours / torch CSR at most 0.5, with the same number of threads. A pattern is made for each new camera geometry (on
-nuScenes in every sample): its time is apart. Peak memory is what the process grows by in one run, the result with it.
+nuScenes in every sample): its time is apart. Peak memory is what the process grows by in one run, the result with it;
+0 where what was freed before is enough.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from calibration import load_samples
 from rich.console import Console
 from rich.table import Table
 
@@ -84,7 +86,7 @@ def read_samples(args: argparse.Namespace, config: dict[str, Any]) -> list[Sampl
     """
     if args.keyframe:
         return [load_frame(args.keyframe, config)]
-    return list(NuScenesDataset(args.data, args.split, config, args.version, 4))
+    return load_samples(config, args)
 
 
 def naive(pattern: PoolPattern, weights: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -340,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="its cameras are taken")
     parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
     parser.add_argument("--split", default="calib", help="default calib")
+    parser.add_argument("--frames", type=int, default=4, metavar="N", help="keyframes, in turn (default 4)")
     parser.add_argument("--keyframe", type=Path, metavar="DIR", help="one keyframe with info.json, in --data's place")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="times that each row runs (default 15)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default 0: all cores")
@@ -352,6 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.rounds < 1:
             raise UserError(f"--rounds: found {args.rounds}, expected at least 1")
+        if args.frames < 1:
+            raise UserError(f"--frames: found {args.frames}, expected at least 1")
         if args.threads < 0:
             raise UserError(f"--threads: found {args.threads}, expected 0 (all cores) or more")
         result = run(args)

@@ -10,8 +10,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 
-@intrinsic
-def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+def _fused(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c, rounded once, on any processor."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -21,8 +20,11 @@ def _fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     return number(number, number, number), generate
 
 
+_fma: Any = intrinsic(_fused)
+
+
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _dot(matrix, row, x, y, z):  # type: ignore[no-untyped-def]
+def _dot(matrix, row, x, y, z):
     """As BLAS adds them on processors with fused multiply-adds, so that points are the same bits as its product's."""
     return _fma(matrix[row, 2], z, _fma(matrix[row, 1], y, matrix[row, 0] * x))
 

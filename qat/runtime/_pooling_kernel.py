@@ -156,8 +156,7 @@ def _store_transposed(past_cache: bool) -> Callable[..., Any]:
     return store
 
 
-@intrinsic
-def _take(typing: Any, counter: Any) -> Any:
+def _taking(typing: Any, counter: Any) -> Any:
     """counter[0]++ at once among threads; returns what it was."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -167,12 +166,24 @@ def _take(typing: Any, counter: Any) -> Any:
     return types.int64(counter), generate
 
 
+def _publishing(typing: Any) -> Any:
+    """Waits until this thread's stores past the cache are seen by the others: nothing else orders them."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+_take: Any = intrinsic(_taking)
+_publish: Any = intrinsic(_publishing)
 _sum_16, _sum_32, _sum_48, _sum_64, _sum_80 = (_sum_entries(vectors) for vectors in (1, 2, 3, 4, 5))
 _store_block, _store_block_past_cache = _store_transposed(False), _store_transposed(True)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
-def _sum_cell(weights, features, depth, pixel, begin, end, channels, sums, at):  # type: ignore[no-untyped-def]
+def _sum_cell(weights, features, depth, pixel, begin, end, channels, sums, at):
     """sums[at + c] = Σ weights[depth[p]] · features[pixel[p] · channels + c], begin ≤ p < end, for all channels c."""
     first = 0
     while channels - first >= 80:
@@ -198,7 +209,7 @@ def _sum_cell(weights, features, depth, pixel, begin, end, channels, sums, at): 
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _pool_tiles(row_ptr, pixel, depth, weights, features, out, shape, past_cache, counter):  # type: ignore[no-untyped-def]
+def _pool_tiles(row_ptr, pixel, depth, weights, features, out, shape, past_cache, counter):
     """Takes tiles by the counter until none is left, and computes their cells.
 
     A tile is TILE_X rows of about TILE_Y cells: its ends in each row are moved to multiples of 16 cells of the plane, so that
@@ -237,6 +248,7 @@ def _pool_tiles(row_ptr, pixel, depth, weights, features, out, shape, past_cache
             for i in range(end - begin):  # what is no whole block: the last channels, the last cells of the plane
                 for c in range(whole if i < blocks else 0, channels):
                     out[(z * channels + c) * plane + begin + i] = sums[i * channels + c]
+    _publish()
 
 
 def cores() -> int:

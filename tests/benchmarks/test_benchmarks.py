@@ -71,6 +71,7 @@ def test_flavours_need_frames_to_calibrate_on(monkeypatch, capsys, tmp_path, tin
 
 def test_pooling_is_timed_beside_torch_and_the_naive_sum(monkeypatch, capsys, tmp_path, tiny_config):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # it takes frames from another
     flags = ("--config", tmp_path / "tiny.yaml", "--rounds", 2, "--threads", 2, "--json", tmp_path / "found.json")
     assert run(monkeypatch, "pooling", *flags) == 0
     assert "ours / torch CSR (goal at most 0.5): " in capsys.readouterr().out
@@ -81,5 +82,6 @@ def test_pooling_is_timed_beside_torch_and_the_naive_sum(monkeypatch, capsys, tm
 
 
 def test_pooling_needs_rounds(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert run(monkeypatch, "pooling", "--rounds", 0) == 2
     assert capsys.readouterr().err == "error: --rounds: found 0, expected at least 1\n"
