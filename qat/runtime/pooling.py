@@ -32,7 +32,7 @@ def pool(
         features: float32[N,fH,fW,C], channels-last.
         threads: 0 for all cores; the result does not depend on it.
         out: float32[1, C·nz, nx, ny], contiguous, to write into; an earlier call's result is at a good address. Fresh
-            memory, which the system has to clear first, costs about as much as the sums.
+            memory, which the system has to clear first, costs about half as much as the sums.
 
     Returns:
         float32[1, C·nz, nx, ny], x first; `out` if given.
