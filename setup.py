@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["qat", "qat.*"]),
-    package_data={"qat": ["py.typed"], "qat.report": ["page.css", "page.js"]},
+    package_data={"qat": ["py.typed"], "qat.report": ["page.css", "page.js"], "qat.runtime": ["pooling.cu"]},
     install_requires=[
         "torch>=2.4",
         "timm>=1.0",
@@ -36,7 +36,8 @@ setup(
     ],
     extras_require={
         "tensorrt": ["tensorrt", "cuda-bindings"],
-        "gpu": ["onnxruntime-gpu"],
+        # CUDA 12's, which a CUDA 13 driver runs too, and the last that compiles for Volta (Jetson Xavier).
+        "gpu": ["onnxruntime-gpu", "cuda-bindings>=12.8,<13", "nvidia-cuda-nvrtc-cu12>=12.8"],
         "mmdet3d": ["mmengine>=0.10.7", "mmcv>=2.0.0,<2.2.0", "mmdet>=3.2.0", "mmdet3d>=1.4.0"],
         "bevfusion": ["torchpack"],
         # For benchmarks/peers_accuracy.py. modelopt's own [onnx] extra pins an older onnx and ONNX Runtime's CUDA build, neither

@@ -61,16 +61,18 @@ def frustum_to_lidar(
     Returns:
         float32[N,D,fH,fW,3] in metres.
     """
+    # Imported here: loading the compiled kernel is not paid for by who needs no frustum.
+    from qat.core._pattern_kernel import lift_points
+
     undo = np.linalg.inv(img_aug_matrix[:, :3, :3]).astype(np.float32)
     combine = camera2lidar[:, :3, :3] @ np.linalg.inv(camera_intrinsics[:, :3, :3])
     combine = (lidar_aug_matrix[:3, :3] @ combine).astype(np.float32)
-    shift = camera2lidar[:, :3, 3] @ lidar_aug_matrix[:3, :3].T + lidar_aug_matrix[:3, 3]
-    flat = frustum.reshape(-1, 3)
+    shift = (camera2lidar[:, :3, 3] @ lidar_aug_matrix[:3, :3].T + lidar_aug_matrix[:3, 3]).astype(np.float32)
+    origin = np.ascontiguousarray(img_aug_matrix[:, :3, 3], np.float32)
+    flat = np.ascontiguousarray(frustum, np.float32).reshape(-1, 3)
     out = np.empty((len(camera2lidar), *frustum.shape), np.float32)
     for n in range(len(camera2lidar)):
-        points = (flat - img_aug_matrix[n, :3, 3]) @ undo[n].T
-        points[:, :2] *= points[:, 2:]
-        out[n] = (points @ combine[n].T + shift[n].astype(np.float32)).reshape(frustum.shape)
+        lift_points(flat, origin[n], undo[n], combine[n], shift[n], out[n].reshape(-1, 3))
     return out
 
 
@@ -91,15 +93,20 @@ class PoolPattern:
     pixels: int
 
     @cached_property
+    def last_depth(self) -> int:
+        """The largest of `depth`, -1 where no point is in the grid."""
+        return int(self.depth.max(initial=-1))
+
+    @cached_property
     def by_pixel(self) -> tuple[np.ndarray, np.ndarray]:
         """The transposed pattern, for gradients: row_ptr int32[pixels + 1] and the order int64[P] of entries."""
         order = np.argsort(self.pixel, kind="stable")
-        return _row_pointers(self.pixel, self.pixels), order
+        return _row_pointers(np.bincount(self.pixel, minlength=self.pixels)), order
 
 
-def _row_pointers(index: np.ndarray, rows: int) -> np.ndarray:
-    pointers = np.zeros(rows + 1, np.int32)
-    np.cumsum(np.bincount(index, minlength=rows), out=pointers[1:])
+def _row_pointers(counts: np.ndarray) -> np.ndarray:
+    pointers = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=pointers[1:])
     return pointers
 
 
@@ -109,20 +116,20 @@ def pooling_pattern(points: np.ndarray, xbound: Bound, ybound: Bound, zbound: Bo
     Args:
         points: float32[N,D,fH,fW,3] in metres in the lidar frame.
     """
+    from qat.core._pattern_kernel import cells_of_points, sort_by_cell
+
     n, d, fh, fw, _ = points.shape
     nx, ny, nz = grid_size(xbound, ybound, zbound)
     step = np.array([row[2] for row in (xbound, ybound, zbound)], np.float32)
     centre = np.array([row[0] + row[2] / 2.0 for row in (xbound, ybound, zbound)], np.float32)
-    index = ((points.reshape(-1, 3) - (centre - step / np.float32(2.0))) / step).astype(np.int32)
-    ix, iy, iz = index.T
-    kept = (ix >= 0) & (ix < nx) & (iy >= 0) & (iy < ny) & (iz >= 0) & (iz < nz)
-    depth = np.flatnonzero(kept).astype(np.int32)
-    cell = ((iz[depth] * nx + ix[depth]) * ny + iy[depth]).astype(np.int32)
-    order = np.argsort(cell, kind="stable")
-    depth, cell = depth[order], cell[order]
-    plane = fh * fw
-    pixel = (depth // (d * plane) * plane + depth % plane).astype(np.int32)
-    return PoolPattern(cell, pixel, depth, _row_pointers(cell, nx * ny * nz), (nz, nx, ny), n * plane)
+    flat = np.ascontiguousarray(points, np.float32).reshape(-1, 3)
+    # numpy's memory, not the kernels' own: numpy asks for large pages, which saves most of the page faults.
+    cells, counts = np.empty(len(flat), np.int32), np.zeros(nx * ny * nz, np.int32)
+    cells_of_points(flat, centre - step / np.float32(2.0), step, (nz, nx, ny), cells, counts)
+    row_ptr = _row_pointers(counts)
+    cell, pixel, depth = (np.empty(row_ptr[-1], np.int32) for _ in range(3))
+    sort_by_cell(cells, row_ptr, (n, d, fh * fw), cell, pixel, depth)
+    return PoolPattern(cell, pixel, depth, row_ptr, (nz, nx, ny), n * fh * fw)
 
 
 def geometry_hash(*arrays: np.ndarray) -> str:

@@ -17,20 +17,28 @@ from qat.core.geometry import (
 )
 
 
-def pool(pattern: PoolPattern, depth_weights: np.ndarray, features: np.ndarray, threads: int = 0) -> np.ndarray:
+def pool(
+    pattern: PoolPattern,
+    depth_weights: np.ndarray,
+    features: np.ndarray,
+    threads: int = 0,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Sums each BEV cell's depth-weighted features.
 
     Args:
         pattern: where each (pixel, depth bin) goes.
         depth_weights: float32[N,D,fH,fW].
         features: float32[N,fH,fW,C], channels-last.
-        threads: 0 for all cores.
+        threads: 0 for all cores; the result does not depend on it.
+        out: float32[1, C·nz, nx, ny], contiguous, to write into; an earlier call's result is at a good address. Fresh
+            memory, which the system has to clear first, costs about half as much as the sums.
 
     Returns:
-        float32[1, C·nz, nx, ny], x first.
+        float32[1, C·nz, nx, ny], x first; `out` if given.
 
     Raises:
-        UserError: the tensors are of other sizes than the pattern's.
+        UserError: the tensors are of other sizes than the pattern's, or `out` is not as described.
     """
     n, fh, fw, channels = features.shape
     if n * fh * fw != pattern.pixels or depth_weights.shape[::2] != (n, fh) or depth_weights.shape[3] != fw:
@@ -38,23 +46,30 @@ def pool(pattern: PoolPattern, depth_weights: np.ndarray, features: np.ndarray, 
             f"BEV pooling: found depth weights {list(depth_weights.shape)} and features {list(features.shape)}, "
             f"expected [N,D,fH,fW] and [N,fH,fW,C] with N·fH·fW = {pattern.pixels} as in the pattern"
         )
-    if pattern.depth.max(initial=-1) >= depth_weights.size:
+    if pattern.last_depth >= depth_weights.size:
         raise UserError(f"BEV pooling: found {depth_weights.shape[1]} bins, fewer depth bins than the pattern's")
     # Imported here: loading the compiled kernel is not paid for by who only reads a manifest.
-    from qat.runtime._pooling_kernel import pool_rows, set_threads
+    from qat.runtime._pooling_kernel import empty_grid, pool_cells
 
-    set_threads(threads)
     nz, nx, ny = pattern.shape
-    out = np.empty((nz, channels, nx, ny), np.float32)
-    pool_rows(
+    shape = (1, nz * channels, nx, ny)
+    if out is None:
+        out = empty_grid(shape)
+    elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous or not out.flags.writeable:
+        raise UserError(
+            f"BEV pooling: out: found {out.dtype}{list(out.shape)}{'' if out.flags.c_contiguous else ', strided'}"
+            f"{'' if out.flags.writeable else ', read-only'}, expected writable contiguous float32{list(shape)}"
+        )
+    pool_cells(
         pattern.row_ptr,
         pattern.pixel,
         pattern.depth,
         np.ascontiguousarray(depth_weights, np.float32).reshape(-1),
         np.ascontiguousarray(features, np.float32).reshape(-1, channels),
-        out,
+        out.reshape(nz, channels, nx, ny),
+        threads,
     )
-    return out.reshape(1, nz * channels, nx, ny)
+    return out
 
 
 class PatternCache:

@@ -101,3 +101,21 @@ def test_engine_settings_are_timed_beside_the_default(monkeypatch, capsys, tmp_p
 def test_engine_settings_refuse_no_rounds(monkeypatch, capsys):
     assert run(monkeypatch, "engine_settings", "--rounds", 0) == 2
     assert capsys.readouterr().err == "error: --rounds: found 0, expected at least 1\n"
+
+
+def test_pooling_is_timed_beside_torch_and_the_naive_sum(monkeypatch, capsys, tmp_path, tiny_config):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # it takes frames from another
+    flags = ("--config", tmp_path / "tiny.yaml", "--rounds", 2, "--threads", 2, "--json", tmp_path / "found.json")
+    assert run(monkeypatch, "pooling", *flags) == 0
+    assert "ours / torch CSR (goal at most 0.5): " in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    errors = {row["name"]: row["max_abs_error"] for row in found["rows"]}
+    assert len(errors) == 5 and max(errors.values()) < 1e-5
+    assert found["pattern"]["wall_ms"] > 0 and [len(row["seconds"]) for row in found["rows"]] == [2] * 5
+
+
+def test_pooling_needs_rounds(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert run(monkeypatch, "pooling", "--rounds", 0) == 2
+    assert capsys.readouterr().err == "error: --rounds: found 0, expected at least 1\n"

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from qat.core.geometry import (
     box_corners,
@@ -99,6 +102,48 @@ def test_patterns_are_sorted_and_index_pixels_and_depths(cameras):
         assert pattern.row_ptr[pattern.cell[k]] <= k < pattern.row_ptr[pattern.cell[k] + 1]
     row_ptr, order = pattern.by_pixel
     assert (np.diff(pattern.pixel[order]) >= 0).all() and row_ptr[-1] == len(order)
+
+
+def test_every_frustum_point_is_where_double_precision_puts_it(cameras):
+    intrinsics, camera2lidar, aug, lidar_aug = (matrix.astype(np.float64) for matrix in cameras)
+    frustum = create_frustum((32, 64), (4, 8), (1.0, 60.0, 0.5))
+    points = frustum_to_lidar(frustum, *cameras)
+    for n in range(3):
+        seen = (frustum.reshape(-1, 3) - aug[n, :3, 3]) @ np.linalg.inv(aug[n, :3, :3]).T
+        seen[:, :2] *= seen[:, 2:]
+        camera = seen @ np.linalg.inv(intrinsics[n, :3, :3]).T
+        lidar = camera @ camera2lidar[n, :3, :3].T + camera2lidar[n, :3, 3]
+        expected = lidar @ lidar_aug[:3, :3].T + lidar_aug[:3, 3]
+        np.testing.assert_allclose(points[n].reshape(-1, 3), expected, atol=2e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays(
+        np.float32,
+        (2, 3, 2, 4, 3),
+        elements=st.one_of(
+            st.floats(-8, 8, width=32),
+            st.sampled_from([np.nan, np.inf, -np.inf, 2.0**70, -(2.0**70), 3e9, -4.0, 4.0, -5.0, -0.0, 2.0]),
+        ),
+    )
+)
+def test_a_pattern_is_numpys_stable_sort_of_the_truncated_points(points):
+    x, y, z = BOUNDS
+    step = np.array([b[2] for b in BOUNDS], np.float32)
+    low = np.array([b[0] + b[2] / 2 for b in BOUNDS], np.float32) - step / np.float32(2)
+    with np.errstate(invalid="ignore", over="ignore"):
+        index = np.trunc((points.reshape(-1, 3) - low) / step)
+    inside = ((index >= 0) & (index < grid_size(*BOUNDS))).all(1)
+    ix, iy, iz = index[inside].astype(int).T
+    cell, depth = (iz * 8 + ix) * 6 + iy, np.flatnonzero(inside)
+    order = np.argsort(cell, kind="stable")
+    pattern = pooling_pattern(points, x, y, z)
+    assert pattern.shape == (2, 8, 6) and pattern.cell.dtype == pattern.row_ptr.dtype == np.int32
+    np.testing.assert_array_equal(pattern.cell, cell[order])
+    np.testing.assert_array_equal(pattern.depth, depth[order])
+    np.testing.assert_array_equal(pattern.pixel, depth[order] // 24 * 8 + depth[order] % 8)
+    np.testing.assert_array_equal(np.repeat(np.arange(96), np.diff(pattern.row_ptr)), cell[order])
 
 
 def test_depth_maps_equal_a_loop_in_which_the_last_point_wins(cameras):

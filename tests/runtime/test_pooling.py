@@ -1,5 +1,9 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qat.core.errors import UserError
 from qat.core.geometry import create_frustum, frustum_to_lidar, pooling_pattern
@@ -51,12 +55,111 @@ def test_pooling_equals_the_naive_sum(zbound):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_result_does_not_depend_on_the_number_of_threads():
-    random = np.random.default_rng(2)
-    points = frustum_to_lidar(create_frustum(IMAGE, FEATURE, DBOUND), *matrices())
-    pattern = pooling_pattern(points, XBOUND, YBOUND, [-10.0, 10.0, 20.0])
-    tensors = random.random((3, 8, 4, 6), np.float32), random.random((3, 4, 6, 5), np.float32)
-    np.testing.assert_array_equal(pool(pattern, *tensors, threads=2), pool(pattern, *tensors, threads=1))
+def pattern_of(cells, bins, plane, shape, cameras=1):
+    """The pattern in which point i of [cameras, bins, 1, plane] falls into cells[i] = (x, y, z), made from real points."""
+    nz, nx, ny = shape
+    points = (np.asarray(cells, np.float32).reshape(cameras, bins, 1, plane, 3) + np.float32(0.5)).astype(np.float32)
+    return pooling_pattern(points, [0.0, nx, 1.0], [0.0, ny, 1.0], [0.0, nz, 1.0])
+
+
+def scattered(pattern, weights, features):
+    """The definition in double precision, by numpy's own scatter-add over the pattern's entries."""
+    nz, nx, ny = pattern.shape
+    channels = features.shape[-1]
+    out = np.zeros((nz * nx * ny, channels))
+    values = weights.reshape(-1)[pattern.depth].astype(np.float64)
+    np.add.at(out, pattern.cell, values[:, None] * features.reshape(-1, channels)[pattern.pixel])
+    return out.reshape(nz, nx, ny, channels).transpose(0, 3, 1, 2).reshape(1, nz * channels, nx, ny)
+
+
+def random_case(seed, bins, plane, shape, channels, cameras=2):
+    random = np.random.default_rng(seed)
+    nz, nx, ny = shape
+    cells = random.integers(-1, [nx + 1, ny + 1, nz + 1], (cameras * bins * plane, 3))
+    weights = random.random((cameras, bins, 1, plane), np.float32)
+    features = random.standard_normal((cameras, 1, plane, channels)).astype(np.float32)
+    return pattern_of(cells, bins, plane, shape, cameras), weights, features
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    bins=st.integers(1, 6),
+    plane=st.integers(1, 12),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 70)),
+    channels=st.sampled_from([1, 5, 16, 17, 32, 40, 48, 64, 80, 90, 112, 161]),
+)
+def test_any_pattern_and_any_number_of_channels_give_the_naive_sum(seed, bins, plane, shape, channels):
+    case = random_case(seed, bins, plane, shape, channels)
+    np.testing.assert_allclose(pool(*case), scattered(*case), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [((1, 160, 176), 80), ((1, 157, 179), 23), ((2, 96, 170), 16)],
+    ids=["whole blocks", "nothing whole", "two layers"],
+)
+def test_result_is_the_same_bits_with_any_number_of_threads(shape, channels):
+    case = random_case(2, 20, 1000, shape, channels)  # enough that five threads are worth their start
+    alone = pool(*case, threads=1)
+    np.testing.assert_allclose(alone, scattered(*case), rtol=1e-5, atol=2e-5)
+    for threads in (2, 3, 5, 0):
+        np.testing.assert_array_equal(pool(*case, threads=threads), alone)
+
+
+def test_pooling_may_be_called_from_several_threads_at_once():
+    case = random_case(3, 20, 1000, (1, 160, 176), 16)
+    alone = pool(*case, threads=1)
+    with ThreadPoolExecutor(4) as callers:
+        for found in callers.map(lambda _: pool(*case, threads=2), range(12)):
+            np.testing.assert_array_equal(found, alone)
+
+
+def test_one_cell_may_hold_everything():
+    random = np.random.default_rng(4)
+    pattern = pattern_of(np.tile([3, 40, 0], (40 * 500, 1)), 40, 500, (1, 8, 64))
+    weights = random.random((1, 40, 1, 500), np.float32)
+    features = random.random((1, 1, 500, 20), np.float32)
+    got = pool(pattern, weights, features)
+    expected = np.einsum("dp,pc->c", weights[0, :, 0].astype(np.float64), features[0, 0])
+    np.testing.assert_allclose(got[0, :, 3, 40], expected, rtol=2e-5)
+    got[0, :, 3, 40] = 0
+    assert not got.any()
+
+
+def test_no_point_in_the_grid_gives_zeros():
+    pattern = pattern_of(np.full((6, 3), -5), 2, 3, (2, 5, 7))
+    assert len(pattern.cell) == 0 and pattern.last_depth == -1
+    got = pool(pattern, np.ones((1, 2, 1, 3), np.float32), np.ones((1, 1, 3, 17), np.float32))
+    assert got.shape == (1, 34, 5, 7) and not got.any()
+
+
+def test_result_is_written_into_the_callers_memory():
+    case = random_case(5, 4, 30, (1, 12, 16), 18)
+    expected = pool(*case)
+    whole = np.full(18 * 12 * 16 + 1, np.nan, np.float32)
+    for start in (0, 1):  # of these at most one begins at a whole cache line
+        out = whole[start : start + 18 * 12 * 16].reshape(1, 18, 12, 16)
+        assert pool(*case, out=out) is out
+        np.testing.assert_array_equal(out, expected)
+    again = pool(*case, out=expected.copy())
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_memory_that_the_result_does_not_fit_is_refused():
+    case = random_case(5, 4, 30, (1, 12, 16), 18)
+    with pytest.raises(
+        UserError, match=r"found float32\[1, 18, 16, 12\], expected writable contiguous float32\[1, 18, 12, 16\]"
+    ):
+        pool(*case, out=np.empty((1, 18, 16, 12), np.float32))
+    with pytest.raises(UserError, match=r"found float64\[1, 18, 12, 16\]"):
+        pool(*case, out=np.empty((1, 18, 12, 16)))
+    with pytest.raises(UserError, match="strided"):
+        pool(*case, out=np.empty((1, 18, 12, 32), np.float32)[..., ::2])
+    locked = np.empty((1, 18, 12, 16), np.float32)
+    locked.flags.writeable = False
+    with pytest.raises(UserError, match="read-only"):
+        pool(*case, out=locked)
 
 
 def test_tensors_of_other_sizes_than_the_pattern_are_refused():
