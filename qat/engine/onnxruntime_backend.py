@@ -66,6 +66,8 @@ def session_options(options: Options) -> ort.SessionOptions:
     threads = options.threads or len(places)
     settings = _plain_options(threads)
     settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
+    # Between two runs its threads sleep: what comes next (pooling, another part's own threads) needs the cores.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.pinning and threads > 1:
         if threads > len(places):
             raise UserError(f"pinning: found {threads} threads, expected at most {len(places)}, one for each core")

@@ -74,6 +74,7 @@ class Pipeline:
         self.classes: list[str] = list(settings["classes"])
         self.timing_ms: dict[str, float] = {}
         self._threads = threads
+        self._grid: np.ndarray | None = None  # the latest pooled grid that nobody else has
         image, transform = settings["image"], settings["vtransform"]
         self._resize_crop = ResizeCrop(tuple(image["size"]), image["resize"], image["bottom"])
         names = ("image_size", "feature_size", "xbound", "ybound", "zbound", "dbound")
@@ -137,12 +138,13 @@ class Pipeline:
         self.timing_ms = {}
         with self._timed("preprocess"):
             frame = self._preprocess(images, points, calibration)
-        return self.decode(self._forward(frame))
+        return self._detect(frame)
 
     def detect_sample(self, sample: SampleTensors) -> Detections:
         """Detects objects in one preprocessed keyframe; raises as a call does."""
         self._need_boxes()
-        return self.decode(self.forward(sample))
+        self.timing_ms = {}
+        return self._detect(sample)
 
     def forward(self, sample: SampleTensors) -> dict[str, np.ndarray]:
         """Every tensor between the parts for one preprocessed keyframe, by its name in the parts.
@@ -159,6 +161,11 @@ class Pipeline:
         with self._timed("decode"):
             maps = {name: tensors[name] for name in self.settings["head_maps"]}
             return decode(maps_from_tensors(maps), self.settings["head"])
+
+    def _detect(self, sample: SampleTensors) -> Detections:
+        tensors = self._forward(sample, self._grid)
+        self._grid = tensors["feat_in"]
+        return self.decode(tensors)
 
     @property
     def _branch_alone(self) -> bool:
@@ -208,7 +215,8 @@ class Pipeline:
         with self._timed(part):
             return self.parts[part].run(feeds)
 
-    def _forward(self, sample: SampleTensors) -> dict[str, np.ndarray]:
+    def _forward(self, sample: SampleTensors, grid: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """grid: an earlier pooled grid to write into; None for a new one, which the caller may keep."""
         feeds = {"img": sample.img[None]}
         if self.settings["depth_input"]:
             feeds["depth"] = sample.depth[None]
@@ -218,9 +226,8 @@ class Pipeline:
                 sample.camera_intrinsics, sample.camera2lidar, sample.img_aug_matrix, sample.lidar_aug_matrix
             )
         with self._timed("pooling"):
-            tensors["feat_in"] = pool(
-                pattern, tensors["camera_depth_weights"], tensors["camera_feature"], self._threads
-            )
+            weights, features = tensors["camera_depth_weights"], tensors["camera_feature"]
+            tensors["feat_in"] = pool(pattern, weights, features, self._threads, grid)
         camera = tensors["feat_in"]
         if "camera.vtransform" in self.parts:
             tensors |= self._run("camera.vtransform", {"feat_in": camera})
