@@ -74,7 +74,8 @@ def _drop_unused_weights(program: ExportedProgram) -> None:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             program.graph.erase_node(node)
             specs.remove(spec)
-            program.state_dict.pop(str(spec.target))
+            # A buffer that is not part of state dicts (a correction of a bias) is a constant of the program.
+            (program.constants if spec.persistent is False else program.state_dict).pop(str(spec.target))
 
 
 def trace_program(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...]) -> ExportedProgram:

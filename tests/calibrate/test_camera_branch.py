@@ -51,7 +51,8 @@ def test_the_branch_is_calibrated_and_reloads_bit_identical(calibrated, ptq, tin
     model, recipe = load_ptq(ptq)  # by the file alone: it remembers that it is a branch
     assert is_camera_branch(model.config) and list(model.parts) == ["camera", "vtransform"]
     assert recipe["branch"] == {"prefix": "encoders.camera", "left_out": 6}
-    assert recipe["method"] == "auto" and recipe["default_method"] == "mse" and recipe["by_layer"] == []
+    assert recipe["method"] == "auto" and recipe["default_method"] == "mse"
+    assert recipe["by_layer"] == [["camera.*_dtransform_*", "max"]]
     assert all(torch.equal(model.amax()[name], amax) for name, amax in calibrated.model.amax().items())
     for frame in tiny_frames:
         assert torch.equal(features(model, frame), features(calibrated.model, frame))
