@@ -28,6 +28,7 @@ VERBS = {
     "export-camera": "write a checkpoint's ONNX parts and their manifest",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
     "compare": "run every backend and precision over the evaluation frames, beside FP32",
+    "benchmark": "time exported parts and the whole detector on this machine, by backend and precision",
     "report": "make report.html from results.json",
 }
 
