@@ -36,7 +36,9 @@ def draw(results: Mapping[str, Any]) -> str:
     whisker. Where stages do not fill the whole's median, the rest is what lies between them."""
     rows = results["rows"]
     wholes = [row["sections"][WHOLE]["latency_ms"] for row in rows]
-    stages = [name for name in COLOURS if any(name in row["sections"] for row in rows)]
+    longest = max(whole["median"] for whole in wholes)
+    # What is too thin to see, as the look-up of a known pattern is, gets no entry in the legend.
+    stages = [name for name in COLOURS if any(_median(row, name) > 1e-3 * longest for row in rows)]
     columns = max((WIDTH - 40) // _LEGEND, 1)
     top = TOP + 22 * -(-len(stages) // columns)
     bottom = top + len(rows) * (BAR + GAP)
@@ -44,7 +46,7 @@ def draw(results: Mapping[str, Any]) -> str:
     right = max(max(w["p99"] for w in wholes), *sums) * 1.02
     scale = (WIDTH - LEFT - RIGHT) / right
     machine = results["machine"]
-    about = f"{machine['cpu']}, {machine['threads']} threads, medians of {wholes[0]['samples']} runs"
+    about = f"{machine['cpu']}, threads: {machine['threads']}, medians of {wholes[0]['samples']} runs"
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 48}" width="{WIDTH}" '
         f'height="{bottom + 48}" role="img" aria-label="latency by row and stage" {_FONT} font-size="13" fill="{INK}">'
@@ -64,7 +66,10 @@ def draw(results: Mapping[str, Any]) -> str:
             f'<path d="M{x:.1f} {top - 4}V{bottom}" stroke="{GRID}"/>'
             f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" font-size="12" fill="{SOFT}">{value:g}</text>'
         )
-    out.append(f'<text x="{LEFT}" y="{bottom + 38}" font-size="12" fill="{SOFT}">median milliseconds</text>')
+    out.append(
+        f'<text x="{LEFT}" y="{bottom + 38}" font-size="12" fill="{SOFT}">median milliseconds; whisker: 99th '
+        "percentile; ×: best FP32 row over this one</text>"
+    )
     for n, (row, whole) in enumerate(zip(rows, wholes, strict=True)):
         y, at = top + n * (BAR + GAP), float(LEFT)
         out.append(f'<text x="{LEFT - 12}" y="{y + 18}" text-anchor="end">{escape(row["name"])}</text>')
