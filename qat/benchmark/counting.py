@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -206,14 +206,15 @@ def roofline_ms(
     return (compute, "compute") if compute >= memory else (memory, "memory")
 
 
-def count_parts(manifest: Mapping[str, Any], folder: Path, parts: Sequence[str]) -> dict[str, Count] | str:
-    """A `Count` of each part, or why there is none."""
+def count_parts(files: Mapping[str, Path | None], float_precision: str) -> dict[str, Count] | str:
+    """A `Count` of each part by its graph's file (None: not at hand), or why there is none; raises as `count_graph` does."""
     try:
         import onnx  # noqa: F401
     except ModuleNotFoundError:
         return "the package onnx is not installed"
-    files = {name: folder / manifest["parts"][name]["file"] for name in parts if name in manifest["parts"]}
-    if others := [file.name for file in files.values() if file.suffix != ".onnx"]:
-        return f"{others[0]} is no ONNX file"
-    precision = "fp16" if manifest["precision"] == "fp16" else "fp32"
-    return {name: count_graph(file, precision) for name, file in files.items()}
+    found = {}
+    for name, file in files.items():
+        if file is None:
+            return f"the graph that {name} was built from is not among the folders"
+        found[name] = count_graph(file, float_precision)
+    return found

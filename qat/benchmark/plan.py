@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest
+from qat.core.files import read_json
+from qat.core.manifest import FILE, load_manifest
 from qat.engine import CPU_BACKENDS, find_backend
 
 CPU_FLAVOURS = CPU_BACKENDS  # each named after the one backend that it is for
@@ -26,18 +27,38 @@ class Planned:
     @property
     def precision(self) -> str:
         """Of the folder."""
-        return str(self.manifest["precision"])
+        return _precision(self.manifest)
 
     @property
     def flavour(self) -> str:
         """Of the folder."""
         return str(self.manifest["flavour"])
 
+    @property
+    def built(self) -> bool:
+        """Whether the folder holds built engines."""
+        return _own_backend(self.manifest) is not None
+
+
+def _precision(manifest: dict[str, Any]) -> str:
+    return str(manifest.get("engine", manifest)["precision"])
+
 
 def _own_backend(manifest: dict[str, Any]) -> str | None:
     """The backend that a folder of built engines is for; None for a folder of graphs."""
+    return str(manifest["engine"]["backend"]) if "engine" in manifest else None
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of graphs or of built engines."""
+    path = folder / FILE
+    found = read_json(path) if path.is_file() else None
+    built = isinstance(found, dict) and found.get("format_of_parts") == "engine"
+    manifest = load_manifest(folder, format_of_parts="engine" if built else "onnx")
     engine = manifest.get("engine")
-    return str(engine["backend"]) if isinstance(engine, dict) and "backend" in engine else None
+    if built and not (isinstance(engine, dict) and {"backend", "precision"} <= engine.keys()):
+        raise UserError(f"{path}: found no section engine with backend and precision; run `bevqat build` again")
+    return manifest
 
 
 def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[Planned], list[dict[str, str]]]:
@@ -57,7 +78,7 @@ def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[
     """
     if not folders:
         raise UserError("--onnx: found none, expected at least one folder that export-camera wrote")
-    manifests = [(folder, load_manifest(folder)) for folder in dict.fromkeys(folders)]
+    manifests = [(folder, _load(folder)) for folder in dict.fromkeys(folders)]
     asked = list(dict.fromkeys(CPU_BACKENDS if backends is None else backends))
     for backend in asked:
         find_backend(backend)
@@ -67,7 +88,7 @@ def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[
     skipped: list[dict[str, str]] = []
     for backend in asked:
         flavour = find_backend(backend).flavour
-        own = {m["precision"] for _, m in manifests if m["flavour"] == flavour and _own_backend(m) is None}
+        own = {_precision(m) for _, m in manifests if m["flavour"] == flavour and _own_backend(m) is None}
         for folder, manifest in manifests:
             built_for, made_for = _own_backend(manifest), manifest["flavour"]
             why = ""
@@ -75,7 +96,7 @@ def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[
                 why = "" if built_for == backend else f"engines of {built_for}"
             elif made_for in CPU_FLAVOURS and made_for != flavour:
                 why = f"made for {made_for} alone"
-            elif made_for != flavour and manifest["precision"] in own:
+            elif made_for != flavour and _precision(manifest) in own:
                 why = f"{backend} has its own flavour among the folders"
             if why:
                 skipped.append({"name": f"{folder.name} on {backend}", "why": why})
@@ -92,7 +113,7 @@ def _name(place: int, chosen: Sequence[tuple[Path, str, dict[str, Any]]]) -> str
 
     def names(entry: tuple[Path, str, dict[str, Any]]) -> list[str]:
         folder, backend, manifest = entry
-        short = f"{backend} {manifest['precision']}"
+        short = f"{backend} {_precision(manifest)}" + (" built" if _own_backend(manifest) else "")
         longer = f"{short} ({manifest['flavour']}"
         return [short, f"{longer})", f"{longer}, {folder.name})", f"{longer}, {folder})"]
 

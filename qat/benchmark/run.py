@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_path, write_json
 from qat.core.manifest import PARTS
 from qat.core.progress import Done, progress_bar
+from qat.engine import Options
 
 FORMAT, SCHEMA = "bevqat-benchmark", 1
 NAME = "benchmark"  # of the three files
@@ -44,8 +45,8 @@ class BenchmarkOptions:
 
     folders: of exported parts, or of engines. backends: of `qat.engine`; None for those that every machine has. data, split,
     version: keyframes of a nuScenes-format data set; without data frames are made up. frames: how many. rounds, repeats: in
-    each round every row runs one frame, `repeats` counted times. threads: 0 for all cores. cache: folder of built engines,
-    None to build each row anew. out: folder for the results. command: for the record.
+    each round every row runs one frame, `repeats` counted times. engine: threads and what else engines are built and run with; where it
+    has no cache, each row is built anew. Built engines run as they were noted, unless it has threads. out: folder for the results. command: for the record.
     """
 
     folders: Sequence[Path]
@@ -57,13 +58,12 @@ class BenchmarkOptions:
     frames: int = 4
     rounds: int = 20
     repeats: int = 3
-    threads: int = 0
-    cache: Path | None = None
+    engine: Options = field(default_factory=lambda: Options(cache=None))
     command: str = ""
 
 
 def _check(options: BenchmarkOptions) -> None:
-    for name, low in (("rounds", 1), ("repeats", 1), ("frames", 1), ("threads", 0)):
+    for name, low in (("rounds", 1), ("repeats", 1), ("frames", 1)):
         if getattr(options, name) < low:
             raise UserError(f"--{name}: found {getattr(options, name)}, expected at least {low}")
 
@@ -81,7 +81,7 @@ class _Row:
     described: dict[str, Any]
     warm_up: dict[str, Any]
     turns: list[dict[str, Any]]
-    memory: dict[str, float | None]
+    finished: dict[str, Any]
 
 
 def _start(
@@ -97,7 +97,8 @@ def _start(
             key = json.dumps(settings, sort_keys=True)
             if key not in inputs:
                 inputs[key] = _frames(options, settings)
-            spec = RowSpec(entry.name, entry.folder, entry.backend, options.threads, options.cache)
+            as_noted = entry.built and not options.engine.threads
+            spec = RowSpec(entry.name, entry.folder, entry.backend, None if as_noted else options.engine)
             worker = start_row(spec, inputs[key])
             try:
                 rows.append(_Row(entry, worker, worker.described(), {}, [], {}))
@@ -127,7 +128,25 @@ def _measure(rows: Sequence[_Row], options: BenchmarkOptions, done: Done) -> Non
             row.turns.append(row.worker.ask("turn", turn, options.repeats))
         done(turn + 1)
     for row in rows:
-        row.memory = row.worker.ask("memory") | {"memory_gpu_mb": gpu_memory_mb(row.worker.pid)}
+        on_gpu = gpu_memory_mb(row.worker.pid)
+        row.finished = row.worker.ask("finish")
+        row.finished["memory"]["memory_gpu_mb"] = on_gpu
+
+
+def _counts(planned: Sequence[Planned]) -> list[dict[str, Count] | str]:
+    """Of each row's graphs; those that engines were built from are looked for in the other folders."""
+    graphs = {
+        part["sha256"]: entry.folder / part["file"]
+        for entry in planned
+        if not entry.built
+        for part in entry.manifest["parts"].values()
+    }
+    found = []
+    for entry in planned:
+        digests = {name: part.get("onnx", part)["sha256"] for name, part in entry.manifest["parts"].items()}
+        files = {name: graphs.get(digest) for name, digest in digests.items()}
+        found.append(count_parts(files, "fp16" if entry.precision == "fp16" else "fp32"))
+    return found
 
 
 def _peaks(rows: Sequence[tuple[Planned, dict[str, Count] | str]], threads: int, done: Done) -> dict[str, Any]:
@@ -179,7 +198,7 @@ def _add_roofline(section: dict[str, Any], counts: Sequence[Count], peaks: Mappi
 
 
 def _result_row(row: _Row, counts: dict[str, Count] | str, peaks: Mapping[str, Any]) -> dict[str, Any]:
-    entry, parts = row.planned, row.described["parts"]
+    entry, parts = row.planned, row.finished["parts"]
     sections: dict[str, Any] = {}
     for name, rounds in _times(row).items():
         latency = summary(rounds)
@@ -203,7 +222,7 @@ def _result_row(row: _Row, counts: dict[str, Count] | str, peaks: Mapping[str, A
         "ends_with": "boxes" if entry.manifest["pipeline"].get("branch") is None else "BEV features",
         "files": {name: part["sha256"] for name, part in entry.manifest["parts"].items()},
         "build_seconds": row.described["build_seconds"],
-        **row.memory,
+        **row.finished["memory"],
         "memory_before_mb": row.described["memory_before_mb"],
         "size_of": next(iter(parts.values()))["size_of"],
         "warm_up": row.warm_up,
@@ -273,10 +292,11 @@ def benchmark(options: BenchmarkOptions) -> Results:
     """
     _check(options)
     planned, skipped = plan(options.folders, options.backends)
-    counted = [(p, count_parts(p.manifest, p.folder, list(p.manifest["parts"]))) for p in planned]
-    facts, before = environment(options.threads), load_average()
+    threads = options.engine.threads
+    counted = list(zip(planned, _counts(planned), strict=True))
+    facts, before = environment(threads), load_average()
     with progress_bar("peaks", len({p.backend for p in planned})) as done:
-        peaks = _peaks(counted, options.threads, done)
+        peaks = _peaks(counted, threads, done)
     with progress_bar("build and warm up", len(planned)) as done:
         rows = _start(planned, options, skipped, done)
     try:
@@ -284,7 +304,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
             _measure(rows, options, done)
     finally:
         _stop(rows)
-    after = environment(options.threads)
+    after = environment(threads)
     counts = {p.name: count for p, count in counted}
     result_rows = [_result_row(row, counts[row.planned.name], peaks) for row in rows]
     _add_speedups(result_rows)
@@ -303,7 +323,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
             "warm_up": f"until the medians of two windows of {WINDOW} runs differ by at most {STABLE:.0%}, "
             f"{MOST_RUNS} runs or {MOST_SECONDS:g} s",
             "memory": "VmHWM of the row's own process after its last run; before: the same before it built anything",
-            "built": "anew" if options.cache is None else "or taken from the engine cache",
+            "built": "anew" if options.engine.cache is None else "or taken from the engine cache",
         },
         "peaks": peaks,
         "rows": result_rows,

@@ -18,6 +18,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.machine import field, read_text
+from qat.engine.base import Options
 
 WHOLE, REBUILD = "end to end", "pattern rebuild"
 # Warm-up: two windows of WINDOW runs whose medians differ by no more than STABLE, or the caps.
@@ -34,13 +35,12 @@ def memory_mb(name: str) -> float | None:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What a row runs. name: for messages. folder: exported parts, or engines. cache: as in `qat.engine.Options`."""
+    """What a row runs. name: for messages. folder: exported parts, or engines. options: None for those noted with engines."""
 
     name: str
     folder: Path
     backend: str
-    threads: int
-    cache: Path | None
+    options: Options | None
 
 
 def until_stable(
@@ -82,29 +82,15 @@ class _Row:
     """The row's pipeline and what is fed to it."""
 
     def __init__(self, spec: RowSpec, frames: Sequence[Any]) -> None:
-        from qat.engine import Options
         from qat.runtime.pipeline import Pipeline
 
         self.frames = frames
         before = memory_mb("VmHWM")
         begin = time.perf_counter()
-        self.pipeline = Pipeline.load(spec.folder, spec.backend, None, Options(threads=spec.threads, cache=spec.cache))
+        self.pipeline = Pipeline.load(spec.folder, spec.backend, None, spec.options)
         self.described = {
             "build_seconds": round(time.perf_counter() - begin, 3),
             "memory_before_mb": before,
-            "parts": {name: self._describe(part) for name, part in self.pipeline.parts.items()},
-        }
-
-    @staticmethod
-    def _describe(part: Any) -> dict[str, Any]:
-        """Of an engine: its size, what that is the size of, and its precision."""
-        size = getattr(part, "size_bytes", None)
-        source = Path(part.source)
-        stored = [f for f in (source, source.with_suffix(".bin")) if f.is_file()]
-        return {
-            "size_mb": round((size if size is not None else sum(f.stat().st_size for f in stored)) / 1e6, 4),
-            "size_of": "engine" if size is not None else "graph file",
-            "precision": part.precision,
         }
 
     def _once(self, frame: Any) -> tuple[Milliseconds, Milliseconds]:
@@ -139,9 +125,20 @@ class _Row:
             "transfers": [transfers for _, transfers in counted],
         }
 
-    def memory(self) -> dict[str, float | None]:
-        """After the runs."""
-        return {"memory_peak_mb": memory_mb("VmHWM"), "memory_resident_mb": memory_mb("VmRSS")}
+    def finish(self) -> dict[str, Any]:
+        """After the last run: the memory held, and of each part the engine's size."""
+        memory = {"memory_peak_mb": memory_mb("VmHWM"), "memory_resident_mb": memory_mb("VmRSS")}
+        # Only now: an engine may have to be written to know its size, and that takes memory.
+        return {"memory": memory, "parts": {name: _size(part) for name, part in self.pipeline.parts.items()}}
+
+
+def _size(part: Any) -> dict[str, Any]:
+    """An engine's size, and whether it is that of the built engine or of the graph that it was built from."""
+    if (built := getattr(part, "size_bytes", None)) is not None:
+        return {"size_mb": round(built / 1e6, 4), "size_of": "engine"}
+    source = Path(part.source)
+    stored = sum(file.stat().st_size for file in (source, source.with_suffix(".bin")) if file.is_file())
+    return {"size_mb": round(stored / 1e6, 4), "size_of": source.suffix.lstrip(".") + " file"}
 
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

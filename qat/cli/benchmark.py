@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.cli import INTERRUPTED
     from qat.core.errors import UserError
     from qat.core.files import write_json
+    from qat.engine import Options
 
     written = args.out / f"{NAME}.json"
     if args.data is None and (args.split or args.version):
@@ -69,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
             frames=args.frames,
             rounds=args.rounds,
             repeats=args.repeats,
-            threads=args.threads,
-            cache=args.cache,
+            engine=Options(threads=args.threads, cache=args.cache),
             command=shlex.join(["bevqat", *sys.argv[1:]]),
         )
         try:
