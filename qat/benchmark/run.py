@@ -46,7 +46,8 @@ class BenchmarkOptions:
     folders: of exported parts, or of engines. backends: of `qat.engine`; None for those that every machine has. data, split,
     version: keyframes of a nuScenes-format data set; without data frames are made up. frames: how many. rounds, repeats: in
     each round every row runs one frame, `repeats` counted times. engine: threads and what else engines are built and run with; where it
-    has no cache, each row is built anew. Built engines run as they were noted, unless it has threads. out: folder for the results. command: for the record.
+    has no cache, each row is built anew. Built engines run as they were noted, unless it has threads. roofline: count the graphs and measure
+    the peaks. out: folder for the results. command: for the record.
     """
 
     folders: Sequence[Path]
@@ -59,6 +60,7 @@ class BenchmarkOptions:
     rounds: int = 20
     repeats: int = 3
     engine: Options = field(default_factory=lambda: Options(cache=None))
+    roofline: bool = True
     command: str = ""
 
 
@@ -133,8 +135,10 @@ def _measure(rows: Sequence[_Row], options: BenchmarkOptions, done: Done) -> Non
         row.finished["memory"]["memory_gpu_mb"] = on_gpu
 
 
-def _counts(planned: Sequence[Planned]) -> list[dict[str, Count] | str]:
+def _counts(planned: Sequence[Planned], wanted: bool) -> list[dict[str, Count] | str]:
     """Of each row's graphs; those that engines were built from are looked for in the other folders."""
+    if not wanted:
+        return ["not asked for"] * len(planned)
     graphs = {
         part["sha256"]: entry.folder / part["file"]
         for entry in planned
@@ -293,7 +297,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
     _check(options)
     planned, skipped = plan(options.folders, options.backends)
     threads = options.engine.threads
-    counted = list(zip(planned, _counts(planned), strict=True))
+    counted = list(zip(planned, _counts(planned, options.roofline), strict=True))
     facts, before = environment(threads), load_average()
     with progress_bar("peaks", len({p.backend for p in planned})) as done:
         peaks = _peaks(counted, threads, done)

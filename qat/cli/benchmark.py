@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of a turn (default 3)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: all cores)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep built engines there (default: build anew)")
+    parser.add_argument("--no-roofline", action="store_true", help="do not measure what the machine can do at best")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write benchmark.json there too")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write benchmark.csv there too")
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             rounds=args.rounds,
             repeats=args.repeats,
             engine=Options(threads=args.threads, cache=args.cache),
+            roofline=not args.no_roofline,
             command=shlex.join(["bevqat", *sys.argv[1:]]),
         )
         try:
