@@ -85,15 +85,15 @@ class Row:
 
 def contenders(job: Job, args: argparse.Namespace, folder: Path, say: Say) -> list[Row]:
     """Makes every graph, and the rows that run them."""
-    wanted = argparse.Namespace(**{**vars(args), "backends": list(BACKENDS), "peers": args.peers})
-    graphs = make_graphs(job, wanted, folder, say)
+    graphs = make_graphs(job, args, folder, say)
+    backends = {name: shown for name, shown in BACKENDS.items() if name in args.backends}
     feeds, threads = job.held_out, args.threads
 
     def engine(name: str, ours: bool, backend: str, precision: str, graph: str) -> Row:
         return Row(name, ours, backend, precision, (EngineRow, graphs[graph], backend, precision, threads, feeds))
 
     rows = []
-    for backend, shown in BACKENDS.items():
+    for backend, shown in backends.items():
         for label in (OURS, OURS_ALL):
             rows.append(engine(f"{label} on {shown}", True, backend, "int8", f"{label} ({backend})"))
         rows.append(engine(f"ours FP32 on {shown}", True, backend, "fp32", "fp32"))
@@ -103,15 +103,15 @@ def contenders(job: Job, args: argparse.Namespace, folder: Path, say: Say) -> li
         if peer in args.peers:
             made = (TorchRow, job.config, state, PART, peer == "torch.compile", threads, feeds)
             rows.append(Row(name, False, peer, "fp32", made))
-    for backend, shown in BACKENDS.items():
+    for backend, shown in backends.items():
         if backend in args.peers:
             rows.append(engine(f"{shown} FP32", False, backend, "fp32", "fp32"))
     for peer, shown in QUANTIZERS.items():
         if peer in graphs:
-            for backend in BACKENDS:
+            for backend in backends:
                 if backend == "openvino" or graphs[peer].suffix == ".onnx":
                     rows.append(engine(f"{shown} on {BACKENDS[backend]}", False, backend, "int8", peer))
-    if "openvino" in args.peers and multiplies_bfloat16():
+    if "openvino" in args.peers and "openvino" in backends and multiplies_bfloat16():
         for graph, shown in (("fp32", "OpenVINO"), ("nncf", "NNCF PTQ on OpenVINO")):
             if graph in graphs:
                 precision = "bf16" if graph == "fp32" else "int8+bf16"
@@ -267,7 +267,7 @@ def end_to_end(config: Path, args: argparse.Namespace, folder: Path, say: Say) -
     network = job.quantized(KEEP_FLOAT)
     folders = [folder / "fp32"]
     export_parts(network, folders[0], "fp32")
-    for flavour in BACKENDS:
+    for flavour in args.backends:
         for suffix, parts in (("", ()), ("_vtransform", ("vtransform",))):
             if parts and "camera.vtransform" not in load_manifest(folders[0])["parts"]:
                 continue  # a view transform without convolutions behind the pooling
@@ -278,7 +278,7 @@ def end_to_end(config: Path, args: argparse.Namespace, folder: Path, say: Say) -
         BenchmarkOptions(
             folders=folders,
             out=folder / "results",
-            backends=list(BACKENDS),
+            backends=args.backends,
             data=None if ckpt is None else args.data,
             split="all",
             version=args.version,
@@ -343,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="counted runs of a turn (default 1)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default 0: all cores")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="default: all")
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS), help="default: both")
     parser.add_argument(
         "--end-to-end",
         nargs="*",

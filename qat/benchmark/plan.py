@@ -114,8 +114,7 @@ def _name(place: int, chosen: Sequence[tuple[Path, str, dict[str, Any]]]) -> str
     def names(entry: tuple[Path, str, dict[str, Any]]) -> list[str]:
         folder, backend, manifest = entry
         short = f"{backend} {_precision(manifest)}" + (" built" if _own_backend(manifest) else "")
-        longer = f"{short} ({manifest['flavour']}"
-        return [short, f"{longer})", f"{longer}, {folder.name})", f"{longer}, {folder})"]
+        return [short, f"{short} ({manifest['flavour']})", f"{short} ({folder.name})", f"{short} ({folder})"]
 
     for n, name in enumerate(names(chosen[place])):
         if sum(names(entry)[n] == name for entry in chosen) == 1:

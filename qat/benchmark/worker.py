@@ -6,8 +6,10 @@ import contextlib
 import gc
 import multiprocessing
 import signal
+import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -159,6 +161,17 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
         connection.send(("failed", traceback.format_exc()))
 
 
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Hides the running script: a spawned process would import it first, and hold in memory all that it imports."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class Worker:
     """The parent's end of such a process."""
 
@@ -168,7 +181,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a fork would share the parent's memory and its thread pools
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        self._process.start()
+        with _no_main():
+            self._process.start()
         theirs.close()
 
     @property

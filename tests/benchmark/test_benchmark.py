@@ -207,7 +207,7 @@ def test_each_backend_gets_its_own_flavour_and_what_has_none(folders):
 
 def test_rows_that_differ_in_the_folder_alone_are_named_after_it(folders):
     rows, _ = plan([folders("one"), folders("two")], ["openvino"])
-    assert [row.name for row in rows] == ["openvino fp32 (tensorrt, one)", "openvino fp32 (tensorrt, two)"]
+    assert [row.name for row in rows] == ["openvino fp32 (one)", "openvino fp32 (two)"]
 
 
 def test_engines_run_where_they_were_built_for(folders):
@@ -218,6 +218,14 @@ def test_engines_run_where_they_were_built_for(folders):
     assert skipped == [{"name": "engines on openvino", "why": "engines of onnxruntime"}]
     with pytest.raises(UserError, match="found nothing to run, expected a folder for openvino"):
         plan([built], ["openvino"])
+
+
+def test_without_a_roofline_no_peak_is_measured(exported_fp32, tmp_path, capsys):
+    flags = ["--onnx", exported_fp32, "--backends", "openvino", "--rounds", 1, "--repeats", 1, "--threads", 1]
+    assert main(["benchmark", *map(str, flags), "--no-roofline", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert results["peaks"] == {} and "roofline" not in results["rows"][0]["sections"]["fuser"]
+    assert "no roofline: not asked for" in capsys.readouterr().out
 
 
 def test_a_row_that_a_backend_refuses_is_left_out_and_told(folders, tmp_path, capsys):
@@ -265,6 +273,24 @@ def test_a_row_whose_process_dies_is_told():
     with pytest.raises(UserError, match=r"openvino fp32: its process ended with status -9 \(killed: .*memory"):
         worker.ask("die")
     worker.close()
+
+
+def test_a_rows_process_does_not_run_the_command_again(tmp_path):
+    """What a script imports at its top is not in its rows' memory."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('imported')\n"
+        "from qat.benchmark.peaks import Peaks\n"
+        "from qat.benchmark.worker import Worker\n"
+        "if __name__ == '__main__':\n"
+        "    worker = Worker('a', Peaks, 'onnxruntime', 1)\n"
+        "    worker.described()\n"
+        "    worker.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
 
 
 def test_made_up_frames_are_the_same_each_time_and_not_flat(exported_fp32):
