@@ -80,10 +80,10 @@ def _frames(options: BenchmarkOptions, settings: Mapping[str, Any]) -> list[Inpu
 class _Row:
     planned: Planned
     worker: Worker
-    described: dict[str, Any]
-    warm_up: dict[str, Any]
-    turns: list[dict[str, Any]]
-    finished: dict[str, Any]
+    described: dict[str, Any] = field(default_factory=dict)
+    warm_up: dict[str, Any] = field(default_factory=dict)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    finished: dict[str, Any] = field(default_factory=dict)
 
 
 def _start(
@@ -101,14 +101,15 @@ def _start(
                 inputs[key] = _frames(options, settings)
             as_noted = entry.built and not options.engine.threads
             spec = RowSpec(entry.name, entry.folder, entry.backend, None if as_noted else options.engine)
-            worker = start_row(spec, inputs[key])
+            row = _Row(entry, start_row(spec, inputs[key]))
+            rows.append(row)
             try:
-                rows.append(_Row(entry, worker, worker.described(), {}, [], {}))
+                row.described = row.worker.described()
             except UserError as error:
-                worker.close()
+                rows.pop().worker.close()
                 skipped.append({"name": entry.name, "why": str(error)})
                 continue
-            rows[-1].warm_up = worker.ask("warm_up")
+            row.warm_up = row.worker.ask("warm_up")
     except BaseException:
         _stop(rows)
         raise
@@ -177,7 +178,8 @@ def _times(row: _Row) -> dict[str, list[list[float]]]:
     """Milliseconds of each section, by round."""
     sections = {name: [[t[name] for t in turn["times"]] for turn in row.turns] for name in row.turns[0]["times"][0]}
     sections[REBUILD] = [[turn[REBUILD]] for turn in row.turns]
-    return {name: sections[name] for name in sorted(sections, key=SECTIONS.index)}
+    known = [name for name in SECTIONS if name in sections]
+    return {name: sections[name] for name in [*known, *sorted(sections.keys() - known)]}
 
 
 def _add_roofline(section: dict[str, Any], counts: Sequence[Count], peaks: Mapping[str, Any]) -> None:

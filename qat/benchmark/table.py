@@ -84,7 +84,8 @@ def print_results(results: Mapping[str, Any]) -> None:
         *("GMAC", "MB moved", "roofline", "bound", "size MB"),
         left=2,
     )
-    for name in (n for n in SECTIONS if n != WHOLE):
+    names = dict.fromkeys([*SECTIONS, *(name for row in rows for name in row["sections"])])
+    for name in (n for n in names if n != WHOLE):
         shown = [(row, row["sections"][name]) for row in rows if name in row["sections"]]
         for n, (row, section) in enumerate(shown):
             parts.add_row(
