@@ -24,12 +24,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from calibration import add_source_flags, camera_inputs, load_samples
-from peers_accuracy import Setting, installed, nncf_ptq, quantize_static, quiet
+from peers_accuracy import Setting, installed, make_part
 from rich.console import Console
 from rich.table import Table
 
@@ -39,16 +40,19 @@ from qat.core.errors import UserError
 from qat.core.files import write_json
 from qat.core.tensors import compare_tensors
 from qat.core.versions import versions
+from qat.data import Sample
 from qat.engine import Engine, Options, build
 from qat.export import export_parts
-from qat.lean import auto_methods, quantize_detector
+from qat.lean import QuantizedDetector, auto_methods, quantize_detector
 from qat.lean.detector import KEEP_FLOAT
 from qat.models import load_float_model, random_model
+from qat.models.detector import CameraBEVDetector
 
 PART = "camera.backbone"
 Feeds = dict[str, np.ndarray]
 STATIC = Setting("quantize_static", "minmax", "onnxruntime", options={"method": "MinMax"})
 NNCF = Setting("nncf", "performance", "openvino", options={"preset": "PERFORMANCE"})
+MODELOPT = Setting("modelopt-onnx", "max", "onnxruntime", options={"method": "max"})
 GOAL_SPEED = 3.5
 LAYER = re.compile("Conv(?!ert)|Gemm|MatMul|FullyConnected")
 OURS, OURS_ALL = "ours", "ours, all INT8"
@@ -73,10 +77,28 @@ class Contender:
         return float(np.median(self.seconds))
 
 
-def make_graphs(
-    args: argparse.Namespace, folder: Path, say: Callable[[str], None]
-) -> tuple[dict[str, Path], list[Feeds]]:
-    """Writes every graph; returns them by name, and the feeds that are timed and compared (not those of calibration).
+@dataclass
+class Job:
+    """What every graph is made from. samples: that calibrate; seen: what the part is fed of them; held_out: of the others."""
+
+    config: dict[str, Any]
+    model: CameraBEVDetector
+    samples: list[Sample]
+    seen: list[Feeds]
+    held_out: list[Feeds]
+    networks: dict[Any, QuantizedDetector] = field(default_factory=dict)
+
+    def quantized(self, keep: Any) -> QuantizedDetector:
+        """The calibrated network with `keep` in float."""
+        if keep not in self.networks:
+            method, by_layer = auto_methods(self.config)
+            quantized = quantize_detector(self.model, keep)
+            self.networks[keep], _ = calibrate(quantized, self.samples, method, by_layer=by_layer)
+        return self.networks[keep]
+
+
+def load_job(args: argparse.Namespace) -> Job:
+    """Reads --config, --ckpt, --data, --version, --split, --frames and --held-out.
 
     Raises:
         UserError: bad config, checkpoint or data, or no frames left to calibrate on.
@@ -85,40 +107,38 @@ def make_graphs(
     samples = load_samples(config, args)
     if len(samples) <= args.held_out:
         raise UserError(f"--frames: found {len(samples)}, expected more than the {args.held_out} that are held out")
-    inputs = camera_inputs(config, samples)
     model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, seed=0, frames=samples[:2])
     feeds = [
-        {"img": img[None].numpy()} | ({} if depth is None else {"depth": depth[None].numpy()}) for img, depth in inputs
+        {"img": img[None].numpy()} | ({} if depth is None else {"depth": depth[None].numpy()})
+        for img, depth in camera_inputs(config, samples)
     ]
-    seen, held_out = feeds[: -args.held_out], feeds[-args.held_out :]
+    kept = len(samples) - args.held_out
+    return Job(config, model, samples[:kept], feeds[:kept], feeds[kept:])
+
+
+def make_graphs(job: Job, args: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
+    """Writes every graph of --backends and --peers; returns them by name."""
     graphs: dict[str, Path] = {}
-    say(f"calibrate on {len(seen)} frames")
+    say(f"calibrate on {len(job.seen)} frames")
     exports = [("fp32", KEEP_FLOAT, "fp32", "tensorrt"), ("tensorrt", KEEP_FLOAT, "int8", "tensorrt")]
     for name, keep in ((OURS, KEEP_FLOAT), (OURS_ALL, ())):
         exports += [(f"{name} ({backend})", keep, "int8", backend) for backend in args.backends]
-    networks: dict[Any, Any] = {}
     for name, keep, precision, flavour in exports:
-        if keep not in networks:
-            method, by_layer = auto_methods(config)
-            quantized = quantize_detector(model, keep)
-            networks[keep], _ = calibrate(quantized, samples[: -args.held_out], method, by_layer=by_layer)
         say(f"export {name}")
         out = folder / str(len(graphs))
-        manifest = export_parts(networks[keep], out, precision, flavour=flavour, only=[PART])
+        manifest = export_parts(job.quantized(keep), out, precision, flavour=flavour, only=[PART])
         for output, figures in manifest["parts"][PART]["verification"].items():
             if not figures["passed"]:
                 say(f"{name}: {output} is out of tolerance: {figures['sqnr_db']:.1f} dB against PyTorch")
         graphs[name] = out / f"{PART}.onnx"
-    for peer, make, setting, suffix in (
-        ("quantize_static", quantize_static, STATIC, ".onnx"),
-        ("nncf", nncf_ptq, NNCF, ".xml"),
-    ):
-        if peer in args.peers and installed(peer, say):
-            say(f"quantize with {peer}")
-            graphs[peer] = folder / f"{peer}{suffix}"
-            with quiet():
-                make(graphs["fp32"], seen, graphs[peer], setting, [])
-    return graphs, held_out
+    for setting in (STATIC, NNCF, MODELOPT):
+        if setting.peer in args.peers and installed(setting.peer, say):
+            say(f"quantize with {setting.peer}")
+            graphs[setting.peer] = folder / f"{setting.peer}{'.xml' if setting is NNCF else '.onnx'}"
+            # In a process of its own: ModelOpt replaces functions of onnxruntime.quantization, which then fails without it.
+            with get_context("spawn").Pool(1) as pool:
+                pool.apply(make_part, (graphs["fp32"], job.seen, graphs[setting.peer], setting, []))
+    return graphs
 
 
 def contenders(graphs: dict[str, Path], args: argparse.Namespace, say: Callable[[str], None]) -> list[Contender]:
@@ -238,9 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
         with tempfile.TemporaryDirectory() as folder:
-            graphs, feeds = make_graphs(args, Path(folder), say)
-            rows = contenders(graphs, args, say)
-            measure(rows, feeds, args.rounds, say)
+            job = load_job(args)
+            rows = contenders(make_graphs(job, args, Path(folder), say), args, say)
+            measure(rows, job.held_out, args.rounds, say)
             result = report(rows, args)
         if args.out:
             write_json(args.out, result)

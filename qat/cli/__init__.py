@@ -29,6 +29,7 @@ VERBS = {
     "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
     "compare": "run every backend and precision over the evaluation frames, beside FP32",
+    "benchmark": "time exported parts and the whole detector on this machine, by backend and precision",
     "report": "make report.html from results.json",
 }
 

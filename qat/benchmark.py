@@ -1,0 +1,11 @@
+"""`python qat/benchmark.py`: the same as `bevqat benchmark`."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names would hide other modules
+
+if __name__ == "__main__":
+    from qat.cli import main
+
+    sys.exit(main(["benchmark", *sys.argv[1:]]))

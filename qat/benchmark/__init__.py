@@ -1,0 +1,15 @@
+"""Latency of exported detectors on the machine at hand: `bevqat benchmark`. numpy, a JIT and the backends, never torch.
+
+plan         which folder runs on which backend
+inputs       made-up or recorded frames: images, points, calibration
+worker       one row in a process of its own: builds, warms up, runs, tells its memory
+counting     multiply-accumulates and bytes of an ONNX graph
+peaks        what the machine can do at best, measured on the spot: the roofline
+environment  what else the figures depend on
+statistics   percentiles, outliers, intervals over rounds
+run          all of it, from folders to benchmark.json, benchmark.csv and benchmark.svg
+changes      what differs between two runs beyond the noise
+table, plot  the results for people
+
+Nothing is imported here: a row's process holds what it runs, and its memory is a figure.
+"""

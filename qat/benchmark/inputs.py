@@ -1,0 +1,139 @@
+"""What the detectors are fed while they are timed: made-up frames, or keyframes of a data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qat.core.errors import UserError
+from qat.core.geometry import camera_ring
+from qat.core.verification import random_frame
+from qat.runtime.pipeline import Calibration, SampleTensors
+
+POINTS = 30_000  # of one revolution of a 32-beam lidar, about
+_STEP = 1e-3  # metres
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One frame as a robot has it.
+
+    images: uint8[h,w,3] RGB of each camera, native size. points: float32[M,5]. sample: the same frame preprocessed, for a
+    camera branch alone, which is fed that.
+    """
+
+    name: str
+    images: list[np.ndarray]
+    points: np.ndarray
+    calibration: Calibration
+    sample: SampleTensors | None = None
+
+    def moved(self, place: int) -> Inputs:
+        """The same frame with the cameras `place` millimetres ahead of the lidar: another geometry, as good as this one.
+
+        On nuScenes, and wherever cameras and lidar do not fire at once, every frame has its own.
+        """
+        shift = np.zeros((4, 4), np.float32)
+        shift[0, 3] = place * _STEP
+        calibration = replace(self.calibration, camera2lidar=self.calibration.camera2lidar + shift)
+        sample: Any = self.sample
+        if sample is not None:
+            sample = replace(sample, camera2lidar=sample.camera2lidar + shift)
+        return replace(self, calibration=calibration, sample=sample)
+
+
+def native_size(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a picture that the settings' resize and crop fit, 16:9 as nuScenes' are where the crop allows."""
+    height, width = settings["image"]["size"]
+    resize, bottom = settings["image"]["resize"], settings["image"]["bottom"]
+    w = math.ceil(width / resize)
+    return max(math.ceil(height / resize / (1 - bottom)), round(w * 9 / 16)), w
+
+
+def made_up(settings: Mapping[str, Any], count: int, seed: int = 0) -> list[Inputs]:
+    """Frames that cost what real ones do: pictures with large and small structure, points on the ground and on things
+    around the car, a ring of cameras. The same seed gives the same frames.
+
+    Args:
+        settings: a manifest's `pipeline` section.
+    """
+    cameras = len(settings["cameras"])
+    height, width = native_size(settings)
+    intrinsics, camera2lidar = (m.astype(np.float32) for m in camera_ring(cameras, (height, width)))
+    frames = []
+    for n in range(count):
+        random = np.random.default_rng([seed, n])
+        images = []
+        for _ in range(cameras):
+            coarse = random.integers(0, 256, (max(height // 16, 2), max(width // 16, 2), 3), dtype=np.uint8)
+            smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+            noise = random.integers(-12, 13, smooth.shape, dtype=np.int16)
+            images.append(np.clip(smooth + noise, 0, 255).astype(np.uint8))
+        azimuth = random.uniform(0, 2 * np.pi, POINTS)
+        distance = 2 + random.gamma(2.0, 8.0, POINTS)
+        ground = random.random(POINTS) < 0.6
+        z = np.where(ground, -1.8, random.uniform(-1.8, 1.5, POINTS))
+        points = np.stack(
+            [
+                distance * np.cos(azimuth),
+                distance * np.sin(azimuth),
+                z,
+                random.uniform(0, 255, POINTS),
+                np.zeros(POINTS),
+            ],
+            1,
+        ).astype(np.float32)
+        sample = random_frame(settings, seed + n) if settings.get("branch") is not None else None
+        frames.append(Inputs(f"random:{seed}:{n}", images, points, Calibration(intrinsics, camera2lidar), sample))
+    return frames
+
+
+def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As much of a model's config as reading a data set asks for, out of a manifest, which holds no config."""
+    image, limits = settings["image"], settings["points"]["range"]
+    steps: list[dict[str, Any]] = [{"type": "LoadPointsFromFile", "load_dim": 5}]
+    if limits:
+        steps.append({"type": "PointsRangeFilter", "point_cloud_range": limits})
+    resize, bottom = ([image[name]] * 2 for name in ("resize", "bottom"))
+    steps += [
+        {"type": "ImageAug3D", "final_dim": image["size"], "resize_lim": resize, "bot_pct_lim": bottom},
+        {"type": "ImageNormalize", "mean": image["mean"], "std": image["std"]},
+    ]
+    return {
+        "image_size": image["size"],
+        "object_classes": settings["classes"],
+        "data": {"test": {"pipeline": steps}},
+    }
+
+
+def recorded(
+    settings: Mapping[str, Any], root: Path, split: str, version: str | None, count: int | None
+) -> list[Inputs]:
+    """Keyframes of a nuScenes-format data set, spread over the split; of the lidar the keyframe's points alone, for a
+    manifest does not say how many sweeps a model was trained with.
+
+    Raises:
+        UserError: the devkit is not installed, or the data cannot be read or has not so many frames.
+    """
+    try:
+        from qat.data.dataset import NuScenesDataset
+        from qat.data.sample import prepare
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--data: the package {error.name} is not installed, expected nuscenes-devkit's; mend by: pip install "
+            "nuscenes-devkit, or leave --data out for made-up frames"
+        ) from None
+    dataset = NuScenesDataset(root, split, _config(settings), version, count, settings["cameras"])
+    frames = []
+    for token in dataset.tokens:
+        frame = dataset.read(token)
+        calibration = Calibration(frame.camera_intrinsics, frame.camera2lidar)
+        sample = prepare(frame, dataset.pipeline) if settings.get("branch") is not None else None
+        frames.append(Inputs(token, list(frame.images), frame.points, calibration, sample))
+    return frames

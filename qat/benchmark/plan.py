@@ -1,0 +1,122 @@
+"""Which exported folder runs on which backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat.core.errors import UserError
+from qat.core.files import read_json
+from qat.core.manifest import FILE, load_manifest
+from qat.engine import CPU_BACKENDS, find_backend
+
+CPU_FLAVOURS = CPU_BACKENDS  # each named after the one backend that it is for
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row to be: a folder on a backend. name: of the row, unlike any other's."""
+
+    name: str
+    folder: Path
+    backend: str
+    manifest: dict[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """Of the folder."""
+        return _precision(self.manifest)
+
+    @property
+    def flavour(self) -> str:
+        """Of the folder."""
+        return str(self.manifest["flavour"])
+
+    @property
+    def built(self) -> bool:
+        """Whether the folder holds built engines."""
+        return _own_backend(self.manifest) is not None
+
+
+def _precision(manifest: dict[str, Any]) -> str:
+    return str(manifest.get("engine", manifest)["precision"])
+
+
+def _own_backend(manifest: dict[str, Any]) -> str | None:
+    """The backend that a folder of built engines is for; None for a folder of graphs."""
+    return str(manifest["engine"]["backend"]) if "engine" in manifest else None
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of graphs or of built engines."""
+    path = folder / FILE
+    found = read_json(path) if path.is_file() else None
+    built = isinstance(found, dict) and found.get("format_of_parts") == "engine"
+    manifest = load_manifest(folder, format_of_parts="engine" if built else "onnx")
+    engine = manifest.get("engine")
+    if built and not (isinstance(engine, dict) and {"backend", "precision"} <= engine.keys()):
+        raise UserError(f"{path}: found no section engine with backend and precision; run `bevqat build` again")
+    return manifest
+
+
+def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[Planned], list[dict[str, str]]]:
+    """Every folder on every backend that would be given it.
+
+    Graphs of a CPU flavour run on its one backend; where a backend's own flavour of a precision is among the folders, others
+    of that precision are left out there, as nobody would ship them; built engines run where they were built for.
+
+    Args:
+        backends: None for all that every machine has, and those that engines were built for.
+
+    Returns:
+        the rows, and {"name", "why"} of what was left out.
+
+    Raises:
+        UserError: a folder is incomplete or was changed, a backend is unknown, or nothing is left to run.
+    """
+    if not folders:
+        raise UserError("--onnx: found none, expected at least one folder that export-camera wrote")
+    manifests = [(folder, _load(folder)) for folder in dict.fromkeys(folders)]
+    asked = list(dict.fromkeys(CPU_BACKENDS if backends is None else backends))
+    for backend in asked:
+        find_backend(backend)
+    if backends is None:
+        asked += [b for _, m in manifests if (b := _own_backend(m)) is not None and b not in asked]
+    chosen: list[tuple[Path, str, dict[str, Any]]] = []
+    skipped: list[dict[str, str]] = []
+    for backend in asked:
+        flavour = find_backend(backend).flavour
+        own = {_precision(m) for _, m in manifests if m["flavour"] == flavour and _own_backend(m) is None}
+        for folder, manifest in manifests:
+            built_for, made_for = _own_backend(manifest), manifest["flavour"]
+            why = ""
+            if built_for is not None:
+                why = "" if built_for == backend else f"engines of {built_for}"
+            elif made_for in CPU_FLAVOURS and made_for != flavour:
+                why = f"made for {made_for} alone"
+            elif made_for != flavour and _precision(manifest) in own:
+                why = f"{backend} has its own flavour among the folders"
+            if why:
+                skipped.append({"name": f"{folder.name} on {backend}", "why": why})
+            else:
+                chosen.append((folder, backend, manifest))
+    if not chosen:
+        reasons = "; ".join(f"{s['name']}: {s['why']}" for s in skipped)
+        raise UserError(f"--onnx: found nothing to run, expected a folder for {', '.join(asked)}: {reasons}")
+    return [Planned(_name(n, chosen), *chosen[n]) for n in range(len(chosen))], skipped
+
+
+def _name(place: int, chosen: Sequence[tuple[Path, str, dict[str, Any]]]) -> str:
+    """Backend and precision, and what more it takes to tell the row from the others."""
+
+    def names(entry: tuple[Path, str, dict[str, Any]]) -> list[str]:
+        folder, backend, manifest = entry
+        short = f"{backend} {_precision(manifest)}" + (" built" if _own_backend(manifest) else "")
+        return [short, f"{short} ({manifest['flavour']})", f"{short} ({folder.name})", f"{short} ({folder})"]
+
+    for n, name in enumerate(names(chosen[place])):
+        if sum(names(entry)[n] == name for entry in chosen) == 1:
+            return name
+    return name

@@ -1,0 +1,341 @@
+"""The benchmark from folders to benchmark.json, benchmark.csv and benchmark.svg."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qat.benchmark.counting import Count, count_parts, roofline_ms
+from qat.benchmark.environment import environment, gpu_memory_mb, load_average
+from qat.benchmark.inputs import Inputs, made_up, recorded
+from qat.benchmark.peaks import Peaks, measure_peaks
+from qat.benchmark.plan import Planned, plan
+from qat.benchmark.plot import draw
+from qat.benchmark.statistics import summary
+from qat.benchmark.worker import MOST_RUNS, MOST_SECONDS, REBUILD, STABLE, WHOLE, WINDOW, RowSpec, Worker, start_row
+from qat.core.errors import UserError
+from qat.core.files import atomic_path, write_json
+from qat.core.manifest import PARTS
+from qat.core.progress import Done, progress_bar
+from qat.engine import Options
+
+FORMAT, SCHEMA = "bevqat-benchmark", 1
+NAME = "benchmark"  # of the three files
+Results = dict[str, Any]
+# In the order in which a frame goes through them; "pattern" is the look-up of one that is known.
+SECTIONS = (WHOLE, "preprocess", "depth", PARTS[0], "pattern", "pooling", *PARTS[1:], "decode", REBUILD)
+CSV_FIELDS = (
+    *("row", "backend", "precision", "flavour", "section", "median_ms", "p90_ms", "p99_ms", "mean_ms", "samples"),
+    *("per_second", "transfer_ms", "outliers", "speedup_vs_fp32", "speedup_vs_best_fp32", "gmacs", "megabytes"),
+    *("roofline_ms", "roofline_bound", "roofline_share", "size_mb", "memory_peak_mb"),
+)
+
+
+@dataclass
+class BenchmarkOptions:
+    """What to measure.
+
+    folders: of exported parts, or of engines. backends: of `qat.engine`; None for those that every machine has. data, split,
+    version: keyframes of a nuScenes-format data set; without data frames are made up. frames: how many. rounds, repeats: in
+    each round every row runs one frame, `repeats` counted times. engine: threads and what else engines are built and run with; where it
+    has no cache, each row is built anew. Built engines run as they were noted, unless it has threads. roofline: count the graphs and measure
+    the peaks. out: folder for the results. command: for the record.
+    """
+
+    folders: Sequence[Path]
+    out: Path
+    backends: Sequence[str] | None = None
+    data: Path | None = None
+    split: str = "all"
+    version: str | None = None
+    frames: int = 4
+    rounds: int = 20
+    repeats: int = 3
+    engine: Options = field(default_factory=lambda: Options(cache=None))
+    roofline: bool = True
+    command: str = ""
+
+
+def _check(options: BenchmarkOptions) -> None:
+    for name, low in (("rounds", 1), ("repeats", 1), ("frames", 1)):
+        if getattr(options, name) < low:
+            raise UserError(f"--{name}: found {getattr(options, name)}, expected at least {low}")
+
+
+def _frames(options: BenchmarkOptions, settings: Mapping[str, Any]) -> list[Inputs]:
+    if options.data is None:
+        return made_up(settings, options.frames)
+    return recorded(settings, options.data, options.split, options.version, options.frames)
+
+
+@dataclass
+class _Row:
+    planned: Planned
+    worker: Worker
+    described: dict[str, Any] = field(default_factory=dict)
+    warm_up: dict[str, Any] = field(default_factory=dict)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    finished: dict[str, Any] = field(default_factory=dict)
+
+
+def _start(
+    planned: Sequence[Planned], options: BenchmarkOptions, skipped: list[dict[str, str]], done: Done
+) -> list[_Row]:
+    """Builds and warms up each row, one after the other; those that a backend refuses are left out, and told."""
+    rows: list[_Row] = []
+    inputs: dict[str, list[Inputs]] = {}
+    try:
+        for n, entry in enumerate(planned):
+            done(n, entry.name)
+            settings = entry.manifest["pipeline"]
+            key = json.dumps(settings, sort_keys=True)
+            if key not in inputs:
+                inputs[key] = _frames(options, settings)
+            as_noted = entry.built and not options.engine.threads
+            spec = RowSpec(entry.name, entry.folder, entry.backend, None if as_noted else options.engine)
+            row = _Row(entry, start_row(spec, inputs[key]))
+            rows.append(row)
+            try:
+                row.described = row.worker.described()
+            except UserError as error:
+                rows.pop().worker.close()
+                skipped.append({"name": entry.name, "why": str(error)})
+                continue
+            row.warm_up = row.worker.ask("warm_up")
+    except BaseException:
+        _stop(rows)
+        raise
+    if not rows:
+        raise UserError(skipped[-1]["why"])
+    return rows
+
+
+def _stop(rows: Sequence[_Row]) -> None:
+    for row in rows:
+        row.worker.close()
+
+
+def _measure(rows: Sequence[_Row], options: BenchmarkOptions, done: Done) -> None:
+    """In each round every row has one turn, in an order that is turned by one place a round."""
+    for turn in range(options.rounds):
+        for place in range(len(rows)):
+            row = rows[(place + turn) % len(rows)]
+            row.turns.append(row.worker.ask("turn", turn, options.repeats))
+        done(turn + 1)
+    for row in rows:
+        on_gpu = gpu_memory_mb(row.worker.pid)
+        row.finished = row.worker.ask("finish")
+        row.finished["memory"]["memory_gpu_mb"] = on_gpu
+
+
+def _counts(planned: Sequence[Planned], wanted: bool) -> list[dict[str, Count] | str]:
+    """Of each row's graphs; those that engines were built from are looked for in the other folders."""
+    if not wanted:
+        return ["not asked for"] * len(planned)
+    graphs = {
+        part["sha256"]: entry.folder / part["file"]
+        for entry in planned
+        if not entry.built
+        for part in entry.manifest["parts"].values()
+    }
+    found = []
+    for entry in planned:
+        digests = {name: part.get("onnx", part)["sha256"] for name, part in entry.manifest["parts"].items()}
+        files = {name: graphs.get(digest) for name, digest in digests.items()}
+        found.append(count_parts(files, "fp16" if entry.precision == "fp16" else "fp32"))
+    return found
+
+
+def _peaks(rows: Sequence[tuple[Planned, dict[str, Count] | str]], threads: int, done: Done) -> dict[str, Any]:
+    """Peaks of every backend for the precisions that its rows' graphs have."""
+    wanted: dict[str, set[str]] = {}
+    for entry, counts in rows:
+        if not isinstance(counts, str):
+            wanted.setdefault(entry.backend, set()).update(*(count.macs for count in counts.values()))
+    found = {}
+    for n, (backend, precisions) in enumerate(wanted.items()):
+        done(n, backend)
+        worker = Worker(f"peak of {backend}", Peaks, backend, threads)
+        try:
+            worker.described()
+            found[backend] = measure_peaks(worker, sorted(precisions))
+        except UserError as error:
+            found[backend] = {"gmacs": {}, "gb_per_s": None, "why": str(error)}
+        finally:
+            worker.close()
+    return found
+
+
+def _times(row: _Row) -> dict[str, list[list[float]]]:
+    """Milliseconds of each section, by round."""
+    sections = {name: [[t[name] for t in turn["times"]] for turn in row.turns] for name in row.turns[0]["times"][0]}
+    sections[REBUILD] = [[turn[REBUILD]] for turn in row.turns]
+    known = [name for name in SECTIONS if name in sections]
+    return {name: sections[name] for name in [*known, *sorted(sections.keys() - known)]}
+
+
+def _add_roofline(section: dict[str, Any], counts: Sequence[Count], peaks: Mapping[str, Any]) -> None:
+    macs: dict[str, int] = {}
+    for count in counts:
+        for precision, number in count.macs.items():
+            macs[precision] = macs.get(precision, 0) + number
+    section["gmacs"] = {precision: round(number / 1e9, 6) for precision, number in macs.items()}
+    section["megabytes"] = round(sum(count.bytes for count in counts) / 1e6, 4)
+    # Each part by its own roofline: one may wait for memory where another does not.
+    floors = [roofline_ms(count.macs, count.bytes, peaks["gmacs"], peaks["gb_per_s"]) for count in counts if count.macs]
+    known = [floor for floor in floors if floor is not None]
+    if not known or len(known) < len(floors):
+        return
+    least = sum(floor for floor, _ in known)
+    on_device = section["latency_ms"]["median"] - section.get("transfer_ms", 0.0)
+    section["roofline"] = {
+        "ms": round(least, 4),
+        "bound": known[0][1] if len(known) == 1 else "by part",
+        "share": round(least / on_device, 4),
+    }
+
+
+def _result_row(row: _Row, counts: dict[str, Count] | str, peaks: Mapping[str, Any]) -> dict[str, Any]:
+    entry, parts = row.planned, row.finished["parts"]
+    sections: dict[str, Any] = {}
+    for name, rounds in _times(row).items():
+        latency = summary(rounds)
+        section: dict[str, Any] = {"latency_ms": latency, "per_second": round(1e3 / max(latency["mean"], 1e-6), 3)}
+        if name == WHOLE or name in parts:
+            moved = [t.get(name, 0.0) for turn in row.turns for t in turn["transfers"]]
+            section["transfer_ms"] = round(float(np.median(moved)), 4)
+        if not isinstance(counts, str) and entry.backend in peaks and (name == WHOLE or name in counts):
+            _add_roofline(section, list(counts.values()) if name == WHOLE else [counts[name]], peaks[entry.backend])
+        if name in parts:
+            section["size_mb"] = parts[name]["size_mb"]
+        section["rounds_ms"] = [[round(t, 4) for t in values] for values in rounds]
+        sections[name] = section
+    sections[WHOLE]["size_mb"] = round(sum(part["size_mb"] for part in parts.values()), 4)
+    result = {
+        "name": entry.name,
+        "backend": entry.backend,
+        "precision": entry.precision,
+        "flavour": entry.flavour,
+        "folder": entry.folder.name,
+        "ends_with": "boxes" if entry.manifest["pipeline"].get("branch") is None else "BEV features",
+        "files": {name: part["sha256"] for name, part in entry.manifest["parts"].items()},
+        "build_seconds": row.described["build_seconds"],
+        **row.finished["memory"],
+        "memory_before_mb": row.described["memory_before_mb"],
+        "size_of": next(iter(parts.values()))["size_of"],
+        "warm_up": row.warm_up,
+        "sections": sections,
+    }
+    if isinstance(counts, str):
+        result["no_roofline"] = counts
+    return result
+
+
+def _add_speedups(rows: Sequence[dict[str, Any]]) -> None:
+    """Over FP32 of the same backend, and over the fastest FP32 row, section by section."""
+    for row in rows:
+        for name, section in row["sections"].items():
+            floats = [r for r in rows if r["precision"] == "fp32" and name in r["sections"]]
+
+            def best(others: Sequence[dict[str, Any]], name: str = name, section: Any = section) -> float | None:
+                medians = [other["sections"][name]["latency_ms"]["median"] for other in others]
+                median = section["latency_ms"]["median"]
+                return round(min(medians) / median, 4) if medians and median > 0 else None
+
+            section["speedup_vs_fp32"] = best([r for r in floats if r["backend"] == row["backend"]])
+            section["speedup_vs_best_fp32"] = best(floats)
+
+
+def csv_text(results: Results) -> str:
+    """A line for each row's sections, with the figures of benchmark.json as they are there."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, CSV_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for row in results["rows"]:
+        for name, section in row["sections"].items():
+            latency, roofline = section["latency_ms"], section.get("roofline", {})
+            writer.writerow(
+                {
+                    "row": row["name"],
+                    **{key: row[key] for key in ("backend", "precision", "flavour")},
+                    "section": name,
+                    **{f"{key}_ms": latency[key] for key in ("median", "p90", "p99", "mean")},
+                    "samples": latency["samples"],
+                    "per_second": section["per_second"],
+                    "transfer_ms": section.get("transfer_ms"),
+                    "outliers": latency["outliers"]["count"],
+                    "speedup_vs_fp32": section["speedup_vs_fp32"],
+                    "speedup_vs_best_fp32": section["speedup_vs_best_fp32"],
+                    "gmacs": round(sum(section["gmacs"].values()), 6) if "gmacs" in section else None,
+                    "megabytes": section.get("megabytes"),
+                    **{f"roofline_{key}": roofline.get(key) for key in ("ms", "bound", "share")},
+                    "size_mb": section.get("size_mb"),
+                    "memory_peak_mb": row["memory_peak_mb"] if name == WHOLE else None,
+                }
+            )
+    return stream.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def benchmark(options: BenchmarkOptions) -> Results:
+    """Measures every row and writes OUT/benchmark.json, .csv and .svg, each whole, after the last round.
+
+    Raises:
+        UserError: anything wrong with the folders, the data or the flags, or no row that a backend takes.
+    """
+    _check(options)
+    planned, skipped = plan(options.folders, options.backends)
+    threads = options.engine.threads
+    counted = list(zip(planned, _counts(planned, options.roofline), strict=True))
+    facts, before = environment(threads), load_average()
+    with progress_bar("peaks", len({p.backend for p in planned})) as done:
+        peaks = _peaks(counted, threads, done)
+    with progress_bar("build and warm up", len(planned)) as done:
+        rows = _start(planned, options, skipped, done)
+    try:
+        with progress_bar("rounds", options.rounds) as done:
+            _measure(rows, options, done)
+    finally:
+        _stop(rows)
+    after = environment(threads)
+    counts = {p.name: count for p, count in counted}
+    result_rows = [_result_row(row, counts[row.planned.name], peaks) for row in rows]
+    _add_speedups(result_rows)
+    results: Results = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": options.command,
+        "machine": facts | {"load": {"before": before, "after": load_average()}, "gpus_after": after["gpus"]},
+        "measurement": {
+            "rounds": options.rounds,
+            "repeats": options.repeats,
+            "frames": options.frames,
+            "inputs": "made up, seed 0" if options.data is None else f"{options.data.resolve().name}:{options.split}",
+            "order": "interleaved, turned by one row each round; one run of a turn is not counted",
+            "warm_up": f"until the medians of two windows of {WINDOW} runs differ by at most {STABLE:.0%}, "
+            f"{MOST_RUNS} runs or {MOST_SECONDS:g} s",
+            "memory": "VmHWM of the row's own process after its last run; before: the same before it built anything",
+            "built": "anew" if options.engine.cache is None else "or taken from the engine cache",
+        },
+        "peaks": peaks,
+        "rows": result_rows,
+        "skipped": skipped,
+    }
+    write_json(options.out / f"{NAME}.json", results)
+    write_text(options.out / f"{NAME}.csv", csv_text(results))
+    write_text(options.out / f"{NAME}.svg", draw(results))
+    return results

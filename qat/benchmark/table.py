@@ -1,0 +1,140 @@
+"""The results as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qat.benchmark.run import SECTIONS
+from qat.benchmark.worker import WHOLE
+from qat.core.manifest import PARTS
+
+BUSY = 0.5  # processes to a core beyond which a machine is called busy
+
+
+def console() -> Console:
+    """A terminal of its own width; piped output has none, and rich's 80 columns would cut the names."""
+    found = Console()
+    return found if found.is_terminal else Console(width=200)
+
+
+def _table(title: str, *headings: str, left: int = 1) -> Table:
+    table = Table(title=title)
+    for n, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if n < left else "right", no_wrap=n < left)
+    return table
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}×"
+
+
+def _mb(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _share(section: Mapping[str, Any]) -> str:
+    return f"{section['roofline']['share']:.0%}" if "roofline" in section else ""
+
+
+def _times(section: Mapping[str, Any]) -> tuple[str, str, str]:
+    latency = section["latency_ms"]
+    return _ms(latency["median"]), _ms(latency["p90"]), _ms(latency["p99"])
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Two tables, end to end and by section, then what the figures depend on."""
+    rows, machine, measured = results["rows"], results["machine"], results["measurement"]
+    out = console()
+    ends = " and ".join(dict.fromkeys(row["ends_with"] for row in rows))
+    whole = _table(
+        f"images to {ends}: {measured['rounds']} interleaved rounds of {measured['repeats']}, milliseconds",
+        *("", "median", "p90", "p99", "frames/s", "copies", "outliers", "FP32 / it", "best FP32 / it", "roofline"),
+        *("peak MB", "before MB", "size MB", "build s"),
+    )
+    for row in rows:
+        section = row["sections"][WHOLE]
+        outliers = section["latency_ms"]["outliers"]
+        whole.add_row(
+            row["name"] + ("" if row["warm_up"]["stable"] else " *"),
+            *_times(section),
+            f"{section['per_second']:.2f}",
+            _ms(section["transfer_ms"]),
+            f"{outliers['count']} to {_ms(outliers['longest'][0])}" if outliers["count"] else "0",
+            _ratio(section["speedup_vs_fp32"]),
+            _ratio(section["speedup_vs_best_fp32"]),
+            _share(section),
+            _mb(row["memory_peak_mb"]),
+            _mb(row["memory_before_mb"]),
+            _mb(section["size_mb"]),
+            f"{row['build_seconds']:.1f}",
+        )
+    out.print(whole)
+    parts = _table(
+        "by section, inside the whole",
+        *("section", "row", "median", "p90", "p99", "a second", "copies", "outliers", "FP32 / it", "best FP32 / it"),
+        *("GMAC", "MB moved", "roofline", "bound", "size MB"),
+        left=2,
+    )
+    names = dict.fromkeys([*SECTIONS, *(name for row in rows for name in row["sections"])])
+    for name in (n for n in names if n != WHOLE):
+        shown = [(row, row["sections"][name]) for row in rows if name in row["sections"]]
+        for n, (row, section) in enumerate(shown):
+            parts.add_row(
+                name if n == 0 else "",
+                row["name"],
+                *_times(section),
+                f"{section['per_second']:.1f}" if name in PARTS else "",
+                _ms(section.get("transfer_ms")),
+                str(section["latency_ms"]["outliers"]["count"]),
+                _ratio(section["speedup_vs_fp32"]) if name in PARTS else "",
+                _ratio(section["speedup_vs_best_fp32"]) if name in PARTS else "",
+                f"{sum(section['gmacs'].values()):.3f}" if "gmacs" in section else "",
+                f"{section['megabytes']:.1f}" if "megabytes" in section else "",
+                _share(section),
+                section["roofline"]["bound"] if "roofline" in section else "",
+                _mb(section.get("size_mb")),
+            )
+        if shown:
+            parts.add_section()
+    out.print(parts)
+    for backend, peak in results["peaks"].items():
+        rates = [f"{precision} {2 * rate:.0f} G(FL)OP/s" for precision, rate in peak["gmacs"].items()]
+        rates += [f"memory {peak['gb_per_s']:.1f} GB/s"] if peak["gb_per_s"] else []
+        print(f"peak of {backend}: {', '.join(rates) or peak.get('why', 'none')}")
+    for why in dict.fromkeys(row["no_roofline"] for row in rows if "no_roofline" in row):
+        print(f"no roofline: {why}")
+    for left_out in results["skipped"]:
+        print(f"left out: {left_out['name']}: {left_out['why']}")
+    for row in rows:
+        if not row["warm_up"]["stable"]:
+            print(f"* {row['name']}: its times had not settled after {row['warm_up']['runs']} runs of warm-up")
+    print(
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, "
+        f"integer instructions {', '.join(machine['int8_instructions']) or 'none'}"
+        + (f", governor {machine['governor']}" if machine["governor"] else "")
+        + (", virtual machine" if machine["virtual"] else "")
+    )
+    for gpu in machine["gpus"]:
+        print(f"GPU {gpu['name']}, driver {gpu['driver']}, SM clock {gpu['sm_clock_mhz']} MHz")
+    print(", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
+    load = machine["load"]
+    if load["before"] is not None and load["before"] > BUSY * machine["cores"]:
+        print(
+            f"warning: load average {load['before']} before the first row on {machine['cores']} cores: others use this "
+            "machine; trust the ratios of one run, not its milliseconds"
+        )
+
+
+def print_files(out: Path, names: tuple[str, ...]) -> None:
+    """Where the results are."""
+    for name in names:
+        print(out / name)

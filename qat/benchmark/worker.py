@@ -1,0 +1,240 @@
+"""One row in a process of its own: what it holds in memory is then its own, and a crash is its own too."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import signal
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qat.core.errors import UserError
+from qat.core.machine import field, read_text
+from qat.engine.base import Options
+
+WHOLE, REBUILD = "end to end", "pattern rebuild"
+# Warm-up: two windows of WINDOW runs whose medians differ by no more than STABLE, or the caps.
+WINDOW, STABLE, MOST_RUNS, MOST_SECONDS = 5, 0.03, 60, 30.0
+
+Milliseconds = dict[str, float]
+
+
+def memory_mb(name: str) -> float | None:
+    """Of this process, MB: "VmRSS" what it holds in memory now, "VmHWM" the most it held. None where Linux does not tell."""
+    words = field(read_text("/proc/self/status"), name).split()
+    return round(int(words[0]) * 1024 / 1e6, 1) if words else None
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What a row runs. name: for messages. folder: exported parts, or engines. options: None for those noted with engines."""
+
+    name: str
+    folder: Path
+    backend: str
+    options: Options | None
+
+
+def until_stable(
+    run: Callable[[], float], most_runs: int = MOST_RUNS, most_seconds: float = MOST_SECONDS
+) -> dict[str, Any]:
+    """Runs until the medians of two windows in succession differ by no more than STABLE of the earlier one.
+
+    Args:
+        run: runs once and returns milliseconds.
+
+    Returns:
+        {"runs", "stable", "windows_ms": the windows' medians}; not stable where a cap ended it.
+    """
+    begin = time.monotonic()
+    windows: list[float] = []
+    runs = 0
+    while True:
+        times = []
+        for _ in range(WINDOW):
+            times.append(run())
+            runs += 1
+        windows.append(float(np.median(times)))
+        stable = len(windows) > 1 and abs(windows[-1] / windows[-2] - 1) <= STABLE
+        if stable or runs + WINDOW > most_runs or (len(windows) > 1 and time.monotonic() - begin > most_seconds):
+            return {"runs": runs, "stable": stable, "windows_ms": [round(w, 4) for w in windows]}
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class _Row:
+    """The row's pipeline and what is fed to it."""
+
+    def __init__(self, spec: RowSpec, frames: Sequence[Any]) -> None:
+        from qat.runtime.pipeline import Pipeline
+
+        self.frames = frames
+        before = memory_mb("VmHWM")
+        begin = time.perf_counter()
+        self.pipeline = Pipeline.load(spec.folder, spec.backend, None, spec.options)
+        self.described = {
+            "build_seconds": round(time.perf_counter() - begin, 3),
+            "memory_before_mb": before,
+        }
+
+    def _once(self, frame: Any) -> tuple[Milliseconds, Milliseconds]:
+        begin = time.perf_counter()
+        if frame.sample is None:
+            self.pipeline(frame.images, frame.points, frame.calibration)
+        else:
+            self.pipeline.forward(frame.sample)
+        total = (time.perf_counter() - begin) * 1e3
+        stages = dict(self.pipeline.timing_ms)
+        if "depth" in stages and "preprocess" in stages:  # the depth map is drawn while preprocessing: apart from it
+            stages["preprocess"] -= stages["depth"]
+        transfer = {n: float(getattr(part, "transfer_ms", 0.0)) for n, part in self.pipeline.parts.items()}
+        return {WHOLE: total, **stages}, {WHOLE: sum(transfer.values()), **transfer}
+
+    def warm_up(self) -> dict[str, Any]:
+        """`until_stable` on the first frame."""
+        frame = self.frames[0].moved(0)
+        with _no_collection():
+            return until_stable(lambda: self._once(frame)[0][WHOLE])
+
+    def turn(self, number: int, repeats: int) -> dict[str, Any]:
+        """One frame with a camera geometry that is new to the pipeline: one run that is not counted (it brings the row's
+        weights back into the caches, and tells what a new geometry's pattern costs), then `repeats` that are."""
+        frame = self.frames[number % len(self.frames)].moved(number + 1)
+        with _no_collection():
+            first, _ = self._once(frame)
+            counted = [self._once(frame) for _ in range(repeats)]
+        return {
+            REBUILD: first["pattern"],
+            "times": [times for times, _ in counted],
+            "transfers": [transfers for _, transfers in counted],
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """After the last run: the memory held, and of each part the engine's size."""
+        memory = {"memory_peak_mb": memory_mb("VmHWM"), "memory_resident_mb": memory_mb("VmRSS")}
+        # Only now: an engine may have to be written to know its size, and that takes memory.
+        return {"memory": memory, "parts": {name: _size(part) for name, part in self.pipeline.parts.items()}}
+
+
+def _size(part: Any) -> dict[str, Any]:
+    """An engine's size, and whether it is that of the built engine or of the graph that it was built from."""
+    if (built := getattr(part, "size_bytes", None)) is not None:
+        return {"size_mb": round(built / 1e6, 4), "size_of": "engine"}
+    source = Path(part.source)
+    stored = sum(file.stat().st_size for file in (source, source.with_suffix(".bin")) if file.is_file())
+    return {"size_mb": round(stored / 1e6, 4), "size_of": source.suffix.lstrip(".") + " file"}
+
+
+def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """The process: makes its object, then calls the methods that are asked for, until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
+    target: Any = None
+    try:
+        target = make(*arguments)
+        connection.send(("done", getattr(target, "described", None)))
+        while (asked := connection.recv()) is not None:
+            name, values = asked
+            connection.send(("done", getattr(target, name)(*values)))
+    except UserError as error:
+        connection.send(("refused", str(error)))
+    except EOFError:
+        pass
+    except Exception:
+        connection.send(("failed", traceback.format_exc()))
+
+
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Hides the running script: a spawned process would import it first, and hold in memory all that it imports."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+class Worker:
+    """The parent's end of such a process."""
+
+    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
+        """Starts the process; `described` waits for its object. make: a class that its module offers by name."""
+        self.name = name
+        context = multiprocessing.get_context("spawn")  # a fork would share the parent's memory and its thread pools
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        with _no_main():
+            self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process."""
+        return self._process.pid
+
+    def described(self) -> Any:
+        """What the object says of itself once it is made; raises as `ask` does."""
+        return self._answer()
+
+    def ask(self, method: str, *values: Any) -> Any:
+        """Calls a method of the process's object.
+
+        Raises:
+            UserError: the object raised one, or the process ended, as it does when the machine's memory is used up.
+            RuntimeError: it raised anything else; with its traceback.
+        """
+        try:
+            self._connection.send((method, values))
+        except BrokenPipeError:
+            raise self._ended() from None
+        return self._answer()
+
+    def _ended(self) -> UserError:
+        self._process.join(5)
+        code = self._process.exitcode
+        why = "killed: the machine's memory may be used up" if code == -signal.SIGKILL else "see its messages above"
+        return UserError(f"{self.name}: its process ended with status {code} ({why}); run it alone, or leave it out")
+
+    def _answer(self) -> Any:
+        try:
+            kind, value = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._ended() from None
+        if kind == "refused":
+            raise UserError(value)
+        if kind == "failed":
+            raise RuntimeError(f"{self.name}:\n{value}")
+        return value
+
+    def close(self) -> None:
+        """Ends the process."""
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        self._process.join(1)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+        self._connection.close()
+
+
+def start_row(spec: RowSpec, frames: Sequence[Any]) -> Worker:
+    """A process that builds a row; frames: `qat.benchmark.inputs.Inputs`."""
+    return Worker(spec.name, _Row, spec, list(frames))

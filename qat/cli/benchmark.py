@@ -1,0 +1,96 @@
+"""Time exported detectors on this machine, part by part and end to end, for each backend and precision, interleaved.
+
+Each folder's manifest says its precision and flavour. Every row runs in a process of its own. Writes benchmark.json,
+benchmark.csv and benchmark.svg; docs/benchmark.md says how to read them. Needs neither torch nor a config. Without --onnx
+nothing is measured: --compare then reads the new figures from --out.
+
+examples:
+  bevqat benchmark --onnx runs/onnx_fp32 runs/onnx_int8_openvino runs/onnx_int8_onnxruntime --out runs/benchmark
+  bevqat benchmark --onnx runs/onnx_fp32 runs/onnx_int8 --compare runs/benchmark/benchmark.json --out runs/after
+  bevqat benchmark --compare runs/benchmark/benchmark.json --out runs/after
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument(
+        "--onnx", type=Path, nargs="+", action="extend", default=[], metavar="DIR", help="exported parts, or engines"
+    )
+    parser.add_argument("--backends", metavar="NAMES", help="default openvino,onnxruntime, and those of engines given")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help="nuScenes-format data (default: made-up frames)")
+    parser.add_argument("--version", metavar="NAME", help="of --data, needed where it holds several")
+    parser.add_argument("--split", metavar="SPLIT", help="of --data (default all)")
+    parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames that take turns (default 4)")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each row (default 20)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of a turn (default 3)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: all cores)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep built engines there (default: build anew)")
+    parser.add_argument("--no-roofline", action="store_true", help="do not measure what the machine can do at best")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write benchmark.json there too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write benchmark.csv there too")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed beyond the noise since")
+    parser.add_argument(
+        "--threshold", type=float, metavar="SHARE", help="of --compare: smaller changes are not told (default 0.03)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the tables, compares."""
+    from qat.benchmark.changes import THRESHOLD, load_results, print_changes
+    from qat.benchmark.run import NAME, BenchmarkOptions, benchmark, csv_text, write_text
+    from qat.benchmark.table import print_files, print_results
+    from qat.cli import INTERRUPTED
+    from qat.core.errors import UserError
+    from qat.core.files import write_json
+    from qat.engine import Options
+
+    written = args.out / f"{NAME}.json"
+    if args.data is None and (args.split or args.version):
+        raise UserError("--split, --version: found no data to choose from, expected --data ROOT")
+    if args.threshold is not None and args.compare is None:
+        raise UserError("--threshold: found nothing to compare with, expected --compare OLD.json")
+    if not args.onnx and args.compare is None:
+        raise UserError("--onnx: found none, expected at least one folder that export-camera wrote, or --compare")
+    old = None if args.compare is None else load_results(args.compare)
+    if args.onnx:
+        options = BenchmarkOptions(
+            folders=args.onnx,
+            out=args.out,
+            backends=None if args.backends is None else [name for name in args.backends.split(",") if name],
+            data=args.data,
+            split=args.split or "all",
+            version=args.version,
+            frames=args.frames,
+            rounds=args.rounds,
+            repeats=args.repeats,
+            engine=Options(threads=args.threads, cache=args.cache),
+            roofline=not args.no_roofline,
+            command=shlex.join(["bevqat", *sys.argv[1:]]),
+        )
+        try:
+            new = benchmark(options)
+        except KeyboardInterrupt:
+            kept = f"{written} is as it was before" if written.is_file() else f"{written} was not written"
+            print(f"interrupted; {kept}", file=sys.stderr)
+            return INTERRUPTED
+        print_results(new)
+        print_files(args.out, tuple(f"{NAME}.{suffix}" for suffix in ("json", "csv", "svg")))
+    else:
+        new = load_results(written)
+    if args.json:
+        write_json(args.json, new)
+        print(args.json)
+    if args.csv:
+        write_text(args.csv, csv_text(new))
+        print(args.csv)
+    if old is not None:
+        print_changes(old, new, args.compare, THRESHOLD if args.threshold is None else args.threshold)
+    return 0

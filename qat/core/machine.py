@@ -1,0 +1,58 @@
+"""Facts about the machine that figures depend on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+INT8_FLAGS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text without its last line end; "" where it cannot be read, as in /proc on another system."""
+    try:
+        return Path(path).read_text().rstrip("\n")
+    except OSError:
+        return ""
+
+
+def field(text: str, name: str) -> str:
+    """The value of the first `name: value` line; "" where there is none."""
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_flags() -> set[str]:
+    """The processor's instruction sets, in Linux's words; none elsewhere."""
+    cpuinfo = read_text("/proc/cpuinfo")
+    return set((field(cpuinfo, "flags") or field(cpuinfo, "Features")).split())
+
+
+def machine_facts(threads: int) -> dict[str, Any]:
+    """The processor, its integer instructions, how much of it may be used.
+
+    Args:
+        threads: what the backends were told to take; 0 for all cores.
+    """
+    cpuinfo, flags = read_text("/proc/cpuinfo"), cpu_flags()
+    cores = usable_cores()
+    memory = field(read_text("/proc/meminfo"), "MemTotal").split()
+    return {
+        "cpu": field(cpuinfo, "model name") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "cores": cores,
+        "threads": threads or cores,
+        "int8_instructions": [flag for flag in INT8_FLAGS if flag in flags],
+        "memory_gb": round(int(memory[0]) / 1e6, 1) if memory else None,
+        "os": platform.platform(),
+    }
