@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_path, write_json
 from qat.core.manifest import PARTS
 from qat.core.progress import Done, progress_bar
-from qat.engine import Options
+from qat.engine import Options, described
 
 FORMAT, SCHEMA = "bevqat-benchmark", 1
 NAME = "benchmark"  # of the three files
@@ -99,7 +99,8 @@ def _start(
             key = json.dumps(settings, sort_keys=True)
             if key not in inputs:
                 inputs[key] = _frames(options, settings)
-            as_noted = entry.built and not options.engine.threads
+            told = replace(options.engine, cache=None) != Options(cache=None)
+            as_noted = entry.built and not told
             spec = RowSpec(entry.name, entry.folder, entry.backend, None if as_noted else options.engine)
             row = _Row(entry, start_row(spec, inputs[key]))
             rows.append(row)
@@ -329,6 +330,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
             "warm_up": f"until the medians of two windows of {WINDOW} runs differ by at most {STABLE:.0%}, "
             f"{MOST_RUNS} runs or {MOST_SECONDS:g} s",
             "memory": "VmHWM of the row's own process after its last run; before: the same before it built anything",
+            "options": described(options.engine, {p.backend for p in planned}),
             "built": "anew" if options.engine.cache is None else "or taken from the engine cache",
         },
         "peaks": peaks,

@@ -17,6 +17,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from qat.cli.engine_flags import add_engine_flags, add_tensorrt_flags, engine_options
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
@@ -30,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames that take turns (default 4)")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each row (default 20)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of a turn (default 3)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: all cores)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep built engines there (default: build anew)")
     parser.add_argument("--no-roofline", action="store_true", help="do not measure what the machine can do at best")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR")
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=float, metavar="SHARE", help="of --compare: smaller changes are not told (default 0.03)"
     )
+    add_engine_flags(parser)
+    add_tensorrt_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.cli import INTERRUPTED
     from qat.core.errors import UserError
     from qat.core.files import write_json
-    from qat.engine import Options
+    from qat.engine import CPU_BACKENDS
 
     written = args.out / f"{NAME}.json"
     if args.data is None and (args.split or args.version):
@@ -61,17 +64,18 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--onnx: found none, expected at least one folder that export-camera wrote, or --compare")
     old = None if args.compare is None else load_results(args.compare)
     if args.onnx:
+        backends = None if args.backends is None else [name for name in args.backends.split(",") if name]
         options = BenchmarkOptions(
             folders=args.onnx,
             out=args.out,
-            backends=None if args.backends is None else [name for name in args.backends.split(",") if name],
+            backends=backends,
             data=args.data,
             split=args.split or "all",
             version=args.version,
             frames=args.frames,
             rounds=args.rounds,
             repeats=args.repeats,
-            engine=Options(threads=args.threads, cache=args.cache),
+            engine=engine_options(args, backends or CPU_BACKENDS, cache=args.cache),
             roofline=not args.no_roofline,
             command=shlex.join(["bevqat", *sys.argv[1:]]),
         )

@@ -17,6 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from qat.cli.engine_flags import add_engine_flags, add_tensorrt_flags, engine_options
 from qat.cli.flags import add_data_flags
 
 
@@ -44,14 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="resamples of the scenes for the 95 %% intervals of mAP and NDS differences (default 1000, 0: none)",
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: all cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR")
+    add_engine_flags(parser)
+    add_tensorrt_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the table and the verdict."""
     from qat.compare import CompareOptions, Sources, compare, print_summary
 
+    backends = [name for name in args.backends.split(",") if name]
     comparison = compare(
         CompareOptions(
             sources=Sources(args.ckpt, args.ptq, args.fp32, args.int8, args.config),
@@ -60,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
             split=args.split,
             frames=args.frames,
             out=args.out,
-            backends=[name for name in args.backends.split(",") if name],
+            backends=backends,
             rounds=args.rounds,
             repeats=args.repeats,
             resamples=args.resamples,
-            threads=args.threads,
+            engines=engine_options(args, backends),
             command=shlex.join(["bevqat", *sys.argv[1:]]),
         )
     )

@@ -167,6 +167,8 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
             hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
             size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())
             version = find_backend(backend).version
-            key = _key(backend, precision, version, hashes, manifest["pipeline"])
+            more: list[Any] = ["bfloat16"] if options.bfloat16 else []  # what else changes a result
+            more += [options.tensorrt.described()] if backend == "tensorrt" else []
+            key = _key(backend, precision, version, hashes, manifest["pipeline"], *more)
             rows.append(Row(backend, precision, manifest["flavour"], pipeline, size / 1e6, key))
     return rows, {"config": config, "recipe": recipe, "files": files}

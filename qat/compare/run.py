@@ -24,7 +24,7 @@ from qat.core.files import write_json
 from qat.core.progress import progress_bar
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
-from qat.engine import BACKENDS, CPU_BACKENDS, Options
+from qat.engine import BACKENDS, CPU_BACKENDS, Options, described
 from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.evaluate.bootstrap import MIN_SCENES
 from qat.report import SCHEMA, Verdict, compared_row, decide, reference_of, row_name, write_report
@@ -39,7 +39,8 @@ class CompareOptions:
     data, split, version, frames: the evaluation keyframes, as for `NuScenesDataset`. backends: of `qat.engine`.
     out: folder for results.json, report.html and the cache of finished keyframes. rounds, repeats, latency_frames: as
     `qat.compare.latency.measure` has them; as many of the keyframes, spread evenly, are timed. pictures: keyframes to
-    draw in the report. resamples: of the scenes, for the intervals of the differences; 0 for none. threads: 0 for all cores. model: its name in the results. command: for the provenance.
+    draw in the report. resamples: of the scenes, for the intervals of the differences; 0 for none. model: its name in the results. command: for the
+    provenance. engines: how they are built and run; its threads are PyTorch's and the pooling's too.
     """
 
     sources: Sources
@@ -54,7 +55,6 @@ class CompareOptions:
     latency_frames: int = 4
     pictures: int = 2
     resamples: int = 1000
-    threads: int = 0
     model: str = ""
     command: str = ""
     engines: Options = field(default_factory=Options)
@@ -77,7 +77,6 @@ def _check(options: CompareOptions) -> None:
         ("latency_frames", 1),
         ("pictures", 0),
         ("resamples", 0),
-        ("threads", 0),
     ):
         if getattr(options, name) < low:
             flag = name.replace("_", "-")
@@ -165,9 +164,9 @@ def compare(options: CompareOptions) -> Comparison:
         UserError: anything wrong with the files, the data or the flags.
     """
     _check(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    rows, facts = load_rows(options.sources, options.backends, Options(options.threads, options.engines.cache))
+    if options.engines.threads:
+        torch.set_num_threads(options.engines.threads)
+    rows, facts = load_rows(options.sources, options.backends, options.engines)
     dataset = NuScenesDataset(options.data, options.split, facts["config"], options.version, options.frames)
     timed = set(
         np.linspace(0, len(dataset) - 1, min(options.latency_frames, len(dataset))).round().astype(int).tolist()
@@ -206,6 +205,7 @@ def compare(options: CompareOptions) -> Comparison:
         "frames": len(timing_samples),
         "order": "interleaved, turned by one row each round",
         "resamples": resamples,
+        "engine_options": described(options.engines, options.backends),
     }
     if rebuilds:
         measurement["pattern_rebuild_ms"] = float(np.median(rebuilds))
@@ -213,7 +213,7 @@ def compare(options: CompareOptions) -> Comparison:
         "schema": SCHEMA,
         "model": options.model or options.sources.ckpt.resolve().parent.name,
         "dataset": facts_of_data,
-        "machine": machine_facts(options.threads),
+        "machine": machine_facts(options.engines.threads),
         "measurement": measurement,
         "rows": result_rows,
         "frames": _pictures(dataset, result_rows, accuracies, objects.total(), options.pictures),

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from qat.core.errors import UserError
-from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, layers_by_device
+from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, described, layers_by_device
 from qat.engine.tensorrt_options import TensorRtOptions
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "TensorRtOptions",
     "TensorSpec",
     "build",
+    "described",
     "ending",
     "find_backend",
     "identify",

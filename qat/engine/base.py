@@ -9,11 +9,11 @@ import platform
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -76,6 +76,8 @@ class Options:
     pinning: each CPU thread stays on a core of its own. For a process that has the cores to itself: threads of two that
         both pin meet on the same cores.
     spinning: ONNX Runtime's CPU threads wait for work in a loop, which answers sooner and takes whole cores while it runs.
+    bfloat16: what an INT8 graph leaves in float runs in bfloat16, on OpenVINO where the CPU multiplies it: faster, and
+        another accuracy, to be looked at.
     tensorrt: what the backend tensorrt alone takes; it says itself what enters the key of its cached plans.
     """
 
@@ -85,11 +87,19 @@ class Options:
     )
     pinning: bool = False
     spinning: bool = True
+    bfloat16: bool = False
     tensorrt: TensorRtOptions = field(default_factory=TensorRtOptions)
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise UserError(f"threads: found {self.threads}, expected 0 (all cores) or more")
+
+
+def described(options: Options, backends: Collection[str] = ("tensorrt",)) -> dict[str, Any]:
+    """Options as JSON values, for what is written beside results. The cache is a machine's own affair, and TensorRT's options
+    say something only where it is among the backends."""
+    values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
+    return values | ({"tensorrt": options.tensorrt.described()} if "tensorrt" in backends else {})
 
 
 def cores() -> list[int]:

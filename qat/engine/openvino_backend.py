@@ -50,7 +50,7 @@ def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
     """
     told: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": FLOAT_TYPE[device][precision],
+        "INFERENCE_PRECISION_HINT": "bf16" if _bfloat16(precision, options, device) else FLOAT_TYPE[device][precision],
     }
     if device == "CPU":
         told["ENABLE_CPU_PINNING"] = options.pinning
@@ -59,7 +59,12 @@ def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
     return told
 
 
-def _check(core: ov.Core, source: Path, precision: str, device: str) -> None:
+def _bfloat16(precision: str, options: Options, device: str) -> bool:
+    """Whether the option means this engine: an FP32 row stays FP32, and a GPU has FP16 there already."""
+    return options.bfloat16 and precision == "int8" and device == "CPU"
+
+
+def _check(core: ov.Core, source: Path, precision: str, options: Options, device: str) -> None:
     """Raises `UserError` where the device is not there, or has no arithmetic of this precision."""
     _check_device(core, device)
     if precision not in FLOAT_TYPE[device]:
@@ -68,6 +73,9 @@ def _check(core: ov.Core, source: Path, precision: str, device: str) -> None:
         raise UserError(
             f"{source}: precision fp16: OpenVINO has no FP16 arithmetic on this {device}; mend by fp32 or int8"
         )
+
+    if _bfloat16(precision, options, device) and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+        raise UserError(f"{source}: bfloat16: OpenVINO has no bfloat16 arithmetic on this {device}; leave it out")
 
 
 def _check_device(core: ov.Core, device: str) -> None:
@@ -89,7 +97,7 @@ class OpenVinoEngine(Engine):
         the cache."""
         self._core = ov.Core()
         self._device = device
-        _check(self._core, source, precision, device)
+        _check(self._core, source, precision, options, device)
         self._settings = settings(precision, options, device)
         self._compiled = self._import(built) if built else self._load(source, precision, options)
         super().__init__(source, precision, _specs(self._compiled.inputs), _specs(self._compiled.outputs))

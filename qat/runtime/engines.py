@@ -7,14 +7,14 @@ version of it, the device that the files were built for, and the options. A buil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, read_json, sha256, write_json
 from qat.core.manifest import FILE, PARTS, load_manifest
-from qat.engine import Engine, Options, build, ending, find_backend, identify, load
+from qat.engine import Engine, Options, build, described, ending, find_backend, identify, load
 
 FORMAT_OF_PARTS = "engine"
 AGAIN = "run `bevqat build` again, on the machine that is to run it"
@@ -60,12 +60,6 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
     if manifest["flavour"] == "tensorrt-strong" and precision is None:
         precision = "fp32"  # as far as a builder is told: the graph's own types say the rest
     return {name: precision or part["precision"] for name, part in manifest["parts"].items()}
-
-
-def _described(options: Options, backend: str) -> dict[str, Any]:
-    """Options as JSON. The cache is this machine's own affair."""
-    described = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
-    return described | ({"tensorrt": options.tensorrt.described()} if backend == "tensorrt" else {})
 
 
 def _check_out(out: Path, folder: Path) -> None:
@@ -132,7 +126,7 @@ def build_engines(
                 "precision": precision or manifest["precision"],
                 "device": device.name,
                 "device_fingerprint": device.fingerprint,
-                "options": _described(options, backend),
+                "options": described(options, [backend]),
             },
             "parts": parts,
         }

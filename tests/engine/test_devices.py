@@ -15,6 +15,7 @@ from qat import engine
 from qat.core.errors import UserError
 from qat.engine import Options, layers_by_device
 from qat.engine import onnxruntime_backend as onnxruntime
+from qat.engine import openvino_backend as openvino
 from qat.engine.base import cores
 
 BACKENDS = sorted(engine.CPU_BACKENDS)
@@ -260,3 +261,16 @@ def test_outputs_stay_on_a_gpu_alone(graph):
     with pytest.raises(UserError, match="found an engine on the CPU, expected one on a GPU"):
         built.run_on_device(built.example_feeds())
     assert built.transfer_ms == 0
+
+
+@pytest.mark.skipif("BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="no bfloat16 here")
+def test_bfloat16_is_for_what_int8_graphs_leave_in_float(graph):
+    for precision, expected in (("int8", ov.Type.bf16), ("fp32", ov.Type.f32)):
+        compiled = engine.build(graph, "openvino", precision, Options(cache=None, bfloat16=True)).compiled
+        assert compiled.get_property("INFERENCE_PRECISION_HINT") == expected
+
+
+def test_bfloat16_is_refused_where_the_cpu_has_none(graph, monkeypatch):
+    monkeypatch.setattr(openvino.ov.Core, "get_property", lambda core, device, name: ["FP32", "INT8"])
+    with pytest.raises(UserError, match="no bfloat16 arithmetic on this CPU; leave it out"):
+        engine.build(graph, "openvino", "int8", Options(cache=None, bfloat16=True))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from qat.cli import main
-from qat.cli.build import add_arguments, tensorrt_options
+from qat.cli.build import add_arguments
+from qat.cli.engine_flags import tensorrt_options
 from qat.core.errors import UserError
 from qat.engine import CPU_BACKENDS, Options, TensorRtOptions
 from qat.engine.tensorrt_options import Profile
@@ -229,7 +230,7 @@ def test_tensorrt_flags_become_its_options():
         "--plugins",
         __file__,
     ]
-    options = tensorrt_options(parser.parse_args(["--onnx", "d", "--backend", "tensorrt", *given]))
+    options = tensorrt_options(parser.parse_args(["--onnx", "d", "--backend", "tensorrt", *given]), ["tensorrt"])
     assert options == TensorRtOptions(
         workspace=64 * 2**20,
         tf32=False,

@@ -1,0 +1,86 @@
+"""Flags of the verbs that build and run engines: fields of `qat.engine.Options`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from qat.core.errors import UserError
+from qat.engine import Options, TensorRtOptions
+from qat.engine.tensorrt_options import TACTIC_SOURCES, Profile
+
+FLAGS = {"tf32": "--no-tf32", "fp16": "--no-fp16", "profiles": "--profile"}  # where they are not the fields' names
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """--threads, --pinning, --no-spinning and --bfloat16: fields of `qat.engine.Options`, by their names."""
+    group = parser.add_argument_group("on the CPU")
+    group.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default 0: one on each core)")
+    group.add_argument(
+        "--pinning", action="store_true", help="each thread stays on its core: for a process that has them to itself"
+    )
+    group.add_argument(
+        "--no-spinning", dest="spinning", action="store_false", help="threads sleep while they wait (onnxruntime)"
+    )
+
+    group.add_argument(
+        "--bfloat16", action="store_true", help="what INT8 leaves in float, in bfloat16 (openvino, CPUs that have it)"
+    )
+
+
+def add_tensorrt_flags(parser: argparse.ArgumentParser) -> None:
+    """Fields of `qat.engine.TensorRtOptions`; None where a flag is not given."""
+    group = parser.add_argument_group("with --backend tensorrt", "docs/tensorrt.md says what each does")
+    group.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="tactics' times, read before and written after"
+    )
+    group.add_argument("--workspace", type=int, metavar="MIB", help="scratch memory of a layer (default: the GPU's)")
+    group.add_argument("--no-tf32", dest="tf32", action="store_false", default=None, help="FP32 layers in full FP32")
+    group.add_argument("--no-fp16", dest="fp16", action="store_false", default=None, help="INT8 beside FP32 alone")
+    group.add_argument("--tactic-sources", nargs="+", metavar="NAME", help=f"of {', '.join(TACTIC_SOURCES)}")
+    group.add_argument(
+        "--profile",
+        dest="profiles",
+        action="append",
+        metavar="NAME=MIN:OPT:MAX",
+        help="shapes of an input with dynamic axes, such as img=1x6x3x256x704:1x6x3x256x704:4x6x3x256x704; repeatable",
+    )
+    group.add_argument("--version-compatible", action="store_true", default=None, help="for later versions too (≥ 8.6)")
+    group.add_argument("--plugins", nargs="+", type=Path, metavar="FILE", help="libraries of plugins")
+    group.add_argument("--input-formats", nargs="+", metavar="TYPE:LAYOUT", help="as trtexec's, such as fp16:chw")
+    group.add_argument("--output-formats", nargs="+", metavar="TYPE:LAYOUT", help="as trtexec's, such as fp16:chw")
+    group.add_argument("--optimization-level", type=int, metavar="0..5", help="how long TensorRT searches (≥ 8.6)")
+
+
+def tensorrt_options(args: argparse.Namespace, backends: Sequence[str]) -> TensorRtOptions:
+    """The options that `add_tensorrt_flags`' flags say.
+
+    Raises:
+        UserError: a flag is out of range, or was given for another backend.
+    """
+    given: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(TensorRtOptions)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and "tensorrt" not in backends:
+        flags = ", ".join(FLAGS.get(name, f"--{name.replace('_', '-')}") for name in given)
+        raise UserError(f"backend: found {', '.join(backends)}, expected tensorrt for {flags}")
+    if "workspace" in given:
+        given["workspace"] *= 2**20
+    if "profiles" in given:
+        given["profiles"] = tuple(Profile.parse(text) for text in given["profiles"])
+    return TensorRtOptions(**given)
+
+
+def engine_options(args: argparse.Namespace, backends: Sequence[str], **more: Any) -> Options:
+    """The options that the flags say. more: fields without a flag. Raises `UserError` as `tensorrt_options`."""
+    return Options(
+        threads=args.threads,
+        pinning=args.pinning,
+        spinning=args.spinning,
+        bfloat16=args.bfloat16,
+        tensorrt=tensorrt_options(args, backends),
+        **more,
+    )
