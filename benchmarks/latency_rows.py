@@ -59,8 +59,10 @@ def _stored_mb(file: Path) -> float:
 class EngineRow(TimedRow):
     """A graph on a backend, as `qat.engine` builds it: peers' graphs too, so that settings are the same for all."""
 
-    def __init__(self, file: Path, backend: str, precision: str, threads: int, feeds: Sequence[Feeds]) -> None:
-        self.engine = build(file, backend, precision, Options(threads=threads, cache=None))
+    def __init__(
+        self, file: Path, backend: str, precision: str, threads: int, feeds: Sequence[Feeds], bfloat16: bool = False
+    ) -> None:
+        self.engine = build(file, backend, precision, Options(threads=threads, cache=None, bfloat16=bfloat16))
         self.feeds, self.size_mb = feeds, _stored_mb(file)
 
     def run(self, feed: Feeds) -> Any:

@@ -5,12 +5,12 @@ example:
   python benchmarks/peers_latency.py --end-to-end                            # and the full-size detector whole, random weights
   python benchmarks/peers_latency.py --only end-to-end --end-to-end model/camera-tiny/config.yaml
 
-The camera part: ours (flavours openvino and onnxruntime, with the depth map's convolutions in float as calibrate leaves them, and
-with all in INT8) and FP32 beside PyTorch eager and torch.compile, ONNX Runtime's quantize_static, NNCF's PTQ and ModelOpt's
-ONNX PTQ. All are made from one float network and one set of calibration frames. Graphs are built and run by `qat.engine`, peers'
-too: the backends' settings are the same for all. Rows "as it comes" are OpenVINO's own defaults, which multiply in bfloat16
-where the CPU does. Every row runs in a process of its own; in each round every row has one turn, in an order that turns, and the
-first run of a turn is not counted.
+The camera part: ours (flavours openvino and onnxruntime, with the first convolution over the depth map in float as calibrate
+leaves it, and with all in INT8; on OpenVINO also with what is left in float in bfloat16) and FP32 beside PyTorch eager and
+torch.compile, ONNX Runtime's quantize_static, NNCF's PTQ and ModelOpt's ONNX PTQ. All are made from one float network and one
+set of calibration frames. Graphs are built and run by `qat.engine`, peers' too: the backends' settings are the same for all.
+Rows "as it comes" are OpenVINO's own defaults, which multiply in bfloat16 where the CPU does. Every row runs in a process of its
+own; in each round every row has one turn, in an order that turns, and the first run of a turn is not counted.
 
 End to end, images to boxes: ours in INT8 beside FP32 by `bevqat benchmark`'s own code, with the view transform's convolutions in
 float, as calibrate leaves them, and in INT8. A detector with a checkpoint beside its config sees --data's frames, one with random
@@ -111,6 +111,10 @@ def contenders(job: Job, args: argparse.Namespace, folder: Path, say: Say) -> li
             for backend in backends:
                 if backend == "openvino" or graphs[peer].suffix == ".onnx":
                     rows.append(engine(f"{shown} on {BACKENDS[backend]}", False, backend, "int8", peer))
+    if "openvino" in backends and multiplies_bfloat16():
+        for label in (OURS, OURS_ALL):
+            made = (EngineRow, graphs[f"{label} (openvino)"], "openvino", "int8", threads, feeds, True)
+            rows.append(Row(f"{label} on OpenVINO, the rest in bfloat16", True, "openvino", "int8", made))
     if "openvino" in args.peers and "openvino" in backends and multiplies_bfloat16():
         for graph, shown in (("fp32", "OpenVINO"), ("nncf", "NNCF PTQ on OpenVINO")):
             if graph in graphs:
