@@ -11,6 +11,12 @@ Through Weight Equalization and Bias Correction", ICCV 2019, do so between two l
 before to take 1/s, and the tensor's meaning is a contract with other files, so the division is written out: one product for
 each value, which runtimes join with the rounding.)
 
+    before   conv(W₀, b₀) ─► ReLU ─► Q ─► conv(W₁)      after   conv(W₀/s, b₀/s) ─► ReLU ─► Q ─► conv(W₁ · s)
+
+What is computed from the depth map alone (`qat.lean.background`) is equalized too, for the same reason: its large values are
+few and in few channels. There a convolution before takes 1/s, and it costs nothing. (Between all other convolutions it gains next
+to nothing: docs/calibrate.md.)
+
 It is done where it pays: where the noise that is expected at the consumers' outputs, of rounded inputs and of rounded
 weights together, falls to a half or less. (Scaled weights are rounded more coarsely, so dense inputs of nearly one size may
 gain nothing.)
@@ -18,13 +24,17 @@ gain nothing.)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
+from qat.lean.background import backgrounds
 from qat.lean.insert import Inventory
 from qat.lean.quantizer import BOUND, QuantizedConv2d, weight_range
+from qat.lean.trace import replace_module, submodule
 
 GAIN = 2.0  # of the noise's power
 FLOOR = 2.0**-5  # the smallest s: calibration has seen only some frames, and what exceeds a channel's range is cut off
@@ -43,26 +53,52 @@ class ChannelScale(nn.Module):
         return x * self.inverse
 
 
-def _rounded_input(graph: fx.GraphModule, name: str) -> tuple[fx.Node, list[fx.Node]] | None:
-    """The one call of a quantizer and what takes it, if it rounds a part's input for plain convolutions alone."""
+@dataclass
+class _Place:
+    """Where channels can be equalized. call: the quantizer's only one. takers: the convolutions after it. before: path of the
+    convolution whose outputs these are behind a ReLU; None for a part's input."""
+
+    call: fx.Node
+    takers: list[fx.Node]
+    before: str | None
+
+
+def _convolution_before(graph: fx.GraphModule, node: fx.Node) -> str | None:
+    """The convolution that alone feeds this ReLU, which feeds nothing but a quantizer."""
+    if not isinstance(submodule(graph, node), nn.ReLU) or len(node.users) != 1:
+        return None
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return str(source.target) if isinstance(submodule(graph, source), nn.Conv2d) and len(source.users) == 1 else None
+
+
+def _place(graph: fx.GraphModule, name: str) -> _Place | None:
+    """None where the quantizer's channels cannot be equalized."""
     calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == name]
-    if len(calls) != 1 or not isinstance(calls[0].args[0], fx.Node) or calls[0].args[0].op != "placeholder":
+    if len(calls) != 1 or not isinstance(calls[0].args[0], fx.Node):
         return None
     takers = list(calls[0].users)
     for node in takers:
-        layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        layer = submodule(graph, node)
         if not (isinstance(layer, QuantizedConv2d) and layer.groups == 1):
             return None
-    return (calls[0], takers) if takers else None
+    source = calls[0].args[0]
+    if not takers:
+        return None
+    if source.op == "placeholder":
+        return _Place(calls[0], takers, None)
+    before = _convolution_before(graph, source)
+    from_depth = {str(node.target) for node in takers} <= set(backgrounds(graph))
+    return _Place(calls[0], takers, before) if before is not None and from_depth else None
 
 
 def equalizable(graph: fx.GraphModule, inventory: Inventory) -> dict[str, list[str]]:
     """Quantizers whose channels can be equalized, with the paths of the convolutions that would take the scales."""
     found = {}
     for name in inventory.quantizers:
-        place = _rounded_input(graph, name)
+        place = _place(graph, name)
         if place is not None and not graph.get_submodule(name)._disabled:
-            found[name] = [str(node.target) for node in place[1]]
+            found[name] = [str(node.target) for node in place.takers]
     return found
 
 
@@ -112,6 +148,21 @@ def channel_scales(largest: torch.Tensor, energy: torch.Tensor, weights: Sequenc
     return scales if after > 0 and before / after >= GAIN else None
 
 
+def _divide_outputs(graph: fx.GraphModule, path: str, scales: torch.Tensor) -> None:
+    """A copy of the convolution at `path` takes its place, its output channels divided."""
+    layer = copy.copy(graph.get_submodule(path))
+    assert isinstance(layer, nn.Conv2d)
+    layer._parameters = dict(layer._parameters)
+    own = scales.to(layer.weight.device)
+    wanted = layer.weight.requires_grad
+    layer.weight = nn.Parameter(layer.weight.detach() / own.reshape(-1, 1, 1, 1), requires_grad=wanted)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach() / own, requires_grad=layer.bias.requires_grad)
+    if isinstance(layer, QuantizedConv2d):
+        layer.weight_quantizer.set_range(weight_range(layer))
+    replace_module(graph, path, layer)
+
+
 def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
     """Divides what quantizer `name` takes by `scales` and multiplies its consumers' weights by them, in place.
 
@@ -121,17 +172,20 @@ def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
     Raises:
         ValueError: the quantizer is none that `equalizable` lists, or has another number of channels.
     """
-    place = _rounded_input(graph, name)
+    place = _place(graph, name)
     if place is None:
         raise ValueError(f"{name}: its channels cannot be equalized")
-    call, takers = place
-    layers = [graph.get_submodule(str(node.target)) for node in takers]
+    layers = [graph.get_submodule(str(node.target)) for node in place.takers]
     if any(layer.weight.shape[1] != len(scales) for layer in layers):  # type: ignore[index]
         raise ValueError(f"{name}: found {len(scales)} scales, expected {layers[0].weight.shape[1]}")  # type: ignore[index]
-    path = f"{name}_scale"
-    graph.add_submodule(path, ChannelScale(scales))
-    with graph.graph.inserting_before(call):
-        call.replace_input_with(call.args[0], graph.graph.call_module(path, (call.args[0],)))  # type: ignore[arg-type]
+    if place.before is not None:
+        _divide_outputs(graph, place.before, scales)
+    else:
+        path = f"{name}_scale"
+        graph.add_submodule(path, ChannelScale(scales))
+        with graph.graph.inserting_before(place.call):
+            scaled_input = graph.graph.call_module(path, (place.call.args[0],))
+            place.call.replace_input_with(place.call.args[0], scaled_input)  # type: ignore[arg-type]
     for layer in layers:
         assert isinstance(layer, QuantizedConv2d)
         scaled = layer.weight.detach() * scales.to(layer.weight.device).reshape(1, -1, 1, 1)
