@@ -129,6 +129,7 @@ def equalize_pairs(model: QuantizedDetector, frames: Sequence) -> str:
             second.weight = nn.Parameter(second.weight.detach() * scales.reshape(1, -1, 1, 1))
             second.weight_quantizer.set_range(weight_range(second))
         own[name].set_range(maxima[name].max())
+    model.keep_background()  # for the weights as they are now
     return f"{len(chosen)} tensors"
 
 
