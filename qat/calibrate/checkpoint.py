@@ -6,8 +6,8 @@
      "amax":       {quantizer path: range},
      "disabled":   [quantizer paths that are off],
      "equalized":  {part.quantizer: what the channels that it rounds are divided by},
-     "recipe":     how it was calibrated; keep_float and parts_off decide the placement, keeps_background whether biases
-                   are corrected for the depth map's background (`qat.lean.background`),
+     "recipe":     how it was calibrated; keep_float and parts_off decide the placement, background whether biases are
+                   "corrected" for the depth map's background (`qat.lean.background`) or have "absorbed" corrections,
      "weights":    after training only: {path in the parts: tensor}, batch norm folded}
 
 Folding, placement, equalization and corrections are functions of these alone, so a reload gives bit-identical outputs. A network that
@@ -52,7 +52,7 @@ def save_ptq(
     placement = {
         "keep_float": [[rule.pattern, rule.reason] for rule in model.keep_float],
         "parts_off": list(model.parts_off),
-        "keeps_background": model.keeps_background,
+        "background": model.background,
     }
     checkpoint = {
         "format": FORMAT,
@@ -99,8 +99,10 @@ def _build(
             if "weights" in checkpoint:
                 quantized.load_weights(checkpoint["weights"])
         quantized.load_amax(checkpoint["amax"], checkpoint["disabled"])
-        if as_saved and recipe.get("keeps_background", False):  # checkpoints of before it was done lack it
+        if as_saved and recipe.get("background") == "corrected":  # checkpoints of before it was done lack it
             quantized.keep_background()
+        elif as_saved:
+            quantized.background = recipe.get("background")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or made by another version: {error}; calibrate again") from None
     return quantized, model

@@ -112,7 +112,7 @@ class Form:
                 if self.flavour in CPU_FLAVOURS:
                     stack.enter_context(watched_on(detector))
                 if self.reduce_range:
-                    corrected = detector.keeps_background  # for the weights as they are rounded
+                    corrected = detector.background == "corrected"  # for the weights as they are rounded
                     if corrected:
                         stack.callback(detector.keep_background)
                     stack.enter_context(seven_bit_weights(detector))
@@ -262,7 +262,7 @@ def _export(
                 manifest["opset"] = max(manifest["opset"], opset_of(model))
             if form.flavour in CPU_FLAVOURS:
                 known = part.wrapper.inputs if positive else ()
-                model = to_cpu(model, known, same_step=("depth",))
+                model = to_cpu(model, known, same_step=("depth",) if detector.background else ())
                 positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
             if name not in left:
                 verification.skip(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,9 @@ def auto_methods(config: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str],
     )
 
 
+Background = Literal["corrected", "absorbed"]  # the depth map's, in corrections of biases or in the biases themselves
+
+
 class QuantizedDetector(nn.Module):
     """A camera detector with TensorQuantizers; lift, pool, downsample, decode_bev, head, patterns and forward are
     CameraBEVDetector's, of a camera branch alone too."""
@@ -75,7 +78,7 @@ class QuantizedDetector(nn.Module):
         self.parts = nn.ModuleDict()
         self.inventory: dict[str, Inventory] = {}
         self.equalized: dict[str, torch.Tensor] = {}  # `part.quantizer` → what its channels are divided by
-        self.keeps_background = False
+        self.background: Background | None = None
         for name, method in part_methods(self.config).items():
             graph = trace(detector, method)
             clean(graph)
@@ -164,16 +167,17 @@ class QuantizedDetector(nn.Module):
     def keep_background(self) -> None:
         """Keeps the constant that the depth map's tensors hold nearly everywhere exact (`qat.lean.background`).
 
-        From here on `keeps_background` is set. The corrections depend on weights and ranges: call again when those changed.
+        From here on `background` is "corrected". The corrections depend on weights and ranges: call again when those changed.
         """
-        self.keeps_background = True
+        self.background = "corrected"
         for graph in self.parts.values():
             assert isinstance(graph, fx.GraphModule)
             correct_backgrounds(graph)
 
     def absorb_background(self) -> None:
-        """Makes the corrections of `keep_background` part of the biases, which may then be trained."""
-        self.keeps_background = False
+        """Makes the corrections of `keep_background` part of the biases, which may then be trained; `background` is
+        "absorbed" if there were any."""
+        self.background = "absorbed" if self.background else None
         for graph in self.parts.values():
             assert isinstance(graph, fx.GraphModule)
             absorb_backgrounds(graph)

@@ -107,7 +107,7 @@ def test_a_reloaded_checkpoint_has_the_same_corrections(calibrated, tiny_model, 
     save_ptq(tmp_path / "ptq.pth", calibrated, tiny_model, {})
     again, recipe = load_ptq(tmp_path / "ptq.pth")
     own = shifts(calibrated)
-    assert recipe["keeps_background"] is True and sorted(own) == sorted(shifts(again))
+    assert recipe["background"] == "corrected" and sorted(own) == sorted(shifts(again))
     assert [name.rpartition("dtransform.")[2] for name in own] == ["3", "6"]
     assert all(torch.equal(own[name], other) for name, other in shifts(again).items())
 
@@ -115,9 +115,19 @@ def test_a_reloaded_checkpoint_has_the_same_corrections(calibrated, tiny_model, 
 def test_a_checkpoint_from_before_the_corrections_loads_without_them(calibrated, tiny_model, tmp_path):
     save_ptq(tmp_path / "ptq.pth", calibrated, tiny_model, {})
     content = torch.load(tmp_path / "ptq.pth", weights_only=True)
-    del content["recipe"]["keeps_background"]
+    del content["recipe"]["background"]
     torch.save(content, tmp_path / "ptq.pth")
-    assert not shifts(load_ptq(tmp_path / "ptq.pth")[0])
+    loaded = load_ptq(tmp_path / "ptq.pth")[0]
+    assert not shifts(loaded) and loaded.background is None
+
+
+def test_absorbed_corrections_are_remembered(calibrated, tiny_model, tmp_path):
+    """An export in u8 must keep the step that they are for."""
+    calibrated.absorb_background()
+    save_ptq(tmp_path / "ptq.pth", calibrated, tiny_model, {}, trained=True)
+    loaded = load_ptq(tmp_path / "ptq.pth")[0]
+    assert loaded.background == "absorbed" and not shifts(loaded)
+    assert all(torch.equal(value, loaded.weights()[name]) for name, value in calibrated.weights().items())
 
 
 def test_seven_bit_weights_get_corrections_of_their_own(calibrated):

@@ -178,7 +178,9 @@ def test_calibration_equalizes_a_decoders_skewed_input_and_a_reload_has_it(tiny_
     widest = calibrate(tiny_model, tiny_frames, "max", equalize=False)[0].amax()["decoder.quant_x"]
     assert torch.equal(model.amax()["decoder.quant_x"], widest)  # whatever the method
     asked, _ = calibrate(tiny_model, tiny_frames, "max", by_layer=[("decoder.quant_x", "mse")])
-    assert "decoder.quant_x" not in asked.equalized and asked.amax()["decoder.quant_x"] < widest  # but what was asked by name
+    assert (
+        "decoder.quant_x" not in asked.equalized and asked.amax()["decoder.quant_x"] < widest
+    )  # but what was asked by name
     anew, _ = calibrate(model, tiny_frames, "mse")
     assert torch.allclose(anew.amax()["decoder.quant_x"], widest, rtol=1e-5)
     group = next(g for g in inspect_detector(model, {}).groups if g.quantizer == "quant_x" and g.part == "decoder")
