@@ -34,7 +34,7 @@ from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.lookups import constants, producers
 from qat.export.torch_parts import TorchPart
 from qat.lean.modes import quantizers_off
-from qat.lean.quantizer import BOUND, Quantizer
+from qat.lean.quantizer import Quantizer
 
 POINTS = 7  # tensors looked at in one pass
 BYTES = 512 << 20  # of their values, in one pass
@@ -390,7 +390,7 @@ class _Search:
 
 
 def _scale(quantizer: Any) -> np.ndarray:
-    return (quantizer._amax.detach().flatten() / BOUND).cpu().numpy()
+    return quantizer.steps.cpu().numpy()
 
 
 def _scale_of(matches: _Matches, tensor: str) -> np.ndarray | None:

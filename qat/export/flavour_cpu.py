@@ -17,14 +17,12 @@ from qat.export.sunk_transpose import sink_transposes
 from qat.export.unsigned import to_unsigned
 
 
-def to_cpu(
-    model: onnx.ModelProto, never_negative: Collection[str] = (), same_step: Collection[str] = ()
-) -> onnx.ModelProto:
+def to_cpu(model: onnx.ModelProto, never_negative: Collection[str] = ()) -> onnx.ModelProto:
     """The CPU flavours' form of a `tensorrt`-flavoured graph; the argument is left as it is.
 
     Args, Raises: as `to_unsigned`.
     """
-    model = to_unsigned(model, never_negative, same_step)
+    model = to_unsigned(model, never_negative)
     round_early(model)
     if convs_to_matmuls(model):
         sink_transposes(model)

@@ -31,6 +31,7 @@ from qat.lean.modes import (
     qdq_tracing,
     quantizers_off,
     seven_bit_weights,
+    unsigned_background,
     watched_on,
 )
 
@@ -109,15 +110,16 @@ class Form:
                 stack.enter_context(quantizers_off(detector))
             else:
                 stack.enter_context(parts_on(detector, self.parts_int8))
+                corrected = self.flavour in CPU_FLAVOURS and detector.background == "corrected"
+                if corrected:  # anew at the end, for weights and steps as they were
+                    stack.callback(detector.keep_background)
                 if self.flavour in CPU_FLAVOURS:
                     stack.enter_context(watched_on(detector))
+                    stack.enter_context(unsigned_background(detector))
                 if self.reduce_range:
-                    corrected = detector.background == "corrected"  # for the weights as they are rounded
-                    if corrected:
-                        stack.callback(detector.keep_background)
                     stack.enter_context(seven_bit_weights(detector))
-                    if corrected:
-                        detector.keep_background()
+                if corrected:
+                    detector.keep_background()
             yield
 
     def chosen(self, parts: Mapping[str, TorchPart]) -> list[str]:
@@ -262,7 +264,7 @@ def _export(
                 manifest["opset"] = max(manifest["opset"], opset_of(model))
             if form.flavour in CPU_FLAVOURS:
                 known = part.wrapper.inputs if positive else ()
-                model = to_cpu(model, known, same_step=("depth",) if detector.background else ())
+                model = to_cpu(model, known)
                 positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
             if name not in left:
                 verification.skip(name)

@@ -6,7 +6,7 @@
 
 - Activations that cannot be negative take u8 with zero point 0 over the same range, amax/255 for amax/127: twice as fine,
   and a ReLU before a zero point of 0 folds into the rounding. The others take u8 with zero point 128, which is the same
-  rounding as s8. Where the biases were corrected for how s8 rounds (`qat.lean.background`), u8 keeps the step of s8.
+  rounding as s8. What was traced in u8 (`qat.lean.modes.unsigned_background`) stays as it is.
 - Weights are stored as integers, a quarter of the bytes.
 - Biases become s32 on the scale of the products: without that ONNX Runtime leaves the convolution in float.
 - The convolution before a residual add has Q/DQ on its output: its watched quantizer is on while these flavours are
@@ -44,16 +44,8 @@ KEEPS_SIGN = (
 class _Graph:
     """Lookups over a graph that is being changed."""
 
-    def __init__(
-        self, graph: onnx.GraphProto, never_negative: Collection[str] = (), same_step: Collection[str] = ()
-    ) -> None:
+    def __init__(self, graph: onnx.GraphProto, never_negative: Collection[str] = ()) -> None:
         self.graph = graph
-        self._same_step = frozenset(same_step)
-        self._origins = {value.name: frozenset({value.name}) for value in graph.input}  # inputs each tensor is made of
-        nothing: frozenset[str] = frozenset()
-        for node in graph.node:
-            found = nothing.union(*(self._origins.get(name, nothing) for name in node.input))
-            self._origins |= dict.fromkeys(node.output, found)
         self.producer, self.consumers, self.constants = producers(graph), consumers(graph), constants(graph)
         self.added: dict[str, np.ndarray] = {}
         self._signs: dict[str, bool] = dict.fromkeys(never_negative, True)
@@ -80,11 +72,6 @@ class _Graph:
             self._signs[name] = sign
         return self._signs[name]
 
-    def same_step(self, name: str) -> bool:
-        """Whether this tensor is computed from inputs alone whose tensors keep the step of s8."""
-        origins = self._origins.get(name, frozenset())
-        return bool(origins) and origins <= self._same_step
-
 
 def _store_weight(g: _Graph, quantize: onnx.NodeProto, dequantize: onnx.NodeProto) -> None:
     """w ─► Q ─► DQ becomes an s8 initializer ─► DQ."""
@@ -103,8 +90,7 @@ def _shift_activation(g: _Graph, quantize: onnx.NodeProto, dequantize: onnx.Node
     """Q ─► DQ in s8 becomes u8, zero point 0 where nothing is negative, else 128."""
     scale = g.constants[quantize.input[1]]
     if g.never_negative(quantize.input[0]):
-        finer = 1.0 if g.same_step(quantize.input[0]) else 127 / 255
-        scale, zero = (scale.astype(np.float64) * finer).astype(np.float32), np.uint8(0)
+        scale, zero = (scale.astype(np.float64) * 127 / 255).astype(np.float32), np.uint8(0)
     else:
         zero = np.uint8(128)
     names = [g.add(f"{quantize.output[0]}_scale", np.asarray(scale, np.float32).reshape(()))]
@@ -142,25 +128,26 @@ def never_negative_outputs(model: onnx.ModelProto, never_negative: Collection[st
     return [output.name for output in model.graph.output if g.never_negative(output.name)]
 
 
-def to_unsigned(
-    model: onnx.ModelProto, never_negative: Collection[str] = (), same_step: Collection[str] = ()
-) -> onnx.ModelProto:
+def to_unsigned(model: onnx.ModelProto, never_negative: Collection[str] = ()) -> onnx.ModelProto:
     """The u8 form of a `tensorrt`-flavoured graph; the argument is left as it is.
 
     Args:
         never_negative: the graph's inputs that cannot be negative, for the graph alone does not tell: the part before
             this one ends in a ReLU.
-        same_step: inputs; what is computed from them alone keeps the step of s8.
 
     Raises:
-        UserError: the graph's activations are not in symmetric s8.
+        UserError: the graph's activations are neither in symmetric s8 nor in u8 from zero.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
-    g = _Graph(model.graph, never_negative, same_step)
-    for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
-        zero = g.constants.get(quantize.input[2]) if len(quantize.input) > 2 else None
-        if zero is None or zero.dtype != np.int8 or zero.any():
+    g = _Graph(model.graph, never_negative)
+    found = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    zeros = [g.constants.get(node.input[2]) if len(node.input) > 2 else None for node in found]
+    signed = any(zero is not None and zero.dtype == np.int8 for zero in zeros)  # a CPU flavour's graph has none left
+    for quantize, zero in zip(found, zeros, strict=True):
+        if zero is None or zero.any() or zero.dtype not in (np.int8, np.uint8) or not signed:
             raise UserError(f"{quantize.name}: found another zero point than 0 in s8, expected the tensorrt flavour")
+        if zero.dtype == np.uint8:
+            continue
         for dequantize in g.consumers[quantize.output[0]]:
             if quantize.input[0] in g.constants:
                 _store_weight(g, quantize, dequantize)

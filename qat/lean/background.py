@@ -9,10 +9,14 @@ every pixel, and a 5×5 convolution adds 25 times as much: not noise, which woul
 β being the background of x and the sums over input channels and taps: the convolution's output has the float
 network's background exactly, and so has the input of the next one. (Bias correction, Nagel et al., ICCV 2019, §4.2, with an
 expectation that is known without data.) Within reach of the image's border, where padding replaces some of the taps, e is too
-large by their share. It holds for one grid: an export flavour that rounds these tensors must keep their step.
+large by their share. It holds for one grid: `on_unsigned` is for export flavours that round these tensors to u8.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -56,12 +60,18 @@ def _summed(layer: nn.Conv2d, weight: torch.Tensor, value: torch.Tensor) -> torc
     return F.conv2d(value.reshape(1, -1, 1, 1), taps, groups=layer.groups).flatten()
 
 
-def backgrounds(graph: fx.GraphModule) -> dict[str, tuple[torch.Tensor, Quantizer | None]]:
-    """Convolutions with INT8 weights that take what is computed from the depth map alone.
+@dataclass
+class BackgroundInput:
+    """What a convolution takes. value: its background in the float network, float64[C]. quantizer: that rounds it, if any.
+    rectified: it comes out of a ReLU."""
 
-    Returns:
-        by path: the background of the input in the float network, float64[C], and the quantizer that rounds the input.
-    """
+    value: torch.Tensor
+    quantizer: Quantizer | None
+    rectified: bool
+
+
+def backgrounds(graph: fx.GraphModule) -> dict[str, BackgroundInput]:
+    """Convolutions with INT8 weights that take what is computed from the depth map alone, by path."""
     values: dict[fx.Node, torch.Tensor | None] = {}
     found = {}
     for node in graph.graph.nodes:
@@ -75,7 +85,10 @@ def backgrounds(graph: fx.GraphModule) -> dict[str, tuple[torch.Tensor, Quantize
         layer, before = submodule(graph, node), submodule(graph, source)
         value = value.to(_device(layer))
         if isinstance(layer, QuantizedConv2d):
-            found[str(node.target)] = value, before if isinstance(before, Quantizer) else None
+            quantizer = before if isinstance(before, Quantizer) else None
+            origin = source.args[0] if quantizer is not None else source
+            rectified = isinstance(origin, fx.Node) and isinstance(submodule(graph, origin), nn.ReLU)
+            found[str(node.target)] = BackgroundInput(value, quantizer, rectified)
         values[node] = _through(layer, value)
     return found
 
@@ -93,14 +106,33 @@ def correct_backgrounds(graph: fx.GraphModule) -> list[str]:
         the layers' paths.
     """
     layers = backgrounds(graph)
-    for path, (value, quantizer) in layers.items():
+    for path, taken in layers.items():
         layer = graph.get_submodule(path)
         assert isinstance(layer, QuantizedConv2d)
-        rounded = value if quantizer is None else quantizer(value.float()).double()
-        exact = _summed(layer, layer.weight, value)
+        rounded = taken.value if taken.quantizer is None else taken.quantizer(taken.value.float()).double()
+        exact = _summed(layer, layer.weight, taken.value)
         shift = exact - _summed(layer, layer.weight_quantizer(layer.weight), rounded)
         layer.background_shift = shift.float()
     return list(layers)
+
+
+@contextmanager
+def on_unsigned(graphs: Iterable[fx.GraphModule], steps: int) -> Iterator[None]:
+    """Inside the block, what these convolutions take out of a ReLU is rounded to u8: 255 `steps` for the range (twice as fine as
+    s8) where biases are corrected anew, 127 where they already hold corrections for s8's step."""
+    quantizers = [
+        taken.quantizer
+        for graph in graphs
+        for taken in backgrounds(graph).values()
+        if taken.rectified and taken.quantizer
+    ]
+    for quantizer in quantizers:
+        quantizer.unsigned = steps
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.unsigned = None
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 
 from qat.core.errors import UserError
+from qat.lean.background import on_unsigned
 from qat.lean.quantizer import BOUND, Quantizer
 
 SEVEN_BIT_BOUND = 63
@@ -106,6 +107,17 @@ def parts_on(detector: Any, names: Collection[str]) -> Iterator[None]:
 
 
 @contextmanager
+def unsigned_background(detector: Any) -> Iterator[None]:
+    """Inside the block a QuantizedDetector whose biases are corrected for the depth map's background rounds it to u8, and is
+    corrected for that (`qat.lean.background`). Nothing changes in one that is not: its exports to u8 need not keep a step."""
+    if detector.background is None:
+        yield
+        return
+    with on_unsigned(detector.parts.values(), 255 if detector.background == "corrected" else 127):
+        yield
+
+
+@contextmanager
 def seven_bit_weights(module: nn.Module) -> Iterator[None]:
     """Inside the block weights are rounded to [−63, 63]: s8 over twice the range.
 
@@ -135,7 +147,8 @@ def recording_scales(module: nn.Module) -> Iterator[list[np.ndarray]]:
 
     def record(quantizer: nn.Module, *_: object) -> None:
         if not quantizer._disabled:
-            scales.append((quantizer._amax.detach().flatten() / BOUND).cpu().numpy())  # type: ignore[operator]
+            assert isinstance(quantizer, Quantizer)
+            scales.append(quantizer.steps.cpu().numpy())
 
     handles = [quantizer.register_forward_hook(record) for quantizer in quantizers(module).values()]
     try:

@@ -36,6 +36,13 @@ class Quantizer(TensorQuantizer):
     """
 
     LEARNED = "log2_range"  # the parameter's name, while the range is learned
+    # Steps that the range has on u8, [0, 255] from zero up, in place of s8; for tensors that are never negative.
+    unsigned: int | None = None
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """One step of rounding: float32[1], or [channels]."""
+        return self._amax.detach().flatten() / (self.unsigned or BOUND)
 
     def set_range(self, amax: torch.Tensor) -> None:
         """Sets the magnitude that 127 stands for: one value, or one for each channel with all dimensions kept.
@@ -64,6 +71,8 @@ class Quantizer(TensorQuantizer):
         if learned is not None:
             return _round_learned(inputs, learned)
         amax = self._amax
+        if self.unsigned:
+            return torch.fake_quantize_per_tensor_affine(inputs, amax.item() / self.unsigned, 0, 0, 255)
         if amax.numel() == 1:
             if not (torch.is_grad_enabled() or torch.jit.is_tracing()):
                 return _round(inputs, amax.item())

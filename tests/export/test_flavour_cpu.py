@@ -87,15 +87,14 @@ def test_activations_behind_a_relu_use_all_of_u8(x):
     np.testing.assert_allclose(run(changed, x), expected, rtol=1e-6, atol=float(scale) / 256 * 0.51)
 
 
-def test_what_is_computed_from_a_named_input_alone_keeps_the_step_of_s8(x):
-    """There the biases are corrected for how s8 rounds (`qat.lean.background`)."""
-    model, _, _ = conv_graph(relu=True)
-    changed = to_cpu(model, same_step=["x"])
+def test_activations_that_are_in_u8_already_stay_as_they_are(x):
+    model, *_ = conv_graph(relu=True)
+    zero = next(value for value in model.graph.initializer if value.name == "z")
+    zero.CopyFrom(numpy_helper.from_array(np.uint8(0), "z"))
+    changed = to_cpu(model)
     values, nodes = parts(changed)
-    zero, scale = values[nodes["xq"].input[2]], values[nodes["xq"].input[1]]
-    assert zero.dtype == np.uint8 and zero == 0 and scale == np.float32(SCALE)
-    assert np.array_equal(run(changed, x), run(to_cpu(model, same_step=["x", "another"]), x))
-    assert to_cpu(model, same_step=["another"]) == to_cpu(model)
+    assert list(nodes["xq"].input) == ["r", "s", "z"] and values["s"] == SCALE
+    assert "w" not in values and values["w_s8"].dtype == np.int8  # weights are integers all the same
 
 
 def test_an_input_that_is_known_not_to_be_negative_uses_all_of_u8(x):

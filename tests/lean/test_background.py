@@ -6,7 +6,7 @@ from torch import nn
 
 from qat.calibrate import calibrate, load_ptq, save_ptq
 from qat.export.parts import Form
-from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds
+from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds, on_unsigned
 from qat.lean.insert import quantize_graph
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.placement import FloatRule
@@ -24,6 +24,13 @@ class Branch(nn.Module):
 
     def forward(self, img, depth):
         return self.c(self.relu(self.b(self.silu(self.a(depth))))), self.image(img)
+
+
+class Rectified(Branch):
+    """The last input comes out of a ReLU."""
+
+    def forward(self, img, depth):
+        return self.c(self.relu(self.b(self.a(depth)))), self.image(img)
 
 
 class Doubling(Branch):
@@ -67,6 +74,22 @@ def test_a_float_layer_in_between_is_passed():
 def test_what_also_sees_the_image_or_an_unknown_operation_is_left_alone():
     _, graph = prepared(Doubling)
     assert list(backgrounds(graph)) == ["a"]
+
+
+@pytest.mark.parametrize("steps", [255, 127])
+def test_in_u8_the_background_is_exact_after_another_correction(steps):
+    network, graph = prepared(Rectified)
+    exact = network(*INPUTS)[0][MIDDLE]
+    correct_backgrounds(graph)
+    with on_unsigned([graph], steps):
+        correct_backgrounds(graph)
+        found = graph(*INPUTS)[0][MIDDLE]
+        depth = torch.rand(1, 1, 64, 64) * 40
+        inside = graph.quant_relu(depth)
+    assert torch.allclose(found, exact, atol=1e-5)
+    step = torch.tensor(37.0) / steps
+    assert torch.allclose(inside, (depth / step).round().clamp(0, 255) * step)
+    assert graph.quant_relu(-depth).min() < -1  # afterwards s8 again
 
 
 def test_with_quantizers_off_the_network_is_the_float_one():
