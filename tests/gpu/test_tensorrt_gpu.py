@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "runs")
 
 SOURCES = tuple(os.environ["BEVQAT_TACTIC_SOURCES"].split(",")) if os.environ.get("BEVQAT_TACTIC_SOURCES") else None
 X_SCALE, H_SCALE = np.float32(3 / 127), np.float32(4 / 127)
-OPTIONS = Options(cache=None, tensorrt=TensorRtOptions(tf32=False, tactic_sources=SOURCES))
+OPTIONS = Options(cache=None, tensorrt=TensorRtOptions(tactic_sources=SOURCES))
 WEAK = not MISSING and Capabilities(tensorrt_module()).weak_typing
 
 
