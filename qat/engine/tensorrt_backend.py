@@ -407,7 +407,11 @@ class TensorRtEngine(Engine):
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def layers(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerInfo]:
-        """`inspect` with the mean milliseconds of `runs` runs after one warm-up, in another context, without a graph."""
+        """`inspect` with the mean milliseconds of `runs` runs after one warm-up, without a graph.
+
+        They run in a context of their own, which the engine's one makes room for: a CUDA graph in which the caller captured
+        a run is not to be launched after this.
+        """
         trt = self._trt
         total: dict[str, float] = {}
 
