@@ -218,6 +218,7 @@ class TensorRtEngine(Engine):
             return
         for name in self.inputs:
             self._check_profile(name, shapes[name])
+        self._shapes = None  # where one of several is refused, the context has neither the old nor the new
         for name, spec in self.inputs.items():
             if None in spec.shape and not self._context.set_input_shape(name, shapes[name]):
                 raise UserError(
