@@ -12,7 +12,7 @@ from qat.core.errors import UserError
 from qat.engine import Options, TensorRtOptions
 from qat.engine.tensorrt_options import TACTIC_SOURCES, Profile
 
-FLAGS = {"tf32": "--no-tf32", "fp16": "--no-fp16", "profiles": "--profile"}  # where they are not the fields' names
+FLAGS = {"fp16": "--no-fp16", "profiles": "--profile"}  # where they are not the fields' names
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_tensorrt_flags(parser: argparse.ArgumentParser) -> None:
         "--timing-cache", type=Path, metavar="FILE", help="tactics' times, read before and written after"
     )
     group.add_argument("--workspace", type=int, metavar="MIB", help="scratch memory of a layer (default: the GPU's)")
-    group.add_argument("--no-tf32", dest="tf32", action="store_false", default=None, help="FP32 layers in full FP32")
+    group.add_argument("--tf32", action="store_true", default=None, help="FP32 layers may round to TF32: faster")
     group.add_argument("--no-fp16", dest="fp16", action="store_false", default=None, help="INT8 beside FP32 alone")
     group.add_argument("--tactic-sources", nargs="+", metavar="NAME", help=f"of {', '.join(TACTIC_SOURCES)}")
     group.add_argument(

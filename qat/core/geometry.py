@@ -82,7 +82,7 @@ class PoolPattern:
 
     cell: int32[P], (z·nx + x)·ny + y, ascending. pixel: int32[P] into [N·fH·fW]. depth: int32[P] into the flat
     [N,D,fH,fW] depth weights. row_ptr: int32[nz·nx·ny + 1], where each cell's entries begin. shape: (nz, nx, ny).
-    pixels: N·fH·fW.
+    pixels: N·fH·fW. bins: D.
     """
 
     cell: np.ndarray
@@ -91,11 +91,7 @@ class PoolPattern:
     row_ptr: np.ndarray
     shape: tuple[int, int, int]
     pixels: int
-
-    @cached_property
-    def last_depth(self) -> int:
-        """The largest of `depth`, -1 where no point is in the grid."""
-        return int(self.depth.max(initial=-1))
+    bins: int
 
     @cached_property
     def by_pixel(self) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +125,7 @@ def pooling_pattern(points: np.ndarray, xbound: Bound, ybound: Bound, zbound: Bo
     row_ptr = _row_pointers(counts)
     cell, pixel, depth = (np.empty(row_ptr[-1], np.int32) for _ in range(3))
     sort_by_cell(cells, row_ptr, (n, d, fh * fw), cell, pixel, depth)
-    return PoolPattern(cell, pixel, depth, row_ptr, (nz, nx, ny), n * fh * fw)
+    return PoolPattern(cell, pixel, depth, row_ptr, (nz, nx, ny), n * fh * fw, d)
 
 
 def geometry_hash(*arrays: np.ndarray) -> str:

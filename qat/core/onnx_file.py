@@ -1,93 +1,240 @@
-"""What is read of an ONNX file where the onnx package is not installed: protobuf fields by their numbers in onnx.proto."""
+"""What is read of an ONNX file where the onnx package is not installed: types, opset, what is quantized.
+
+A Jetson with TensorRT and numpy has no onnx package, and needs none for building: this reads the few fields wanted from
+protobuf's wire format (varint keys: field number · 8 + wire type; https://protobuf.dev/programming-guides/encoding) with the
+field numbers of onnx.proto. Tensor data is skipped, never copied.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from qat.core.errors import UserError
 
-FLOAT16 = 10  # TensorProto.DataType
+FLOAT16, INT8, UINT8 = 10, 3, 2  # of onnx.TensorProto.DataType
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# What hands its input's values on: the Q/DQ pair of a weight may have them between itself and its consumer.
+PASSES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast")
 
 
-def _number(data: bytes | memoryview, at: int) -> tuple[int, int]:
-    """A varint and where it ends."""
+@dataclass
+class Node:
+    """An operator. name: may be empty. cast: the target type of a Cast, 0 elsewhere."""
+
+    name: str = ""
+    kind: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    cast: int = 0
+
+    @property
+    def label(self) -> str:
+        """The name that TensorRT's parser gives it: its own, else that of its first output."""
+        return self.name or f"node_of_{self.outputs[0] if self.outputs else self.kind}"
+
+
+@dataclass
+class Outline:
+    """A graph without its numbers.
+
+    inputs: names in order, without initializers. types: of initializers and constants by name, as ONNX numbers them.
+    dynamic: inputs with an axis that has no fixed size.
+    """
+
+    opset: int = 0
+    nodes: list[Node] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    dynamic: list[str] = field(default_factory=list)
+    types: dict[str, int] = field(default_factory=dict)
+    io_types: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_qdq(self) -> bool:
+        """Whether anything is quantized explicitly."""
+        return any(node.kind in ("QuantizeLinear", "DequantizeLinear") for node in self.nodes)
+
+    @property
+    def has_fp16(self) -> bool:
+        """Whether FP16 is written in the graph: of a weight, an input or output, or a cast."""
+        types = {*self.types.values(), *self.io_types.values(), *(node.cast for node in self.nodes)}
+        return FLOAT16 in types
+
+    @property
+    def stores_int8(self) -> bool:
+        """Whether weights are integers behind a DequantizeLinear, as the `tensorrt-strong` flavour has them."""
+        return any(node.kind == "DequantizeLinear" and self.types.get(node.inputs[0]) == INT8 for node in self.nodes)
+
+    @property
+    def has_uint8(self) -> bool:
+        """Whether anything is quantized to u8, as the CPU flavours do and TensorRT cannot."""
+        return any(
+            node.kind in ("QuantizeLinear", "DequantizeLinear")
+            and len(node.inputs) > 2
+            and self.types.get(node.inputs[2]) == UINT8
+            for node in self.nodes
+        )
+
+    @property
+    def typed(self) -> bool:
+        """Whether the graph itself says each layer's precision: the `tensorrt-strong` flavour, FP32 apart.
+
+        Its marks: FP16 types; weights stored as integers, which no other flavour for TensorRT has.
+        """
+        return self.has_fp16 or self.stores_int8
+
+    @property
+    def quantized(self) -> list[str]:
+        """Labels of the convolutions, transposed ones and matrix products whose two operands come out of Q/DQ."""
+        made_by = {output: node for node in self.nodes for output in node.outputs}
+
+        def dequantized(name: str) -> bool:
+            node = made_by.get(name)
+            while node is not None and node.kind in PASSES and node.inputs:
+                node = made_by.get(node.inputs[0])
+            return node is not None and node.kind == "DequantizeLinear"
+
+        return [
+            node.label
+            for node in self.nodes
+            if node.kind in WEIGHTED and len(node.inputs) > 1 and all(dequantized(name) for name in node.inputs[:2])
+        ]
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[at]
+        at += 1
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
         if byte < 0x80:
             return value, at
+        shift += 7
         if shift > 63:
             raise ValueError("a varint of more than 64 bits")
 
 
-def _fields(data: bytes | memoryview) -> list[tuple[int, Any]]:
-    """A protobuf message's fields in their order: number and value, a memory view for what has a length."""
-    view, at = memoryview(data), 0
-    found: list[tuple[int, Any]] = []
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(field number, value) of a message: integers, or the bytes of strings, messages and packed arrays."""
+    at = 0
     while at < len(data):
-        key, at = _number(data, at)
-        kind = key & 7
-        value: Any
-        if kind == 0:
-            value, at = _number(data, at)
-        else:
-            if kind == 2:
-                size, at = _number(data, at)
-            elif kind in (1, 5):
-                size = 8 if kind == 1 else 4
-            else:
-                raise ValueError(f"wire type {kind}")
+        key, at = _varint(data, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield number, value
+        elif wire in (1, 2, 5):
+            size = {1: 8, 5: 4}.get(wire)
+            if size is None:
+                size, at = _varint(data, at)
             if at + size > len(data):
                 raise ValueError("a field reaches beyond the end")
-            value, at = view[at : at + size], at + size
-        found.append((key >> 3, value))
-    return found
+            yield number, data[at : at + size]
+            at += size
+        else:
+            raise ValueError(f"wire type {wire}")
+
+
+def _text(value: int | memoryview) -> str:
+    return str(value, "utf-8") if isinstance(value, memoryview) else ""
+
+
+def _messages(data: memoryview, number: int) -> list[memoryview]:
+    return [value for found, value in _fields(data) if found == number and isinstance(value, memoryview)]
+
+
+def _message(data: memoryview, number: int) -> memoryview:
+    """The field's bytes; empty where it is absent, as protobuf has it."""
+    return next(iter(_messages(data, number)), memoryview(b""))
+
+
+def _number(data: memoryview, number: int) -> int:
+    return next((value for found, value in _fields(data) if found == number and isinstance(value, int)), 0)
+
+
+def _node(data: memoryview) -> tuple[Node, int]:
+    """The node, and the type of the constant in it, 0 where it has none."""
+    node, constant = Node(), 0
+    for number, value in _fields(data):
+        if number == 1:
+            node.inputs.append(_text(value))
+        elif number == 2:
+            node.outputs.append(_text(value))
+        elif number == 3:
+            node.name = _text(value)
+        elif number == 4:
+            node.kind = _text(value)
+        elif number == 5 and isinstance(value, memoryview):
+            name = _text(_message(value, 1))
+            if name == "to":
+                node.cast = _number(value, 3)
+            elif name == "value":
+                constant = _number(_message(value, 5), 2)
+    return node, constant
+
+
+def _value_info(data: memoryview) -> tuple[str, int, bool]:
+    """Name, element type, whether every axis has a size."""
+    tensor = _message(_message(data, 2), 1)
+    axes = _messages(_message(tensor, 2), 1)
+    return _text(_message(data, 1)), _number(tensor, 1), all(_number(axis, 1) > 0 for axis in axes)
+
+
+def _read(data: memoryview) -> Outline:
+    outline = Outline()
+    graph: memoryview | None = None
+    for number, value in _fields(data):
+        if number == 7 and isinstance(value, memoryview):
+            graph = value
+        elif (
+            number == 8 and isinstance(value, memoryview) and not len(_message(value, 1))
+        ):  # the default domain is unnamed
+            outline.opset = _number(value, 2)
+    if graph is None:
+        raise ValueError("no graph")
+    declared: list[tuple[str, bool]] = []
+    for number, value in _fields(graph):
+        if not isinstance(value, memoryview):
+            continue
+        if number == 1:
+            node, constant = _node(value)
+            outline.nodes.append(node)
+            if node.kind == "Constant" and node.outputs:
+                outline.types[node.outputs[0]] = constant
+        elif number == 5:
+            outline.types[_text(_message(value, 8))] = _number(value, 2)
+        elif number in (11, 12):
+            name, kind, fixed = _value_info(value)
+            outline.io_types[name] = kind
+            if number == 11:
+                declared.append((name, fixed))
+    declared = [(name, fixed) for name, fixed in declared if name not in outline.types]
+    outline.inputs = [name for name, _ in declared]
+    outline.dynamic = [name for name, fixed in declared if not fixed]
+    return outline
+
+
+def read_outline(path: str | Path) -> Outline:
+    """Reads an ONNX file's outline.
+
+    Raises:
+        UserError: no such file, or not an ONNX graph.
+    """
+    path = Path(path)
+    try:
+        return _read(memoryview(path.read_bytes()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; write it with export-camera") from None
+    except (ValueError, IndexError, OSError) as error:
+        raise UserError(f"{path}: not an ONNX graph ({error}); expected a file written by export-camera") from None
 
 
 def graph_opset(path: Path) -> int | None:
-    """The opset of ONNX's own operators that a file asks for, read without the onnx package: ModelProto's opset_import
-    (field 8) with an empty domain (1) and its version (2), from onnx.proto. None where there is none.
-
-    Raises:
-        UserError: not a protobuf message.
-    """
-    try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 8:
-                entry = dict(_fields(value))
-                if not bytes(entry.get(1, b"")):
-                    return int(entry.get(2, 0))
-    except (ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: not an ONNX file: {error}; export again") from None
-    return None
+    """The opset of ONNX's own operators that a file asks for; None where it names none. Raises `UserError` as `read_outline`."""
+    return read_outline(path).opset or None
 
 
 def has_fp16(path: Path) -> bool:
-    """Whether a graph computes in FP16 by its own types: an initializer of it, or a Cast to it. (ModelProto.graph 7; GraphProto's
-    node 1 and initializer 5; TensorProto.data_type 2; NodeProto's op_type 4 and attribute 5; AttributeProto's name 1 and i 3.)
-
-    Raises:
-        UserError: not a protobuf message.
-    """
-    try:
-        for number, graph in _fields(path.read_bytes()):
-            if number != 7:
-                continue
-            for kind, value in _fields(graph):
-                if kind == 5 and dict(_fields(value)).get(2) == FLOAT16:
-                    return True
-                if kind == 1 and _casts_to_fp16(_fields(value)):
-                    return True
-    except (ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: not an ONNX file: {error}; export again") from None
-    return False
-
-
-def _casts_to_fp16(node: list[tuple[int, Any]]) -> bool:
-    if not any(number == 4 and bytes(value) == b"Cast" for number, value in node):
-        return False
-    attributes = [dict(_fields(value)) for number, value in node if number == 5]
-    return any(bytes(a.get(1, b"")) == b"to" and a.get(3) == FLOAT16 for a in attributes)
+    """Whether a graph computes in FP16 by its own types: `Outline.has_fp16`. Raises `UserError` as `read_outline`."""
+    return read_outline(path).has_fp16

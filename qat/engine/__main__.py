@@ -25,13 +25,17 @@ import numpy as np
 from qat.core.errors import UserError
 from qat.core.files import write_arrays, write_json
 from qat.core.manifest import PARTS, load_manifest
+from qat.core.onnx_file import read_outline
 from qat.core.tensors import compare_tensors
+from qat.engine import cuda
 from qat.engine.base import Options, TensorSpec
 from qat.engine.inspector import Findings, table
-from qat.engine.onnx_outline import read_outline
+from qat.engine.tensorrt_builder import one_line
 from qat.engine.tensorrt_options import TACTIC_SOURCES, Profile, TensorRtOptions
 
 OK, BAD_USE, INTERRUPTED = 0, 2, 130
+# What ends one row and not the lab: bad use, and what CUDA and TensorRT's bindings raise.
+FAILURES = (UserError, RuntimeError)
 MIB = 2**20
 
 
@@ -167,7 +171,7 @@ class Lab:
     saved: Mapping[str, np.ndarray]
 
     def run(self, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
-        """Fills the jobs' rows, part by part. A row that cannot be built says why in its "error"; the others go on."""
+        """Fills the jobs' rows, part by part. A row that cannot be built or run says why in its "error"; the others go on."""
         for part in dict.fromkeys(job.part for job in jobs):
             engines = []
             for job in (job for job in jobs if job.part == part):
@@ -175,10 +179,9 @@ class Lab:
                 job.row |= {"part": part, "row": job.name, "folder": str(job.folder), "precision": job.precision}
                 try:
                     engines.append((job, self.build(job)))
-                except UserError as error:
-                    job.row["error"] = str(error)
-                    say(f"  {error}")
-            self.time(engines)
+                except FAILURES as error:
+                    _fail(job, error, say)
+            self.time(engines, say)
 
     def build(self, job: Job) -> Any:
         """Builds a row's engine, compares its outputs, measures copies and layers."""
@@ -215,27 +218,47 @@ class Lab:
         engine.run(feeds)  # the buffers hold these inputs again, at these shapes
         return engine
 
-    def time(self, engines: Sequence[tuple[Job, Any]]) -> None:
-        """Times every row of one part, round by round: what drifts, drifts for all."""
-        from qat.engine import cuda
-
+    def time(self, engines: Sequence[tuple[Job, Any]], say: Callable[[str], None]) -> None:
+        """Times every row of one part, round by round: what drifts, drifts for all. One that fails is left out from there on."""
         times: dict[tuple[int, str], list[float]] = {}
-        for job, engine in engines:
-            until = time.monotonic() + self.warmup
-            while time.monotonic() < until:  # clocks come up, kernels that load late are loaded
-                engine.enqueue()
-                engine.stream.synchronize()
-            if engine.graph_refused:
-                job.row["cuda_graph_refused"] = engine.graph_refused
-        for _ in range(self.rounds):
-            for index, (_, engine) in enumerate(engines):
-                for mode in ("eager",) if engine.graph_refused else ("eager", "graph"):
-                    for _ in range(self.repeats):
-                        with cuda.timed(engine.stream.handle) as spent:
-                            engine.enqueue(mode == "graph")
-                        times.setdefault((index, mode), []).append(spent[0])
+        for turn in range(-1, self.rounds):
+            for index, (job, engine) in enumerate(engines):
+                if "error" in job.row:
+                    continue
+                try:
+                    if turn < 0:
+                        self._warm_up(job, engine)
+                        continue
+                    for mode, ms in self._round(engine):
+                        times.setdefault((index, mode), []).append(ms)
+                except FAILURES as error:
+                    _fail(job, error, say)
         for (index, mode), spent in times.items():
-            engines[index][0].row[mode] = summary(spent)
+            if "error" not in engines[index][0].row:
+                engines[index][0].row[mode] = summary(spent)
+
+    def _warm_up(self, job: Job, engine: Any) -> None:
+        until = time.monotonic() + self.warmup
+        while time.monotonic() < until:  # clocks come up, kernels that load late are loaded
+            engine.enqueue()
+            engine.stream.synchronize()
+        if engine.graph_refused:
+            job.row["cuda_graph_refused"] = engine.graph_refused
+
+    def _round(self, engine: Any) -> list[tuple[str, float]]:
+        """One row's turn: mode and milliseconds of each run."""
+        found = []
+        for mode in ("eager",) if engine.graph_refused else ("eager", "graph"):
+            for _ in range(self.repeats):
+                with cuda.timed(engine.stream.handle) as spent:
+                    engine.enqueue(mode == "graph")
+                found.append((mode, spent[0]))
+        return found
+
+
+def _fail(job: Job, error: Exception, say: Callable[[str], None]) -> None:
+    job.row["error"] = one_line(str(error))
+    say(f"  {job.row['error']}")
 
 
 def _difference(reference: np.ndarray, output: np.ndarray) -> dict[str, Any]:
@@ -380,8 +403,14 @@ def run(args: argparse.Namespace) -> int:
     print(machine)
     saved = _saved(args.reference, jobs, args.seed) if args.reference else {}
     lab = Lab(args.device, options, args.seed, args.rounds, args.repeats, args.warmup, args.slowest, saved)
-    lab.run(jobs, lambda line: print(line, file=sys.stderr, flush=True))
-    rows = [job.row for job in jobs]
+    try:
+        lab.run(jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    finally:  # what was measured before Ctrl-C, or before what nobody expected, is kept
+        rows = [job.row for job in jobs if job.row]
+        if args.json:
+            write_json(
+                args.json, {"format": "bevqat-lab", "schema": 1, "machine": machine, "seed": args.seed, "rows": rows}
+            )
     for row in rows:
         if "slowest" in row:
             print(f"\n{row['part']} {row['row']}: the slowest layers")
@@ -390,10 +419,6 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(Findings(**{name: _tuples(value) for name, value in found.items()}).lines()))
     print()
     print("\n".join([*result_table(rows), *ratios(rows)]))
-    if args.json:
-        write_json(
-            args.json, {"format": "bevqat-lab", "schema": 1, "machine": machine, "seed": args.seed, "rows": rows}
-        )
     return OK if any("error" not in row for row in rows) else BAD_USE
 
 

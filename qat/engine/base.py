@@ -147,16 +147,23 @@ def _cpu_features() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def cache_path(onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str]) -> Path:
-    """Where the built file for this graph, backend, options and processor is kept, whether it is there or not.
+# Fields of `Options` that enter what a backend's `cached` writes. Of ONNX Runtime none does: threads, where they stay and how
+# they wait are its session's, and the file is the graph that they run.
+KEY_FIELDS = {"openvino": ("threads", "pinning", "bfloat16"), "onnxruntime": ()}
+
+
+def cache_path(
+    onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], fields: Collection[str] = ()
+) -> Path:
+    """Where the built file for this graph is kept, whether it is there or not.
 
     Args:
         suffix: file name ending of the built file.
-        key: what else the result depends on: backend, its version, precision.
+        key: what the file depends on beside the graph: backend, its version, precision, device.
+        fields: names of those of the options that it depends on; a file is not built anew for the others.
     """
     assert options.cache is not None
-    plain = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
-    described = {**key, **plain, "cache": None, "onnx": sha256(onnx_path), "cpu": _cpu_features()}
+    described = {**key, **{name: getattr(options, name) for name in fields}, "onnx": sha256(onnx_path)}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return options.cache / f"{digest[:32]}{suffix}"
 
@@ -164,12 +171,12 @@ def cache_path(onnx_path: Path, suffix: str, options: Options, key: Mapping[str,
 def cached(
     onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]
 ) -> Path:
-    """The file at `cache_path`; `make(path)` writes it where there is none.
+    """The file at `cache_path`, of the key's backend with its `KEY_FIELDS`; `make(path)` writes it where there is none.
 
     Raises:
         UserError: the cache folder cannot be written.
     """
-    built = cache_path(onnx_path, suffix, options, key)
+    built = cache_path(onnx_path, suffix, options, key, KEY_FIELDS[key["backend"]])
     if not built.exists():
         with atomic_path(built) as temporary:
             make(temporary)

@@ -1,4 +1,5 @@
-"""The little of CUDA that an engine needs, over NVIDIA's cuda-bindings: buffers, streams, events, graphs. No torch, no pycuda.
+"""The little of CUDA that is needed here, over NVIDIA's cuda-bindings: calls of the runtime, the driver and NVRTC; buffers, streams,
+events, graphs. No torch, no pycuda.
 
 Everything here works on the current device. What cannot be done raises `UserError` where the user can mend it (no GPU, no
 driver, no package, memory spent) and `CudaError` elsewhere.
@@ -19,24 +20,30 @@ import numpy as np
 
 from qat.core.errors import UserError
 
-# cuda-bindings 12 and 13; cuda-python 11 and early 12.
-RUNTIMES = ("cuda.bindings.runtime", "cuda.cudart")
+# By the beginning of their functions' names: cuda-bindings 12 and 13; cuda-python 11 and early 12.
+MODULES = {
+    "cuda": ("cuda.bindings.runtime", "cuda.cudart"),
+    "nvrtc": ("cuda.bindings.nvrtc", "cuda.nvrtc"),
+    "cu": ("cuda.bindings.driver", "cuda.cuda"),
+}
+LEGACY = 1  # another name of the default stream, whose handle is 0: cudaStreamLegacy
 UNUSABLE = "; this needs an NVIDIA GPU with its driver"
 
 
 class CudaError(RuntimeError):
-    """A CUDA call failed. name: CUDA's own, such as "cudaErrorMemoryAllocation"."""
+    """A CUDA call failed. call: the function. name: CUDA's own of the error, such as "cudaErrorMemoryAllocation"."""
 
     def __init__(self, call: str, name: str, meaning: str) -> None:
         super().__init__(f"{call}: {meaning} ({name})")
+        self.call = call
         self.name = name
         self.meaning = meaning
 
 
 @cache
-def runtime() -> ModuleType:
-    """The module of CUDA's runtime API. Raises `UserError` where cuda-bindings is not installed."""
-    for name in RUNTIMES:
+def module(prefix: str) -> ModuleType:
+    """The module whose functions begin with a prefix of `MODULES`. Raises `UserError` where cuda-bindings is not installed."""
+    for name in MODULES[prefix]:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError:
@@ -48,16 +55,26 @@ def runtime() -> ModuleType:
     raise UserError("the package cuda-bindings is not installed; mend by: pip install cuda-bindings")
 
 
+def runtime() -> ModuleType:
+    """The module of CUDA's runtime API. Raises `UserError` where cuda-bindings is not installed."""
+    return module("cuda")
+
+
 def call(name: str, *arguments: Any) -> Any:
-    """Calls a function of the runtime API; returns what it returns beside the status: None, a value, or a tuple.
+    """Calls a function of the runtime API (cuda…), the driver's (cu…) or NVRTC's (nvrtc…), without an error of its own.
+
+    Returns:
+        what it returns beside the status: None, a value, or a tuple.
 
     Raises:
         CudaError: another status than success.
+        RuntimeError: cuda-bindings' own, where the library behind the function is not there.
     """
-    api = runtime()
+    prefix = next(prefix for prefix in MODULES if name.startswith(prefix))  # "cuda" before "cu"
+    api = module(prefix)
     status, *values = getattr(api, name)(*arguments)
-    if status != api.cudaError_t.cudaSuccess:
-        meaning = api.cudaGetErrorString(status)[1]
+    if status.value:
+        meaning = getattr(api, f"{prefix}GetErrorString")(status)[1]
         raise CudaError(name, status.name, meaning.decode() if isinstance(meaning, bytes) else str(meaning))
     return None if not values else values[0] if len(values) == 1 else tuple(values)
 
@@ -183,10 +200,13 @@ class Stream:
 
 
 class Event:
-    """A point in a stream, timed."""
+    """A point in a stream. timed: whether times between it and others are asked for; without them it costs less."""
 
-    def __init__(self) -> None:
-        self.native = call("cudaEventCreate")
+    def __init__(self, timed: bool = True) -> None:
+        if timed:
+            self.native = call("cudaEventCreate")
+        else:
+            self.native = call("cudaEventCreateWithFlags", runtime().cudaEventDisableTiming)
 
     def record(self, stream: int) -> None:
         """Marks the point reached so far in the stream (an integer handle)."""
@@ -259,11 +279,36 @@ def download(target: int, buffer: int, size: int, stream: int) -> None:
     call("cudaMemcpyAsync", target, buffer, size, runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost, stream)
 
 
+def wait(stream: int, event: Event) -> None:
+    """Makes a stream (an integer handle) go on only after the point that the event marked last."""
+    call("cudaStreamWaitEvent", stream, event.native, 0)
+
+
 def wait_for(stream: int, other: int) -> None:
     """Makes `stream` go on only after what is enqueued on `other` now. Both are integer handles."""
-    event = Event()
+    event = Event(timed=False)
     event.record(other)
-    call("cudaStreamWaitEvent", stream, event.native, 0)
+    wait(stream, event)
+
+
+def capturing(stream: int) -> bool:
+    """Whether what is enqueued on a stream (an integer handle) goes into a CUDA graph; the default stream cannot."""
+    if stream in (0, LEGACY):
+        return False
+    status = call("cudaStreamIsCapturing", stream)
+    return bool(status == runtime().cudaStreamCaptureStatus.cudaStreamCaptureStatusActive)
+
+
+def device_of(pointer: int) -> int | None:
+    """The number of the GPU that an address is memory of; None for the host's, page-locked or not.
+
+    Raises:
+        CudaError: CUDA cannot say.
+    """
+    attributes = call("cudaPointerGetAttributes", pointer)
+    kinds = runtime().cudaMemoryType
+    on_gpu = attributes.type in (kinds.cudaMemoryTypeDevice, kinds.cudaMemoryTypeManaged)
+    return int(attributes.device) if on_gpu else None
 
 
 @contextmanager

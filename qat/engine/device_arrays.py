@@ -1,14 +1,16 @@
-"""Arrays of other libraries on the GPU, taken as they are: `__cuda_array_interface__` (CuPy, Numba, torch) or DLPack."""
+"""Arrays and streams of other libraries on the GPU, taken as they are: `__cuda_array_interface__` (CuPy, Numba, torch) or DLPack."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qat.core.errors import UserError
+from qat.engine import cuda
 from qat.engine.base import TensorSpec
 
 CUDA, CUDA_MANAGED = 2, 13  # kDLCUDA and kDLCUDAManaged of DLDeviceType
@@ -78,6 +80,7 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None, step: i
 
 
 def _from_interface(interface: dict[str, Any], owner: Any) -> tuple[DeviceArray, bool]:
+    """The array, and whether it is contiguous."""
     dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
     array = DeviceArray(interface["data"][0] or 0, dtype.name, shape, interface.get("stream"), owner)
     return array, _contiguous(shape, interface.get("strides"), dtype.itemsize)
@@ -99,26 +102,31 @@ def _from_capsule(capsule: Any) -> tuple[DeviceArray, bool, int]:
     return array, _contiguous(shape, strides, 1), tensor.device_type
 
 
-def take(value: Any, spec: TensorSpec, where: str, stream: int, device: int = 0) -> DeviceArray:
-    """The memory behind an array of another library, without a copy.
+def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = False) -> DeviceArray:
+    """The memory behind an array of another library, without a copy and without a question to CUDA.
 
     Args:
-        spec: what it has to be.
         where: named in errors, such as "camera.plan: input img".
         stream: that will read it: DLPack's producer makes its own work come first there. The `stream` of a
-            `__cuda_array_interface__` is handed on in the result: the caller waits for it.
-        device: number of the GPU.
+            `__cuda_array_interface__` is handed on in the result: `wait_for_arrays` waits for it.
+        device: number of the GPU. writable: whether it is to be written.
 
     Raises:
-        UserError: neither protocol, on the host or another GPU, not contiguous, or of another dtype or shape.
+        UserError: neither protocol, on the host or another GPU by DLPack's word, not contiguous, or read-only where written.
     """
     try:
         interface = getattr(value, "__cuda_array_interface__", None)
-    except RuntimeError as error:  # torch, of a tensor that requires grad
+    except (
+        RuntimeError,
+        TypeError,
+        KeyError,
+    ) as error:  # torch, of a tensor that requires grad or of a type of its own
         raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
-    mend = "copy it to the GPU first, or use run() for numpy arrays"
+    mend = "copy it to the GPU first"
     if interface is not None:
         array, contiguous = _from_interface(interface, value)
+        if writable and interface["data"][1]:
+            raise UserError(f"{where}: found a read-only array, expected one that may be written")
     elif hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         kind, number = (int(part) for part in value.__dlpack_device__())
         if kind not in (CUDA, CUDA_MANAGED):
@@ -129,14 +137,12 @@ def take(value: Any, spec: TensorSpec, where: str, stream: int, device: int = 0)
             array, contiguous, _ = _from_capsule(
                 value.__dlpack__(stream=stream or 1)
             )  # DLPack's name of the default stream
-        except ValueError as error:
-            raise UserError(f"{where}: found {error}, expected {spec}") from None
+        except (ValueError, RuntimeError, BufferError) as error:
+            raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
     else:
         raise UserError(
             f"{where}: found {type(value).__name__}, expected an array with __cuda_array_interface__ or __dlpack__; {mend}"
         )
-    if not spec.accepts_shape(array.dtype, array.shape):
-        raise UserError(f"{where}: found {array.spec}, expected {spec}")
     if not contiguous:
         raise UserError(
             f"{where}: found strides of another order than C's, expected a contiguous array; make it contiguous"
@@ -144,8 +150,63 @@ def take(value: Any, spec: TensorSpec, where: str, stream: int, device: int = 0)
     return array
 
 
+def check_place(array: DeviceArray, where: str, device: int) -> None:
+    """Raises `UserError` where CUDA knows an array's address as the host's or another GPU's: its interface does not tell."""
+    if 0 in array.shape:
+        return
+    try:
+        found = cuda.device_of(array.pointer)
+    except cuda.CudaError as error:
+        raise UserError(f"{where}: found an address that CUDA does not know ({error}), expected an array") from None
+    if found is None:
+        raise UserError(
+            f"{where}: found an array in the host's memory, expected one on cuda:{device}; copy it to the GPU first"
+        )
+    if found != device:
+        raise UserError(f"{where}: found an array on cuda:{found}, expected cuda:{device}; copy it there first")
+
+
+def take(
+    value: Any,
+    spec: TensorSpec,
+    where: str,
+    stream: int,
+    device: int = 0,
+    writable: bool = False,
+    alignment: int = 1,
+) -> DeviceArray:
+    """`read` of an array that has to be something.
+
+    Args:
+        spec: what it has to be.
+        where, stream, device, writable: as `read`.
+        alignment: of its address, in bytes.
+
+    Raises:
+        UserError: as `read` and `check_place`; or of another dtype or shape, or at another address.
+    """
+    array = read(value, where, stream, device, writable)
+    if not spec.accepts_shape(array.dtype, array.shape):
+        raise UserError(f"{where}: found {array.spec}, expected {spec}")
+    check_place(array, where, device)
+    if array.pointer % alignment:
+        raise UserError(
+            f"{where}: found an array at {array.pointer:#x}, expected an address that is a multiple of {alignment}; "
+            "copy it into memory of its own"
+        )
+    return array
+
+
+def wait_for_arrays(arrays: Iterable[DeviceArray], stream: int) -> None:
+    """Makes a stream wait for what is enqueued now on the streams that the arrays are written on."""
+    producers = {array.stream or cuda.LEGACY for array in arrays if array.stream is not None}
+    for producer in sorted(producers - {stream or cuda.LEGACY}):
+        cuda.wait_for(stream, producer)
+
+
 def stream_handle(stream: Any) -> int:
-    """The CUDA stream behind an integer, a torch.cuda.Stream, a cupy.cuda.Stream, or what has `__cuda_stream__`.
+    """The CUDA stream behind an integer, a torch.cuda.Stream, a cupy.cuda.Stream, an engine's `stream`, a CUstream of
+    cuda-bindings, or what has `__cuda_stream__`.
 
     Raises:
         UserError: something else.
@@ -158,4 +219,6 @@ def stream_handle(stream: Any) -> int:
     for attribute in ("cuda_stream", "ptr", "handle"):
         if isinstance(found := getattr(stream, attribute, None), int):
             return found
+    if hasattr(stream, "__int__") and not isinstance(stream, float):  # CUstream and cudaStream_t
+        return int(stream)
     raise UserError(f"stream: found {type(stream).__name__}, expected an integer handle or a torch or CuPy stream")

@@ -232,7 +232,7 @@ class Findings:
 
 
 def find(layers: Sequence[LayerInfo], quantized: Collection[str] = ()) -> Findings:
-    """Reformats, and what became of the quantized ONNX nodes (`qat.engine.onnx_outline.Outline.quantized`)."""
+    """Reformats, and what became of the quantized ONNX nodes (`qat.core.onnx_file.Outline.quantized`)."""
     int8, fallbacks, hidden = [], [], []
     for node in quantized:
         # A node can be named by the copies around it as well: the layer with weights is the one that computes it.

@@ -20,13 +20,15 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_path
 from qat.engine import cuda
 from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cache_path, text_digest
-from qat.engine.device_arrays import DeviceArray, stream_handle, take
+from qat.engine.device_arrays import DeviceArray, stream_handle, take, wait_for_arrays
 from qat.engine.inspector import Findings, LayerInfo, find, read_layers, with_times
 from qat.engine.tensorrt_builder import (
+    BUILD_VERSION,
     ENDING,
     PlanFacts,
     build_plan,
     check_facts,
+    last_message,
     load_plugins,
     make_logger,
     one_line,
@@ -47,12 +49,22 @@ DTYPES = {
 }
 
 
+ALIGNMENT = 256  # of every address that TensorRT is given, in bytes
+
+
+class PlanError(UserError):
+    """TensorRT does not take a plan: damaged, or of another version or GPU."""
+
+
 def _shape(dims: Any) -> tuple[int | None, ...]:
     return tuple(None if size < 0 else int(size) for size in dims)
 
 
 class TensorRtEngine(Engine):
     """A plan with one execution context, its buffers on the GPU and in pinned memory, and a stream of its own.
+
+    Runs share the context's memory: a run on one stream waits on the GPU for the one before it on another. Runs that the caller
+    captures in a CUDA graph are the caller's to order.
 
     transfer_ms: of the latest `run`, both copies, from CUDA events.
     compute_ms: of the latest `run`, between them.
@@ -72,7 +84,8 @@ class TensorRtEngine(Engine):
         """plan: TensorRT's file, checked against `facts` already.
 
         Raises:
-            UserError: TensorRT cannot take the plan, or an output's size is known only after a run.
+            PlanError: TensorRT cannot take the plan.
+            UserError: no memory, or an output's size is known only after a run.
         """
         self._trt = tensorrt_module()
         self._capabilities = Capabilities(self._trt)
@@ -86,7 +99,7 @@ class TensorRtEngine(Engine):
         self._logger = make_logger(self._trt)
         load_plugins(self._trt, self._logger, options)
         self._engine = self._deserialize(source)
-        self._context = self._new_context(source)
+        self._context: Any = self._new_context(source)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         reads = self._trt.TensorIOMode.INPUT
         inputs = [name for name in names if self._engine.get_tensor_mode(name) == reads]
@@ -102,7 +115,9 @@ class TensorRtEngine(Engine):
         self.stream = cuda.Stream()
         self._graph: tuple[tuple[Any, ...], cuda.Graph] | None = None
         self._shapes: tuple[Any, ...] | None = None
-        self._select_profile(self._context)
+        self._own_end, self._foreign_end = cuda.Event(timed=False), cuda.Event(timed=False)
+        self._foreign = False  # whether a caller's stream may still be at work in the context's memory
+        self._select_profile()
         self._allocate()
 
     def _deserialize(self, source: Path) -> Any:
@@ -118,15 +133,14 @@ class TensorRtEngine(Engine):
         except RuntimeError:
             engine = None
         if engine is None:
-            raise UserError(
+            raise PlanError(
                 f"{source}: TensorRT {self._capabilities.version} cannot load the plan on {self.device.name}: "
                 f"{self._messages()}; build it again here"
             )
         return engine
 
     def _messages(self) -> str:
-        found = [*self._logger.errors, *self._logger.warnings]
-        return one_line(found[-1]) if found else "no cause given"
+        return last_message(self._logger)
 
     def _new_context(self, source: Path) -> Any:
         context = self._engine.create_execution_context()
@@ -138,10 +152,26 @@ class TensorRtEngine(Engine):
             )
         return context
 
-    def _select_profile(self, context: Any) -> None:
-        if self._engine.num_optimization_profiles and any(None in spec.shape for spec in self.inputs.values()):
-            context.set_optimization_profile_async(0, self.stream.handle)
-            self.stream.synchronize()
+    def _select_profile(self) -> None:
+        if not (self._engine.num_optimization_profiles and any(None in spec.shape for spec in self.inputs.values())):
+            return
+        if not self._context.set_optimization_profile_async(0, self.stream.handle):
+            raise UserError(f"{self.source}: TensorRT cannot select the plan's shapes: {self._messages()}")
+        self.stream.synchronize()
+
+    def _renew_context(self) -> None:
+        """Another context in the present one's place, at its shapes.
+
+        Never two at once: in TensorRT 8.5 and 8.6 a second one may not have the plan's only profile.
+        """
+        self._follow(self.stream.handle)
+        self._wait()
+        earlier, self._shapes, self._graph = self._shapes, None, None  # a graph goes on with its context's memory
+        self._context = None
+        self._context = self._new_context(self.source)
+        self._select_profile()
+        if earlier is not None:
+            self._set_shapes(dict(zip(self.inputs, earlier, strict=True)))
 
     def _spec(self, name: str) -> TensorSpec:
         kind = self._engine.get_tensor_dtype(name).name
@@ -181,20 +211,20 @@ class TensorRtEngine(Engine):
         self._device = {name: cuda.DeviceBuffer(size) for name, size in sizes.items()}
         self._host = {name: cuda.PinnedBuffer(size) for name, size in sizes.items() if name not in self._vectorized}
 
-    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]], context: Any = None) -> None:
-        """Tells a context the inputs' shapes; the engine's own only when they change: TensorRT sets itself up anew."""
+    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Tells the context the inputs' shapes, only when they change: TensorRT sets itself up anew."""
         key = tuple(shapes[name] for name in self.inputs)
-        if context is None and key == self._shapes:
+        if key == self._shapes:
             return
         for name in self.inputs:
             self._check_profile(name, shapes[name])
+        self._shapes = None  # where one of several is refused, the context has neither the old nor the new
         for name, spec in self.inputs.items():
-            if None in spec.shape and not (context or self._context).set_input_shape(name, shapes[name]):
+            if None in spec.shape and not self._context.set_input_shape(name, shapes[name]):
                 raise UserError(
                     f"{self.source}: input {name}: TensorRT refuses shape {list(shapes[name])}: {self._messages()}"
                 )
-        if context is None:
-            self._shapes = key
+        self._shapes = key
 
     def _check_profile(self, name: str, shape: tuple[int, ...]) -> None:
         low, _, high = self._profile_shapes(name)
@@ -204,16 +234,39 @@ class TensorRtEngine(Engine):
                 "which the plan was built"
             )
 
-    def _output_shape(self, name: str, context: Any = None) -> tuple[int, ...]:
-        return tuple(int(size) for size in (context or self._context).get_tensor_shape(name))
+    def _output_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in self._context.get_tensor_shape(name))
 
-    def _bind(self, addresses: Mapping[str, int], context: Any = None) -> None:
+    def _bind(self, addresses: Mapping[str, int]) -> None:
         for name, address in addresses.items():
-            (context or self._context).set_tensor_address(name, address)
+            if not self._context.set_tensor_address(name, address):
+                raise UserError(f"{self.source}: {name}: TensorRT does not take its memory: {self._messages()}")
 
-    def _enqueue(self, stream: int, context: Any = None) -> None:
-        if not (context or self._context).execute_async_v3(stream):
+    def _enqueue(self, stream: int) -> None:
+        if not self._context.execute_async_v3(stream):
             raise UserError(f"{self.source}: TensorRT cannot run the plan: {self._messages()}")
+
+    def _follow(self, stream: int) -> None:
+        """Makes a stream wait for the runs enqueued on others: they use the same memory."""
+        own = self.stream.handle
+        if self._foreign:
+            cuda.wait(stream, self._foreign_end)
+        if stream == own:
+            self._foreign = False  # who waits for the own stream from now on waits for that run too
+        else:
+            self._own_end.record(own)
+            cuda.wait(stream, self._own_end)
+
+    def _enqueue_after(self, stream: int) -> None:
+        """`_enqueue` on any stream, behind earlier runs; not where the caller captures: nothing runs then."""
+        if stream != self.stream.handle and cuda.capturing(stream):
+            self._enqueue(stream)
+            return
+        self._follow(stream)
+        self._enqueue(stream)
+        if stream != self.stream.handle:
+            self._foreign_end.record(stream)
+            self._foreign = True
 
     def _own(self) -> dict[str, int]:
         return {name: buffer.pointer for name, buffer in self._device.items()}
@@ -225,6 +278,7 @@ class TensorRtEngine(Engine):
         """
         if graph is None:
             graph = not self.graph_refused
+        self._follow(self.stream.handle)
         if graph and (self._graph is None or self._graph[0] != self._shapes):
             self._graph = self._capture()
         if graph and self._graph is not None:
@@ -256,6 +310,7 @@ class TensorRtEngine(Engine):
         for name, array in feeds.items():
             np.copyto(self._host[name].view(array.dtype, array.shape), array)
         handle = self.stream.handle
+        self._follow(handle)
         if not self.graph_refused and (self._graph is None or self._graph[0] != self._shapes):
             self._graph = self._capture()  # its own run must not count as this one's
         points = [cuda.Event() for _ in range(4)]
@@ -288,7 +343,8 @@ class TensorRtEngine(Engine):
         """Runs on arrays that are on the GPU already, without a copy.
 
         Args:
-            inputs: for each input an array with `__cuda_array_interface__` or DLPack, contiguous, of its dtype and shape.
+            inputs: for each input an array with `__cuda_array_interface__` or DLPack, contiguous, of its dtype and shape, at
+                an address that is a multiple of 256, as TensorRT wants it (the start of an allocation is).
             outputs: where to write, likewise; None for the engine's own buffers, which the next run overwrites.
             stream: the caller's: an integer handle, or a torch or CuPy stream. The run is only enqueued there, so the
                 arrays must live until it is done. None for the engine's own: this call then waits.
@@ -297,7 +353,8 @@ class TensorRtEngine(Engine):
             the arrays of `outputs`; or, of its own buffers, objects with `__cuda_array_interface__`.
 
         Raises:
-            UserError: an array is missing, unknown, on the host or another GPU, not contiguous, of another dtype or shape.
+            UserError: an array is missing, unknown, on the host or another GPU, not contiguous, of another dtype or shape,
+                at another address; an output that may not be written.
         """
         handle = self.stream.handle if stream is None else stream_handle(stream)
         taken = {name: self._taken(inputs, name, spec, "input", handle) for name, spec in self.inputs.items()}
@@ -307,7 +364,7 @@ class TensorRtEngine(Engine):
         self._set_shapes({name: array.shape for name, array in taken.items()})
         results: dict[str, Any]
         if outputs is None:
-            written_on = None if stream is None else handle
+            written_on = None if stream is None else handle or cuda.LEGACY  # 0 has no place in the interface
             results = {
                 name: DeviceArray(
                     self._device[name].pointer, spec.dtype, self._output_shape(name), written_on, self._device[name]
@@ -320,11 +377,9 @@ class TensorRtEngine(Engine):
             for name, spec in self.outputs.items():
                 exact = TensorSpec(spec.dtype, self._output_shape(name))
                 taken[name] = self._taken(outputs, name, exact, "output", handle)
-        for array in taken.values():
-            if array.stream is not None and array.stream != handle:
-                cuda.wait_for(handle, array.stream)
+        wait_for_arrays(taken.values(), handle)
         self._bind({name: array.pointer for name, array in taken.items()})
-        self._enqueue(handle)
+        self._enqueue_after(handle)
         if stream is None:
             self._wait()
         return results
@@ -332,7 +387,8 @@ class TensorRtEngine(Engine):
     def _taken(self, arrays: Mapping[str, Any], name: str, spec: TensorSpec, what: str, stream: int) -> DeviceArray:
         if name not in arrays:
             raise UserError(f"{self.source}: {what} {name}: missing, expected {spec}")
-        return take(arrays[name], spec, f"{self.source}: {what} {name}", stream, self.device.index)
+        where = f"{self.source}: {what} {name}"
+        return take(arrays[name], spec, where, stream, self.device.index, what == "output", ALIGNMENT)
 
     def example_feeds(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Random inputs as in `Engine`; dimensions that vary are those that the plan was tuned for."""
@@ -352,7 +408,11 @@ class TensorRtEngine(Engine):
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def layers(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerInfo]:
-        """`inspect` with the mean milliseconds of `runs` runs after one warm-up, in a context of its own, without a graph."""
+        """`inspect` with the mean milliseconds of `runs` runs after one warm-up, without a graph.
+
+        They run in a context of their own, which the engine's one makes room for: a CUDA graph in which the caller captured
+        a run is not to be launched after this.
+        """
         trt = self._trt
         total: dict[str, float] = {}
 
@@ -366,20 +426,22 @@ class TensorRtEngine(Engine):
                     total[layer_name] = total.get(layer_name, 0.0) + ms
 
         arrays = dict(feeds or self.example_feeds())
-        context = self._new_context(self.source)
-        self._select_profile(context)
-        self._set_shapes({name: array.shape for name, array in arrays.items()}, context)
-        handle = self.stream.handle
-        for name, array in arrays.items():
-            self._host_for(name, array)
-            cuda.upload(self._device[name].pointer, self._host[name].pointer, array.nbytes, handle)
-        self._bind(self._own(), context)
         times = Times()
-        context.profiler = times
-        for run in range(runs + 1):
-            times.counts = run > 0
-            self._enqueue(handle, context)
-            self._wait()
+        self._renew_context()
+        try:
+            self._context.profiler = times
+            self._set_shapes({name: array.shape for name, array in arrays.items()})
+            handle = self.stream.handle
+            for name, array in arrays.items():
+                self._host_for(name, array)
+                cuda.upload(self._device[name].pointer, self._host[name].pointer, array.nbytes, handle)
+            self._bind(self._own())
+            for run in range(runs + 1):
+                times.counts = run > 0
+                self._enqueue(handle)
+                self._wait()
+        finally:
+            self._renew_context()  # without the profiler, which makes every run wait
         return with_times(self.inspect(), {name: ms / runs for name, ms in total.items()})
 
     def _host_for(self, name: str, array: np.ndarray) -> None:
@@ -409,14 +471,17 @@ class TensorRtEngine(Engine):
             temporary.write_bytes(self._plan)
 
 
-def _key(options: Options, precision: str, device: cuda.Device, version: str) -> dict[str, str]:
-    return {
+def plan_path(onnx_path: Path, precision: str, options: Options, device: cuda.Device, version: str) -> Path:
+    """Where the cache has the plan: found by what enters it. What the CPU's engines are told, and how a plan is run, does not."""
+    key = {
         "backend": "tensorrt",
+        "build": BUILD_VERSION,
         "version": version,
         "gpu": f"{device.name} {device.capability}",
         "precision": precision,
         "options": json.dumps(options.tensorrt.described(), sort_keys=True),
     }
+    return cache_path(onnx_path, ENDING, options, key)
 
 
 def build(onnx_path: Path, precision: str, options: Options, device: str) -> TensorRtEngine:
@@ -430,18 +495,24 @@ def build(onnx_path: Path, precision: str, options: Options, device: str) -> Ten
     gpu = cuda.use_device(device)
     path: Path | None = None
     if options.cache is not None:
-        # Threads are the CPU's affair.
-        key = _key(options, precision, gpu, trt.__version__)
-        path = cache_path(onnx_path, ENDING, replace(options, threads=0), key)
+        path = plan_path(onnx_path, precision, options, gpu, trt.__version__)
         if path.is_file():
             try:
-                return TensorRtEngine(path.read_bytes(), onnx_path, precision, options.tensorrt, gpu, read_facts(path))
-            except UserError:
-                path.unlink(missing_ok=True)  # a damaged file of the cache: build afresh
+                return TensorRtEngine(path.read_bytes(), onnx_path, precision, options.tensorrt, gpu, _kept_facts(path))
+            except PlanError:
+                pass  # a damaged file of the cache: built afresh and written over
     plan, facts = build_plan(onnx_path, precision, options.tensorrt, gpu.name, gpu.capability)
     if path is not None:
         write_plan(path, plan, facts)
     return TensorRtEngine(plan, onnx_path, precision, options.tensorrt, gpu, facts)
+
+
+def _kept_facts(plan: Path) -> PlanFacts | None:
+    """Of a plan of the cache. Raises `PlanError` where its sidecar is damaged."""
+    try:
+        return read_facts(plan)
+    except UserError as error:
+        raise PlanError(str(error)) from None
 
 
 def load(built_file: Path, precision: str, options: Options, device: str) -> TensorRtEngine:

@@ -27,7 +27,7 @@ from typing import Any
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, read_json, sha256, write_json
-from qat.engine.onnx_outline import Outline, read_outline
+from qat.core.onnx_file import Outline, read_outline
 from qat.engine.tensorrt_capabilities import Capabilities, tensorrt_module
 from qat.engine.tensorrt_options import TensorRtOptions, split_format, spread_formats
 
@@ -36,6 +36,7 @@ ENDING = ".plan"
 LAST_WEAK_OPSET = 17  # of the parsers of 8.5 and 8.6
 REEXPORT = "export with --flavour tensorrt"
 FLOAT_EXPORT = "export with --fp32"
+BUILD_VERSION = "1"  # of how a graph is made into a plan here; cached plans that were built otherwise are not reused
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ def _cause(logger: Any, otherwise: str) -> str:
     return one_line(logger.errors[-1]) if logger.errors else otherwise
 
 
+def last_message(logger: Any) -> str:
+    """The latest error of a logger of `make_logger`, where it has none the latest warning."""
+    found = [*logger.warnings, *logger.errors]
+    return one_line(found[-1]) if found else "no cause given"
+
+
 class Tools:
     """A builder, network, parser and configuration of one build; plugins are loaded first.
 
@@ -134,9 +141,7 @@ class Tools:
         try:
             self.builder = trt.Builder(self.logger)
         except (TypeError, RuntimeError):  # pybind11: the factory returned nullptr
-            messages = [*self.logger.errors, *self.logger.warnings]
-            cause = one_line(messages[-1]) if messages else "no cause given"
-            raise UserError(f"TensorRT {self.capabilities.version} cannot start: {cause}") from None
+            raise UserError(f"TensorRT {self.capabilities.version} cannot start: {last_message(self.logger)}") from None
 
     def network(self, strong: bool) -> Any:
         """An empty network."""
@@ -321,7 +326,8 @@ def timing_cache(config: Any, path: Path | None, logger: Any) -> Iterator[None]:
 
 class Interrupt:
     """Ctrl-C during a build. TensorRT 10 and later stop at the next step; before, the build ends first. A second Ctrl-C ends the
-    process at once: nothing has been written by then.
+    process at once: nothing has been written by then. A process that ignores Ctrl-C, as a worker does whose parent ends it, goes
+    on ignoring it.
     """
 
     def __init__(self, stops: bool) -> None:
@@ -336,13 +342,16 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         # Python's own handler raises inside TensorRT's callbacks, from where no exception comes back whole.
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
+        self._handles = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        )
+        if self._handles:
             self._earlier = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        if self._main:
+        if self._handles:
             signal.signal(signal.SIGINT, self._earlier)
         if self.asked and kind is None:
             raise KeyboardInterrupt

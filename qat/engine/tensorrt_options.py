@@ -76,7 +76,8 @@ class TensorRtOptions:
 
     fp16: beside INT8, layers without Q/DQ may take FP16 (precision "int8"; "fp16" always does, "fp32" never).
         Has no meaning for a strongly typed network, whose graph says it.
-    tf32: FP32 layers may round their inputs to TF32's ten bits of mantissa. On is TensorRT's own default.
+    tf32: FP32 layers may round their inputs to TF32's ten bits of mantissa. Off, against TensorRT's own default: what is called
+        FP32 is FP32, here as in every backend.
     workspace: bytes that a layer's scratch memory may take; None for TensorRT's own limit (the device's memory).
     timing_cache: file of measured tactics, read before a build and written after it; builds on one GPU and version share it.
     tactic_sources: libraries and kinds of kernels to choose from, of `TACTIC_SOURCES`; None for TensorRT's own choice.
@@ -93,7 +94,7 @@ class TensorRtOptions:
     """
 
     fp16: bool = True
-    tf32: bool = True
+    tf32: bool = False
     workspace: int | None = None
     timing_cache: Path | None = None
     tactic_sources: tuple[str, ...] | None = None

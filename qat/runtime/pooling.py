@@ -41,13 +41,11 @@ def pool(
         UserError: the tensors are of other sizes than the pattern's, or `out` is not as described.
     """
     n, fh, fw, channels = features.shape
-    if n * fh * fw != pattern.pixels or depth_weights.shape[::2] != (n, fh) or depth_weights.shape[3] != fw:
+    if n * fh * fw != pattern.pixels or depth_weights.shape != (n, pattern.bins, fh, fw):
         raise UserError(
             f"BEV pooling: found depth weights {list(depth_weights.shape)} and features {list(features.shape)}, "
-            f"expected [N,D,fH,fW] and [N,fH,fW,C] with N·fH·fW = {pattern.pixels} as in the pattern"
+            f"expected [N,D,fH,fW] and [N,fH,fW,C] with N·fH·fW = {pattern.pixels} and D = {pattern.bins} as in the pattern"
         )
-    if pattern.last_depth >= depth_weights.size:
-        raise UserError(f"BEV pooling: found {depth_weights.shape[1]} bins, fewer depth bins than the pattern's")
     # Imported here: loading the compiled kernel is not paid for by who only reads a manifest.
     from qat.runtime._pooling_kernel import empty_grid, pool_cells
 

@@ -41,7 +41,14 @@ def test_a_graph_of_fp16_is_told_by_its_weights_or_its_casts(tmp_path, dtype, ca
     assert has_fp16(save(tmp_path / "g.onnx", dtype, cast)) is expected
 
 
+def test_a_graph_of_fp16_is_told_by_its_inputs_and_outputs(tmp_path):
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [3]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", value[:1], value[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)]), tmp_path / "g.onnx")
+    assert has_fp16(tmp_path / "g.onnx")
+
+
 def test_a_file_that_is_no_graph_is_refused(tmp_path):
     (tmp_path / "g.onnx").write_bytes(b"\x3a\xff\xff")
-    with pytest.raises(UserError, match=r"g\.onnx: not an ONNX file"):
+    with pytest.raises(UserError, match=r"g\.onnx: not an ONNX graph"):
         has_fp16(tmp_path / "g.onnx")

@@ -10,21 +10,27 @@ does not know fails here.
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import re
 import sys
+import tempfile
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import tensorrt as trt
 
 from qat.core.errors import UserError
-from qat.engine import Options, TensorRtOptions, build, cuda
-from qat.engine.onnx_outline import read_outline
+from qat.core.onnx_file import read_outline
+from qat.engine import Options, TensorRtOptions, TensorSpec, build, cuda, tensorrt_backend
+from qat.engine.tensorrt_backend import TensorRtEngine
 from qat.engine.tensorrt_builder import (
     Interrupt,
+    PlanFacts,
     Tools,
     Typing,
     _monitor,
@@ -96,10 +102,10 @@ def listing(releases: dict[str, list[str]]) -> dict[str, Any]:
     return {**members, "has": has, "monitor": hasattr(trt, "IProgressMonitor")}
 
 
-def unknown_attributes() -> list[str]:
-    """Attributes that the engine's and builder's code uses of TensorRT's objects and this release has not, or has as a method
-    where the code reads a property, or the other way round."""
-    wrong = []
+def attributes() -> dict[str, list[str]]:
+    """What the engine's and builder's code uses of TensorRT's objects. used: "CLASS.NAME". wrong: those that this release has not,
+    or has as a method where the code reads a property, or the other way round."""
+    used, wrong = set(), []
     for name in ("tensorrt_backend", "tensorrt_builder"):
         source = Path(sys.modules["qat.engine"].__file__).with_name(f"{name}.py").read_text()
         tree = ast.parse(source)
@@ -112,29 +118,170 @@ def unknown_attributes() -> list[str]:
             kind = OBJECTS.get(word)
             if kind is None or node.attr in OPTIONAL:
                 continue
+            used.add(f"{kind}.{node.attr}")
             found = getattr(getattr(trt, kind), node.attr, None)
             if found is None:
                 wrong.append(f"{kind}.{node.attr}: none")
             elif isinstance(found, property) == (id(node) in called):
                 wrong.append(f"{kind}.{node.attr}: {'property' if isinstance(found, property) else 'method'}")
-    return sorted(set(wrong))
+    return {"used": sorted(used), "wrong": sorted(set(wrong))}
 
 
 def unknown_cuda_calls() -> list[str]:
-    """Functions and constants of the runtime API that cuda.py names and cuda-bindings has not."""
-    tree = ast.parse(Path(cuda.__file__).read_text())
-    words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    words += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    named = {str(word) for word in words if re.fullmatch(r"cuda[A-Z]\w+", str(word))}
-    api = cuda.runtime()
-    known = {
-        *dir(api),
-        *dir(api.cudaError_t),
-        *dir(api.cudaDeviceAttr),
-        *dir(api.cudaMemcpyKind),
-        *dir(api.cudaStreamCaptureMode),
-    }
-    return sorted(named - known)
+    """Functions and constants of the runtime API, the driver's and NVRTC's that our code names and cuda-bindings has not."""
+    words: list[str] = []
+    for file in (Path(cuda.__file__), Path(cuda.__file__).parents[1] / "runtime" / "pooling_cuda.py"):
+        tree = ast.parse(file.read_text())
+        words += [str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        words += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    named = {word for word in words if re.fullmatch(r"(cuda|cu|nvrtc)[A-Z]\w+|CU_[A-Z_]+", word)}
+    api, driver, nvrtc = (cuda.module(prefix) for prefix in ("cuda", "cu", "nvrtc"))
+    enums = (
+        "cudaError_t",
+        "cudaDeviceAttr",
+        "cudaMemcpyKind",
+        "cudaStreamCaptureMode",
+        "cudaStreamCaptureStatus",
+        "cudaMemoryType",
+    )
+    known = {*dir(api), *dir(driver), *dir(nvrtc), *dir(driver.CUdevice_attribute)}
+    return sorted(named - known.union(*(dir(getattr(api, enum)) for enum in enums)))
+
+
+class Calls:
+    """Stands for CUDA: `cuda.call` that only notes what was asked, but for what it has to answer."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+        self.handles = iter(range(1000, 100000, 256))
+        self.capturing: set[int] = set()
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        self.made.append((name, *arguments))
+        if name == "cudaStreamIsCapturing":
+            status = cuda.runtime().cudaStreamCaptureStatus
+            active = arguments[0] in self.capturing
+            return status.cudaStreamCaptureStatusActive if active else status.cudaStreamCaptureStatusNone
+        if name == "cudaPointerGetAttributes":
+            return SimpleNamespace(type=cuda.runtime().cudaMemoryType.cudaMemoryTypeDevice, device=0)
+        if name.startswith(("cudaStreamCreate", "cudaEventCreate")):
+            return next(self.handles)
+        return None
+
+
+class Plan:
+    """An engine over a plan that is not there: TensorRT's objects have the attributes of this release's classes and no others,
+    and of contexts there may be one at a time, as 8.5 and 8.6 have it of a plan with one profile."""
+
+    def __init__(self, dynamic: bool = True) -> None:
+        self.contexts: list[Any] = []
+        self.refuse: set[str] = set()
+        self.engine = engine = TensorRtEngine.__new__(TensorRtEngine)
+        engine._trt, engine._capabilities, engine._logger = trt, CAN, make_logger(trt)
+        engine.source, engine.device = Path("g.plan"), SimpleNamespace(index=0, name="a GPU")
+        shape = (None if dynamic else 1, 4)
+        engine.inputs, engine.outputs = {"x": TensorSpec("float32", shape)}, {"y": TensorSpec("float32", shape)}
+        engine._engine = mock.NonCallableMock(spec_set=trt.ICudaEngine)
+        engine._engine.num_optimization_profiles = 1
+        engine._engine.get_tensor_profile_shape.return_value = [(1, 4), (2, 4), (4, 4)]
+        engine._engine.create_execution_context.side_effect = self._context
+        engine.inspect = list
+        engine._vectorized, engine._graph, engine._shapes, engine._foreign = [], None, None, False
+        engine.stream = cuda.Stream()
+        engine._own_end, engine._foreign_end = cuda.Event(timed=False), cuda.Event(timed=False)
+        engine._device = {name: SimpleNamespace(pointer=256 * i) for i, name in enumerate("xy", 1)}
+        engine._host = {"x": SimpleNamespace(pointer=64, view=lambda dtype, shape: np.empty(shape, dtype))}
+        engine.graph_refused = "switched off"
+        engine._context = engine._new_context(engine.source)
+
+    def _context(self) -> Any:
+        gc.collect()  # mocks hold one another
+        if any(context() is not None for context in self.contexts):
+            raise AssertionError("a second context beside the first")
+        made = mock.NonCallableMock(spec_set=trt.IExecutionContext)
+        for name in ("set_optimization_profile_async", "set_input_shape", "set_tensor_address", "execute_async_v3"):
+            getattr(made, name).side_effect = lambda *_, name=name: name not in self.refuse
+        made.get_tensor_shape.return_value = (2, 4)
+        self.contexts.append(weakref.ref(made))
+        return made
+
+
+class Array:
+    """What offers a GPU's memory at an address."""
+
+    def __init__(self, address: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False), "typestr": "<f4", "shape": (2, 4), "strides": None, "stream": None, "version": 3
+        }  # fmt: skip
+
+
+def running() -> dict[str, Any]:
+    """What an engine asks of CUDA and TensorRT when it runs, and what it says when they refuse."""
+    calls = Calls()
+    with mock.patch.object(cuda, "call", calls):
+        plan = Plan()
+        engine = plan.engine
+        own, own_end, foreign_end = engine.stream.handle, engine._own_end.native, engine._foreign_end.native
+        feeds = {"x": np.ones((2, 4), np.float32)}
+        layers = line(lambda: engine.layers(feeds))
+        renewed = len(plan.contexts), engine._shapes
+
+        def order(action: Any) -> list[str]:
+            """Of an action, records and waits by the names of streams and events."""
+            names = {own: "own", 5: "A", 6: "B", 0: "default", own_end: "own's end", foreign_end: "end"}
+            calls.made.clear()
+            action()
+            words = {"cudaEventRecord": "records", "cudaStreamWaitEvent": "waits for"}
+            found = []
+            for name, *arguments in calls.made:
+                if name in words:
+                    stream, event = arguments[:2] if name == "cudaStreamWaitEvent" else arguments[1::-1]
+                    found.append(f"{names[stream]} {words[name]} {names[event]}")
+            return found
+
+        x, y = {"x": Array(4096)}, {"y": Array(8192)}
+        orders = {
+            "own": order(engine.enqueue),
+            "A": order(lambda: engine.run_device(x, y, 5)),
+            "B": order(lambda: engine.run_device(x, y, 6)),
+            "own after B": order(engine.enqueue),
+            "own again": order(engine.enqueue),
+        }
+        calls.capturing = {5}
+        orders["A captured"] = order(lambda: engine.run_device(x, y, 5))
+        default = engine.run_device(x, None, 0)["y"].__cuda_array_interface__["stream"]
+        refused = {}
+        for name in ("set_tensor_address", "execute_async_v3", "set_input_shape", "set_optimization_profile_async"):
+            plan.refuse = {name}
+            engine._shapes = None
+            ask = engine._select_profile if name.startswith("set_opt") else lambda: engine.run_device(x, y)
+            refused[name] = line(ask)
+        plan.refuse = set()
+        refused["alignment"] = line(lambda: engine.run_device({"x": Array(4096 + 64)}, y))
+        return {"layers": layers, "renewed": renewed, "orders": orders, "default": default, "refused": refused}
+
+
+def cached_plans() -> dict[str, Any]:
+    """Whether a cached plan outlives failures that are not its own, and one that TensorRT does not take is written over."""
+    found = {}
+    gpu = cuda.Device(0, "a GPU", "9.0", 1, 1, 1, 1, "12.9")
+    facts = PlanFacts(CAN.version, gpu.name, gpu.capability, "fp32", False, "g.onnx", "", (), {}, 0.0, "")
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "g.onnx"
+        graph.write_bytes(b"graph")
+        options = Options(cache=Path(folder) / "cache")
+        path = tensorrt_backend.plan_path(graph, "fp32", options, gpu, trt.__version__)
+        for name, error in (("memory", UserError("no memory")), ("damaged", tensorrt_backend.PlanError("damaged"))):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"kept")
+            with (
+                mock.patch.object(cuda, "use_device", lambda device: gpu),
+                mock.patch.object(tensorrt_backend, "TensorRtEngine", mock.Mock(side_effect=[error, "built"])),
+                mock.patch.object(tensorrt_backend, "build_plan", lambda *_: (b"new", facts)),
+            ):
+                said = line(lambda: tensorrt_backend.build(graph, "fp32", options, "cuda:0"))
+            found[name] = [said, path.read_bytes().decode()]
+    return found
 
 
 def typings(graphs: dict[str, str]) -> dict[str, Any]:
@@ -257,8 +404,6 @@ def cache_calls() -> bool:
     kept = mock.NonCallableMock(spec_set=trt.ITimingCache)
     kept.serialize.return_value = b"measured"
     config.get_timing_cache.return_value = kept
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "timing.cache"
         with timing_cache(config, path, make_logger(trt)):
@@ -274,7 +419,9 @@ def main(graphs: dict[str, str], asked: dict[str, list[str]]) -> dict[str, Any]:
         "rich": "rich" in sys.modules,
         "capabilities": {name: sorted(v) if isinstance(v, frozenset) else v for name, v in vars(CAN).items()},
         "listing": listing(asked),
-        "unknown_attributes": unknown_attributes(),
+        "attributes": attributes(),
+        "running": running(),
+        "cached_plans": cached_plans(),
         "unknown_cuda_calls": unknown_cuda_calls(),
         "typings": typings(graphs),
         "configuration": configuration(),

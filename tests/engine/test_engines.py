@@ -147,7 +147,8 @@ def test_another_graph_or_option_does_not_take_a_cached_engine(tmp_path, options
     engine.build(tmp_path / "g.onnx", backend, "fp32", Options(threads=2, cache=options.cache))
     linear_relu(tmp_path / "g.onnx", quantized=True)
     engine.build(tmp_path / "g.onnx", backend, "int8", options)
-    assert len(list(options.cache.iterdir())) == 3
+    # ONNX Runtime's file is the optimized graph, which is the same for any number of threads.
+    assert len(list(options.cache.iterdir())) == (2 if backend == "onnxruntime" else 3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,23 +6,34 @@ import numpy as np
 import pytest
 
 from qat.core.errors import UserError
-from qat.engine import TensorSpec
-from qat.engine.device_arrays import DeviceArray, _from_capsule, stream_handle, take
+from qat.engine import TensorSpec, cuda
+from qat.engine.device_arrays import DeviceArray, _from_capsule, stream_handle, take, wait_for_arrays
 
 SPEC = TensorSpec("float32", (2, None, 3))
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch):
+    """Every address is GPU 0's, as CUDA would say; returns a function that makes it another's, None for the host."""
+
+    def say(device: int | None) -> None:
+        monkeypatch.setattr(cuda, "device_of", lambda pointer: device)
+
+    say(0)
+    return say
 
 
 class OnGpu:
     """An array that offers what CuPy and torch do, over numpy's memory."""
 
-    def __init__(self, array: np.ndarray, stream: int | None = None) -> None:
+    def __init__(self, array: np.ndarray, stream: int | None = None, read_only: bool = False) -> None:
         interface = array.__array_interface__
         self.array = array
         self.__cuda_array_interface__ = {
             "shape": interface["shape"],
             "typestr": interface["typestr"],
             "strides": None if array.flags.c_contiguous else array.strides,
-            "data": interface["data"],
+            "data": (interface["data"][0], read_only),
             "stream": stream,
             "version": 3,
         }
@@ -81,6 +92,55 @@ def test_what_does_not_fit_is_one_line():
     assert "strides" in refused(Capsule(np.zeros((2, 3, 5), np.float32).transpose(0, 2, 1), (2, 0)))
 
 
+def test_an_array_of_another_gpu_or_of_the_host_is_refused_whatever_its_interface_says(on_gpu):
+    array = OnGpu(np.zeros((2, 5, 3), np.float32))
+    on_gpu(1)
+    assert "found an array on cuda:1, expected cuda:0" in refused(array)
+    on_gpu(None)
+    assert "found an array in the host's memory, expected one on cuda:0" in refused(array)
+    take(OnGpu(np.zeros((2, 0, 3), np.float32)), SPEC, "x", stream=7)  # nothing there that could be elsewhere
+
+
+def test_what_is_written_may_not_be_read_only():
+    array = OnGpu(np.zeros((2, 5, 3), np.float32), read_only=True)
+    assert take(array, SPEC, "x", stream=7).shape == (2, 5, 3)
+    with pytest.raises(UserError, match="x: found a read-only array"):
+        take(array, SPEC, "x", stream=7, writable=True)
+
+
+def test_an_address_that_the_reader_cannot_take_is_refused():
+    whole = np.zeros(64 + 256, np.uint8)
+    start = -whole.ctypes.data % 256
+    for shift, fits in ((0, True), (16, False)):
+        array = OnGpu(whole[start + shift : start + shift + 64])
+        if fits:
+            assert take(array, TensorSpec("uint8", (64,)), "x", 7, alignment=256).pointer % 256 == 0
+        else:
+            with pytest.raises(UserError, match="expected an address that is a multiple of 256"):
+                take(array, TensorSpec("uint8", (64,)), "x", 7, alignment=256)
+
+
+def test_a_producer_that_refuses_is_one_line():
+    class Refuses:
+        def __dlpack_device__(self):
+            return (2, 0)
+
+        def __dlpack__(self, stream=None):
+            raise BufferError("requires grad")
+
+    assert "found a Refuses that cannot be shared: requires grad" in refused(Refuses())
+
+
+def test_every_stream_that_an_array_is_written_on_is_waited_for_once(monkeypatch):
+    waits = []
+    monkeypatch.setattr(cuda, "wait_for", lambda stream, other: waits.append((stream, other)))
+    wait_for_arrays([DeviceArray(4096, "int8", (1,), stream) for stream in (None, 5, 9, 5, 7)], 7)
+    assert waits == [(7, 5), (7, 9)]
+    waits.clear()
+    wait_for_arrays([DeviceArray(4096, "int8", (1,), cuda.LEGACY)], 0)  # two names of the default stream
+    assert waits == []
+
+
 def test_the_default_stream_has_dlpacks_name():
     source = Capsule(np.zeros(3, np.float32), (2, 0))
     take(source, TensorSpec("float32", (3,)), "x", stream=0)
@@ -106,5 +166,14 @@ def test_streams_of_other_libraries_are_taken_by_their_handles():
     assert stream_handle(SimpleNamespace(cuda_stream=3)) == 3  # torch
     assert stream_handle(SimpleNamespace(ptr=4)) == 4  # CuPy
     assert stream_handle(SimpleNamespace(__cuda_stream__=lambda: (0, 5))) == 5  # cuda.core
+    own = cuda.Stream.__new__(cuda.Stream)
+    own.handle = 6
+    assert stream_handle(own) == 6
+
+    class Native:  # cuda-bindings' CUstream
+        def __int__(self):
+            return 7
+
+    assert stream_handle(Native()) == 7
     with pytest.raises(UserError, match="stream: found str"):
         stream_handle("main")

@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,14 +16,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
+from qat.core.onnx_file import read_outline
 from qat.engine import BACKENDS, TensorRtOptions
-from qat.engine.onnx_outline import read_outline
 from qat.engine.tensorrt_builder import (
     Interrupt,
     PlanFacts,
     Typing,
     check_facts,
     choose_typing,
+    last_message,
     one_line,
     read_facts,
     sidecar_path,
@@ -293,6 +295,22 @@ def test_ctrl_c_is_kept_until_tensorrt_has_returned(capsys):
         reached = interrupt.asked
     assert reached and "Ctrl-C again ends at once" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_stays_ignored_where_it_is():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupt(stops=True) as interrupt:  # as in a worker, whose parent ends it
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupt.asked and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_is_told_rather_than_a_warning():
+    assert last_message(SimpleNamespace(errors=["first", "the\ncause"], warnings=["a remark"])) == "the cause"
+    assert last_message(SimpleNamespace(errors=[], warnings=["one", "two"])) == "two"
+    assert last_message(SimpleNamespace(errors=[], warnings=[])) == "no cause given"
 
 
 def test_messages_become_one_line():

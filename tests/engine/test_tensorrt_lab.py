@@ -68,9 +68,44 @@ def test_the_table_of_releases_is_what_the_modules_have(found, version, releases
 
 
 def test_every_call_and_property_is_one_that_the_release_has(found):
-    assert found["unknown_attributes"] == []
+    assert found["attributes"]["wrong"] == []
+    asked = {name.partition(".")[2] for name in found["attributes"]["used"] if name.startswith("IExecutionContext.")}
+    assert asked == {
+        "set_optimization_profile_async", "set_input_shape", "get_tensor_shape", "set_tensor_address", "execute_async_v3",
+        "profiler",
+    }  # fmt: skip
     assert found["unknown_cuda_calls"] == []
     assert found["cache_calls"]
+
+
+def test_a_run_waits_for_the_one_before_it_on_another_stream(found):
+    assert found["running"]["orders"] == {
+        "own": [],
+        "A": ["own records own's end", "A waits for own's end", "A records end"],
+        "B": ["B waits for end", "own records own's end", "B waits for own's end", "B records end"],
+        "own after B": ["own waits for end"],
+        "own again": [],
+        "A captured": [],
+    }
+    assert found["running"]["default"] == 1  # the interface has no 0
+
+
+def test_layers_are_timed_without_a_second_context(found):
+    running = found["running"]
+    assert running["layers"] == "" and running["renewed"] == [3, [[2, 4]]]
+
+
+def test_what_tensorrt_refuses_of_a_run_is_one_line(found):
+    refused = found["running"]["refused"]
+    assert refused["set_tensor_address"] == "g.plan: x: TensorRT does not take its memory: no cause given"
+    assert refused["execute_async_v3"].startswith("g.plan: TensorRT cannot run the plan")
+    assert refused["set_input_shape"].startswith("g.plan: input x: TensorRT refuses shape [2, 4]")
+    assert refused["set_optimization_profile_async"].startswith("g.plan: TensorRT cannot select the plan's shapes")
+    assert "expected an address that is a multiple of 256" in refused["alignment"]
+
+
+def test_a_cached_plan_is_built_anew_only_where_tensorrt_does_not_take_it(found):
+    assert found["cached_plans"] == {"memory": ["no memory", "kept"], "damaged": ["", "new"]}
 
 
 def test_exported_graphs_are_typed_as_the_release_can(found, version):

@@ -1,13 +1,15 @@
 """Options of the TensorRT backend, and what of them enters the key of a cached engine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qat.core.errors import UserError
-from qat.engine import Options, TensorRtOptions
-from qat.engine.base import cache_path
+from qat.engine import Options, TensorRtOptions, cuda, tensorrt_backend
+from qat.engine.base import cached
+from qat.engine.tensorrt_backend import plan_path
 from qat.engine.tensorrt_options import Profile, split_format, spread_formats
 
 
@@ -60,16 +62,50 @@ def test_what_a_plan_depends_on_is_json_and_leaves_out_how_it_is_run(tmp_path):
     described = options.described()
     assert json.loads(json.dumps(described))["profiles"][0]["max"] == [1, 2]
     assert described == TensorRtOptions(plugins=(plugin,), profiles=options.profiles, cuda_graph=False).described()
-    assert described != TensorRtOptions(plugins=(plugin,), profiles=options.profiles, tf32=False).described()
+    assert described != TensorRtOptions(plugins=(plugin,), profiles=options.profiles, tf32=True).described()
     plugin.write_bytes(b"two")
     assert described != options.described()
 
 
-def test_tensorrts_options_do_not_move_the_cpu_backends_cached_engines(tmp_path):
+def kept(folder: Path, backend: str, **options) -> Path:
+    """Where an engine of a CPU backend is cached."""
+    graph = folder / "g.onnx"
+    graph.write_bytes(b"graph")
+    return cached(graph, ".built", Options(cache=folder, **options), {"backend": backend}, lambda path: path.touch())
+
+
+OPENVINO = {"threads": 2, "pinning": True, "bfloat16": True}
+ANYONES = OPENVINO | {"spinning": False, "tensorrt": TensorRtOptions(tf32=True, workspace=1)}
+
+
+def test_a_cached_engine_is_found_again_by_the_options_that_enter_it(tmp_path):
+    for backend, entering in (("openvino", OPENVINO), ("onnxruntime", {})):
+        plain = kept(tmp_path, backend)
+        for name, value in ANYONES.items():
+            assert (kept(tmp_path, backend, **{name: value}) == plain) == (name not in entering), (backend, name)
+
+
+def test_a_cached_plan_is_found_again_by_the_graph_tensorrt_the_gpu_and_what_enters_it(tmp_path, monkeypatch):
     graph = tmp_path / "g.onnx"
     graph.write_bytes(b"graph")
-    key = {"backend": "openvino"}
-    plain = cache_path(graph, ".openvino", Options(cache=tmp_path), key)
-    asked = TensorRtOptions(tf32=False, timing_cache=tmp_path / "cache", workspace=1)
-    assert cache_path(graph, ".openvino", Options(cache=tmp_path, tensorrt=asked), key) == plain
-    assert cache_path(graph, ".openvino", Options(threads=2, cache=tmp_path), key) != plain
+    gpu = cuda.Device(0, "NVIDIA H200", "9.0", 132, 1 << 37, 1980, 3201, "12.9")
+
+    def path(precision="int8", device=gpu, version="10.0.1", **options) -> Path:
+        return plan_path(graph, precision, Options(cache=tmp_path, **options), device, version)
+
+    plain = path()
+    for name, value in OPENVINO.items() | {("spinning", False)}:
+        assert path(**{name: value}) == plain, name
+    assert path(tensorrt=TensorRtOptions(cuda_graph=False, timing_cache=tmp_path / "cache")) == plain
+    others = {
+        path("fp16"),
+        path(device=replace(gpu, name="NVIDIA H100")),
+        path(version="10.16.1.11"),
+        path(tensorrt=TensorRtOptions(tf32=True)),
+    }
+    monkeypatch.setattr(tensorrt_backend, "BUILD_VERSION", "another")
+    assert len({plain, path(), *others}) == 6
+
+
+def test_fp32_is_fp32_unless_tf32_is_asked_for():
+    assert not TensorRtOptions().tf32

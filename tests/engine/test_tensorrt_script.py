@@ -1,11 +1,13 @@
 """The GPU lab's script, up to where it needs the GPU."""
 
+import json
+
 import numpy as np
 import pytest
 
 from qat.core.errors import UserError
-from qat.engine import cuda
-from qat.engine.__main__ import main, plan_jobs, random_feeds, ratios, reference_outputs, result_table, summary
+from qat.engine import Options, cuda, tensorrt_backend
+from qat.engine.__main__ import Lab, main, plan_jobs, random_feeds, ratios, reference_outputs, result_table, summary
 from qat.engine.base import TensorSpec
 
 
@@ -22,6 +24,50 @@ def test_folders_give_the_rows_of_their_precision(forms):
     }
     assert {job.reference for job in jobs} == {forms["fp32"] / "fuser.onnx"}
     assert [job.name for job in plan_jobs([forms["fp32"]], ["fuser"], ["FP16"])] == ["FP16"]
+
+
+class Refusing:
+    """Stands for an engine whose GPU gives up."""
+
+    graph_refused = ""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def enqueue(self, graph: bool | None = None) -> None:
+        raise self.error
+
+
+def test_a_row_that_the_gpu_gives_up_on_says_why_and_the_others_go_on(forms, monkeypatch):
+    jobs = plan_jobs([forms["fp32"], forms["int8"]], None, None)
+    error = cuda.CudaError("cudaStreamSynchronize", "cudaErrorIllegalAddress", "an illegal memory access")
+    said = []
+
+    def build(self, job):
+        if job.name == "FP32":
+            raise error
+        return Refusing(UserError("no kernel") if job.name == "FP16" else error)
+
+    monkeypatch.setattr(Lab, "build", build)
+    Lab("cuda:0", Options(), 0, 2, 2, 0.01, 1, {}).run(jobs, said.append)
+    errors = {job.name: job.row["error"] for job in jobs}
+    assert errors["FP16"] == "no kernel"
+    assert errors["FP32"] == errors["INT8+FP16"]
+    assert errors["FP32"] == "cudaStreamSynchronize: an illegal memory access (cudaErrorIllegalAddress)"
+    assert len(said) == 2 * len(jobs)
+
+
+def test_what_was_measured_is_written_whatever_ends_the_lab(forms, tmp_path, monkeypatch, capsys):
+    def interrupted(self, jobs, say):
+        jobs[0].row |= {"part": "fuser", "row": "FP32"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensorrt_backend, "describe_device", lambda device: "a GPU")
+    monkeypatch.setattr(Lab, "run", interrupted)
+    path = tmp_path / "lab.json"
+    assert main([str(forms["fp32"]), "--json", str(path)]) == 130
+    written = json.loads(path.read_text())
+    assert written["machine"] == "a GPU" and written["rows"] == [{"part": "fuser", "row": "FP32"}]
 
 
 def test_a_part_or_row_that_is_not_there_is_one_line(forms, tmp_path):

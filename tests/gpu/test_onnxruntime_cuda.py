@@ -4,13 +4,14 @@ import ctypes
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from qat import engine
 from qat.engine import Options, layers_by_device
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 
 def has_gpu() -> bool:

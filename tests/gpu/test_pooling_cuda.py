@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
+from qat.core.errors import UserError
+from qat.engine import cuda
+
+pytest.importorskip("PIL", reason="qat.runtime needs Pillow, which a TensorRT lab may lack")
+pytest.importorskip("llvmlite", reason="pooling on the CPU, which is compared with, needs llvmlite")
 from qat.core.geometry import camera_ring, create_frustum, frustum_to_lidar, pooling_pattern
 from qat.runtime.pooling import pool
 from qat.runtime.pooling_cuda import DevicePattern, gpu_problem, pool_device
 
+# The driver, the GPU or NVRTC; not the kernel: where that does not compile, these tests fail.
 PROBLEM = gpu_problem()
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 
@@ -119,6 +125,41 @@ def test_another_geometry_takes_the_patterns_place(device):
             out = DeviceArray(np.full(expected.shape, np.nan, np.float32))
             pool_device(on_device, DeviceArray(weights), DeviceArray(features), out)
             np.testing.assert_allclose(out.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pattern_whose_memory_is_gone_is_refused(device):
+    pattern, weights, features = case(channels=16)
+    given = DeviceArray(weights), DeviceArray(features), DeviceArray(np.zeros((1, 16, 180, 180), np.float32))
+    on_device = DevicePattern(pattern)
+    on_device.close()
+    with pytest.raises(UserError, match="was closed or whose upload failed"):
+        pool_device(on_device, *given)
+    on_device.upload(pattern)
+    pool_device(on_device, *given)
+    np.testing.assert_allclose(given[2].numpy(), pool(pattern, weights, features), rtol=1e-5, atol=1e-6)
+
+
+def test_an_engines_own_stream_is_taken_and_page_locked_memory_refused(device):
+    pattern, weights, features = case(channels=16)
+    expected, stream = pool(pattern, weights, features), cuda.Stream()
+    out = DeviceArray(np.full(expected.shape, np.nan, np.float32))
+    with DevicePattern(pattern) as on_device:
+        pool_device(on_device, DeviceArray(weights), DeviceArray(features), out, stream)
+        stream.synchronize()
+        np.testing.assert_allclose(out.numpy(), expected, rtol=1e-5, atol=1e-6)
+        pinned = cuda.PinnedBuffer(expected.nbytes)
+        out.__cuda_array_interface__ = out.__cuda_array_interface__ | {"data": (pinned.pointer, False)}
+        with pytest.raises(UserError, match="out: found an array in the host's memory"):
+            pool_device(on_device, DeviceArray(weights), DeviceArray(features), out, stream)
+
+
+def test_other_depth_bins_than_the_patterns_are_refused(device):
+    pattern, weights, features = case(channels=16)
+    out = DeviceArray(np.zeros((1, 16, 180, 180), np.float32))
+    with DevicePattern(pattern) as on_device:
+        for found in (weights[:, :-1], np.concatenate([weights, weights[:, :1]], 1)):
+            with pytest.raises(UserError, match="D = 59 as in the pattern"):
+                pool_device(on_device, DeviceArray(found), DeviceArray(features), out)
 
 
 def test_a_launch_can_be_captured_in_a_graph(device):

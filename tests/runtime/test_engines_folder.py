@@ -205,7 +205,7 @@ def test_engines_are_not_taken_for_graphs(engines):
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--backend", "openvino", "--workspace", "64", "--no-tf32"], "expected tensorrt for --no-tf32, --workspace"),
+        (["--backend", "openvino", "--workspace", "64", "--tf32"], "expected tensorrt for --tf32, --workspace"),
         (["--backend", "tensorrt", "--profile", "img"], "expected NAME=MIN:OPT:MAX"),
         (["--backend", "tensorrt", "--input-formats", "fp16"], "expected TYPE:LAYOUT"),
     ],
@@ -222,7 +222,7 @@ def test_tensorrt_flags_become_its_options():
     given = [
         "--workspace",
         "64",
-        "--no-tf32",
+        "--tf32",
         "--profile",
         "img=1x3:2x3:4x3",
         "--timing-cache",
@@ -233,7 +233,7 @@ def test_tensorrt_flags_become_its_options():
     options = tensorrt_options(parser.parse_args(["--onnx", "d", "--backend", "tensorrt", *given]), ["tensorrt"])
     assert options == TensorRtOptions(
         workspace=64 * 2**20,
-        tf32=False,
+        tf32=True,
         profiles=(Profile("img", (1, 3), (2, 3), (4, 3)),),
         timing_cache=Path("t"),
         plugins=(Path(__file__),),

@@ -129,7 +129,7 @@ def test_one_cell_may_hold_everything():
 
 def test_no_point_in_the_grid_gives_zeros():
     pattern = pattern_of(np.full((6, 3), -5), 2, 3, (2, 5, 7))
-    assert len(pattern.cell) == 0 and pattern.last_depth == -1
+    assert len(pattern.cell) == 0 and pattern.bins == 2
     got = pool(pattern, np.ones((1, 2, 1, 3), np.float32), np.ones((1, 1, 3, 17), np.float32))
     assert got.shape == (1, 34, 5, 7) and not got.any()
 
@@ -165,10 +165,14 @@ def test_memory_that_the_result_does_not_fit_is_refused():
 def test_tensors_of_other_sizes_than_the_pattern_are_refused():
     points = frustum_to_lidar(create_frustum(IMAGE, FEATURE, DBOUND), *matrices())
     pattern = pooling_pattern(points, XBOUND, YBOUND, [-10.0, 10.0, 20.0])
-    with pytest.raises(UserError, match="= 72 as in the pattern"):
-        pool(pattern, np.ones((2, 8, 4, 6), np.float32), np.ones((2, 4, 6, 5), np.float32))
-    with pytest.raises(UserError, match="fewer depth bins"):
-        pool(pattern, np.ones((3, 7, 4, 6), np.float32), np.ones((3, 4, 6, 5), np.float32))
+    bins = pattern.bins
+    with pytest.raises(UserError, match=f"= 72 and D = {bins} as in the pattern"):
+        pool(pattern, np.ones((2, bins, 4, 6), np.float32), np.ones((2, 4, 6, 5), np.float32))
+    for found in (bins - 1, bins + 1):  # more of them would be read at the wrong places
+        with pytest.raises(
+            UserError, match=rf"found depth weights \[3, {found}, 4, 6\].* D = {bins} as in the pattern"
+        ):
+            pool(pattern, np.ones((3, found, 4, 6), np.float32), np.ones((3, 4, 6, 5), np.float32))
 
 
 def test_pattern_cache_rebuilds_only_for_new_geometry_and_forgets_the_oldest():

@@ -12,8 +12,10 @@ import pytest
 
 from qat.core.errors import UserError
 from qat.core.geometry import pooling_pattern
+from qat.engine import cuda
+from qat.runtime import pooling_cuda
 from qat.runtime.pooling import pool
-from qat.runtime.pooling_cuda import SOURCE, check_arrays, compile_kernel, gpu_problem
+from qat.runtime.pooling_cuda import SOURCE, DevicePattern, check_arrays, compile_kernel, gpu_problem, pool_device
 
 # The words of CUDA that pooling.cu uses, for a C++ compiler: one operating system's thread for each of a block's, which takes the
 # blocks one after another (so that a block's shared memory can be a static), and barriers that are barriers.
@@ -192,26 +194,127 @@ def test_arrays_that_the_kernel_could_not_read_are_refused():
         "features": OnDevice(features.shape, "<f2"),
         "out": OnDevice((1, 20, 9, 11)),
     }
-    assert [array.c_type for array in check_arrays(pattern, **good)] == ["float", "Half", "float"]
+    assert [array.dtype for array in check_arrays(pattern, **good)] == ["float32", "float16", "float32"]
     contiguous = OnDevice(features.shape, strides=(40 * 10 * 4, 8 * 10 * 4, 10 * 4, 4))
     check_arrays(pattern, **good | {"features": contiguous})
     for change, message in (
-        ({"features": features}, "features: found ndarray, expected an array on the GPU"),
-        ({"features": OnDevice(features.shape, "<f8")}, "features: found <f8"),
-        ({"features": OnDevice(features.shape, strides=(4, 8, 16, 32))}, "strided"),
+        ({"features": features}, "features: found an array in the host's memory, expected one on cuda:0"),
+        ({"features": [1.0]}, "features: found list, expected an array with __cuda_array_interface__ or __dlpack__"),
+        ({"features": OnDevice(features.shape, "<f8")}, "features: found float64.*, expected float32 or float16"),
+        ({"features": OnDevice(features.shape, strides=(4, 8, 16, 32))}, "strides of another order than C's"),
         ({"features": OnDevice(features.shape[1:])}, r"found depth weights \[2, 9, 5, 8\] and features \[5, 8, 10\]"),
-        ({"features": OnDevice((3, 5, 8, 10))}, "= 80 as in the pattern"),
-        ({"depth_weights": OnDevice((2, 8, 5, 8))}, "fewer depth bins"),
+        ({"features": OnDevice((3, 5, 8, 10))}, "= 80 and D = 9 as in the pattern"),
+        ({"depth_weights": OnDevice((2, 8, 5, 8))}, "D = 9 as in the pattern"),
+        ({"depth_weights": OnDevice((2, 10, 5, 8))}, "D = 9 as in the pattern"),
         ({"depth_weights": OnDevice((2, 9, 8, 5))}, "as in the pattern"),
-        ({"out": OnDevice((1, 20, 9, 11), read_only=True)}, "out: found .*read-only, expected contiguous, writable"),
+        ({"out": OnDevice((1, 20, 9, 11), read_only=True)}, "out: found a read-only array, expected one that may"),
         ({"out": OnDevice((20, 9, 11))}, r"out: found \[20, 9, 11\], expected \[1, 20, 9, 11\]"),
     ):
         with pytest.raises(UserError, match=message):
             check_arrays(pattern, **good | change)
 
 
+class Capsule:
+    """numpy's DLPack capsules, said to be of a GPU."""
+
+    def __init__(self, array, device=0):
+        self.array, self.device, self.asked = array, device, None
+
+    def __dlpack_device__(self):
+        return (2, self.device)
+
+    def __dlpack__(self, stream=None):
+        self.asked = stream
+        return self.array.__dlpack__()
+
+
+def test_arrays_with_dlpack_are_taken_and_told_the_stream():
+    pattern, weights, features = case(10, (2, 9, 11))
+    given = Capsule(weights), Capsule(features.astype(np.float16)), Capsule(np.zeros((1, 20, 9, 11), np.float32))
+    arrays = check_arrays(pattern, *given, stream=7)
+    assert [array.pointer for array in arrays] == [capsule.array.ctypes.data for capsule in given]
+    assert [capsule.asked for capsule in given] == [7, 7, 7]
+    with pytest.raises(UserError, match="GPU pooling: features: found an array on cuda:1, expected cuda:0"):
+        check_arrays(pattern, given[0], Capsule(features, 1), given[2])
+
+
+class Gpu:
+    """Stands for CUDA where there is none: notes the calls, hands out addresses, refuses what it is told to."""
+
+    def __init__(self):
+        self.calls, self.refuse, self.place = [], set(), itertools.count(1 << 20, 1 << 20)
+
+    def __call__(self, name, *arguments):
+        self.calls.append((name, *arguments))
+        if name in self.refuse:
+            raise cuda.CudaError(name, "cudaErrorMemoryAllocation", "out of memory")
+        return next(self.place) if name == "cudaMalloc" else None
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    stand_in = Gpu()
+    monkeypatch.setattr(cuda, "call", stand_in)
+    monkeypatch.setattr(cuda, "device_of", lambda pointer: 0)
+    monkeypatch.setattr(pooling_cuda, "_context", lambda device: "primary")
+    monkeypatch.setattr(pooling_cuda, "_kernel", lambda *key: key)
+    return stand_in
+
+
+def arrays_of(weights, features, shape):
+    nz, nx, ny = shape
+    return OnDevice(weights.shape), OnDevice(features.shape), OnDevice((1, nz * features.shape[3], nx, ny))
+
+
+def test_a_pattern_whose_memory_is_gone_is_refused(gpu):
+    pattern, weights, features = case(10, (2, 9, 11))
+    arrays = arrays_of(weights, features, (2, 9, 11))
+    on_device = DevicePattern(pattern)
+    pool_device(on_device, *arrays)
+    assert gpu.calls[-2][0] == "cuLaunchKernel"
+
+    larger, *_ = case(10, (2, 30, 30), bins=30)
+    gpu.refuse = {"cudaMalloc"}
+    with pytest.raises(UserError, match=r"GPU pooling: GPU memory of .* MiB: out of memory"):
+        on_device.upload(larger)
+    with pytest.raises(UserError, match="GPU pooling: found a pattern that was closed or whose upload failed"):
+        pool_device(on_device, *arrays)
+    gpu.refuse = set()
+    on_device.upload(pattern)
+    pool_device(on_device, *arrays)
+    on_device.close()
+    with pytest.raises(UserError, match="was closed"):
+        pool_device(on_device, *arrays)
+
+
+def test_the_launch_is_on_an_engines_own_stream_and_behind_what_wrote_the_arrays(gpu, monkeypatch):
+    pattern, weights, features = case(10, (2, 9, 11))
+    given, context, out = arrays_of(weights, features, (2, 9, 11))
+    given.__cuda_array_interface__["stream"] = 5
+    monkeypatch.setattr(cuda, "wait_for", lambda stream, other: gpu.calls.append(("waits", stream, other)))
+    stream = cuda.Stream.__new__(cuda.Stream)
+    stream.handle = 77
+    pool_device(DevicePattern(pattern), given, context, out, stream)
+    waits, launch = gpu.calls[-3:-1]
+    assert waits == ("waits", 77, 5)
+    assert launch[0] == "cuLaunchKernel" and launch[9] == 77
+    assert launch[1][2:] == ("float", "float", "float") and launch[10][0][6:] == (2 * 9 * 11, 99)
+
+
 def test_where_no_gpu_can_be_used_the_reason_is_one_line():
     problem = gpu_problem()
     if problem is None:
         pytest.skip("a GPU can be used here: tests/gpu has it")
-    assert problem.startswith("GPU pooling: ") and "\n" not in problem
+    assert problem.startswith("GPU pooling: ") and "\n" not in problem and "GPU pooling: GPU pooling" not in problem
+
+
+def test_a_kernel_that_does_not_compile_is_no_problem_of_the_machines(nvrtc, tmp_path, monkeypatch):
+    source = tmp_path / "pooling.cu"
+    source.write_text("no kernel")
+    call = cuda.call
+    monkeypatch.setattr(pooling_cuda, "SOURCE", source)
+    monkeypatch.setattr(pooling_cuda, "_compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "call", lambda name, *given: call(name, *given) if name.startswith("nvrtc") else 1)
+    assert gpu_problem() is None
+    with pytest.raises(UserError, match=r"pooling.cu: NVRTC for sm_90"):
+        compile_kernel("sm_90", 8)

@@ -252,7 +252,7 @@ def test_opsets_are_read_as_onnx_reads_them(tmp_path, exported):
     (tmp_path / "two.onnx").write_bytes(model.SerializeToString())
     assert graph_opset(tmp_path / "two.onnx") == 300
     (tmp_path / "cut.onnx").write_bytes(model.SerializeToString()[:1000])
-    with pytest.raises(UserError, match=r"cut\.onnx: not an ONNX file"):
+    with pytest.raises(UserError, match=r"cut\.onnx: not an ONNX graph"):
         graph_opset(tmp_path / "cut.onnx")
 
 
