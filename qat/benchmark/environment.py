@@ -76,7 +76,7 @@ def clocks_mhz() -> list[float]:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Everything but the load, which changes while the benchmark runs. threads: 0 for all cores."""
+    """Everything but the load, which changes while the benchmark runs. threads: 0 for one on each core."""
     flags = cpu_flags()
     most = read_text(_SYSTEM / "scaling_max_freq")
     facts = machine_facts(threads) | {

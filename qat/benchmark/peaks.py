@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qat.core.errors import UserError
-from qat.core.machine import usable_cores
+from qat.core.machine import threads_of
 
 # Convolutions of many channels, of sizes that fill the vector units and stay in the caches: a backend's best is the better of
 # its matrix products (1×1) and its 3×3 kernels. (channels, kernel)
@@ -88,8 +88,8 @@ def peak_graph(precision: str, flavour: str, channels: int, kernel: int) -> byte
 
 
 def copy_bandwidth(threads: int, megabytes: int = COPIED_MB, seconds: float = SECONDS) -> float:
-    """GB/s of the fastest copy of `megabytes` by so many threads, 0 for all cores; read and written bytes both count."""
-    count = threads or usable_cores()
+    """GB/s of the fastest copy of `megabytes` by so many threads, 0 for one on each core; read and written bytes both count."""
+    count = threads_of(threads)
     source = np.ones(megabytes * 1_000_000 // 4, np.float32)
     target = np.empty_like(source)
     pieces = list(zip(np.array_split(target, count), np.array_split(source, count), strict=True))

@@ -92,7 +92,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.threads < 0:
-            raise UserError(f"threads: found {self.threads}, expected 0 (all cores) or more")
+            raise UserError(f"threads: found {self.threads}, expected 0 (one on each core) or more")
 
 
 def described(options: Options, backends: Collection[str] = ("tensorrt",)) -> dict[str, Any]:
@@ -100,22 +100,6 @@ def described(options: Options, backends: Collection[str] = ("tensorrt",)) -> di
     say something only where it is among the backends."""
     values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
     return values | ({"tensorrt": options.tensorrt.described()} if "tensorrt" in backends else {})
-
-
-def cores() -> list[int]:
-    """One processor number for each core that this process may run on; of a core's hyper-threads the first."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    seen: set[str] = set()
-    found = []
-    for number in allowed:
-        try:
-            core = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text().strip()
-        except OSError:
-            core = str(number)
-        if core not in seen:
-            seen.add(core)
-            found.append(number)
-    return found
 
 
 class Device(NamedTuple):

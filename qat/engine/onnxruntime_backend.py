@@ -22,8 +22,10 @@ import onnxruntime as ort
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
+from qat.core.machine import cores, threads_of
 from qat.core.onnx_file import has_fp16
-from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cached, cores, text_digest, this_cpu
+from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cached, text_digest, this_cpu
+from qat.engine.onnx_outline import read_outline
 
 ENDING = ".optimized.onnx"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -62,8 +64,7 @@ def session_options(options: Options) -> ort.SessionOptions:
     The number of threads is always told: with 0, ONNX Runtime takes all cores and pins the threads to them unasked. A thread
     that calls `run` is the first of them; it belongs to the caller and is not pinned.
     """
-    places = cores()
-    threads = options.threads or len(places)
+    places, threads = cores(), threads_of(options.threads)
     settings = _plain_options(threads)
     settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
     # Between two runs its threads sleep: what comes next (pooling, another part's own threads) needs the cores.
@@ -78,11 +79,20 @@ def session_options(options: Options) -> ort.SessionOptions:
     return settings
 
 
-def provider_options(device: str, precision: str, cache: Path | None) -> list[tuple[str, dict[str, str]]]:
+def provider_options(
+    device: str, precision: str, cache: Path | None, quantized: bool = True
+) -> list[tuple[str, dict[str, str]]]:
     """The execution providers of a session in their order, each with its settings; what one cannot run goes to the next.
 
-    FP32 is FP32: TensorFloat-32 is off, as it is for every backend. A timing cache, which spares a second build most of
-    TensorRT's measurements, lies in the folder of built engines.
+    TensorFloat-32: the CUDA provider is told to leave it, so FP32 is FP32 there. The TensorRT provider has no setting for it,
+    and TensorRT's own default is to take it: what it builds as FP32 may round the inputs of products to TF32 unless the
+    process was started with NVIDIA_TF32_OVERRIDE=0 in its environment, which CUDA's libraries read when they are loaded.
+
+    Args:
+        cache: the folder of built engines, where TensorRT's timing cache lies too: it spares a second build most of the
+            measurements. None for none.
+        quantized: whether the graph has Q/DQ. A part of an int8 folder that stays float has none, and TensorRT's INT8 flag
+            would want a calibration of it.
     """
     cuda = (CUDA, {"device_id": "0", "use_tf32": "0"})
     if device == CPU:
@@ -91,10 +101,9 @@ def provider_options(device: str, precision: str, cache: Path | None) -> list[tu
         return [cuda, (CPU, {})]
     flags = {
         "device_id": "0",
-        "trt_fp16_enable": str(
-            int(precision in ("fp16", "int8"))
-        ),  # beside INT8 as the reference's build script has it
-        "trt_int8_enable": str(int(precision == "int8")),
+        # Beside INT8 as the reference's build script has it.
+        "trt_fp16_enable": str(int(precision in ("fp16", "int8"))),
+        "trt_int8_enable": str(int(precision == "int8" and quantized)),
         "trt_timing_cache_enable": str(int(cache is not None)),
     }
     if cache is not None:
@@ -286,7 +295,9 @@ class OnnxRuntimeEngine(Engine):
         the cache."""
         self._options = options
         self._device = device
-        self._providers = provider_options(device, precision, None if built else options.cache)
+        # Of a built file the engines are there: nothing is read of the flags.
+        quantized = device != TENSORRT or built is not None or read_outline(source).has_qdq
+        self._providers = provider_options(device, precision, None if built else options.cache, quantized)
         self._built = built
         try:
             self._session = self._start(source, precision)

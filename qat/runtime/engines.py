@@ -14,7 +14,7 @@ from typing import Any
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, read_json, sha256, write_json
 from qat.core.manifest import FILE, PARTS, load_manifest
-from qat.engine import Engine, Options, build, described, ending, find_backend, identify, load
+from qat.engine import CPU_BACKENDS, Engine, Options, build, described, ending, find_backend, identify, load
 
 FORMAT_OF_PARTS = "engine"
 AGAIN = "run `bevqat build` again, on the machine that is to run it"
@@ -30,12 +30,17 @@ def is_engines(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format_of_parts") == FORMAT_OF_PARTS
 
 
-def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | None) -> dict[str, str]:
+def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | None, backend: str) -> dict[str, str]:
     """What each part of a folder is built for, after checking that together they are a detector that `Pipeline` runs.
+
+    One precision for all: of an int8 folder "int8" for a part that stays float too (the vtransform), which a backend then
+    computes in what it takes beside INT8. Asked for by name or left to the manifest, a folder is built alike.
 
     Args:
         precision: as asked for; None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for
             it too.
+        backend: a key of `qat.engine.BACKENDS`. One for CPUs, most of which have no FP16 arithmetic, is told "fp32" of a
+            `tensorrt-strong` folder in fp16, whose graphs say their types themselves.
 
     Raises:
         UserError: parts are missing, or are of another precision, batch or type of inputs and outputs.
@@ -57,9 +62,10 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
         )
     if manifest.get("io", "fp32") != "fp32":
         raise UserError(f"{folder}: found FP16 inputs and outputs, expected FP32; export again without --io fp16")
-    if manifest["flavour"] == "tensorrt-strong" and precision is None:
-        precision = "fp32"  # as far as a builder is told: the graph's own types say the rest
-    return {name: precision or part["precision"] for name, part in manifest["parts"].items()}
+    if precision is None:
+        typed = found == "fp16" and manifest["flavour"] == "tensorrt-strong"
+        precision = "fp32" if typed and backend in CPU_BACKENDS else found
+    return dict.fromkeys(manifest["parts"], precision)
 
 
 def _check_out(out: Path, folder: Path) -> None:
@@ -96,7 +102,7 @@ def build_engines(
     folder = Path(folder)
     options = options or Options()
     manifest = load_manifest(folder)
-    precisions = part_precisions(folder, manifest, precision)
+    precisions = part_precisions(folder, manifest, precision, backend)
     out = Path(out) if out is not None else folder.parent / f"engines_{precision or manifest['precision']}_{backend}"
     version, suffix = find_backend(backend).version, ending(backend)
     device = identify(backend)

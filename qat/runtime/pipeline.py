@@ -64,7 +64,7 @@ class Pipeline:
             parts: a runner for each of `qat.core.manifest.PARTS`; camera.vtransform may be left out. Of a camera branch
                 alone, by its settings, there are no fuser and head.bbox: `forward` works, boxes are refused.
             settings: a manifest's `pipeline` section.
-            threads: for BEV pooling, 0 for all cores.
+            threads: for BEV pooling, 0 for one on each core.
             source: where the parts came from, for messages.
         """
         self.parts = dict(parts)
@@ -111,7 +111,7 @@ class Pipeline:
             )
         parts = {
             name: build(folder / manifest["parts"][name]["file"], backend, wanted, options)
-            for name, wanted in part_precisions(folder, manifest, precision).items()
+            for name, wanted in part_precisions(folder, manifest, precision, backend).items()
         }
         return cls(parts, manifest["pipeline"], options.threads if options else 0, str(folder))
 

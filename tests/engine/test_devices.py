@@ -13,10 +13,10 @@ from onnx import helper, numpy_helper
 
 from qat import engine
 from qat.core.errors import UserError
+from qat.core.machine import cores
 from qat.engine import Options, layers_by_device
 from qat.engine import onnxruntime_backend as onnxruntime
 from qat.engine import openvino_backend as openvino
-from qat.engine.base import cores
 
 BACKENDS = sorted(engine.CPU_BACKENDS)
 CUDA_HERE = "CUDAExecutionProvider" in ort.get_available_providers()
@@ -231,6 +231,8 @@ def test_providers_are_told_the_precision_and_where_the_timing_cache_lies(tmp_pa
         first, second, third = onnxruntime.provider_options("TensorrtExecutionProvider", precision, tmp_path)
         assert (first[1]["trt_fp16_enable"], first[1]["trt_int8_enable"]) == (fp16, int8)
         assert first[1]["trt_timing_cache_path"] == str(tmp_path)
+        unquantized, *_ = onnxruntime.provider_options("TensorrtExecutionProvider", precision, None, quantized=False)
+        assert (unquantized[1]["trt_fp16_enable"], unquantized[1]["trt_int8_enable"]) == (fp16, "0")
         assert (second, third) == (cuda, cpu)
 
 
