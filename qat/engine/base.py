@@ -95,10 +95,17 @@ class Options:
             raise UserError(f"threads: found {self.threads}, expected 0 (one on each core) or more")
 
 
-def described(options: Options, backends: Collection[str] = ("tensorrt",)) -> dict[str, Any]:
-    """Options as JSON values, for what is written beside results. The cache is a machine's own affair, and TensorRT's options
-    say something only where it is among the backends."""
-    values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
+def takes_bfloat16(backend: str, precision: str) -> bool:
+    """Whether the option bfloat16 says anything to an engine of this backend and precision."""
+    return backend == "openvino" and precision == "int8"
+
+
+def described(options: Options, backends: Collection[str], precisions: Collection[str] = ("int8",)) -> dict[str, Any]:
+    """Options as JSON values, for what is written beside results: those that say something of these backends and precisions.
+    The cache is a machine's own affair."""
+    values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt", "bfloat16")}
+    if any(takes_bfloat16(backend, precision) for backend in backends for precision in precisions):
+        values["bfloat16"] = options.bfloat16
     return values | ({"tensorrt": options.tensorrt.described()} if "tensorrt" in backends else {})
 
 

@@ -94,7 +94,8 @@ class Pipeline:
             folder: where `bevqat build` wrote engines, or export-camera the ONNX parts.
             backend: a backend of `qat.engine`. Of engines it is known: None, or the same.
             precision: None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for it too.
-            options: threads and engine cache; None for those that engines were built with.
+            options: threads, engine cache and the like. Built engines run with what was noted when they were built, but for
+                fields that differ from the default ones (`qat.runtime.engines.run_options`).
 
         Raises:
             UserError: the folder is incomplete or was changed, or its graphs are not of this precision; engines are
