@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_path
 from qat.core.machine import cores, threads_of
 from qat.core.onnx_file import has_fp16
+from qat.engine import cuda
 from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cached, text_digest, this_cpu
 from qat.engine.onnx_outline import read_outline
 
@@ -208,21 +209,30 @@ class PlainGraph:
 class DeviceRun:
     """Runs a session with its inputs and outputs in the memory of a device.
 
-    Buffers of shapes that do not vary are allocated once and keep their address. pinned: whether inputs go through page-locked host
-    memory, which a GPU fetches by itself at full speed; it needs the package cuda-bindings.
+    Buffers of shapes that do not vary are allocated once and keep their address.
     transfer_ms: of the latest run, copies to the device and back.
     """
 
     def __init__(
-        self, session: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], device: str = "cuda"
+        self,
+        session: Any,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        device: str = "cuda",
+        pin: Callable[[Sequence[int], np.dtype], np.ndarray | None] | None = None,
     ) -> None:
-        """device: in ONNX Runtime's words, "cuda" or "cpu"."""
+        """
+        Args:
+            device: in ONNX Runtime's words, "cuda" or "cpu".
+            pin: gives an array in page-locked memory for an input's shape and dtype, or None where it cannot; None for
+                `pinned_array` on a GPU.
+        """
         self._session = session
         self._device = device
         self._binding = session.io_binding()
         self._inputs: dict[str, Any] = {}
-        self._host: dict[str, np.ndarray] = {}
-        self.pinned = False
+        self._host: dict[str, np.ndarray | None] = {}  # of each input, where it waits page-locked for its copy
+        self._pin = pin or (pinned_array if device == "cuda" else lambda shape, dtype: None)
         self.transfer_ms = 0.0
         for name, spec in outputs.items():
             if None not in spec.shape:
@@ -232,18 +242,22 @@ class DeviceRun:
         self._varying = [name for name, spec in outputs.items() if None in spec.shape]
         self._names = list(outputs)
 
+    @property
+    def pinned(self) -> bool:
+        """Whether all inputs of the latest run went through page-locked host memory, which a GPU fetches by itself at full
+        speed; it needs the package cuda-bindings."""
+        return bool(self._host) and all(host is not None for host in self._host.values())
+
     def _send(self, name: str, array: np.ndarray) -> None:
         buffer = self._inputs.get(name)
         if buffer is None or list(buffer.shape()) != list(array.shape):
             buffer = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self._device, 0)
             self._inputs[name] = buffer
             self._binding.bind_ortvalue_input(name, buffer)
-            host = pinned_array(array.shape, array.dtype) if self._device == "cuda" else None
-            self.pinned = host is not None
-            self._host[name] = array if host is None else host
-        if self.pinned:
-            np.copyto(self._host[name], array)
-            array = self._host[name]
+            self._host[name] = self._pin(array.shape, array.dtype)
+        if (host := self._host[name]) is not None:
+            np.copyto(host, array)
+            array = host
         buffer.update_inplace(array)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -268,21 +282,11 @@ class DeviceRun:
 
 
 def pinned_array(shape: Sequence[int], dtype: np.dtype) -> np.ndarray | None:
-    """An array in page-locked host memory; None without cuda-bindings or a GPU. The memory is never given back: an engine
-    asks once for each input shape."""
+    """An array in page-locked host memory, given back with the array; None without cuda-bindings, a GPU or memory left."""
     try:
-        from cuda.bindings import runtime
-    except ImportError:
+        return cuda.PinnedBuffer(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize).view(dtype, tuple(shape))
+    except (UserError, RuntimeError):  # plain memory does it too; RuntimeError: no CUDA runtime beside the package
         return None
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    try:
-        status, address = runtime.cudaHostAlloc(size, runtime.cudaHostAllocDefault)
-    except RuntimeError:  # no CUDA runtime beside the package
-        return None
-    if int(status) != 0:
-        return None
-    memory = (ctypes.c_uint8 * size).from_address(int(address))
-    return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
 
 class OnnxRuntimeEngine(Engine):
@@ -455,7 +459,7 @@ def identify(device: str) -> Device:
 
 
 def _gpu_name() -> str:
-    """The first GPU's, by the driver's own library."""
+    """The first GPU's, by the driver's own library: ONNX Runtime needs no cuda-bindings, so they may not be there."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
