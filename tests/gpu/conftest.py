@@ -1,5 +1,6 @@
-"""Tests that need an NVIDIA GPU, its driver, TensorRT and cuda-bindings; without one of them they skip and say which.
+"""Tests that need an NVIDIA GPU and its driver; a file whose package or GPU is not there skips itself and says which.
 
-They need no torch, so that they run in the packed lab too (docs/tensorrt.md): `python -m pytest tests/gpu --noconftest` leaves
-the rest of the suite's fixtures alone, hence everything is in test_tensorrt_gpu.py.
+test_tensorrt_gpu.py (TensorRT and cuda-bindings) needs no torch and nothing of the rest of the suite's fixtures, so that it runs in
+the packed lab too (docs/tensorrt.md): `python -m pytest tests/gpu/test_tensorrt_gpu.py --noconftest`. test_onnxruntime_cuda.py
+is for onnxruntime-gpu, test_pooling_cuda.py for the pooling kernel.
 """
