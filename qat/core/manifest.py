@@ -37,7 +37,7 @@ def check_kind(path: Path, values: object, key: str, kind: type, mend: str, wher
     """
     value = values.get(key) if isinstance(values, dict) else None
     if not isinstance(value, kind):
-        name = {dict: "a section", str: "a text"}.get(kind, kind.__name__)
+        name = {"dict": "a section", "str": "a text"}.get(kind.__name__, kind.__name__)
         found = "none" if value is None else f"{str(value)[:40]!r}"
         raise UserError(f"{path}: {where and where + ': '}{key}: found {found}, expected {name}: damaged; {mend}")
     return value
