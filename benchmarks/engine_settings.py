@@ -33,9 +33,9 @@ from rich.table import Table
 
 from qat.core.errors import UserError
 from qat.core.files import write_json
+from qat.core.machine import cores, threads_of
 from qat.core.versions import versions
 from qat.engine import CPU_BACKENDS, Options, build, ending
-from qat.engine.base import cores
 
 PART = "camera.backbone"
 DEFAULT = "default"
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--onnx", type=Path, metavar="FILE", help=f"a part (default: camera-tiny's {PART}, FP32)")
     parser.add_argument("--backend", nargs="+", default=list(CPU_BACKENDS), choices=CPU_BACKENDS)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "int8"), help="what the part was exported for")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default 0: all cores")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default 0: one on each core")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default 20")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="counted runs in a round (default 5)")
     parser.add_argument("--pause", type=float, default=10.0, metavar="MS", help="before a run (default 10)")
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         stack.callback(worker.close)
                         workers.append(worker)
                     measure(workers, args.rounds, say)
-                title = f"{backend}, {part.name}, {args.precision}, {args.threads or len(cores())} threads"
+                title = f"{backend}, {part.name}, {args.precision}, {threads_of(args.threads)} threads"
                 found += report([worker.row for worker in workers], title)
         print(", ".join(f"{name} {version}" for name, version in versions().items()))
         if args.out:

@@ -60,8 +60,22 @@ def load_results(path: Path) -> Results:
     return results
 
 
+def _option_changes(old: object, new: object) -> list[str]:
+    """What engines were told otherwise, each in words; nothing where one of the runs did not note any."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return []
+    found = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) or isinstance(after, dict):  # a backend's own: where it did not run, the rows tell
+            found += [f"{key}: {change}" for change in _option_changes(before, after)]
+        elif before != after and (before or after):  # what is not noted says nothing to that run's backends: off
+            found.append(f"{key}: {before} then, {after} now")
+    return found
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What else differs between two runs, in words: the machine, the versions, the inputs, the files."""
+    """What else differs between two runs, in words: the machine, the versions, the inputs, the options, the files."""
     found = []
     a, b = old["machine"], new["machine"]
     for key in _SAME:
@@ -76,9 +90,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     for key in ("inputs", "frames"):
         if old["measurement"].get(key) != new["measurement"].get(key):
             found.append(f"{key}: {old['measurement'].get(key)} then, {new['measurement'].get(key)} now")
+    told = _option_changes(*(run["measurement"].get("options") for run in (old, new)))
+    found += [f"options: {change}" for change in told]
     before = {row["name"]: row for row in old["rows"]}
     for row in new["rows"]:
         if row["name"] in before:
+            own = _option_changes(before[row["name"]].get("options"), row.get("options"))
+            found += [f"options: {row['name']}: {change}" for change in own if change not in told]
             files = before[row["name"]].get("files", {})
             changed = [name for name, digest in row.get("files", {}).items() if files.get(name) != digest]
             if changed:

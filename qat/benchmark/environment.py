@@ -65,18 +65,8 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def clocks_mhz() -> list[float]:
-    """Each core's clock now, where Linux tells."""
-    found = []
-    for line in read_text("/proc/cpuinfo").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "cpu MHz":
-            found.append(round(float(value), 0))
-    return found
-
-
 def environment(threads: int) -> dict[str, Any]:
-    """Everything but the load, which changes while the benchmark runs. threads: 0 for all cores."""
+    """Everything but the load, which changes while the benchmark runs. threads: 0 for one on each core."""
     flags = cpu_flags()
     most = read_text(_SYSTEM / "scaling_max_freq")
     facts = machine_facts(threads) | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,23 +12,26 @@ from typing import Any
 import numpy as np
 
 from qat.core.errors import UserError
-from qat.core.machine import usable_cores
+from qat.core.machine import threads_of
+from qat.engine import Options, build, find_backend
 
 # Convolutions of many channels, of sizes that fill the vector units and stay in the caches: a backend's best is the better of
 # its matrix products (1×1) and its 3×3 kernels. (channels, kernel)
-SHAPES = ((512, 1), (256, 3))
-SIDE, LAYERS = 32, 8
+# A device of its own has far more of both, and launching a layer takes it longer than computing these.
+SHAPES, SIDE = ((512, 1), (256, 3)), 32
+DEVICE_SHAPES, DEVICE_SIDE = ((1024, 1), (512, 3)), 64
+LAYERS = 8
 SECONDS, LEAST_RUNS = 0.7, 5
 COPIED_MB = 256  # far beyond any cache
 
 
-def peak_macs(channels: int, kernel: int) -> int:
+def peak_macs(channels: int, kernel: int, side: int = SIDE) -> int:
     """Multiply-accumulates of `peak_graph`."""
-    return (channels * kernel * SIDE) ** 2 * LAYERS
+    return (channels * kernel * side) ** 2 * LAYERS
 
 
-def peak_graph(precision: str, flavour: str, channels: int, kernel: int) -> bytes:
-    """LAYERS convolutions with ReLU, one after the other, over float32[1, channels, SIDE, SIDE].
+def peak_graph(precision: str, flavour: str, channels: int, kernel: int, side: int = SIDE) -> bytes:
+    """LAYERS convolutions with ReLU, one after the other, over float32[1, channels, side, side].
 
     Args:
         precision: "fp32", "fp16" (FP32-typed: the builder's flag makes it FP16) or "int8", with Q/DQ as `flavour` has it: for
@@ -74,7 +78,7 @@ def peak_graph(precision: str, flavour: str, channels: int, kernel: int) -> byte
         nodes.append(helper.make_node("Relu", [f"c{n}"], [f"r{n}"]))
         value = rounded(f"r{n}") if integer else f"r{n}"
     nodes.append(helper.make_node("Identity", [value], ["y"]))
-    shape = [1, channels, SIDE, SIDE]
+    shape = [1, channels, side, side]
     graph = helper.make_graph(
         nodes,
         "peak",
@@ -88,8 +92,8 @@ def peak_graph(precision: str, flavour: str, channels: int, kernel: int) -> byte
 
 
 def copy_bandwidth(threads: int, megabytes: int = COPIED_MB, seconds: float = SECONDS) -> float:
-    """GB/s of the fastest copy of `megabytes` by so many threads, 0 for all cores; read and written bytes both count."""
-    count = threads or usable_cores()
+    """GB/s of the fastest copy of `megabytes` by so many threads, 0 for one on each core; read and written bytes both count."""
+    count = threads_of(threads)
     source = np.ones(megabytes * 1_000_000 // 4, np.float32)
     target = np.empty_like(source)
     pieces = list(zip(np.array_split(target, count), np.array_split(source, count), strict=True))
@@ -105,38 +109,47 @@ def copy_bandwidth(threads: int, megabytes: int = COPIED_MB, seconds: float = SE
 class Peaks:
     """One backend's peaks; made in a process of its own (`qat.benchmark.worker.Worker`)."""
 
-    def __init__(self, backend: str, threads: int) -> None:
-        self.backend, self.threads = backend, threads
+    def __init__(self, backend: str, options: Options) -> None:
+        """options: what the rows are built with; of TensorRT's those that name a graph's own tensors are left out."""
+        self.backend = backend
+        tensorrt = replace(options.tensorrt, profiles=(), input_formats=(), output_formats=())
+        self.options = replace(options, cache=None, tensorrt=tensorrt)
+        self._on_cpu = find_backend(backend).device.startswith("CPU")
 
     def compute(self, precision: str) -> float | None:
-        """10⁹ multiply-accumulates a second of the best run of a `peak_graph`, without copies to and from a device; None
-        where the backend does not do the precision."""
-        from qat.engine import Options, build, find_backend
+        """10⁹ multiply-accumulates a second of the best run of a `peak_graph`; None where the backend does not do the
+        precision. On a device with memory of its own, by the device's own clock: the host's would tell what launching takes.
 
+        Raises:
+            UserError: the backend's engines do not tell the device's time.
+        """
+        shapes, side = (SHAPES, SIDE) if self._on_cpu else (DEVICE_SHAPES, DEVICE_SIDE)
         found = 0.0
-        for channels, kernel in SHAPES:
+        for channels, kernel in shapes:
             with TemporaryDirectory() as folder:
                 path = Path(folder) / "peak.onnx"
-                path.write_bytes(peak_graph(precision, find_backend(self.backend).flavour, channels, kernel))
+                path.write_bytes(peak_graph(precision, find_backend(self.backend).flavour, channels, kernel, side))
                 try:
-                    engine = build(path, self.backend, precision, Options(threads=self.threads, cache=None))
+                    engine: Any = build(path, self.backend, precision, self.options)
                 except UserError:
                     return None
-                feeds = {"x": np.random.default_rng(1).random((1, channels, SIDE, SIDE), np.float32)}
+                if not self._on_cpu and not hasattr(engine, "compute_ms"):
+                    raise UserError(
+                        f"{self.backend}: its engines do not tell the device's own time, so it has no roofline"
+                    )
+                feeds = {"x": np.random.default_rng(1).random((1, channels, side, side), np.float32)}
                 best, runs, begin = float("inf"), 0, time.monotonic()
                 while runs < LEAST_RUNS or time.monotonic() - begin < SECONDS:
                     start = time.perf_counter()
                     engine.run(feeds)
-                    best = min(best, time.perf_counter() - start - engine.transfer_ms / 1e3)
-                    runs += 1
-            found = max(found, peak_macs(channels, kernel) / best / 1e9)
+                    took = time.perf_counter() - start if self._on_cpu else engine.compute_ms / 1e3
+                    best, runs = min(best, took), runs + 1
+            found = max(found, peak_macs(channels, kernel, side) / best / 1e9)
         return found
 
     def bandwidth(self) -> float | None:
         """`copy_bandwidth`; None for a backend whose device has memory of its own."""
-        from qat.engine import find_backend
-
-        return copy_bandwidth(self.threads) if find_backend(self.backend).device.startswith("CPU") else None
+        return copy_bandwidth(self.options.threads) if self._on_cpu else None
 
 
 def measure_peaks(worker: Any, precisions: list[str]) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.core.files import read_json
-from qat.core.manifest import FILE, load_manifest
-from qat.engine import CPU_BACKENDS, find_backend
-
-CPU_FLAVOURS = CPU_BACKENDS  # each named after the one backend that it is for
+from qat.core.manifest import load_manifest
+from qat.engine import CPU_BACKENDS, find_backend, passed_over
+from qat.runtime.engines import FORMAT_OF_PARTS, engine_section, is_engines
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,30 @@ def _own_backend(manifest: dict[str, Any]) -> str | None:
 
 def _load(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of graphs or of built engines."""
-    path = folder / FILE
-    found = read_json(path) if path.is_file() else None
-    built = isinstance(found, dict) and found.get("format_of_parts") == "engine"
-    manifest = load_manifest(folder, format_of_parts="engine" if built else "onnx")
-    engine = manifest.get("engine")
-    if built and not (isinstance(engine, dict) and {"backend", "precision"} <= engine.keys()):
-        raise UserError(f"{path}: found no section engine with backend and precision; run `bevqat build` again")
+    if not is_engines(folder):
+        return load_manifest(folder)
+    manifest = load_manifest(folder, format_of_parts=FORMAT_OF_PARTS)
+    engine_section(folder, manifest)
     return manifest
+
+
+def asked_backends(folders: Sequence[Path], backends: Sequence[str] | None) -> list[str]:
+    """The backends of a benchmark, in their order.
+
+    Args:
+        backends: None for those that every machine has, and those that engines among the folders were built for.
+
+    Raises:
+        UserError: a backend is unknown, or a folder of engines is damaged.
+    """
+    asked = list(CPU_BACKENDS if backends is None else backends)
+    if backends is None:
+        for folder in filter(is_engines, folders):
+            manifest = load_manifest(folder, check_files=False, format_of_parts=FORMAT_OF_PARTS)
+            asked.append(engine_section(folder, manifest)["backend"])
+    for backend in asked:
+        find_backend(backend)
+    return list(dict.fromkeys(asked))
 
 
 def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[Planned], list[dict[str, str]]]:
@@ -68,7 +82,7 @@ def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[
     of that precision are left out there, as nobody would ship them; built engines run where they were built for.
 
     Args:
-        backends: None for all that every machine has, and those that engines were built for.
+        backends: as `asked_backends` takes them.
 
     Returns:
         the rows, and {"name", "why"} of what was left out.
@@ -79,25 +93,17 @@ def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[
     if not folders:
         raise UserError("--onnx: found none, expected at least one folder that export-camera wrote")
     manifests = [(folder, _load(folder)) for folder in dict.fromkeys(folders)]
-    asked = list(dict.fromkeys(CPU_BACKENDS if backends is None else backends))
-    for backend in asked:
-        find_backend(backend)
-    if backends is None:
-        asked += [b for _, m in manifests if (b := _own_backend(m)) is not None and b not in asked]
+    asked = asked_backends(folders, backends)
+    forms = {(_precision(m), m["flavour"]) for _, m in manifests if _own_backend(m) is None}
     chosen: list[tuple[Path, str, dict[str, Any]]] = []
     skipped: list[dict[str, str]] = []
     for backend in asked:
-        flavour = find_backend(backend).flavour
-        own = {_precision(m) for _, m in manifests if m["flavour"] == flavour and _own_backend(m) is None}
         for folder, manifest in manifests:
-            built_for, made_for = _own_backend(manifest), manifest["flavour"]
-            why = ""
-            if built_for is not None:
+            built_for = _own_backend(manifest)
+            if built_for is None:
+                why = passed_over(backend, _precision(manifest), manifest["flavour"], forms)
+            else:
                 why = "" if built_for == backend else f"engines of {built_for}"
-            elif made_for in CPU_FLAVOURS and made_for != flavour:
-                why = f"made for {made_for} alone"
-            elif made_for != flavour and _precision(manifest) in own:
-                why = f"{backend} has its own flavour among the folders"
             if why:
                 skipped.append({"name": f"{folder.name} on {backend}", "why": why})
             else:

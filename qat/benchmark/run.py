@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from qat.benchmark.statistics import summary
 from qat.benchmark.worker import MOST_RUNS, MOST_SECONDS, REBUILD, STABLE, WHOLE, WINDOW, RowSpec, Worker, start_row
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, write_json
-from qat.core.manifest import PARTS
+from qat.core.manifest import FILE, PARTS
 from qat.core.progress import Done, progress_bar
 from qat.engine import Options, described
+from qat.runtime.engines import run_options
 
 FORMAT, SCHEMA = "bevqat-benchmark", 1
 NAME = "benchmark"  # of the three files
@@ -46,8 +47,9 @@ class BenchmarkOptions:
     folders: of exported parts, or of engines. backends: of `qat.engine`; None for those that every machine has. data, split,
     version: keyframes of a nuScenes-format data set; without data frames are made up. frames: how many. rounds, repeats: in
     each round every row runs one frame, `repeats` counted times. engine: threads and what else engines are built and run with; where it
-    has no cache, each row is built anew. Built engines run as they were noted, unless it has threads. roofline: count the graphs and measure
-    the peaks. out: folder for the results. command: for the record.
+    has no cache, each row is built anew. Built engines run as they were noted, but for fields that differ from the default ones
+    (`qat.runtime.engines.run_options`). roofline: count the graphs and measure the peaks. out: folder for the results. command: for
+    the record.
     """
 
     folders: Sequence[Path]
@@ -99,18 +101,14 @@ def _start(
             key = json.dumps(settings, sort_keys=True)
             if key not in inputs:
                 inputs[key] = _frames(options, settings)
-            told = replace(options.engine, cache=None) != Options(cache=None)
-            as_noted = entry.built and not told
-            spec = RowSpec(entry.name, entry.folder, entry.backend, None if as_noted else options.engine)
-            row = _Row(entry, start_row(spec, inputs[key]))
+            row = _Row(entry, start_row(RowSpec(entry.name, entry.folder, entry.backend, options.engine), inputs[key]))
             rows.append(row)
             try:
                 row.described = row.worker.described()
+                row.warm_up = row.worker.ask("warm_up")
             except UserError as error:
                 rows.pop().worker.close()
                 skipped.append({"name": entry.name, "why": str(error)})
-                continue
-            row.warm_up = row.worker.ask("warm_up")
     except BaseException:
         _stop(rows)
         raise
@@ -155,7 +153,7 @@ def _counts(planned: Sequence[Planned], wanted: bool) -> list[dict[str, Count] |
     return found
 
 
-def _peaks(rows: Sequence[tuple[Planned, dict[str, Count] | str]], threads: int, done: Done) -> dict[str, Any]:
+def _peaks(rows: Sequence[tuple[Planned, dict[str, Count] | str]], options: Options, done: Done) -> dict[str, Any]:
     """Peaks of every backend for the precisions that its rows' graphs have."""
     wanted: dict[str, set[str]] = {}
     for entry, counts in rows:
@@ -164,7 +162,7 @@ def _peaks(rows: Sequence[tuple[Planned, dict[str, Count] | str]], threads: int,
     found = {}
     for n, (backend, precisions) in enumerate(wanted.items()):
         done(n, backend)
-        worker = Worker(f"peak of {backend}", Peaks, backend, threads)
+        worker = Worker(f"peak of {backend}", Peaks, backend, options)
         try:
             worker.described()
             found[backend] = measure_peaks(worker, sorted(precisions))
@@ -204,7 +202,16 @@ def _add_roofline(section: dict[str, Any], counts: Sequence[Count], peaks: Mappi
     }
 
 
-def _result_row(row: _Row, counts: dict[str, Count] | str, peaks: Mapping[str, Any]) -> dict[str, Any]:
+def _row_options(entry: Planned, options: Options) -> dict[str, Any]:
+    """What the row was built and run with."""
+    if entry.built:
+        options = run_options(entry.manifest["engine"], options, entry.folder / FILE)
+    return described(options, [entry.backend], [entry.precision])
+
+
+def _result_row(
+    row: _Row, counts: dict[str, Count] | str, peaks: Mapping[str, Any], options: Options
+) -> dict[str, Any]:
     entry, parts = row.planned, row.finished["parts"]
     sections: dict[str, Any] = {}
     for name, rounds in _times(row).items():
@@ -228,6 +235,7 @@ def _result_row(row: _Row, counts: dict[str, Count] | str, peaks: Mapping[str, A
         "folder": entry.folder.name,
         "ends_with": "boxes" if entry.manifest["pipeline"].get("branch") is None else "BEV features",
         "files": {name: part["sha256"] for name, part in entry.manifest["parts"].items()},
+        "options": _row_options(entry, options),
         "build_seconds": row.described["build_seconds"],
         **row.finished["memory"],
         "memory_before_mb": row.described["memory_before_mb"],
@@ -303,7 +311,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
     counted = list(zip(planned, _counts(planned, options.roofline), strict=True))
     facts, before = environment(threads), load_average()
     with progress_bar("peaks", len({p.backend for p in planned})) as done:
-        peaks = _peaks(counted, threads, done)
+        peaks = _peaks(counted, options.engine, done)
     with progress_bar("build and warm up", len(planned)) as done:
         rows = _start(planned, options, skipped, done)
     try:
@@ -313,7 +321,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
         _stop(rows)
     after = environment(threads)
     counts = {p.name: count for p, count in counted}
-    result_rows = [_result_row(row, counts[row.planned.name], peaks) for row in rows]
+    result_rows = [_result_row(row, counts[row.planned.name], peaks, options.engine) for row in rows]
     _add_speedups(result_rows)
     results: Results = {
         "format": FORMAT,
@@ -330,7 +338,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
             "warm_up": f"until the medians of two windows of {WINDOW} runs differ by at most {STABLE:.0%}, "
             f"{MOST_RUNS} runs or {MOST_SECONDS:g} s",
             "memory": "VmHWM of the row's own process after its last run; before: the same before it built anything",
-            "options": described(options.engine, {p.backend for p in planned}),
+            "options": described(options.engine, {p.backend for p in planned}, {p.precision for p in planned}),
             "built": "anew" if options.engine.cache is None else "or taken from the engine cache",
         },
         "peaks": peaks,

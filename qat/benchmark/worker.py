@@ -37,12 +37,13 @@ def memory_mb(name: str) -> float | None:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What a row runs. name: for messages. folder: exported parts, or engines. options: None for those noted with engines."""
+    """What a row runs. name: for messages. folder: exported parts, or engines. options: of engines, what is to differ from what
+    was noted with them."""
 
     name: str
     folder: Path
     backend: str
-    options: Options | None
+    options: Options
 
 
 def until_stable(

@@ -47,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, compares."""
+    from qat.benchmark import plan
     from qat.benchmark.changes import THRESHOLD, load_results, print_changes
     from qat.benchmark.run import NAME, BenchmarkOptions, benchmark, csv_text, write_text
     from qat.benchmark.table import print_files, print_results
     from qat.cli import INTERRUPTED
     from qat.core.errors import UserError
     from qat.core.files import write_json
-    from qat.engine import CPU_BACKENDS
 
     written = args.out / f"{NAME}.json"
     if args.data is None and (args.split or args.version):
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             frames=args.frames,
             rounds=args.rounds,
             repeats=args.repeats,
-            engine=engine_options(args, backends or CPU_BACKENDS, cache=args.cache),
+            engine=engine_options(args, plan.asked_backends(args.onnx, backends), cache=args.cache),
             roofline=not args.no_roofline,
             command=shlex.join(["bevqat", *sys.argv[1:]]),
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.engine import Options, TensorRtOptions
+from qat.engine import PRECISIONS, Options, TensorRtOptions, takes_bfloat16
 from qat.engine.tensorrt_options import TACTIC_SOURCES, Profile
 
 FLAGS = {"fp16": "--no-fp16", "profiles": "--profile"}  # where they are not the fields' names
@@ -25,7 +25,6 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-spinning", dest="spinning", action="store_false", help="threads sleep while they wait (onnxruntime)"
     )
-
     group.add_argument(
         "--bfloat16", action="store_true", help="what INT8 leaves in float, in bfloat16 (openvino, CPUs that have it)"
     )
@@ -75,7 +74,15 @@ def tensorrt_options(args: argparse.Namespace, backends: Sequence[str]) -> Tenso
 
 
 def engine_options(args: argparse.Namespace, backends: Sequence[str], **more: Any) -> Options:
-    """The options that the flags say. more: fields without a flag. Raises `UserError` as `tensorrt_options`."""
+    """The options that the flags say. more: fields without a flag.
+
+    Raises:
+        UserError: a flag is out of range, or says nothing to any of the backends.
+    """
+    if args.bfloat16 and not any(
+        takes_bfloat16(backend, precision) for backend in backends for precision in PRECISIONS
+    ):
+        raise UserError(f"backend: found {', '.join(backends)}, expected openvino for --bfloat16")
     return Options(
         threads=args.threads,
         pinning=args.pinning,

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("onnxruntime", "openvino"), help="build the parts with it (default: the file as it is)"
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0, all cores)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one on each core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
 
 

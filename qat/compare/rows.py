@@ -18,8 +18,8 @@ from qat.core.config import need_boxes
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
-from qat.engine import Options, find_backend
-from qat.export import CPU_FLAVOURS, pipeline_settings, torch_parts
+from qat.engine import Options, find_backend, passed_over, takes_bfloat16
+from qat.export import pipeline_settings, torch_parts
 from qat.export.checkpoint import config_of
 from qat.lean import QuantizedDetector
 from qat.models import load_checkpoint, load_float_model
@@ -155,19 +155,17 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
             for part in manifest["parts"].values():
                 what = f"{precision} part, {manifest['flavour']}"
                 files.append({"what": what, "file": f"{folder.name}/{part['file']}", "sha256": part["sha256"]})
+    forms = {(precision, manifest["flavour"]) for _, precision, manifest in manifests}
     for backend in backends:
-        flavour = find_backend(backend).flavour
-        own = {precision for _, precision, manifest in manifests if manifest["flavour"] == flavour}
         for folder, precision, manifest in manifests:
-            if manifest["flavour"] in CPU_FLAVOURS and manifest["flavour"] != flavour:
-                continue  # made for one backend alone
-            if manifest["flavour"] != flavour and precision in own:
-                continue  # where the backend's own is at hand, nobody would ship another on it
+            if passed_over(backend, precision, manifest["flavour"], forms):
+                continue
             pipeline = Pipeline.load(folder, backend, precision, options)
             hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
             size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())
             version = find_backend(backend).version
-            more: list[Any] = ["bfloat16"] if options.bfloat16 else []  # what else changes a result
+            # What else changes a result.
+            more: list[Any] = ["bfloat16"] if options.bfloat16 and takes_bfloat16(backend, precision) else []
             more += [options.tensorrt.described()] if backend == "tensorrt" else []
             key = _key(backend, precision, version, hashes, manifest["pipeline"], *more)
             rows.append(Row(backend, precision, manifest["flavour"], pipeline, size / 1e6, key))

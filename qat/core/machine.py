@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,25 @@ def field(text: str, name: str) -> str:
     return ""
 
 
-def usable_cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> list[int]:
+    """One processor number for each core that this process may run on; of a core's hyper-threads the first."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return list(_first_of_each(tuple(sorted(allowed))))
+
+
+@cache
+def _first_of_each(processors: tuple[int, ...]) -> tuple[int, ...]:
+    """The first processor of each core: which share one does not change while the machine runs, and asking takes a file each."""
+    first: dict[str, int] = {}
+    for number in processors:
+        siblings = read_text(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        first.setdefault(siblings or f"processor {number}", number)
+    return tuple(first.values())
+
+
+def threads_of(asked: int) -> int:
+    """How many threads a setting means: 0 is one on each core, for engines, pooling and whatever is said of them alike."""
+    return asked or len(cores())
 
 
 def cpu_flags() -> set[str]:
@@ -42,16 +59,15 @@ def machine_facts(threads: int) -> dict[str, Any]:
     """The processor, its integer instructions, how much of it may be used.
 
     Args:
-        threads: what the backends were told to take; 0 for all cores.
+        threads: what the backends were told to take; 0 for one on each core.
     """
     cpuinfo, flags = read_text("/proc/cpuinfo"), cpu_flags()
-    cores = usable_cores()
     memory = field(read_text("/proc/meminfo"), "MemTotal").split()
     return {
         "cpu": field(cpuinfo, "model name") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
-        "cores": cores,
-        "threads": threads or cores,
+        "cores": len(cores()),
+        "threads": threads_of(threads),
         "int8_instructions": [flag for flag in INT8_FLAGS if flag in flags],
         "memory_gb": round(int(memory[0]) / 1e6, 1) if memory else None,
         "os": platform.platform(),

@@ -26,15 +26,52 @@ def check_inside(path: str | Path, name: object) -> None:
         raise UserError(f"{path}: found file {name!r}, expected the name of a file in the manifest's folder")
 
 
+def check_kind(path: Path, values: object, key: str, kind: type, mend: str, where: str = "") -> Any:
+    """The value of a key in a section of a manifest.
+
+    Args:
+        where: the section, for the message; "" for the manifest itself.
+
+    Raises:
+        UserError: the section is no section, or has no such key, or a value of another kind there.
+    """
+    value = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(value, kind):
+        name = {"dict": "a section", "str": "a text"}.get(kind.__name__, kind.__name__)
+        found = "none" if value is None else f"{str(value)[:40]!r}"
+        raise UserError(f"{path}: {where and where + ': '}{key}: found {found}, expected {name}: damaged; {mend}")
+    return value
+
+
+def _check_shape(path: Path, manifest: dict[str, Any], mend: str) -> None:
+    """Raises `UserError` where what everybody reads is missing or of another kind, as in a file that was cut or edited."""
+    check_kind(path, manifest, "precision", str, mend)
+    if manifest.get("format_of_parts") != "pt2":
+        check_kind(path, manifest, "flavour", str, mend)
+    parts = check_kind(path, manifest, "parts", dict, mend)
+    for name in parts:
+        part = check_kind(path, parts, name, dict, mend, "parts")
+        for key in ("sha256", "precision"):
+            check_kind(path, part, key, str, mend, name)
+    for name in ("e2e", "verification", "pipeline"):
+        if name in manifest:
+            check_kind(path, manifest, name, dict, mend)
+    if "e2e" in manifest:
+        check_kind(path, manifest["e2e"], "sha256", str, mend, "e2e")
+    if "pipeline" in manifest:
+        check_kind(path, manifest["pipeline"], "vtransform", dict, mend, "pipeline")
+
+
 def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts: str = "onnx") -> dict[str, Any]:
-    """Reads a folder's manifest and, unless told not to, checks each file that it lists against its recorded sha256.
+    """Reads a folder's manifest, whose sections are those that everybody reads, and, unless told not to, checks each file that
+    it lists against its recorded sha256.
 
     Args:
         format_of_parts: "onnx", "pt2" for programs of torch.export, or "engine" for built engines. A manifest that does not
             say is of ONNX parts.
 
     Raises:
-        UserError: no manifest, another format or schema, other parts, a file outside the folder, or one that is
+        UserError: no manifest, another format or schema, a damaged one, other parts, a file outside the folder, or one that is
             missing or was changed.
     """
     folder = Path(folder)
@@ -50,17 +87,17 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
         mend = {
             "pt2": "those are for torch (docs/formats.md); export ONNX parts for an engine",
             "engine": "those are built (docs/engines.md); name the folder that they were built from",
-        }.get(found, "export again")
+        }.get(str(found), "export again")
         raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {mend}")
-    names = [part["file"] for part in (*manifest["parts"].values(), *([manifest["e2e"]] if "e2e" in manifest else []))]
+    again = "run `bevqat build` again" if format_of_parts == "engine" else "export again"
+    _check_shape(path, manifest, again)
+    files = {f"part {name}": part for name, part in manifest["parts"].items()}
+    if "e2e" in manifest:
+        files["the whole detector"] = manifest["e2e"]
     verification = manifest.get("verification", {})
-    for name in [*names, verification["file"]] if "file" in verification else names:
-        check_inside(path, name)
+    for named in [*files.values(), verification] if "file" in verification else files.values():
+        check_inside(path, named.get("file"))
     if check_files:
-        again = "run `bevqat build` again" if format_of_parts == "engine" else "export again"
-        files = {f"part {name}": part for name, part in manifest["parts"].items()}
-        if "e2e" in manifest:
-            files["the whole detector"] = manifest["e2e"]
         for name, part in files.items():
             file = folder / part["file"]
             if not file.is_file():

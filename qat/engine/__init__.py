@@ -10,18 +10,29 @@ asked for. Nothing here imports torch.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 from qat.core.errors import UserError
-from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, described, layers_by_device
+from qat.engine.base import (
+    Device,
+    Engine,
+    LayerProfile,
+    Options,
+    TensorSpec,
+    described,
+    layers_by_device,
+    takes_bfloat16,
+)
 from qat.engine.tensorrt_options import TensorRtOptions
 
 __all__ = [
     "BACKENDS",
     "CPU_BACKENDS",
+    "CPU_FLAVOURS",
     "PRECISIONS",
     "Backend",
     "Device",
@@ -37,6 +48,8 @@ __all__ = [
     "identify",
     "layers_by_device",
     "load",
+    "passed_over",
+    "takes_bfloat16",
 ]
 
 
@@ -78,6 +91,7 @@ BACKENDS = {
     "onnxruntime-tensorrt": Backend(*_ONNXRUNTIME, "onnxruntime-gpu", "TensorrtExecutionProvider", "tensorrt"),
 }
 CPU_BACKENDS = ("openvino", "onnxruntime")  # those that every machine has
+CPU_FLAVOURS = ("onnxruntime", "openvino")  # export flavours with u8 activations, each named after its one backend
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -86,6 +100,24 @@ def find_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise UserError(f"backend: found {name!r}, expected one of {', '.join(BACKENDS)}")
     return BACKENDS[name]
+
+
+def passed_over(backend: str, precision: str, flavour: str, forms: Collection[tuple[str, str]]) -> str:
+    """Why a backend is not given exported graphs that others are given: a CPU flavour is for its one backend, and where a
+    backend's own flavour of a precision is at hand, nobody would ship another on it.
+
+    Args:
+        forms: (precision, flavour) of all graphs at hand.
+
+    Returns:
+        the reason, or "" where it is given them.
+    """
+    own = find_backend(backend).flavour
+    if flavour in CPU_FLAVOURS and flavour != own:
+        return f"made for {flavour} alone"
+    if flavour != own and (precision, own) in forms:
+        return f"{backend} has its own flavour among the folders"
+    return ""
 
 
 def _module(name: str) -> ModuleType:
@@ -136,7 +168,8 @@ def load(built_file: str | Path, backend: str, precision: str, options: Options 
         built_file: what `Engine.save` wrote.
         backend: a key of `BACKENDS`.
         precision: as it was built for.
-        options: threads, pinning and spinning, which belong to the process and not to the file.
+        options: threads, pinning and spinning, which belong to the process and not to the file; bfloat16 as it was built
+            with; TensorRT's plugins.
 
     Raises:
         UserError: no such file, one that the backend does not load, an unknown backend or precision, no such device, or

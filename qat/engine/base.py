@@ -92,30 +92,21 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.threads < 0:
-            raise UserError(f"threads: found {self.threads}, expected 0 (all cores) or more")
+            raise UserError(f"threads: found {self.threads}, expected 0 (one on each core) or more")
 
 
-def described(options: Options, backends: Collection[str] = ("tensorrt",)) -> dict[str, Any]:
-    """Options as JSON values, for what is written beside results. The cache is a machine's own affair, and TensorRT's options
-    say something only where it is among the backends."""
-    values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt")}
+def takes_bfloat16(backend: str, precision: str) -> bool:
+    """Whether the option bfloat16 says anything to an engine of this backend and precision."""
+    return backend == "openvino" and precision == "int8"
+
+
+def described(options: Options, backends: Collection[str], precisions: Collection[str] = ("int8",)) -> dict[str, Any]:
+    """Options as JSON values, for what is written beside results: those that say something of these backends and precisions.
+    The cache is a machine's own affair."""
+    values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt", "bfloat16")}
+    if any(takes_bfloat16(backend, precision) for backend in backends for precision in precisions):
+        values["bfloat16"] = options.bfloat16
     return values | ({"tensorrt": options.tensorrt.described()} if "tensorrt" in backends else {})
-
-
-def cores() -> list[int]:
-    """One processor number for each core that this process may run on; of a core's hyper-threads the first."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    seen: set[str] = set()
-    found = []
-    for number in allowed:
-        try:
-            core = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text().strip()
-        except OSError:
-            core = str(number)
-        if core not in seen:
-            seen.add(core)
-            found.append(number)
-    return found
 
 
 class Device(NamedTuple):

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ import onnxruntime as ort
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
-from qat.core.onnx_file import has_fp16
-from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cached, cores, text_digest, this_cpu
+from qat.core.machine import cores, threads_of
+from qat.core.onnx_file import has_fp16, read_outline
+from qat.engine import cuda
+from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, cached, text_digest, this_cpu
 
 ENDING = ".optimized.onnx"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -62,8 +64,7 @@ def session_options(options: Options) -> ort.SessionOptions:
     The number of threads is always told: with 0, ONNX Runtime takes all cores and pins the threads to them unasked. A thread
     that calls `run` is the first of them; it belongs to the caller and is not pinned.
     """
-    places = cores()
-    threads = options.threads or len(places)
+    places, threads = cores(), threads_of(options.threads)
     settings = _plain_options(threads)
     settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
     # Between two runs its threads sleep: what comes next (pooling, another part's own threads) needs the cores.
@@ -78,11 +79,20 @@ def session_options(options: Options) -> ort.SessionOptions:
     return settings
 
 
-def provider_options(device: str, precision: str, cache: Path | None) -> list[tuple[str, dict[str, str]]]:
+def provider_options(
+    device: str, precision: str, cache: Path | None, quantized: bool = True
+) -> list[tuple[str, dict[str, str]]]:
     """The execution providers of a session in their order, each with its settings; what one cannot run goes to the next.
 
-    FP32 is FP32: TensorFloat-32 is off, as it is for every backend. A timing cache, which spares a second build most of
-    TensorRT's measurements, lies in the folder of built engines.
+    TensorFloat-32: the CUDA provider is told to leave it, so FP32 is FP32 there. The TensorRT provider has no setting for it,
+    and TensorRT's own default is to take it: what it builds as FP32 may round the inputs of products to TF32 unless the
+    process was started with NVIDIA_TF32_OVERRIDE=0 in its environment, which CUDA's libraries read when they are loaded.
+
+    Args:
+        cache: the folder of built engines, where TensorRT's timing cache lies too: it spares a second build most of the
+            measurements. None for none.
+        quantized: whether the graph has Q/DQ. A part of an int8 folder that stays float has none, and TensorRT's INT8 flag
+            would want a calibration of it.
     """
     cuda = (CUDA, {"device_id": "0", "use_tf32": "0"})
     if device == CPU:
@@ -91,10 +101,9 @@ def provider_options(device: str, precision: str, cache: Path | None) -> list[tu
         return [cuda, (CPU, {})]
     flags = {
         "device_id": "0",
-        "trt_fp16_enable": str(
-            int(precision in ("fp16", "int8"))
-        ),  # beside INT8 as the reference's build script has it
-        "trt_int8_enable": str(int(precision == "int8")),
+        # Beside INT8 as the reference's build script has it.
+        "trt_fp16_enable": str(int(precision in ("fp16", "int8"))),
+        "trt_int8_enable": str(int(precision == "int8" and quantized)),
         "trt_timing_cache_enable": str(int(cache is not None)),
     }
     if cache is not None:
@@ -199,21 +208,30 @@ class PlainGraph:
 class DeviceRun:
     """Runs a session with its inputs and outputs in the memory of a device.
 
-    Buffers of shapes that do not vary are allocated once and keep their address. pinned: whether inputs go through page-locked host
-    memory, which a GPU fetches by itself at full speed; it needs the package cuda-bindings.
+    Buffers of shapes that do not vary are allocated once and keep their address.
     transfer_ms: of the latest run, copies to the device and back.
     """
 
     def __init__(
-        self, session: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], device: str = "cuda"
+        self,
+        session: Any,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        device: str = "cuda",
+        pin: Callable[[Sequence[int], np.dtype], np.ndarray | None] | None = None,
     ) -> None:
-        """device: in ONNX Runtime's words, "cuda" or "cpu"."""
+        """
+        Args:
+            device: in ONNX Runtime's words, "cuda" or "cpu".
+            pin: gives an array in page-locked memory for an input's shape and dtype, or None where it cannot; None for
+                `pinned_array` on a GPU.
+        """
         self._session = session
         self._device = device
         self._binding = session.io_binding()
         self._inputs: dict[str, Any] = {}
-        self._host: dict[str, np.ndarray] = {}
-        self.pinned = False
+        self._host: dict[str, np.ndarray | None] = {}  # of each input, where it waits page-locked for its copy
+        self._pin = pin or (pinned_array if device == "cuda" else lambda shape, dtype: None)
         self.transfer_ms = 0.0
         for name, spec in outputs.items():
             if None not in spec.shape:
@@ -223,18 +241,22 @@ class DeviceRun:
         self._varying = [name for name, spec in outputs.items() if None in spec.shape]
         self._names = list(outputs)
 
+    @property
+    def pinned(self) -> bool:
+        """Whether all inputs of the latest run went through page-locked host memory, which a GPU fetches by itself at full
+        speed; it needs the package cuda-bindings."""
+        return bool(self._host) and all(host is not None for host in self._host.values())
+
     def _send(self, name: str, array: np.ndarray) -> None:
         buffer = self._inputs.get(name)
         if buffer is None or list(buffer.shape()) != list(array.shape):
             buffer = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self._device, 0)
             self._inputs[name] = buffer
             self._binding.bind_ortvalue_input(name, buffer)
-            host = pinned_array(array.shape, array.dtype) if self._device == "cuda" else None
-            self.pinned = host is not None
-            self._host[name] = array if host is None else host
-        if self.pinned:
-            np.copyto(self._host[name], array)
-            array = self._host[name]
+            self._host[name] = self._pin(array.shape, array.dtype)
+        if (host := self._host[name]) is not None:
+            np.copyto(host, array)
+            array = host
         buffer.update_inplace(array)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -259,21 +281,11 @@ class DeviceRun:
 
 
 def pinned_array(shape: Sequence[int], dtype: np.dtype) -> np.ndarray | None:
-    """An array in page-locked host memory; None without cuda-bindings or a GPU. The memory is never given back: an engine
-    asks once for each input shape."""
+    """An array in page-locked host memory, given back with the array; None without cuda-bindings, a GPU or memory left."""
     try:
-        from cuda.bindings import runtime
-    except ImportError:
+        return cuda.PinnedBuffer(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize).view(dtype, tuple(shape))
+    except (UserError, RuntimeError):  # plain memory does it too; RuntimeError: no CUDA runtime beside the package
         return None
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    try:
-        status, address = runtime.cudaHostAlloc(size, runtime.cudaHostAllocDefault)
-    except RuntimeError:  # no CUDA runtime beside the package
-        return None
-    if int(status) != 0:
-        return None
-    memory = (ctypes.c_uint8 * size).from_address(int(address))
-    return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
 
 class OnnxRuntimeEngine(Engine):
@@ -286,7 +298,9 @@ class OnnxRuntimeEngine(Engine):
         the cache."""
         self._options = options
         self._device = device
-        self._providers = provider_options(device, precision, None if built else options.cache)
+        # Of a built file the engines are there: nothing is read of the flags.
+        quantized = device != TENSORRT or built is not None or read_outline(source).has_qdq
+        self._providers = provider_options(device, precision, None if built else options.cache, quantized)
         self._built = built
         try:
             self._session = self._start(source, precision)
@@ -444,7 +458,7 @@ def identify(device: str) -> Device:
 
 
 def _gpu_name() -> str:
-    """The first GPU's, by the driver's own library."""
+    """The first GPU's, by the driver's own library: ONNX Runtime needs no cuda-bindings, so they may not be there."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -17,6 +17,7 @@ from qat.core.config import CAMERAS
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, write_json
 from qat.core.manifest import FILE
+from qat.engine import CPU_FLAVOURS
 from qat.export.calibration_cache import strip_qdq, write_calibration_cache
 from qat.export.flavour_cpu import to_cpu
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
@@ -37,7 +38,6 @@ from qat.lean.modes import (
 
 PRECISIONS = ("fp32", "fp16", "int8")
 FLAVOURS = ("tensorrt", "tensorrt-strong", "onnxruntime", "openvino")
-CPU_FLAVOURS = ("onnxruntime", "openvino")  # u8 activations
 IO = ("fp32", "fp16")
 OPSET, OPSETS = 13, range(13, 21)  # per-channel Q/DQ begins with 13; torch's TorchScript exporter ends with 20
 

@@ -16,7 +16,6 @@ Vectors of 16 are what AVX-512 has; for AVX2 and NEON, LLVM splits them.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +26,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
+
+from qat.core.machine import threads_of
 
 LANES = 16
 TILE_X, TILE_Y = 16, 64  # cells
@@ -251,11 +252,6 @@ def _pool_tiles(row_ptr, pixel, depth, weights, features, out, shape, past_cache
     _publish()
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def empty_grid(shape: tuple[int, ...]) -> np.ndarray:
     """float32 of this shape, uninitialised, at a multiple of 64 bytes, as stores past the cache need it."""
     size = int(np.prod(shape))
@@ -278,7 +274,7 @@ def pool_cells(
     Args:
         row_ptr, pixel, depth: a `PoolPattern`'s. weights: float32[N·D·fH·fW]. features: float32[pixels,C].
         out: float32[nz,C,nx,ny], contiguous.
-        threads: 0 for all cores.
+        threads: 0 for one on each core.
 
     One thread adds all entries of a cell, in their order, so the result does not depend on the number of threads; which
     thread computes which tile is settled while they run, so that a crowded tile or a busy core does not make the others
@@ -287,7 +283,7 @@ def pool_cells(
     """
     nz, _, nx, ny = out.shape
     tiles = nz * -(-nx // TILE_X) * -(-ny // TILE_Y)
-    wanted = min(threads or cores(), tiles, max(1, (len(pixel) + nz * nx * ny) // WORTH_A_THREAD))
+    wanted = min(threads_of(threads), tiles, max(1, (len(pixel) + nz * nx * ny) // WORTH_A_THREAD))
     counter = np.zeros(1, np.int64)
     past_cache = out.ctypes.data % 64 == 0 and nx * ny % LANES == 0
     arguments = (

@@ -7,14 +7,26 @@ version of it, the device that the files were built for, and the options. A buil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, read_json, sha256, write_json
-from qat.core.manifest import FILE, PARTS, load_manifest
-from qat.engine import Engine, Options, build, described, ending, find_backend, identify, load
+from qat.core.manifest import FILE, PARTS, check_kind, load_manifest
+from qat.engine import (
+    CPU_BACKENDS,
+    Engine,
+    Options,
+    TensorRtOptions,
+    build,
+    described,
+    ending,
+    find_backend,
+    identify,
+    load,
+    takes_bfloat16,
+)
 
 FORMAT_OF_PARTS = "engine"
 AGAIN = "run `bevqat build` again, on the machine that is to run it"
@@ -30,12 +42,17 @@ def is_engines(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format_of_parts") == FORMAT_OF_PARTS
 
 
-def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | None) -> dict[str, str]:
+def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | None, backend: str) -> dict[str, str]:
     """What each part of a folder is built for, after checking that together they are a detector that `Pipeline` runs.
+
+    One precision for all: of an int8 folder "int8" for a part that stays float too (the vtransform), which a backend then
+    computes in what it takes beside INT8. Asked for by name or left to the manifest, a folder is built alike.
 
     Args:
         precision: as asked for; None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for
             it too.
+        backend: a key of `qat.engine.BACKENDS`. One for CPUs, most of which have no FP16 arithmetic, is told "fp32" of a
+            `tensorrt-strong` folder in fp16, whose graphs say their types themselves.
 
     Raises:
         UserError: parts are missing, or are of another precision, batch or type of inputs and outputs.
@@ -45,8 +62,11 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
     found = manifest["precision"]
     if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
         raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
-    needed = [PARTS[0], *(PARTS[1:2] if manifest["pipeline"]["vtransform"]["downsample"] > 1 else ())]
-    if manifest["pipeline"]["head"] is not None:  # else the camera branch alone
+    path, mend = folder / FILE, "export again"
+    pipeline = check_kind(path, manifest, "pipeline", dict, mend)
+    downsample = check_kind(path, pipeline["vtransform"], "downsample", int, mend, "pipeline: vtransform")
+    needed = [PARTS[0], *(PARTS[1:2] if downsample > 1 else ())]
+    if pipeline.get("head") is not None:  # else the camera branch alone
         needed += PARTS[2:]
     if missing := [name for name in needed if name not in manifest["parts"]]:
         raise UserError(f"{folder}: found no parts {', '.join(missing)}, expected all; export again without --parts")
@@ -57,9 +77,10 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
         )
     if manifest.get("io", "fp32") != "fp32":
         raise UserError(f"{folder}: found FP16 inputs and outputs, expected FP32; export again without --io fp16")
-    if manifest["flavour"] == "tensorrt-strong" and precision is None:
-        precision = "fp32"  # as far as a builder is told: the graph's own types say the rest
-    return {name: precision or part["precision"] for name, part in manifest["parts"].items()}
+    if precision is None:
+        typed = found == "fp16" and manifest["flavour"] == "tensorrt-strong"
+        precision = "fp32" if typed and backend in CPU_BACKENDS else found
+    return dict.fromkeys(manifest["parts"], precision)
 
 
 def _check_out(out: Path, folder: Path) -> None:
@@ -67,6 +88,12 @@ def _check_out(out: Path, folder: Path) -> None:
         raise UserError(f"{out}: found the folder of the ONNX parts itself, expected another: it would be replaced")
     if out.exists() and not is_engines(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: found something else than built engines there, expected a new folder: name another")
+
+
+def _run_notes(options: TensorRtOptions) -> dict[str, Any]:
+    """What TensorRT is told again when a plan is loaded, and is not in the plan."""
+    plugins = [str(Path(plugin).resolve()) for plugin in options.plugins]
+    return {"plugins": plugins, "cuda_graph": options.cuda_graph}
 
 
 def build_engines(
@@ -91,12 +118,17 @@ def build_engines(
         the folder and its manifest.
 
     Raises:
-        UserError: as `Pipeline.load` of the folder; the backend cannot write what it built; or `out` is something else.
+        UserError: as `Pipeline.load` of the folder; bfloat16 is asked for where it says nothing; the backend cannot write
+            what it built; or `out` is something else.
     """
     folder = Path(folder)
     options = options or Options()
     manifest = load_manifest(folder)
-    precisions = part_precisions(folder, manifest, precision)
+    precisions = part_precisions(folder, manifest, precision, backend)
+    if options.bfloat16 and not any(takes_bfloat16(backend, wanted) for wanted in precisions.values()):
+        raise UserError(
+            f"{folder}: bfloat16: found {manifest['precision']} parts for {backend}, expected int8 for openvino; leave it out"
+        )
     out = Path(out) if out is not None else folder.parent / f"engines_{precision or manifest['precision']}_{backend}"
     version, suffix = find_backend(backend).version, ending(backend)
     device = identify(backend)
@@ -126,7 +158,8 @@ def build_engines(
                 "precision": precision or manifest["precision"],
                 "device": device.name,
                 "device_fingerprint": device.fingerprint,
-                "options": described(options, [backend]),
+                "options": described(options, [backend], precisions.values()),
+                **({"run": _run_notes(options.tensorrt)} if backend == "tensorrt" else {}),
             },
             "parts": parts,
         }
@@ -134,11 +167,65 @@ def build_engines(
     return out, manifest
 
 
-def _noted_options(noted: Mapping[str, Any]) -> Options:
-    """The options of a manifest: the numbers and switches among them, which say how a built file is run."""
+def engine_section(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder of built engines says of how they were built.
+
+    Args:
+        manifest: as `load_manifest` gave it.
+
+    Raises:
+        UserError: it has no such section, or a damaged one.
+    """
+    path = folder / FILE
+    noted = manifest.get("engine")
+    if not isinstance(noted, dict) or not set(NOTED) <= set(noted):
+        raise UserError(f"{path}: found no section engine with {', '.join(NOTED)}, expected it; {AGAIN}")
+    for key in NOTED:
+        check_kind(path, noted, key, dict if key == "options" else str, AGAIN, "engine")
+    for where, key in (("options", "tensorrt"), ("", "run")):  # of TensorRT alone
+        if key in (section := noted[where] if where else noted):
+            check_kind(path, section, key, dict, AGAIN, "engine")
+    for name, part in manifest["parts"].items():
+        check_kind(path, part, "built_for", str, AGAIN, name)
+        check_kind(path, check_kind(path, part, "onnx", dict, AGAIN, name), "sha256", str, AGAIN, f"{name}: onnx")
+    return noted
+
+
+def _changed(options: Any) -> dict[str, Any]:
+    """The fields of options that are not as they are by default."""
+    default = type(options)()
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def run_options(noted: Mapping[str, Any], asked: Options | None, source: Path) -> Options:
+    """What built engines run with: as was noted when they were built, but for the fields that are asked for otherwise than by
+    default. bfloat16 is always as it was built with, as is what else is in the files.
+
+    Args:
+        noted: `engine_section`.
+        source: the manifest, for messages.
+
+    Raises:
+        UserError: bfloat16 is asked for and was not built with; a library of plugins is no longer where it was.
+    """
     plain = {field.name: type(field.default) for field in fields(Options) if isinstance(field.default, bool | int)}
-    known: dict[str, Any] = {name: value for name, value in noted.items() if type(value) is plain.get(name)}
-    return replace(Options(), **known)
+    known: dict[str, Any] = {name: value for name, value in noted["options"].items() if type(value) is plain.get(name)}
+    wanted = {} if asked is None else _changed(asked)
+    meant = wanted.pop("bfloat16", False) and takes_bfloat16(noted["backend"], noted["precision"])
+    if meant and not known.get("bfloat16"):
+        raise UserError(f"{source}: found engines built without bfloat16, expected it; build with --bfloat16")
+    run = noted.get("run", {})
+    tensorrt = _changed(wanted.pop("tensorrt", TensorRtOptions()))
+    tensorrt.setdefault("cuda_graph", run.get("cuda_graph") is not False)
+    if "plugins" not in tensorrt and (plugins := run.get("plugins")):
+        if gone := [name for name in plugins if not Path(name).is_file()]:
+            raise UserError(
+                f"{source}: built with plugins of {', '.join(gone)}, found no such file; name it where it is now: --plugins, "
+                "or TensorRtOptions(plugins=…)"
+            )
+        tensorrt["plugins"] = tuple(map(Path, plugins))
+    return Options(**{**known, **wanted}, tensorrt=TensorRtOptions(**tensorrt))
 
 
 def load_engines(
@@ -148,21 +235,20 @@ def load_engines(
 
     Args:
         backend, precision: None for the manifest's; others are refused.
-        options: None for those that it was built with.
+        options: fields that differ from the default ones are taken instead of those noted (`run_options`); None for all as
+            noted.
 
     Returns:
         the engines by part, the manifest, the options they run with.
 
     Raises:
         UserError: the folder is incomplete or was changed; it was built for another backend, precision, version of the
-            backend, processor or GPU; or the backend does not load a file.
+            backend, processor or GPU; as `run_options`; or the backend does not load a file.
     """
     folder = Path(folder)
     manifest = load_manifest(folder, format_of_parts=FORMAT_OF_PARTS)
     path = folder / FILE
-    noted = manifest.get("engine")
-    if not isinstance(noted, dict) or not set(NOTED) <= set(noted):
-        raise UserError(f"{path}: found no section engine with {', '.join(NOTED)}, expected it; {AGAIN}")
+    noted = engine_section(folder, manifest)
     if backend is not None and backend != noted["backend"]:
         raise UserError(
             f"{path}: found engines of {noted['backend']}, expected {backend}; build with --backend {backend}"
@@ -180,7 +266,7 @@ def load_engines(
     if device.fingerprint != noted["device_fingerprint"]:
         other = device.name if device.name != noted["device"] else f"{device.name} with other instruction sets"
         raise UserError(f"{path}: built for {noted['device']}, found {other} here; {AGAIN}")
-    options = options or _noted_options(noted["options"])
+    options = run_options(noted, options, path)
     engines = {
         part: load(folder / entry["file"], name, entry["built_for"], options)
         for part, entry in manifest["parts"].items()

@@ -64,7 +64,7 @@ class Pipeline:
             parts: a runner for each of `qat.core.manifest.PARTS`; camera.vtransform may be left out. Of a camera branch
                 alone, by its settings, there are no fuser and head.bbox: `forward` works, boxes are refused.
             settings: a manifest's `pipeline` section.
-            threads: for BEV pooling, 0 for all cores.
+            threads: for BEV pooling, 0 for one on each core.
             source: where the parts came from, for messages.
         """
         self.parts = dict(parts)
@@ -94,7 +94,8 @@ class Pipeline:
             folder: where `bevqat build` wrote engines, or export-camera the ONNX parts.
             backend: a backend of `qat.engine`. Of engines it is known: None, or the same.
             precision: None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for it too.
-            options: threads and engine cache; None for those that engines were built with.
+            options: threads, engine cache and the like. Built engines run with what was noted when they were built, but for
+                fields that differ from the default ones (`qat.runtime.engines.run_options`).
 
         Raises:
             UserError: the folder is incomplete or was changed, or its graphs are not of this precision; engines are
@@ -111,7 +112,7 @@ class Pipeline:
             )
         parts = {
             name: build(folder / manifest["parts"][name]["file"], backend, wanted, options)
-            for name, wanted in part_precisions(folder, manifest, precision).items()
+            for name, wanted in part_precisions(folder, manifest, precision, backend).items()
         }
         return cls(parts, manifest["pipeline"], options.threads if options else 0, str(folder))
 

@@ -18,7 +18,7 @@ from qat.core.files import sha256
 from qat.core.manifest import load_manifest
 from qat.core.onnx_file import graph_opset
 from qat.core.verification import Summary, compare_summary
-from qat.engine import Options, TensorSpec, build
+from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
 
 AS_IT_IS = "onnxruntime, optimizer off"
 
@@ -136,7 +136,9 @@ def verify_folder(
             found = graph_opset(path)
             if found != part["opset"]:
                 entry["problems"].append(f"opset: found {found}, the manifest has {part['opset']}")
-            precision = "fp32" if part["precision"] == "fp16" and backend is not None else part["precision"]
+            precision = part["precision"]
+            if precision == "fp16" and (manifest["flavour"] != "tensorrt-strong" or backend in CPU_BACKENDS):
+                precision = "fp32"  # what FP32-typed graphs are compared in, and what a CPU has for those typed FP16
             runner = _open(path, precision, backend, options)
             entry["problems"] += _tensors("input", part["inputs"], runner.inputs)
             entry["problems"] += _tensors("output", part["outputs"], runner.outputs)

@@ -1,5 +1,6 @@
 """`bevqat benchmark` over a tiny exported detector; no time is asserted."""
 
+import argparse
 import csv
 import json
 import multiprocessing
@@ -7,19 +8,26 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from qat.benchmark import peaks
 from qat.benchmark.counting import count_graph
 from qat.benchmark.inputs import made_up, native_size, recorded
-from qat.benchmark.plan import plan
+from qat.benchmark.peaks import Peaks, peak_macs
+from qat.benchmark.plan import asked_backends, plan
 from qat.benchmark.worker import Worker
 from qat.cli import main
+from qat.cli.benchmark import add_arguments
+from qat.cli.engine_flags import engine_options
 from qat.core.errors import UserError
 from qat.core.manifest import load_manifest
+from qat.engine import Options, TensorRtOptions
+from qat.engine.tensorrt_options import Profile
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]
@@ -210,9 +218,41 @@ def test_rows_that_differ_in_the_folder_alone_are_named_after_it(folders):
     assert [row.name for row in rows] == ["openvino fp32 (one)", "openvino fp32 (two)"]
 
 
-def test_engines_run_where_they_were_built_for(folders):
-    engine = {"backend": "onnxruntime", "precision": "fp16"}
-    built = folders("engines", format_of_parts="engine", engine=engine)
+@pytest.fixture
+def engines_of(folders, exported_fp32):
+    """(backend, precision, options, more of the section) → a folder whose manifest says that it holds engines."""
+
+    def make(backend, precision, options=None, **more):
+        noted = dict.fromkeys(("version", "device", "device_fingerprint"), "here")
+        noted |= {"backend": backend, "precision": precision, "options": options or {}, **more}
+        parts = json.loads((exported_fp32 / "manifest.json").read_text())["parts"]
+        parts = {name: {**part, "built_for": precision, "onnx": part} for name, part in parts.items()}
+        return folders("engines", format_of_parts="engine", engine=noted, parts=parts)
+
+    return make
+
+
+def test_flags_of_a_backend_that_engines_were_built_for_are_taken(engines_of, exported_fp32, tmp_path):
+    built = engines_of("tensorrt", "int8")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--onnx", str(built), "--plugins", __file__])
+    backends = asked_backends(args.onnx, None)
+    assert backends == ["openvino", "onnxruntime", "tensorrt"]
+    assert engine_options(args, backends).tensorrt.plugins == (Path(__file__),)
+    with pytest.raises(UserError, match="expected tensorrt for --plugins"):
+        engine_options(args, asked_backends([exported_fp32], None))
+
+
+def test_a_damaged_section_of_engines_is_refused(engines_of):
+    with pytest.raises(
+        UserError, match=r"engines/manifest\.json: engine: options: found 'none of it', expected a section"
+    ):
+        plan([engines_of("openvino", "fp32", "none of it")], None)
+
+
+def test_engines_run_where_they_were_built_for(engines_of):
+    built = engines_of("onnxruntime", "fp16")
     rows, skipped = plan([built], None)
     assert [(row.name, row.built) for row in rows] == [("onnxruntime fp16 built", True)]
     assert skipped == [{"name": "engines on openvino", "why": "engines of onnxruntime"}]
@@ -240,9 +280,60 @@ def test_a_row_that_a_backend_refuses_is_left_out_and_told(folders, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_that_fails_in_its_warm_up_is_left_out_and_the_others_go_on(exported_fp32, tmp_path, monkeypatch):
+    ask = Worker.ask
+
+    def failing(self, method, *values):
+        if method == "warm_up" and self.name.startswith("openvino"):
+            raise UserError("openvino fp32: its process ended")
+        return ask(self, method, *values)
+
+    monkeypatch.setattr(Worker, "ask", failing)
+    flags = ["--onnx", exported_fp32, "--rounds", 1, "--repeats", 1, "--threads", 1, "--no-roofline", "--out", tmp_path]
+    assert main(["benchmark", *map(str, flags)]) == 0
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["onnxruntime fp32"]
+    assert results["skipped"] == [{"name": "openvino fp32", "why": "openvino fp32: its process ended"}]
+    assert not multiprocessing.active_children()
+
+
+class _OnDevice:
+    """An engine with memory of its own: running it takes the host long, and the device 2 ms."""
+
+    compute_ms = 2.0
+
+    def run(self, feeds):
+        time.sleep(0.02)
+
+
+def test_a_devices_peak_is_by_its_own_clock_with_the_rows_options(monkeypatch):
+    asked = []
+
+    def build(path, backend, precision, options):
+        asked.append((count_graph(path).macs["fp32"], options))
+        return _OnDevice()
+
+    monkeypatch.setattr(peaks, "build", build)
+    monkeypatch.setattr(peaks, "SECONDS", 0.0)
+    profile = Profile("img", (1, 3), (1, 3), (1, 3))
+    tensorrt = TensorRtOptions(tactic_sources=("CUBLAS",), profiles=(profile,), input_formats=("fp16:chw",))
+    found = Peaks("tensorrt", Options(cache=Path("kept"), tensorrt=tensorrt)).compute("fp32")
+    assert found == pytest.approx(max(macs for macs, _ in asked) / 2e-3 / 1e9)
+    assert min(macs for macs, _ in asked) > 10 * peak_macs(512, 1)  # or launching would take longer than computing
+    expected = Options(cache=None, tensorrt=TensorRtOptions(tactic_sources=("CUBLAS",)))
+    assert [options for _, options in asked] == [expected, expected]
+
+
+def test_a_device_that_does_not_tell_its_time_has_no_roofline(monkeypatch):
+    monkeypatch.setattr(peaks, "build", lambda *arguments: object())
+    with pytest.raises(UserError, match="onnxruntime-cuda: its engines do not tell the device's own time"):
+        Peaks("onnxruntime-cuda", Options()).compute("fp32")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--onnx", "FOLDER", "--backends", "onnxruntime", "--bfloat16"], "found onnxruntime, expected openvino for"),
         (["--onnx", "nowhere"], "nowhere/manifest.json: no such file"),
         (["--onnx", "FOLDER", "--rounds", "0"], "--rounds: found 0, expected at least 1"),
         (["--onnx", "FOLDER", "--threads", "-1"], "threads: found -1"),
@@ -282,8 +373,9 @@ def test_a_rows_process_does_not_run_the_command_again(tmp_path):
         "print('imported')\n"
         "from qat.benchmark.peaks import Peaks\n"
         "from qat.benchmark.worker import Worker\n"
+        "from qat.engine import Options\n"
         "if __name__ == '__main__':\n"
-        "    worker = Worker('a', Peaks, 'onnxruntime', 1)\n"
+        "    worker = Worker('a', Peaks, 'onnxruntime', Options(1))\n"
         "    worker.described()\n"
         "    worker.close()\n"
     )

@@ -127,12 +127,20 @@ def test_another_machine_version_or_file_is_told():
     new["machine"] |= {"cpu": "two", "versions": {"numpy": "2"}, "gpus": [{"name": "H"}]}
     new["rows"][0]["files"] = {"fuser": "b"}
     new["measurement"]["inputs"] = "data:all"
+    old["measurement"]["options"] = {"threads": 2, "spinning": True, "tensorrt": {"tf32": False, "workspace": None}}
+    new["measurement"]["options"] = {"threads": 2, "spinning": False, "tensorrt": {"tf32": True, "workspace": None}}
+    old["rows"][1]["options"] = {"threads": 2, "spinning": True}
+    new["rows"][1]["options"] = {"threads": 1, "spinning": False, "bfloat16": True}
     assert differences(old, new) == [
         "machine: cpu: one then, two now",
         "machine: GPUs: none then, H now",
         "version: numpy 1 then, 2 now",
         "inputs: made up then, data:all now",
+        "options: spinning: True then, False now",
+        "options: tensorrt: tf32: False then, True now",
         "files: openvino int8: fuser changed",
+        "options: openvino fp32: threads: 2 then, 1 now",
+        "options: openvino fp32: bfloat16: None then, True now",
     ]
 
 

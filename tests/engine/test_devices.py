@@ -1,8 +1,11 @@
 """Settings and devices: what is asked for is what the backend's own object says, and what is not there is named."""
 
+import ctypes
+import gc
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -13,10 +16,10 @@ from onnx import helper, numpy_helper
 
 from qat import engine
 from qat.core.errors import UserError
+from qat.core.machine import cores
 from qat.engine import Options, layers_by_device
 from qat.engine import onnxruntime_backend as onnxruntime
 from qat.engine import openvino_backend as openvino
-from qat.engine.base import cores
 
 BACKENDS = sorted(engine.CPU_BACKENDS)
 CUDA_HERE = "CUDAExecutionProvider" in ort.get_available_providers()
@@ -231,6 +234,8 @@ def test_providers_are_told_the_precision_and_where_the_timing_cache_lies(tmp_pa
         first, second, third = onnxruntime.provider_options("TensorrtExecutionProvider", precision, tmp_path)
         assert (first[1]["trt_fp16_enable"], first[1]["trt_int8_enable"]) == (fp16, int8)
         assert first[1]["trt_timing_cache_path"] == str(tmp_path)
+        unquantized, *_ = onnxruntime.provider_options("TensorrtExecutionProvider", precision, None, quantized=False)
+        assert (unquantized[1]["trt_fp16_enable"], unquantized[1]["trt_int8_enable"]) == (fp16, "0")
         assert (second, third) == (cuda, cpu)
 
 
@@ -254,6 +259,42 @@ def test_bound_buffers_give_the_same_outputs_and_keep_their_place(tmp_path, batc
     else:
         more = random.standard_normal((5, 4)).astype(np.float32)
         np.testing.assert_allclose(bound.fetch(bound.run({"x": more}))["y"], 2 * more[:, ::-1] + 1, rtol=1e-6)
+
+
+def test_an_input_without_pinned_memory_is_not_written_to(tmp_path):
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
+    values = [helper.make_tensor_value_info(name, kind, [2]) for name in ("a", "b", "sum")]
+    nodes = [helper.make_node("Add", ["a", "b"], ["sum"])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "sum", values[:2], values[2:]),
+        opset_imports=[helper.make_opsetid("", 13)],
+        ir_version=8,
+    )
+    onnx.save(model, tmp_path / "g.onnx")
+    built = engine.build(tmp_path / "g.onnx", "onnxruntime", "fp32", Options(1, None))
+    left = [None, np.zeros(2, np.float32)]  # pinned memory is spent for the first input alone
+    bound = onnxruntime.DeviceRun(built._session, built.inputs, built.outputs, "cpu", lambda shape, dtype: left.pop(0))
+    first, second = ({name: np.full(2, value, np.float32) for name in "ab"} for value in (1, 2))
+    for feeds, expected in ((first, 2), (second, 4)):
+        np.testing.assert_array_equal(bound.fetch(bound.run(feeds))["sum"], [expected] * 2)
+    np.testing.assert_array_equal(first["a"], [1, 1])
+    assert not bound.pinned
+
+
+def test_pinned_memory_is_given_back_with_its_array(monkeypatch):
+    memory = (ctypes.c_byte * 24)()
+    freed = []
+    runtime = SimpleNamespace(
+        cudaError_t=SimpleNamespace(cudaSuccess=0),
+        cudaHostAlloc=lambda size, flags: (0, ctypes.addressof(memory)),
+        cudaFreeHost=lambda address: freed.append(address),
+    )
+    monkeypatch.setattr(onnxruntime.cuda, "runtime", lambda: runtime)
+    array = onnxruntime.pinned_array([2, 3], np.dtype(np.float32))
+    assert array.ctypes.data == ctypes.addressof(memory) and array.shape == (2, 3) and not freed
+    del array
+    gc.collect()
+    assert freed == [ctypes.addressof(memory)]
 
 
 def test_outputs_stay_on_a_gpu_alone(graph):

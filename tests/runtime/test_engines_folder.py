@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from qat.cli import main
 from qat.cli.build import add_arguments
 from qat.cli.engine_flags import tensorrt_options
 from qat.core.errors import UserError
-from qat.engine import CPU_BACKENDS, Options, TensorRtOptions
+from qat.engine import CPU_BACKENDS, Options, TensorRtOptions, described
 from qat.engine.tensorrt_options import Profile
 from qat.runtime import Calibration, Pipeline, build_engines
+from qat.runtime.engines import _run_notes, run_options
 from qat.runtime.verify import verify_folder
 
 BACKENDS = sorted(CPU_BACKENDS)
@@ -79,7 +81,7 @@ def test_the_build_command_writes_a_file_for_each_part_and_says_what_for(tmp_pat
     assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     own = Pipeline.load(folder, options=Options(threads=1)).parts["fuser"].settings
     assert own.intra_op_num_threads == 1
-    assert own.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+    assert own.get_session_config_entry("session.intra_op.allow_spinning") == "0"  # not asked for: as noted
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,6 +145,104 @@ def test_engines_of_another_version_or_processor_are_refused_before_they_are_ope
     with pytest.raises(UserError, match=message) as error:
         Pipeline.load(engines)
     assert "\n" not in str(error.value)
+
+
+NOTED = {"backend": "openvino", "precision": "int8", "options": {"threads": 3, "pinning": True, "bfloat16": True}}
+
+
+def test_options_of_built_engines_are_changed_field_by_field(tmp_path):
+    noted = Options(threads=3, pinning=True, bfloat16=True)
+    for asked, expected in (
+        (None, noted),
+        (Options(), noted),
+        (Options(threads=2), replace(noted, threads=2)),
+        (Options(spinning=False), replace(noted, spinning=False)),
+        (Options(bfloat16=True), noted),
+        (Options(cache=None), replace(noted, cache=None)),
+    ):
+        assert run_options(NOTED, asked, tmp_path) == expected
+
+
+def test_bfloat16_is_as_it_was_built_with(tmp_path):
+    without = NOTED | {"options": {"threads": 3}}
+    with pytest.raises(UserError, match="found engines built without bfloat16, expected it; build with --bfloat16"):
+        run_options(without, Options(bfloat16=True), tmp_path)
+    # An FP32 row beside an INT8 one that is meant: it says nothing to this one.
+    assert run_options(without | {"precision": "fp32"}, Options(bfloat16=True), tmp_path) == Options(threads=3)
+
+
+def test_bfloat16_is_refused_where_it_says_nothing(tmp_path, exported_fp32, capsys):
+    for backend, found in (("onnxruntime", "found onnxruntime, expected openvino"), ("openvino", "found fp32 parts")):
+        flags = ["--onnx", str(exported_fp32), "--backend", backend, "--bfloat16", "--out", str(tmp_path / "out")]
+        assert main(["build", *flags]) == 2
+        printed = capsys.readouterr().err
+        assert found in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16_is_noted_of_int8_on_openvino_alone():
+    asked = Options(bfloat16=True)
+    assert described(asked, ["openvino", "onnxruntime"])["bfloat16"] is True
+    assert "bfloat16" not in described(asked, ["onnxruntime", "tensorrt"])
+    assert "bfloat16" not in described(asked, ["openvino"], ["fp32"])
+
+
+def test_plugins_are_loaded_again_from_where_they_were(tmp_path):
+    plugin, moved = tmp_path / "plugins.so", tmp_path / "moved.so"
+    plugin.write_bytes(b"one")
+    options = TensorRtOptions(plugins=(plugin,), workspace=64, cuda_graph=False)
+    noted = {"backend": "tensorrt", "precision": "int8", "options": described(Options(tensorrt=options), ["tensorrt"])}
+    noted["run"] = json.loads(json.dumps(_run_notes(options)))
+    expected = TensorRtOptions(plugins=(plugin,), cuda_graph=False)  # the rest is in the plan
+    assert run_options(noted, None, tmp_path).tensorrt == expected
+    assert run_options(noted, Options(threads=2), tmp_path) == Options(threads=2, tensorrt=expected)
+    plugin.rename(moved)
+    with pytest.raises(
+        UserError, match=r"built with plugins of .*plugins\.so, found no such file; name it where it is"
+    ):
+        run_options(noted, None, tmp_path)
+    found = run_options(noted, Options(tensorrt=TensorRtOptions(plugins=(moved,))), tmp_path)
+    assert found.tensorrt == TensorRtOptions(plugins=(moved,), cuda_graph=False)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("parts",), None, "parts: found none, expected a section: damaged; run `bevqat build` again"),
+        (("parts", "fuser"), [], "parts: fuser: found '[]', expected a section"),
+        (("parts", "fuser", "file"), None, "found file None, expected the name of a file"),
+        (("parts", "fuser", "sha256"), 3, "fuser: sha256: found '3', expected a text"),
+        (("parts", "fuser", "built_for"), None, "fuser: built_for: found none, expected a text"),
+        (("parts", "fuser", "onnx"), {}, "fuser: onnx: sha256: found none, expected a text"),
+        (("engine", "options"), None, "engine: options: found none, expected a section"),
+        (("engine", "options"), {"tensorrt": 1}, "engine: tensorrt: found '1', expected a section"),
+        (("engine", "version"), 2023, "engine: version: found '2023', expected a text"),
+        (("verification",), None, "verification: found none, expected a section"),
+        (("pipeline",), "x", "pipeline: found 'x', expected a section"),
+        (("precision",), None, "precision: found none, expected a text"),
+        (("flavour",), None, "flavour: found none, expected a text"),
+    ],
+)
+def test_a_damaged_manifest_is_told_in_one_line(engines, where, value, message):
+    path = engines / "manifest.json"
+    manifest = section = json.loads(path.read_text())
+    for key in where[:-1]:
+        section = section[key]
+    section[where[-1]] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as caught:
+        Pipeline.load(engines)
+    assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
+
+
+def test_graphs_without_their_pipeline_are_refused(tmp_path, exported_fp32):
+    folder = Path(shutil.copytree(exported_fp32, tmp_path / "onnx_fp32"))
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["pipeline"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="pipeline: found none, expected a section: damaged; export again"):
+        Pipeline.load(folder, "openvino")
 
 
 def test_a_manifest_without_the_engines_section_is_refused(engines):
