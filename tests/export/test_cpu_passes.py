@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qat.export.conv_as_matmul import convs_to_matmuls
 from qat.export.early_rounding import round_early
+from qat.export.scale_as_product import scales_to_products
 from qat.export.sunk_transpose import sink_transposes
 
 SCALE = np.float32(1 / 32)
@@ -201,3 +202,45 @@ def test_a_transpose_that_something_else_reads_stays(x):
     model = sliced(helper.make_node("Relu", ["t"], ["z"]))
     before = model.SerializeToString()
     assert sink_transposes(model) == 0 and model.SerializeToString() == before
+
+
+def scaling(kernel=1, inputs=1, rounded=True):
+    """x ─► Conv (float) ─► Relu ─► Q ─► DQ ─► y, or without the rounding."""
+    rng = np.random.default_rng(3)
+    constants = {
+        "s": np.asarray(SCALE),
+        "z": np.asarray(np.uint8(0)),
+        "w": rng.normal(size=(5, inputs, kernel, kernel)).astype(np.float32),
+        "b": rng.normal(size=5).astype(np.float32),
+    }
+    pads = [kernel // 2] * 4
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], name="/dt/Conv", kernel_shape=[kernel] * 2, pads=pads),
+        helper.make_node("Relu", ["c"], ["r"]),
+        *pair("r"),
+    ]
+    if not rounded:
+        nodes[2:] = [helper.make_node("Identity", ["r"], ["r_dq"])]
+        del constants["s"], constants["z"]
+    nodes.append(helper.make_node("Identity", ["r_dq"], ["y"]))
+    return graph(nodes, constants, [1, 5, 6, 8], inputs)
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_a_convolution_that_only_scales_one_channel_becomes_a_product(optimized):
+    x = np.random.default_rng(4).uniform(-4, 4, (1, 1, 6, 8)).astype(np.float32)
+    model = scaling()
+    expected, _ = run(model, x, optimized)
+    assert scales_to_products(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    found, _ = run(model, x, optimized)
+    assert "Conv" not in {node.op_type for node in model.graph.node}
+    # a rounding may fall to the other side where the sum ends in another last bit
+    assert np.mean(found == expected) > 0.98 and np.abs(found - expected).max() <= SCALE * 1.001
+
+
+@pytest.mark.parametrize("shape", [{"kernel": 3}, {"inputs": 2}, {"rounded": False}])
+def test_other_convolutions_are_left_as_they_are(shape):
+    model = scaling(**shape)
+    before = model.SerializeToString()
+    assert scales_to_products(model) == 0 and model.SerializeToString() == before
