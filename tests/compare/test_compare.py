@@ -149,8 +149,7 @@ def test_a_second_run_takes_accuracy_from_the_first_and_gives_the_same(
     monkeypatch.setattr(Pipeline, "forward", lambda self, sample: ran.append(sample.token) or forward(self, sample))
     sources = _sources(model, out, config=model / "config.yaml")
     again = compare(CompareOptions(sources, data, tmp_path, rounds=1, repeats=1, pictures=0))
-    # One latency round is 11 runs: two of each row (one is not counted), and one of the simulated row.
-    assert len(ran) - 11 == 6  # the keyframe whose cache was lost, through every row
+    assert len(ran) == 6  # the keyframe whose cache was lost, through every row; what is timed does not come by here
     assert lost.exists()
     for before, after in zip(result.comparison.results["rows"], again.results["rows"], strict=True):
         assert {key: before[key] for key in ("map", "nds", "per_class_ap", "sqnr_db")} == {
@@ -175,7 +174,7 @@ def test_files_of_another_training_are_refused(demonstration, data: Path, model:
     ("flags", "message"),
     [
         (["--rounds", "0"], "--rounds: found 0, expected at least 1"),
-        (["--backends", "openvino,tpu"], "--backends: found 'tpu', expected some of openvino,onnxruntime"),
+        (["--backends", "openvino,tpu"], "--backends: found 'tpu', expected some of openvino,"),
         (["--ckpt", "none.pth"], "none.pth: no such file"),
         (["--fp32", "nowhere"], "nowhere/manifest.json: no such file"),
         (["--split", "fit"], "split 'fit' not found; there is calib, eval, all"),
