@@ -17,6 +17,15 @@ from qat.models import build_model
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def torch_threads():
+    """A test that sets torch's threads, as --threads does, leaves them as they were: other numbers round otherwise."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     """camera-tiny's config, made small: 64×96 images, 12.8 m of BEV, few channels; three tasks where it has one."""

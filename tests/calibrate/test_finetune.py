@@ -198,7 +198,7 @@ def test_the_losses_fall(ptq, data, tmp_path):
     coarse = tmp_path / "coarse.pth"
     torch.save(checkpoint, coarse)
     before = losses(coarse, load_ptq(coarse)[0], data)
-    result = run(coarse, data, tmp_path / "out", replace(FEW, steps=20, lr=1e-5, augment=False))
+    result = run(coarse, data, tmp_path / "out", replace(FEW, steps=20, lr=3e-5, augment=False))
     after = losses(coarse, load_ptq(result.checkpoint)[0], data)
     for name in ("bev", "heat", "box"):
         assert after[name] < 0.95 * before[name], name

@@ -284,12 +284,12 @@ def test_an_input_without_pinned_memory_is_not_written_to(tmp_path):
 def test_pinned_memory_is_given_back_with_its_array(monkeypatch):
     memory = (ctypes.c_byte * 24)()
     freed = []
+    fine = SimpleNamespace(value=0)
     runtime = SimpleNamespace(
-        cudaError_t=SimpleNamespace(cudaSuccess=0),
-        cudaHostAlloc=lambda size, flags: (0, ctypes.addressof(memory)),
-        cudaFreeHost=lambda address: freed.append(address),
+        cudaHostAlloc=lambda size, flags: (fine, ctypes.addressof(memory)),
+        cudaFreeHost=lambda address: freed.append(address) or (fine,),
     )
-    monkeypatch.setattr(onnxruntime.cuda, "runtime", lambda: runtime)
+    monkeypatch.setattr(onnxruntime.cuda, "module", lambda prefix: runtime)
     array = onnxruntime.pinned_array([2, 3], np.dtype(np.float32))
     assert array.ctypes.data == ctypes.addressof(memory) and array.shape == (2, 3) and not freed
     del array

@@ -288,13 +288,17 @@ def test_an_interrupted_build_leaves_the_timing_cache_as_it_was(tmp_path):
 
 
 def test_ctrl_c_is_kept_until_tensorrt_has_returned(capsys):
-    before = signal.getsignal(signal.SIGINT)
+    # A shell starts what it runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     reached = False
-    with pytest.raises(KeyboardInterrupt), Interrupt(stops=True) as interrupt:
-        os.kill(os.getpid(), signal.SIGINT)
-        reached = interrupt.asked
-    assert reached and "Ctrl-C again ends at once" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        with pytest.raises(KeyboardInterrupt), Interrupt(stops=True) as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            reached = interrupt.asked
+        assert reached and "Ctrl-C again ends at once" in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_stays_ignored_where_it_is():
