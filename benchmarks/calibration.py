@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from absl import logging
+from command import check_least, one_line_errors
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 
@@ -77,6 +78,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="calib", help="default calib")
 
 
+@one_line_errors
 def main() -> int:
     """Runs the benchmark and returns the exit status: 0 measured, 2 bad use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,11 +92,7 @@ def main() -> int:
         help="ranges that pytorch-quantization searches: all (the default), or N of them, its time scaled up",
     )
     args = parser.parse_args()
-    try:
-        benchmark(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    benchmark(args)
     return 0
 
 
@@ -106,8 +104,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """
     if args.peer_search != "all" and not (args.peer_search.isdigit() and int(args.peer_search) > 0):
         raise UserError(f"--peer-search: found {args.peer_search!r}, expected all or a number above 0")
-    if args.rounds < 1:
-        raise UserError(f"--rounds: found {args.rounds}, expected at least 1")
+    check_least(args, rounds=1)
     logging.set_verbosity(logging.ERROR)
     config = load_config(args.config)
     samples = load_samples(config, args)

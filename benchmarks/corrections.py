@@ -24,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command import one_line_errors
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
 from qat.calibrate.ptq import calibrate, run_frame
 from qat.core.config import load_config
-from qat.core.errors import UserError
 from qat.data import NuScenesDataset
 from qat.lean import AUTO, QuantizedDetector
 from qat.lean.modes import quantizers, quantizers_off
@@ -200,6 +200,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags; bad use ends with one line and status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,11 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT")
     parser.add_argument("--split", default="eval")
     parser.add_argument("--frames", type=int, default=24, metavar="N", help="spread over the split (default 24)")
-    try:
-        return run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from calibration import add_source_flags, camera_inputs, load_samples
+from command import check_least, one_line_errors
 from peers_accuracy import Setting, installed, make_part
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,7 @@ from qat.calibrate.ptq import calibrate
 from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import write_json
+from qat.core.rounds import turned
 from qat.core.tensors import compare_tensors
 from qat.core.versions import versions
 from qat.data import Sample
@@ -164,8 +166,7 @@ def measure(rows: Sequence[Contender], feeds: Sequence[Feeds], rounds: int, say:
         assert row.engine is not None
         row.engine.run(feeds[0])
     for turn in range(rounds):
-        for place in range(len(rows)):
-            row = rows[(place + turn) % len(rows)]
+        for row in turned(rows, turn):
             assert row.engine is not None
             begin = time.perf_counter()
             row.engine.run(feeds[turn % len(feeds)])
@@ -233,6 +234,7 @@ def report(rows: Sequence[Contender], args: argparse.Namespace) -> dict[str, Any
     }
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status: 0 measured, 2 bad use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,20 +255,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    try:
-        for name in ("rounds", "held_out"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least 1")
-        with tempfile.TemporaryDirectory() as folder:
-            job = load_job(args)
-            rows = contenders(make_graphs(job, args, Path(folder), say), args, say)
-            measure(rows, job.held_out, args.rounds, say)
-            result = report(rows, args)
-        if args.out:
-            write_json(args.out, result)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_least(args, rounds=1, held_out=1)
+    with tempfile.TemporaryDirectory() as folder:
+        job = load_job(args)
+        rows = contenders(make_graphs(job, args, Path(folder), say), args, say)
+        measure(rows, job.held_out, args.rounds, say)
+        result = report(rows, args)
+    if args.out:
+        write_json(args.out, result)
     return 0
 
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import gc
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qat.benchmark.worker import memory_mb, until_stable
+from qat.benchmark.worker import memory_mb, stored_mb, until_stable
 from qat.core.errors import UserError
+from qat.core.rounds import no_collection
 from qat.engine import Options, build
 
 Feeds = dict[str, np.ndarray]
 
 
-class TimedRow:
+class TimedRow(ABC):
     """What is asked of every row. A subclass sets `feeds` and `size_mb`, and runs."""
 
     feeds: Sequence[Feeds]
     size_mb: float
 
+    @abstractmethod
     def run(self, feed: Feeds) -> Any:
         """Once, arrays to arrays."""
-        raise NotImplementedError
 
     def _once(self, feed: Feeds) -> float:
         begin = time.perf_counter()
@@ -39,21 +40,13 @@ class TimedRow:
     def turn(self, number: int, repeats: int) -> list[float]:
         """One run that is not counted, then milliseconds of `repeats` that are."""
         feed = self.feeds[number % len(self.feeds)]
-        gc.collect()
-        gc.disable()
-        try:
+        with no_collection():
             self._once(feed)
             return [self._once(feed) for _ in range(repeats)]
-        finally:
-            gc.enable()
 
     def finish(self) -> dict[str, Any]:
         """After the last run."""
         return {"memory_peak_mb": memory_mb("VmHWM"), "size_mb": round(self.size_mb, 3)}
-
-
-def _stored_mb(file: Path) -> float:
-    return sum(f.stat().st_size for f in (file, file.with_suffix(".bin")) if f.is_file()) / 1e6
 
 
 class EngineRow(TimedRow):
@@ -63,7 +56,7 @@ class EngineRow(TimedRow):
         self, file: Path, backend: str, precision: str, threads: int, feeds: Sequence[Feeds], bfloat16: bool = False
     ) -> None:
         self.engine = build(file, backend, precision, Options(threads=threads, cache=None, bfloat16=bfloat16))
-        self.feeds, self.size_mb = feeds, _stored_mb(file)
+        self.feeds, self.size_mb = feeds, stored_mb(file)
 
     def run(self, feed: Feeds) -> Any:
         return self.engine.run(feed)
@@ -87,7 +80,7 @@ class OpenVinoAsItComes(TimedRow):
         compiled = ov.Core().compile_model(ov.Core().read_model(file), "CPU", settings)
         self.described = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.request = compiled.create_infer_request()
-        self.feeds, self.size_mb = feeds, _stored_mb(file)
+        self.feeds, self.size_mb = feeds, stored_mb(file)
 
     def run(self, feed: Feeds) -> Any:
         results = self.request.infer(feed, share_inputs=True, share_outputs=True)

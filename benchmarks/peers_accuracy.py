@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from command import check_least, one_line_errors
 from rich.console import Console
 from rich.table import Table
 
@@ -613,6 +614,7 @@ def print_table(result: Mapping[str, Any]) -> None:
         print(f"failed: {label}: {error}")
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags; bad use ends with one line and status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -645,12 +647,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     args.command = shlex.join(["python", "benchmarks/peers_accuracy.py", *words])
     try:
-        if args.resamples < 1:
-            raise UserError(f"--resamples: found {args.resamples}, expected at least 1")
+        check_least(args, resamples=1)
         return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return 130

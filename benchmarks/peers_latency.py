@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import check_least, one_line_errors
 from flavours import OURS, OURS_ALL, PART, Job, load_job, make_graphs
 from latency_rows import EngineRow, OpenVinoAsItComes, TorchRow
 from rich.table import Table
@@ -45,6 +46,7 @@ from qat.benchmark.worker import WHOLE, Worker
 from qat.core.errors import UserError
 from qat.core.files import write_json
 from qat.core.manifest import load_manifest
+from qat.core.rounds import turned
 from qat.engine import Options
 from qat.export import export_parts
 from qat.lean.detector import KEEP_FLOAT
@@ -149,8 +151,7 @@ def measure(rows: Sequence[Row], rounds: int, repeats: int, say: Say) -> tuple[l
             skipped[row.name] = str(error).strip().splitlines()[-1]
             say(f"{row.name}: skipped: {skipped[row.name]}")
     for turn in range(rounds):
-        for place in range(len(running)):
-            row = running[(place + turn) % len(running)]
+        for row in turned(running, turn):
             row.rounds_ms.append(row.ask("turn", turn, repeats))
         say(f"round {turn + 1} of {rounds}")
     for row in running:
@@ -333,6 +334,7 @@ def explain(best: Mapping[str, Any], exact: Mapping[str, Any], folder: Path, thr
     return {"stages": stages, "layers": layers}
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status: 0 measured, whether the goals are met or not; 2 bad use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -365,9 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, file=sys.stderr, flush=True)
 
     try:
-        for name, least in (("rounds", 1), ("repeats", 1), ("held_out", 1), ("threads", 0)):
-            if getattr(args, name) < least:
-                raise UserError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, expected at least {least}")
+        check_least(args, rounds=1, repeats=1, held_out=1, threads=0)
         if args.threads:
             torch.set_num_threads(args.threads)
         before = load_average()
@@ -404,9 +404,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             write_json(args.json, result)
             print(args.json)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

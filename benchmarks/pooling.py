@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import sys
 import time
 import warnings
@@ -38,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from calibration import load_samples
+from command import check_least, one_line_errors
 from rich.console import Console
 from rich.table import Table
 
@@ -46,6 +46,7 @@ from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import write_json
 from qat.core.geometry import PoolPattern
+from qat.core.rounds import no_collection, turned
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.data.frame import load_frame
@@ -172,20 +173,15 @@ def peak_mb(run: Callable[[], Any]) -> float | None:
 
 def measure(rows: Sequence[Row], rounds: int) -> None:
     """Times the rows in turn."""
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         for turn in range(rounds):
-            for place in range(len(rows)):
-                row = rows[(place + turn) % len(rows)]
+            for row in turned(rows, turn):
                 time.sleep(PAUSE)
                 cpu, wall = time.process_time(), time.perf_counter()
                 result = row.run()
                 row.wall.append(time.perf_counter() - wall)
                 row.cpu.append(time.process_time() - cpu)
                 del result  # giving the memory back is not timed, for none
-    finally:
-        gc.enable()
 
 
 def pattern_rebuild(
@@ -335,6 +331,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status: 0 measured, 2 bad use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -352,19 +349,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="openvino", help="for --onnx (default openvino)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     args = parser.parse_args(argv)
-    try:
-        if args.rounds < 1:
-            raise UserError(f"--rounds: found {args.rounds}, expected at least 1")
-        if args.frames < 1:
-            raise UserError(f"--frames: found {args.frames}, expected at least 1")
-        if args.threads < 0:
-            raise UserError(f"--threads: found {args.threads}, expected 0 (all cores) or more")
-        result = run(args)
-        if args.json:
-            write_json(args.json, result)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_least(args, rounds=1, frames=1)
+    if args.threads < 0:
+        raise UserError(f"--threads: found {args.threads}, expected 0 (all cores) or more")
+    result = run(args)
+    if args.json:
+        write_json(args.json, result)
     return 0
 
 

@@ -22,9 +22,10 @@ from qat.benchmark.plot import draw
 from qat.benchmark.statistics import summary
 from qat.benchmark.worker import MOST_RUNS, MOST_SECONDS, REBUILD, STABLE, WHOLE, WINDOW, RowSpec, Worker, start_row
 from qat.core.errors import UserError
-from qat.core.files import atomic_path, write_json
+from qat.core.files import write_json, write_text
 from qat.core.manifest import FILE, PARTS
 from qat.core.progress import Done, progress_bar
+from qat.core.rounds import turned
 from qat.engine import Options, described
 from qat.runtime.engines import run_options
 
@@ -125,8 +126,7 @@ def _stop(rows: Sequence[_Row]) -> None:
 def _measure(rows: Sequence[_Row], options: BenchmarkOptions, done: Done) -> None:
     """In each round every row has one turn, in an order that is turned by one place a round."""
     for turn in range(options.rounds):
-        for place in range(len(rows)):
-            row = rows[(place + turn) % len(rows)]
+        for row in turned(rows, turn):
             row.turns.append(row.worker.ask("turn", turn, options.repeats))
         done(turn + 1)
     for row in rows:
@@ -291,12 +291,6 @@ def csv_text(results: Results) -> str:
                 }
             )
     return stream.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
 
 
 def benchmark(options: BenchmarkOptions) -> Results:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import multiprocessing
 import signal
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.machine import field, read_text
+from qat.core.rounds import no_collection
 from qat.engine.base import Options
 
 WHOLE, REBUILD = "end to end", "pattern rebuild"
@@ -71,16 +71,6 @@ def until_stable(
             return {"runs": runs, "stable": stable, "windows_ms": [round(w, 4) for w in windows]}
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 class _Row:
     """The row's pipeline and what is fed to it."""
 
@@ -112,14 +102,14 @@ class _Row:
     def warm_up(self) -> dict[str, Any]:
         """`until_stable` on the first frame."""
         frame = self.frames[0].moved(0)
-        with _no_collection():
+        with no_collection():
             return until_stable(lambda: self._once(frame)[0][WHOLE])
 
     def turn(self, number: int, repeats: int) -> dict[str, Any]:
         """One frame with a camera geometry that is new to the pipeline: one run that is not counted (it brings the row's
         weights back into the caches, and tells what a new geometry's pattern costs), then `repeats` that are."""
         frame = self.frames[number % len(self.frames)].moved(number + 1)
-        with _no_collection():
+        with no_collection():
             first, _ = self._once(frame)
             counted = [self._once(frame) for _ in range(repeats)]
         return {
@@ -140,8 +130,12 @@ def _size(part: Any) -> dict[str, Any]:
     if (built := getattr(part, "size_bytes", None)) is not None:
         return {"size_mb": round(built / 1e6, 4), "size_of": "engine"}
     source = Path(part.source)
-    stored = sum(file.stat().st_size for file in (source, source.with_suffix(".bin")) if file.is_file())
-    return {"size_mb": round(stored / 1e6, 4), "size_of": source.suffix.lstrip(".") + " file"}
+    return {"size_mb": round(stored_mb(source), 4), "size_of": source.suffix.lstrip(".") + " file"}
+
+
+def stored_mb(file: Path) -> float:
+    """Of a graph's file, and of the weights beside OpenVINO's."""
+    return sum(f.stat().st_size for f in (file, file.with_suffix(".bin")) if f.is_file()) / 1e6
 
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

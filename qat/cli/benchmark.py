@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, compares."""
     from qat.benchmark import plan
     from qat.benchmark.changes import THRESHOLD, load_results, print_changes
-    from qat.benchmark.run import NAME, BenchmarkOptions, benchmark, csv_text, write_text
+    from qat.benchmark.run import NAME, BenchmarkOptions, benchmark, csv_text
     from qat.benchmark.table import print_files, print_results
     from qat.cli import INTERRUPTED
     from qat.core.errors import UserError
-    from qat.core.files import write_json
+    from qat.core.files import write_json, write_text
 
     written = args.out / f"{NAME}.json"
     if args.data is None and (args.split or args.version):

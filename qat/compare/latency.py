@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qat.compare.rows import Row
+from qat.core.rounds import no_collection, turned
 from qat.runtime import SampleTensors
 
 
@@ -53,15 +53,10 @@ def measure(
         a `Timings` for each row.
     """
     timings = [Timings() for _ in rows]
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         for turn in range(rounds):
             sample = samples[turn % len(samples)]
-            for place in range(len(rows)):
-                n = (place + turn) % len(rows)
-                row, timing = rows[n], timings[n]
+            for row, timing in turned(list(zip(rows, timings, strict=True)), turn):
                 if not row.simulated:
                     row.pipeline.detect_sample(sample)
                 for _ in range(1 if row.simulated else repeats):
@@ -71,7 +66,4 @@ def measure(
                     for name, value in row.pipeline.timing_ms.items():
                         timing.stages.setdefault(name, []).append(value)
             progress(turn + 1)
-    finally:
-        if collecting:
-            gc.enable()
     return timings

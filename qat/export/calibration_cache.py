@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 
 from qat.core.errors import UserError
-from qat.core.files import atomic_path
+from qat.core.files import write_text
 from qat.export.lookups import constants, consumers
 
 HEADER = re.compile(r"TRT-(\d+)-(\w+)")
@@ -193,8 +193,7 @@ def write_calibration_cache(
             if any(c in name for c in "\n\r") or ": " in name:
                 raise UserError(f"{path}: found a line break or ': ' in the tensor name {name!r}, expected none")
             lines.append(f"{name}: {struct.pack('>f', scales[name]).hex()}")
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return {"tensors": len(lines) - 1, "missing": [name for name in names if name not in scales]}
 
 

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qat.core.files import atomic_path
+from qat.core.files import write_text
 from qat.report.charts import birds_eye, camera_view, class_bars, latency_bars, precision_class, scatter
 from qat.report.schema import Results, load_results
 from qat.report.verdict import (
@@ -395,6 +395,5 @@ def write_report(results: Mapping[str, Any] | str | Path, out: str | Path) -> Ve
     """
     checked = load_results(results)
     text = render(checked)
-    with atomic_path(out) as temporary:
-        temporary.write_text(text, "utf-8")
+    write_text(out, text)
     return decide(checked["rows"])

@@ -19,6 +19,7 @@ def run(monkeypatch, name, *flags):
     monkeypatch.setitem(sys.modules, spec.name, module)
     monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # they take from each other
     spec.loader.exec_module(module)
     return module.main()
 
@@ -52,7 +53,6 @@ def test_corrections_measure_every_variant(monkeypatch, capsys, tmp_path, tiny_c
 
 def test_flavours_are_timed_beside_quantize_static(monkeypatch, capsys, tmp_path, tiny_config):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config))
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # it takes frames and peers from the others
     flags = ("--config", tmp_path / "tiny.yaml", "--frames", 3, "--held-out", 1, "--rounds", 2)
     assert run(monkeypatch, "flavours", *flags, "--peers", "quantize_static", "--out", tmp_path / "found.json") == 0
     assert "onnxruntime: ours / quantize_static (goal at most 1.0)" in capsys.readouterr().out
@@ -66,7 +66,6 @@ def test_flavours_are_timed_beside_quantize_static(monkeypatch, capsys, tmp_path
 
 def test_flavours_need_frames_to_calibrate_on(monkeypatch, capsys, tmp_path, tiny_config):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config))
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert run(monkeypatch, "flavours", "--config", tmp_path / "tiny.yaml", "--frames", 2) == 2
     assert capsys.readouterr().err.endswith("error: --frames: found 2, expected more than the 2 that are held out\n")
 
@@ -105,7 +104,6 @@ def test_engine_settings_refuse_no_rounds(monkeypatch, capsys):
 
 def test_pooling_is_timed_beside_torch_and_the_naive_sum(monkeypatch, capsys, tmp_path, tiny_config):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_config))
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # it takes frames from another
     flags = ("--config", tmp_path / "tiny.yaml", "--rounds", 2, "--threads", 2, "--json", tmp_path / "found.json")
     assert run(monkeypatch, "pooling", *flags) == 0
     assert "ours / torch CSR (goal at most 0.5): " in capsys.readouterr().out
@@ -116,6 +114,5 @@ def test_pooling_is_timed_beside_torch_and_the_naive_sum(monkeypatch, capsys, tm
 
 
 def test_pooling_needs_rounds(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     assert run(monkeypatch, "pooling", "--rounds", 0) == 2
     assert capsys.readouterr().err == "error: --rounds: found 0, expected at least 1\n"
