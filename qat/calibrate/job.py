@@ -20,6 +20,7 @@ from qat.core.config import load_config, need_boxes
 from qat.core.errors import UserError
 from qat.core.files import sha256, write_json
 from qat.core.progress import progress_bar
+from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, check_annotated
 from qat.lean import Inventory, QuantizedDetector, auto_methods
 from qat.lean.placement import Kept
@@ -148,6 +149,7 @@ def calibrate_checkpoint(
         **branch,
         "int8_share_of_macs": round(report.int8_share, 4),
         "unexcited": report.unexcited,
+        "made": {"calibrate": made_by()},
     }
     if found is not None:
         recipe["budget"] = {"drop": found.budget, "of": found.of, "float_units": found.chosen.floats}

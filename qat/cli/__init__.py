@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import qat
 from qat.core.errors import UserError
+from qat.core.provenance import running
 
 VERBS = {
     "demo": "calibrate, export, build, compare and report on example-data, on the CPU",
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(subparser)
     args = parser.parse_args(arguments)
     try:
-        return int(module.run(args))
+        with running(arguments):
+            return int(module.run(args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USE

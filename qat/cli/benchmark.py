@@ -13,7 +13,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -54,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.cli import INTERRUPTED
     from qat.core.errors import UserError
     from qat.core.files import write_json, write_text
+    from qat.core.provenance import command_line
 
     written = args.out / f"{NAME}.json"
     if args.data is None and (args.split or args.version):
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             engine=engine_options(args, plan.asked_backends(args.onnx, backends), cache=args.cache),
             roofline=not args.no_roofline,
-            command=shlex.join(["bevqat", *sys.argv[1:]]),
+            command=command_line(),
         )
         try:
             new = benchmark(options)

@@ -8,13 +8,16 @@ example:
   bevqat export-camera --ckpt runs/tiny/ptq.pth
   bevqat export-camera --ckpt runs/tiny/ptq.pth --fp32
   bevqat compare --ptq runs/tiny/ptq.pth --fp32 runs/tiny/onnx_fp32 --int8 runs/tiny/onnx_int8 --out runs/tiny
+
+The worst layers, their activations and what stays float come into the report from a sensitivity of the same checkpoint:
+  bevqat sensitivity runs/tiny/ptq.pth --frames 4 --out runs/tiny
+  bevqat compare --ptq runs/tiny/ptq.pth --fp32 runs/tiny/onnx_fp32 --int8 runs/tiny/onnx_int8 \
+      --sensitivity runs/tiny/sensitivity.json --out runs/tiny
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 from qat.cli.engine_flags import add_engine_flags, add_tensorrt_flags, engine_options
@@ -45,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="resamples of the scenes for the 95 %% intervals of mAP and NDS differences (default 1000, 0: none)",
     )
+    parser.add_argument(
+        "--sensitivity",
+        type=Path,
+        metavar="FILE",
+        help="what `bevqat sensitivity` wrote of --ptq's checkpoint (sensitivity.json): worst layers, what stays float",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR")
     add_engine_flags(parser)
     add_tensorrt_flags(parser)
@@ -68,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             resamples=args.resamples,
             engines=engine_options(args, backends),
-            command=shlex.join(["bevqat", *sys.argv[1:]]),
+            sensitivity=args.sensitivity,
         )
     )
     print_summary(comparison)

@@ -5,13 +5,14 @@ print(verdict.headline)
 """
 
 from qat.report.page import write_report
-from qat.report.schema import SCHEMA, check_results, load_results
+from qat.report.schema import SCHEMA, check_results, check_sensitivity, load_results
 from qat.report.verdict import Verdict, compared_row, decide, reference_of, row_name
 
 __all__ = [
     "SCHEMA",
     "Verdict",
     "check_results",
+    "check_sensitivity",
     "compared_row",
     "decide",
     "load_results",

@@ -11,7 +11,7 @@ from typing import Any
 
 from qat.core.files import write_text
 from qat.report.charts import birds_eye, camera_view, class_bars, latency_bars, precision_class, scatter
-from qat.report.schema import Results, load_results
+from qat.report.schema import EXACT_DB, Results, load_results
 from qat.report.verdict import (
     MAX_LOSS,
     Row,
@@ -36,7 +36,6 @@ _TENSORS = {
     "middle": "decoder",
 }
 _NOTHING: tuple = (None, "", [], {})
-EXACT_DB = 200  # what compare writes for equal tensors
 _TP_NAMES = {
     "trans_err": "mATE, m",
     "scale_err": "mASE",
