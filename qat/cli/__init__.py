@@ -31,7 +31,7 @@ VERBS = {
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
     "compare": "run every backend and precision over the evaluation frames, beside FP32",
     "benchmark": "time exported parts and the whole detector on this machine, by backend and precision",
-    "report": "make report.html from results.json",
+    "report": "make report.html from results.json, or a comparison of two",
 }
 
 OK, FAILED, BAD_USE, INTERRUPTED = 0, 1, 2, 130
