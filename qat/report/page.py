@@ -319,7 +319,7 @@ def _provenance(results: Results) -> str:
         ]
         parts.append(
             "<details open><summary>Files and the first 16 digits of their SHA-256</summary>"
-            f"{table(['What', 'File', 'SHA-256'], body)}</details>"
+            f"{table(['What', 'File', 'SHA-256'], body, ('File', 'SHA-256'))}</details>"
         )
     return "".join(parts)
 

@@ -92,7 +92,8 @@ def in_words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {in_words(item)}" for key, item in value.items() if item not in _NOTHING)
     if isinstance(value, list | tuple):
-        return ", ".join(in_words(item) for item in value)
+        pairs = (" ".join(map(in_words, item)) if isinstance(item, list | tuple) else in_words(item) for item in value)
+        return ", ".join(pairs)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
