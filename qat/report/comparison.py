@@ -145,16 +145,14 @@ def _difference(values: tuple[float | None, float | None]) -> Cell:
 
 
 def _rows_table(pairs: Sequence[tuple[Row | None, Row | None]], ships: tuple[Row | None, Row | None]) -> str:
-    every = [row for pair in pairs for row in pair if row is not None]
+    shown = [row for pair in pairs if (row := pair[0] or pair[1]) is not None]
     heads = ["Backend and precision", "mAP, A", "mAP, B", "Δ mAP", "NDS, A", "NDS, B", "Δ NDS"]
     heads += ["Median, A", "Median, B", "Δ", "B's speed"]
     body = []
-    for pair in pairs:
-        row = pair[0] or pair[1]
-        assert row is not None
+    for row, pair in zip(shown, pairs, strict=True):
         accuracies = [_both(pair, key) for key in ("map", "nds")]
         medians = tuple(None if own is None else own["latency_ms"]["median"] for own in pair)
-        cells = [name_cell(row, [other for other in every if other in (pair[0], pair[1])] if None in pair else [row])]
+        cells = [name_cell(row, shown)]
         for values in accuracies:
             cells += [*(optional(value, "{:.3f}".format) for value in values), _difference(values)]
         cells += [optional(value, milliseconds) for value in medians]
