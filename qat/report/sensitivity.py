@@ -47,11 +47,8 @@ def noise(unit: Results, tensor: str) -> float:
 
 
 def _drop(unit: Results) -> str:
-    return "".join(
-        f", {signed(-value, 4)} {'mAP' if name == 'map' else name.upper()}"
-        for name, value in (unit.get("drop") or {}).items()
-        if name == "map" and value is not None
-    )
+    lost = (unit.get("drop") or {}).get("map")
+    return "" if lost is None else f' <small class="drop">{signed(-lost, 4)} mAP</small>'
 
 
 def bars(section: Results) -> str:
@@ -64,11 +61,11 @@ def bars(section: Results) -> str:
     parts = []
     for name, unit, style in rows:
         value = decibels(unit["sqnr_db"].get(tensor, EXACT_DB))
-        label = f"{value}{'' if value == 'exact' else ' dB'}{_drop(unit)}"
+        label = f"{value}{'' if value == 'exact' else ' dB'}"
         parts.append(
             f'<div title="{escape(unit["name"])}">{breakable(name)}</div><div class="track {style}">'
             f'<div class="fill" style="width:{100 * noise(unit, tensor) / longest:.2f}%"></div></div>'
-            f'<div class="value">{escape(label)}</div><div class="value"><small>{percent(unit["macs_share"])}</small></div>'
+            f'<div class="value">{escape(label)}{_drop(unit)}</div><div class="value"><small>{percent(unit["macs_share"])}</small></div>'
         )
     heads = "".join(
         f'<div class="head{" value" if n > 1 else ""}"><small>{text}</small></div>'

@@ -209,7 +209,7 @@ def test_units_that_pay_are_drawn_by_the_noise_that_they_make(results: dict, tmp
     widths = [float(width) for width in re.findall(r'class="fill" style="width:([\d.]+)%"', chart)]
     noise = [10 ** (-value / 10) for value in (27.5, 31.0, 34.0, 41.0)]
     assert widths == pytest.approx([100 * value / noise[0] for value in noise], abs=0.01)
-    assert "31.0 dB, −0.0042 mAP" in chart and "+0.0010" in chart
+    assert '31.0 dB <small class="drop">−0.0042 mAP' in chart and "+0.0010" in chart
 
 
 def test_the_page_tells_what_stays_float_and_why(results: dict, tmp_path: Path) -> None:
