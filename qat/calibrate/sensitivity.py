@@ -439,20 +439,21 @@ def measure_histograms(
             done(index + 1)
     result = []
     for unit, amax, tally in zip(chosen, ranges, totals, strict=True):
-        values, *parts = (tally.counts[name] for name in _TALLY)
+        counted = tally.counts
         width, counts = tally.compact()
-        shares = [round(part / max(values, 1), 9) for part in parts]
         result.append(
             ActivationHistogram(
-                unit.name,
-                list(unit.layers),
-                range_method(unit.name, recipe),
-                amax,
-                tally.histogram.largest,
-                values,
-                *shares,
-                width,
-                counts,
+                unit=unit.name,
+                layers=list(unit.layers),
+                method=range_method(unit.name, recipe),
+                amax=amax,
+                largest=tally.histogram.largest,
+                values=counted["values"],
+                zeros=counted["zeros"] / max(counted["values"], 1),
+                to_zero=counted["to_zero"] / max(counted["values"], 1),
+                clipped=counted["clipped"] / max(counted["values"], 1),
+                bin_width=width,
+                counts=counts,
             )
         )
     return result

@@ -1,18 +1,14 @@
 """Run the whole detector over the evaluation keyframes with PyTorch and each backend × precision; write the report.
 
 Accuracy is what the nuScenes devkit computes on all keyframes; latency is measured interleaved. An interrupted run
-goes on where it was.
+goes on where it was. With --sensitivity the report tells which layers pay for INT8 and what stays float.
 
 example:
   bevqat calibrate --out runs/tiny/ptq.pth
+  bevqat sensitivity runs/tiny/ptq.pth --frames 4 --out runs/tiny
   bevqat export-camera --ckpt runs/tiny/ptq.pth
   bevqat export-camera --ckpt runs/tiny/ptq.pth --fp32
-  bevqat compare --ptq runs/tiny/ptq.pth --fp32 runs/tiny/onnx_fp32 --int8 runs/tiny/onnx_int8 --out runs/tiny
-
-The worst layers, their activations and what stays float come into the report from a sensitivity of the same checkpoint:
-  bevqat sensitivity runs/tiny/ptq.pth --frames 4 --out runs/tiny
-  bevqat compare --ptq runs/tiny/ptq.pth --fp32 runs/tiny/onnx_fp32 --int8 runs/tiny/onnx_int8 \
-      --sensitivity runs/tiny/sensitivity.json --out runs/tiny
+  bevqat compare --ptq runs/tiny/ptq.pth --fp32 runs/tiny/onnx_fp32 --int8 runs/tiny/onnx_int8 --sensitivity runs/tiny/sensitivity.json --out runs/tiny
 """
 
 from __future__ import annotations

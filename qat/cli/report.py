@@ -2,7 +2,7 @@
 
 examples:
   bevqat report runs/demo/results.json
-  bevqat report runs/before/results.json runs/after/results.json --out runs/comparison.html
+  bevqat report runs/demo/results.json runs/tiny/results.json --out runs/comparison.html
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from html import escape
 from qat.report.schema import Results
 from qat.report.verdict import MAX_LOSS, Row, milliseconds, reference_of, row_name
 
-WIDTH, HEIGHT = 420, 300
+WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 44
 _MARKS = {
     "pytorch": "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z",

@@ -14,7 +14,7 @@ from qat.report.charts import precision_class
 from qat.report.page import document
 from qat.report.schema import Results, load_results
 from qat.report.sensitivity import side_by_side
-from qat.report.tables import Cell, change, in_words, name_cell, optional, plain, table
+from qat.report.tables import MISSING, Cell, change, in_words, name_cell, optional, plain, table
 from qat.report.verdict import MAX_LOSS, MIN_GAIN, Row, Verdict, compared_row, decide, milliseconds, row_name, signed
 
 MIN_CHANGE = 0.002  # of mAP or NDS; less is no difference
@@ -141,7 +141,7 @@ def _both(pair: tuple[Row | None, Row | None], key: str) -> tuple[float | None, 
 
 
 def _difference(values: tuple[float | None, float | None]) -> Cell:
-    return ("–", "-Infinity") if values[0] is None or values[1] is None else change(values[1] - values[0])
+    return MISSING if values[0] is None or values[1] is None else change(values[1] - values[0])
 
 
 def _rows_table(pairs: Sequence[tuple[Row | None, Row | None]], ships: tuple[Row | None, Row | None]) -> str:
@@ -151,17 +151,17 @@ def _rows_table(pairs: Sequence[tuple[Row | None, Row | None]], ships: tuple[Row
     body = []
     for row, pair in zip(shown, pairs, strict=True):
         accuracies = [_both(pair, key) for key in ("map", "nds")]
-        medians = tuple(None if own is None else own["latency_ms"]["median"] for own in pair)
+        before, after = (None if own is None else float(own["latency_ms"]["median"]) for own in pair)
         cells = [name_cell(row, shown)]
         for values in accuracies:
             cells += [*(optional(value, "{:.3f}".format) for value in values), _difference(values)]
-        cells += [optional(value, milliseconds) for value in medians]
-        if None in medians:
-            cells += [("–", "-Infinity")] * 2
+        cells += [optional(value, milliseconds) for value in (before, after)]
+        if before is None or after is None:
+            cells += [MISSING] * 2
         else:
-            by = medians[1] - medians[0]
+            by = after - before
             cells.append((f"{'−' if by < 0 else '+'}{milliseconds(abs(by))}", by))
-            cells.append((f"{medians[0] / medians[1]:.2f}×", medians[0] / medians[1]))
+            cells.append((f"{before / after:.2f}×", before / after))
         shipped = any(own is not None and own is ship for own, ship in zip(pair, ships, strict=True))
         body.append(("ship" if shipped else "", cells))
     return table(heads, body)
@@ -178,15 +178,15 @@ def _classes(a: Results, b: Results, ships: tuple[Row | None, Row | None]) -> st
         return ""
     parts = []
     for name in sorted(names, key=lambda name: (-(shown[0]["per_class_ap"].get(name) or 0.0), name)):
-        pair = [row["per_class_ap"].get(name) or 0.0 for row in shown]
+        aps = [row["per_class_ap"].get(name) or 0.0 for row in shown]
         bars = "".join(
             f'<div class="track {style}"><div class="fill" style="width:{100 * ap:.2f}%"></div></div>'
-            for style, ap in zip(("run-a", "run-b"), pair, strict=True)
+            for style, ap in zip(("run-a", "run-b"), aps, strict=True)
         )
-        tone = change(pair[1] - pair[0])[0]
+        tone = change(aps[1] - aps[0])[0]
         parts.append(
             f'<div>{escape(name.replace("_", " "))}</div><div class="pair">{bars}</div>'
-            f'<div class="value">{pair[0]:.3f} <small>→</small> {pair[1]:.3f} <span class="by">{tone}</span></div>'
+            f'<div class="value">{aps[0]:.3f} <small>→</small> {aps[1]:.3f} <span class="by">{tone}</span></div>'
         )
     legend = " and ".join(
         f'<span class="dot {style}"></span>{letter}, {escape(row_name(row, own["rows"]))}'
@@ -196,9 +196,9 @@ def _classes(a: Results, b: Results, ships: tuple[Row | None, Row | None]) -> st
     for pair in _matched(a["rows"], b["rows"]):
         if pair[0] is None or pair[1] is None:
             continue
-        aps = pair[0]["per_class_ap"], pair[1]["per_class_ap"]
+        first, second = pair[0]["per_class_ap"], pair[1]["per_class_ap"]
         cells: list[Cell] = [name_cell(pair[0], a["rows"])]
-        cells += [_difference((aps[0].get(name), aps[1].get(name))) for name in names]
+        cells += [_difference((first.get(name), second.get(name))) for name in names]
         body.append(("", cells))
     heads = ["Backend and precision", *(name.replace("_", " ") for name in names)]
     more = f"<details><summary>Change of every row's AP, B − A</summary>{table(heads, body)}</details>" if body else ""

@@ -115,6 +115,8 @@ def _about_table(rows: Sequence[Row], verdict: Verdict) -> str:
     reference = reference_of(rows)
     text = "Every backend and precision over the same keyframes"
     text += f"; differences are against {row_name(reference, rows)}" if reference is not None and len(rows) > 1 else ""
+    if any(row.get("change") for row in rows):
+        text += ", with their 95 % bounds below"
     return text + ("; the green row is the one to ship." if verdict.ship is not None else ".")
 
 

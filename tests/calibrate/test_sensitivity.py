@@ -265,6 +265,8 @@ def test_a_sensitivity_of_another_checkpoint_is_refused(quantized, tiny_frames, 
 def test_no_frames_is_an_error(quantized, tmp_path):
     with pytest.raises(UserError, match="no frames"):
         measure_sensitivity(quantized, [], tmp_path, "k")
+    with pytest.raises(UserError, match="--histograms: found -1, expected 0 or more"):
+        measure_sensitivity(quantized, [], tmp_path, "k", worst=-1)
 
 
 def test_the_command_with_map(quantized, tiny_model, tmp_path, capsys):
