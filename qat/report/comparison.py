@@ -203,8 +203,8 @@ def _classes(a: Results, b: Results, ships: tuple[Row | None, Row | None]) -> st
     heads = ["Backend and precision", *(name.replace("_", " ") for name in names)]
     more = f"<details><summary>Change of every row's AP, B − A</summary>{table(heads, body)}</details>" if body else ""
     return (
-        f'<h2>Per class</h2><p class="note">{legend}: average precision, and its change.</p>'
-        f'<div class="card"><div class="classes">{"".join(parts)}</div></div>{more}'
+        f'<div class="together"><h2>Per class</h2><p class="note">{legend}: average precision, and its change.</p>'
+        f'<div class="card"><div class="classes">{"".join(parts)}</div></div></div>{more}'
     )
 
 

@@ -189,7 +189,10 @@ def _classes(results: Results, verdict: Verdict) -> str:
         f'<span class="dot {precision_class(shown)}"></span>{escape(row_name(shown, rows))}: average precision over the '
         "distances 0.5, 1, 2 and 4 m. The small number is how many objects are annotated.</p>"
     )  # fmt: skip
-    return f"<h2>Per class</h2>{legend}{bars}<details><summary>Every row's AP and errors</summary>{tables}</details>"
+    return (
+        f'<div class="together"><h2>Per class</h2>{legend}{bars}</div>'
+        f"<details><summary>Every row's AP and errors</summary>{tables}</details>"
+    )
 
 
 def _stages(rows: Sequence[Row]) -> str:

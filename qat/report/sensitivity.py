@@ -148,8 +148,8 @@ def sensitivity(section: Results) -> str:
     more = f"<details><summary>The {len(section['units'])} worst units in figures</summary>{_units_table(section)}</details>"
     kept = f'<div class="together"><h3 class="apart">Kept in float</h3>{_share_bar(section)}{_floats(section)}</div>'
     return (
-        f'<h2>Which layers pay for INT8</h2><p class="note">{escape(note)}</p>'
-        f'<div class="card">{bars(section)}</div>{more}{kept}{_histograms(section)}'
+        f'<div class="together"><h2>Which layers pay for INT8</h2><p class="note">{escape(note)}</p>'
+        f'<div class="card">{bars(section)}</div></div>{more}{kept}{_histograms(section)}'
     )
 
 
