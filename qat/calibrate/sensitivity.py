@@ -326,6 +326,7 @@ def kept_in_float(model: QuantizedDetector, macs: Mapping[str, int], recipe: Map
     found = [
         FloatLayers(*group, layers, round(sum(macs.get(layer, 0) for layer in layers) / total, 6))
         for group, layers in groups.items()
+        if layers  # a view transform that does not downsample has none
     ]
     return sorted(found, key=lambda group: -group.macs_share)
 

@@ -259,32 +259,22 @@ def side_by_side(a: Results, b: Results) -> str:
     body = [("", cells(unit_name(name), first.get(name), second.get(name))) for name in names]
     body.append(("", cells("all together", a["together"], b["together"])))
     units = table(["Unit", "A, dB", "B, dB", "B − A", "MACs, A", "MACs, B"], body)
-    reasons = list(dict.fromkeys((g["part"], g["reason"]) for section in (a, b) for g in section["floats"]))
-    shares = [{(g["part"], g["reason"]): g for g in section["floats"]} for section in (a, b)]
-    floats = table(
-        ["Part", "Why", "MACs, A", "MACs, B", "Layers, A", "Layers, B"],
-        [
-            (
-                "",
-                [
-                    plain(part),
-                    plain(reason),
-                    *(
-                        optional(own[part, reason]["macs_share"] if (part, reason) in own else None, percent)
-                        for own in shares
-                    ),
-                    *(
-                        optional(len(own[part, reason]["layers"]) if (part, reason) in own else None, in_words)
-                        for own in shares
-                    ),
-                ],
-            )
-            for part, reason in reasons
-        ],
-        ("Why",),
-    )
     note = (
         f"Signal-to-noise ratio at {_WHERE.get(tensor, tensor)} with one unit in INT8, of the worst units of either run (– where "
         f"it is not among the worst). A: {_frames(a)}. B: {_frames(b)}."
     )
-    return f'<p class="note">{escape(note)}</p>{units}<h3 class="apart">Kept in float</h3>{floats}'
+    return f'<p class="note">{escape(note)}</p>{units}<h3 class="apart">Kept in float</h3>{_both_floats(a, b)}'
+
+
+def _both_floats(a: Results, b: Results) -> str:
+    groups = [{(group["part"], group["reason"]): group for group in section["floats"]} for section in (a, b)]
+    reasons = list(dict.fromkeys([*groups[0], *groups[1]]))
+    if not reasons:
+        return '<p class="note">Nothing in either run: every layer with weights is INT8.</p>'
+    body: list[tuple[str, list[Cell]]] = []
+    for reason in reasons:
+        found = [own.get(reason) for own in groups]
+        shares = [optional(None if group is None else group["macs_share"], percent) for group in found]
+        counts = [optional(None if group is None else len(group["layers"]), in_words) for group in found]
+        body.append(("", [plain(reason[0]), plain(reason[1]), *shares, *counts]))
+    return table(["Part", "Why", "MACs, A", "MACs, B", "Layers, A", "Layers, B"], body, ("Why",))
