@@ -1,0 +1,13 @@
+"""x
+
+example:
+  bevqat doctor
+"""
+
+
+def add_arguments(parser):
+    pass
+
+
+def run(args):
+    return 0
