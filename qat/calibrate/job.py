@@ -216,11 +216,12 @@ def _part_figures(result: CalibrationResult) -> dict[str, dict[str, Any]]:
 def summarize(result: CalibrationResult) -> dict[str, Any]:
     """What `print_summary` prints, for scripts: JSON values, and paths."""
     model, report, budget = result.model, result.report, result.budget
+    parts = _part_figures(result)
     return {
         "method": result.recipe["method"],
         "frames": report.frames,
         "int8_share_of_macs": report.int8_share,
-        "quantizers": sum(figures["quantizers"] for figures in (parts := _part_figures(result)).values()),
+        "quantizers": sum(figures["quantizers"] for figures in parts.values()),
         "parts": parts,
         "float": [
             {"part": part, "name": name, "rule": kept.rule, "reason": kept.reason}
