@@ -104,11 +104,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """For --json: the verdict, where the files are, and what results.json has."""
+    """For --json: the verdict, where the files are, and what results.json has without the report's pictures."""
     verdict = comparison.verdict
+    results = {key: value for key, value in comparison.results.items() if key != "frames"}
     return {
         "verdict": {"headline": verdict.headline, "reasons": verdict.reasons, "ship": verdict.ship},
         "results": comparison.results_file,
         "report": comparison.report_file,
-        **comparison.results,
+        **results,
     }
