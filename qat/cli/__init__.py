@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return BAD_USE
     if asked is not None and asked not in VERBS:
-        parser.error(f"found no verb {asked!r}{nearest(asked, VERBS)}; `bevqat --help` lists them")
+        hint = nearest(asked, VERBS) or "; `bevqat --help` lists them"
+        parser.error(f"found no verb {asked!r}{hint}")
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.verb_parser(args.verb).refuse_unknown(unknown)

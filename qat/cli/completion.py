@@ -1,9 +1,10 @@
 """Print a script that completes verbs, flags, choices and files in a shell.
 
 example:
-  bevqat completion bash > bevqat.bash && . ./bevqat.bash
+  bevqat completion bash
 
-docs/commands.md tells where each shell looks for it.
+For this shell alone: source <(bevqat completion bash)
+docs/commands.md tells where each shell looks for it at its start.
 """
 
 from __future__ import annotations

@@ -81,7 +81,9 @@ def test_json_values_are_plain_and_what_is_not_finite_is_null():
 def test_a_reader_that_is_gone_ends_the_command_quietly(words):
     read, write = os.pipe()
     os.close(read)
-    done = python(f"import sys; from qat.cli import main; sys.exit(main({words}))", stdout=write, stderr=subprocess.PIPE)
+    done = python(
+        f"import sys; from qat.cli import main; sys.exit(main({words}))", stdout=write, stderr=subprocess.PIPE
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -174,7 +176,17 @@ def test_health_exits_with_1_and_says_so_in_json_where_a_layer_is_not_finite(fil
 
 def test_export_build_and_verify_tell_a_script_where_and_whether(ptq, run, tmp_path):
     out, engines = tmp_path / "onnx", tmp_path / "engines"
-    words = ("--ckpt", ptq, "--precision", "fp32", "--parts", "camera.backbone", "camera.vtransform", "fuser", "head.bbox")
+    words = (
+        "--ckpt",
+        ptq,
+        "--precision",
+        "fp32",
+        "--parts",
+        "camera.backbone",
+        "camera.vtransform",
+        "fuser",
+        "head.bbox",
+    )
     status, told = run("export-camera", *words, "--frames", 0, "--out", out, "--json", "-")
     found = json.loads(told.out)
     assert status == 0 and found["passed"] and found["out"] == str(out) and found["e2e"] is None

@@ -23,7 +23,12 @@ def run(stdout, stderr):
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
         environment.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        env=environment,
+        stdout=stdout,
+        stderr=stderr,
+        stdin=subprocess.DEVNULL,
     )
 
 
