@@ -36,7 +36,7 @@ def script(shell: str) -> str:
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
             elif action.choices is None and (action.type is Path or action.metavar == "FILE"):
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    return str(shtab.complete(parser, shell=shell))  # type: ignore[arg-type]
+    return str(shtab.complete(parser, shell=shell))
 
 
 def run(args: argparse.Namespace) -> int:
