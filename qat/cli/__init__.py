@@ -26,6 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: of status 0 after --help and --version, of status 2 for words that are not understood.
     """
+    try:
+        return _run(argv)
+    except ModuleNotFoundError as error:
+        package = (error.name or "qat").partition(".")[0]
+        if package == "qat":
+            raise
+        print(
+            f"error: the package {package} is not installed; mend by: what `bevqat doctor` says of it", file=sys.stderr
+        )
+        return BAD_USE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked = verb_of(arguments)
     parser = make_parser([asked] if asked in VERBS else [])

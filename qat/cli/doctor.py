@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from qat.cli import FAILED, OK
 from qat.cli.json_output import add_json_flag, emit_json
@@ -26,11 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_flag(parser)
 
 
+def _bar() -> AbstractContextManager[Any]:
+    """A bar while it looks; none where a package for it is what is missing."""
+    try:
+        from qat.core.progress import progress_bar
+    except Exception:  # a broken package may raise anything
+        return nullcontext()
+    return progress_bar("examine")
+
+
 def run(args: argparse.Namespace) -> int:
     """Examines and prints."""
     from qat.doctor import describe, examine
 
-    report = examine(args.out)
+    with _bar():
+        report = examine(args.out)
     for line in describe(report.findings, shutil.get_terminal_size((120, 24)).columns):
         print(line)
     print()

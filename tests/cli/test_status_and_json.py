@@ -105,6 +105,17 @@ except BrokenPipeError:
     os.close(write)
 
 
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [("torch", "['calibrate']"), ("numpy", "['build', '--help']"), ("shtab", "['completion', 'bash']")],
+)
+def test_a_package_that_is_not_installed_is_one_line(package, words):
+    script = f"import sys; sys.modules[{package!r}] = None; from qat.cli import main; sys.exit(main({words}))"
+    done = python(script, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: the package {package} is not installed; mend by: what `bevqat doctor` says")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     options = SynthOptions(scenes=1, seed=5, keyframes=2, width=192, height=128, azimuths=60, sweeps=0, splits={"a": 1})
