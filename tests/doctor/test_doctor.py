@@ -124,6 +124,42 @@ def test_gpus_are_what_the_drivers_tool_says(tmp_path, monkeypatch):
     assert found["state"] == PROBLEM and "version mismatch" in found["found"]
 
 
+STAND_IN = """
+import enum
+__version__ = "{version}"
+class BuilderFlag(enum.Enum): {builder}
+class NetworkDefinitionCreationFlag(enum.Enum): {network}
+class Builder: pass
+class IBuilderConfig: pass
+class ParserError: pass
+class ICudaEngine: pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "told"),
+    [
+        (
+            STAND_IN.format(version="8.5.3", builder="FP16, INT8 = 1, 2", network="EXPLICIT_BATCH = 1"),
+            OK,
+            "8.5.3 takes the flavours tensorrt",
+        ),
+        (
+            STAND_IN.format(version="11.0", builder="TF32 = 1", network="STRONGLY_TYPED = 1"),
+            OK,
+            "11.0 takes the flavours tensorrt-strong",
+        ),
+        ("raise ImportError('libnvinfer.so.10: cannot open shared object file')", PROBLEM, "libnvinfer.so.10"),
+    ],
+    ids=["8.5", "11", "without libraries"],
+)
+def test_a_tensorrt_is_told_with_the_flavours_that_it_takes(code, state, told, tmp_path, monkeypatch):
+    (tmp_path / "tensorrt.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = probes.ask(["tensorrt"])["tensorrt"]
+    assert found["state"] == state and told in found["found"], found
+
+
 def test_what_is_wanted_is_what_setup_py_says(tmp_path):
     want = packages.wanted()
     text = (ROOT / "setup.py").read_text()
