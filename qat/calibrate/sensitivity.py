@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -25,6 +24,7 @@ from qat import __version__
 from qat.calibrate.ptq import check_frame, counting_macs
 from qat.core.centerhead import Detections
 from qat.core.config import is_camera_branch, need_boxes
+from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import read_arrays, read_json, sha256, write_arrays, write_figure, write_json
 from qat.core.frame import Frame
@@ -532,8 +532,7 @@ def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
         drops = [f"{-row.drop[name]:+.4f}" for name in names] if row.drop else []
         sqnr = [f"{row.sqnr_db[t]:.1f} dB" for t in tensors]
         table.add_row(row.name, str(len(row.layers)), f"{row.macs_share:.1%}", *sqnr, *drops)
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    results_console(140).print(table)
     if len(found.units) > most:
         print(f"and {len(found.units) - most} more, which do less")
 

@@ -1,6 +1,6 @@
 """Make report.html, one self-contained page, from results.json; of two, a page that sets the runs side by side.
 
-examples:
+example:
   bevqat report runs/demo/results.json
   bevqat report runs/demo/results.json runs/tiny/results.json --out runs/comparison.html
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qat.cli.json_output import add_json_flag, emit_json
 from qat.core.errors import UserError
 
 
@@ -23,8 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="written by compare; one, or two to set side by side",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="HTML", help="default: report.html beside the results, comparison.html of two"
+        "--out",
+        type=Path,
+        metavar="HTML",
+        help="file to write (default report.html beside the results, comparison.html of two)",
     )
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,11 +43,14 @@ def run(args: argparse.Namespace) -> int:
     if len(args.results) == 1:
         verdict = write_report(first, out)
         print(f"{verdict.headline}. {' '.join(verdict.reasons)}")
+        told = {"verdict": {"headline": verdict.headline, "reasons": verdict.reasons, "ship": verdict.ship}}
     else:
         found = write_comparison(first, args.results[1], out)
         print(f"A: {first}\nB: {args.results[1]}")
         print(f"{found.headline}. {' '.join(found.reasons)}".rstrip())
         for warning in found.warnings:
             print(f"warning: {warning}")
+        told = {"comparison": {"headline": found.headline, "reasons": found.reasons, "warnings": found.warnings}}
     print(f"report: {out}")
+    emit_json(args, {"out": out, **told})
     return 0

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qat.cli.flags import add_data_flags
+from qat.cli.flags import add_checkpoint, add_data_flags, add_out_flag, checkpoint_of
+from qat.cli.json_output import add_json_flag, emit_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("ckpt", type=Path, metavar="CKPT", help="a checkpoint that calibrate wrote")
+    add_checkpoint(parser, "a checkpoint that calibrate wrote")
     add_data_flags(parser, "calib", "measure on")
     parser.add_argument(
         "--metric",
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="histograms of the activations of the N most harmful units, beside their ranges (default 8, 0: none)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/sensitivity"), metavar="DIR")
+    add_out_flag(parser, "DIR", Path("runs/sensitivity"))
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,21 +50,23 @@ def run(args: argparse.Namespace) -> int:
     from qat.data import NuScenesDataset
     from qat.evaluate import devkit_metric
 
-    model, recipe = load_ptq(args.ckpt)
+    path = checkpoint_of(args)
+    model, recipe = load_ptq(path)
     dataset = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
     found = measure_sensitivity(
         model,
         dataset,
         args.out / "cache",
-        sha256(args.ckpt),
+        sha256(path),
         devkit_metric(dataset) if args.metric == "map" else None,
         recipe,
         args.histograms,
     )
     print_sensitivity(found)
     facts = {"name": args.data.resolve().name, "version": dataset.nusc.version, "split": dataset.split}
-    write_sensitivity(args.out / "sensitivity.json", found, args.ckpt, facts)
+    write_sensitivity(args.out / "sensitivity.json", found, path, facts)
     draw_sensitivity(found, args.out / "sensitivity.png")
     print(args.out / "sensitivity.json")
     print(args.out / "sensitivity.png")
+    emit_json(args, found.to_json())
     return 0

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from qat.compare.accuracy import RowAccuracy, run_accuracy
@@ -20,6 +19,7 @@ from qat.compare.latency import measure
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
 from qat.compare.sensitivity import sensitivity_section
+from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import write_json
 from qat.core.progress import progress_bar
@@ -200,7 +200,8 @@ def compare(options: CompareOptions) -> Comparison:
     made: dict[str, Any] = {}
     if options.sensitivity is not None:  # read before the work begins: what is wrong with it is told at once
         section, made = sensitivity_section(options.sensitivity, options.sources.ptq)
-    rows, facts = load_rows(options.sources, options.backends, options.engines)
+    with progress_bar("build engines"):
+        rows, facts = load_rows(options.sources, options.backends, options.engines)
     dataset = NuScenesDataset(options.data, options.split, facts["config"], options.version, options.frames)
     timed = set(
         np.linspace(0, len(dataset) - 1, min(options.latency_frames, len(dataset))).round().astype(int).tolist()
@@ -294,9 +295,7 @@ def print_summary(comparison: Comparison) -> None:
             f"{row['size_mb']:.1f} MB",
             "" if heads is None else f"{heads:.0f} dB",
         )
-    console = Console()
-    # Piped output has no width of its own; rich's 80 columns would cut the names.
-    (console if console.is_terminal else Console(width=160)).print(table)
+    results_console().print(table)
     print(f"{comparison.verdict.headline}. {' '.join(comparison.verdict.reasons)}")
     print(f"results: {comparison.results_file}")
     print(f"report: {comparison.report_file}")
