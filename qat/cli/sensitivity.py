@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from qat.cli.flags import add_data_flags
+from qat.core.locks import one_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sensitivity"), metavar="DIR")
 
 
+@one_writer("args.out", inside=True)
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes sensitivity.json and sensitivity.png."""
     from qat.calibrate import load_ptq
     from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity, print_sensitivity
-    from qat.core.files import sha256, write_json
+    from qat.core.files import atomic_set, sha256, write_json
     from qat.data import NuScenesDataset
     from qat.evaluate import devkit_metric
 
@@ -43,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
         model, dataset, args.out / "cache", sha256(args.ckpt), devkit_metric(dataset) if args.metric == "map" else None
     )
     print_sensitivity(found)
-    write_json(args.out / "sensitivity.json", found.to_json())
-    draw_sensitivity(found, args.out / "sensitivity.png")
+    with atomic_set(args.out / "sensitivity.json", args.out / "sensitivity.png") as stage:
+        write_json(stage / "sensitivity.json", found.to_json())
+        draw_sensitivity(found, stage / "sensitivity.png")
     print(args.out / "sensitivity.json")
     print(args.out / "sensitivity.png")
     return 0

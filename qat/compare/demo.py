@@ -10,6 +10,7 @@ from pathlib import Path
 from qat.calibrate.job import calibrate_checkpoint
 from qat.compare.rows import Sources
 from qat.compare.run import CompareOptions, Comparison, compare
+from qat.core.locks import one_writer
 from qat.export.checkpoint import export_checkpoint
 
 # folder name, precision, flavour: each CPU backend gets the form that it fuses
@@ -29,6 +30,7 @@ class Demo:
     verified: bool
 
 
+@one_writer("out", inside=True)
 def demo(
     model: Path, data: Path, out: Path, frames: int | None = None, rounds: int = 5, say: Callable[[str], None] = print
 ) -> Demo:

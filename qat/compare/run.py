@@ -20,7 +20,8 @@ from qat.compare.latency import measure
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
 from qat.core.errors import UserError
-from qat.core.files import write_json
+from qat.core.files import atomic_set, write_json
+from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
@@ -157,6 +158,7 @@ def _pictures(
     ]
 
 
+@one_writer("options.out", inside=True)
 def compare(options: CompareOptions) -> Comparison:
     """Runs every row over the evaluation keyframes and writes results.json and report.html, each whole or not at all.
 
@@ -226,8 +228,10 @@ def compare(options: CompareOptions) -> Comparison:
         },
     }
     results_file, report_file = options.out / RESULTS, options.out / REPORT
-    write_json(results_file, results)
-    return Comparison(results, results_file, report_file, write_report(results_file, report_file))
+    with atomic_set(results_file, report_file) as stage:
+        write_json(stage / RESULTS, results)
+        verdict = write_report(stage / RESULTS, stage / REPORT)
+    return Comparison(results, results_file, report_file, verdict)
 
 
 def _change(row: dict[str, Any], reference: dict[str, Any], key: str) -> str:
