@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"of the loss on {what} (default {weight:g})",
         )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--save-seconds", type=float, default=60.0, metavar="S", help="write resume.pth every S seconds (default 60)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decay", type=float, default=0.35, help="share of the steps over which the rate falls (default 0.35)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--save-seconds", type=float, default=120.0, metavar="S", help="write resume.pth every S seconds (default 120)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
