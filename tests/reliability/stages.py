@@ -75,12 +75,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Stage:
-    """argv: of inputs and what is written. result: the main file, below what is written ("" where that is one file).
-    says: what it prints when it goes on from where a killed one was, if it prints that."""
+    """argv: of inputs and what is written. out: the name of that. result: the main file in it ("" where it is one file). says: what
+    it prints when it goes on from where a killed one was, if it prints that."""
 
     argv: Callable[[Inputs, Path], list[str]]
     result: str = ""
     says: str = ""
+    out: str = "result"
 
 
 def _words(*words: object) -> list[str]:
@@ -99,7 +100,8 @@ STAGES = {
         lambda i, out: _words(
             "calibrate", "--config", i.model / "config.yaml", "--ckpt", i.model / "small.pth", "--data", i.data, "--frames", 1,
             "--method", "max", "--out", out,
-        )
+        ),
+        out="result.pth",
     ),
     "sensitivity": Stage(
         lambda i, out: _words("sensitivity", i.ptq, "--data", i.data, "--frames", 2, "--out", out), "sensitivity.json"
@@ -138,7 +140,7 @@ STAGES = {
         ),
         "results.json",
     ),
-    "report": Stage(lambda i, out: _words("report", i.results, "--out", out)),
+    "report": Stage(lambda i, out: _words("report", i.results, "--out", out), out="result.html"),
     "benchmark": Stage(
         lambda i, out: _words(
             "benchmark", "--onnx", i.parts, "--backends", "onnxruntime", "--rounds", 1, "--repeats", 1, "--frames", 1,

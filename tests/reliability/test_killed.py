@@ -61,7 +61,7 @@ class Runs:
 @pytest.fixture
 def runs(request, inputs, tmp_path) -> Runs:
     stage, folder, log = STAGES[request.param], tmp_path / "out", tmp_path / "log"
-    argv = stage.argv(inputs, folder / "result")
+    argv = stage.argv(inputs, folder / stage.out)
     folder.mkdir()
     return Runs(stage, commands(), argv, folder, log, {})
 
@@ -75,12 +75,13 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
     first = runs.run.run(runs.argv, runs.folder, runs.log)
     assert first.status == 0, failed(first)
     runs.expected.update(tree(runs.folder))
-    result = runs.folder / "result" / runs.stage.result
+    out = runs.folder / runs.stage.out
+    result = out / runs.stage.result
     rng = random.Random(request.node.name)
     by_event = [n % 2 == 0 or first.cpu < SHORT for n in range(KILLS)]
     rng.shuffle(by_event)
     length, hits = first, 0
-    shutil.rmtree(runs.folder / "result") if runs.stage.result else result.unlink()
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
     for n in range(KILLS):
         if n == LEFT:
             runs.to_the_end()
