@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate", "fcntl.flock"}
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MODULES = (
     "matplotlib.figure", "matplotlib.backends.backend_agg", "onnxruntime", "openvino", "onnxsim", "torch.optim.adamw",
@@ -53,7 +53,7 @@ def watch(root: str, at: int | None, number: int, told: int) -> None:
                 return
             path = root
         elif event in CHANGES:
-            path = root if event == "fcntl.flock" else args[0]
+            path = args[0]
         else:
             return
         if isinstance(path, int) or not os.path.abspath(os.fsdecode(path)).startswith(root):
