@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import torch
 import yaml
-from tests.reliability.killing import Commands, Ended
 from PIL import Image
 
 from qat.core.config import load_config
 from qat.core.manifest import load_manifest
+from tests.reliability.killing import Commands, Ended
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,9 @@ class Inputs:
     config, weights: of a detector for 64×96 images, as `make_config` and `make_detector` of tests/conftest.py have it.
     """
 
-    def __init__(self, folder: Path, run: Commands, config: dict[str, Any], make_detector: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, folder: Path, run: Commands, config: dict[str, Any], make_detector: Callable[[Any], Any]
+    ) -> None:
         self.folder, self._run = folder, run
         whole = load_config(ROOT / "model" / "camera-tiny" / "config.yaml")
         for key in ("augment2d", "augment3d"):

@@ -6,16 +6,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.reliability.killing import Commands, Ended, commands
-from tests.reliability.stages import ROOT, STAGES, Inputs, Stage, check_whole, failed, tree
+from tests.reliability.stages import STAGES, Inputs, Stage, check_whole, failed, tree
 
 KILLS, MUST_HIT = 20, 15
 SHORT = 0.1  # seconds: a run that is over before it can be hit
@@ -93,7 +91,9 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
             runs.folder.mkdir()
             length = first
         share = rng.random()
-        moment = {"event": 1 + int(share * length.events)} if by_event[n] else {"cpu": (0.02 + 0.9 * share) * length.cpu}
+        moment = (
+            {"event": 1 + int(share * length.events)} if by_event[n] else {"cpu": (0.02 + 0.9 * share) * length.cpu}
+        )
         ended = runs.run.run(runs.argv, runs.folder, runs.log, **moment)
         if ended.status == -signal.SIGKILL:
             hits += 1
