@@ -89,13 +89,13 @@ def make_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
     Raises:
         OSError: it cannot be made there.
     """
-    ends = {"prefix": f".{target.name[:100]}.", "suffix": ".bevqat.tmp", "dir": target.parent}
+    start, end = f".{target.name[:100]}.", ".bevqat.tmp"
     while True:
         if folder:
-            path = Path(tempfile.mkdtemp(**ends))
+            path = Path(tempfile.mkdtemp(end, start, target.parent))
             descriptor = _open_any(path) if fcntl is not None else os.open(os.devnull, os.O_RDONLY)
         else:
-            descriptor, name = tempfile.mkstemp(**ends)
+            descriptor, name = tempfile.mkstemp(end, start, target.parent)
             path = Path(name)
         if fcntl is None or (_try_lock(descriptor) is not False and _is_at(descriptor, path)):
             return path, descriptor
