@@ -24,7 +24,7 @@ from torch import fx, nn
 from qat.calibrate.checkpoint import save_ptq
 from qat.core.config import load_config
 from qat.core.errors import UserError
-from qat.core.files import sha256
+from qat.core.files import atomic_set, sha256
 from qat.core.locks import one_writer
 from qat.lean import QuantizedDetector
 from qat.lean.detector import PARTS, PARTS_OFF
@@ -401,5 +401,8 @@ def import_checkpoint(
     settings = load_config(given, None if prefix is None else "camera")
     quantized, model, report = load_foreign_file(path, checkpoint, settings, prefix)
     recipe = {"method": "imported", "imported": {"file": path.name, "sha256": sha256(path), "prefix": prefix}}
-    save_ptq(out, quantized, model, recipe)
+    with atomic_set(
+        out, *(out.with_suffix(f".budget.{kind}") for kind in ("json", "png"))
+    ) as stage:  # none is of this one
+        save_ptq(stage / out.name, quantized, model, recipe)
     return report

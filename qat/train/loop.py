@@ -140,10 +140,11 @@ class _State:
             self.pixels.load_state_dict(saved["pixel_head"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
-        except (RuntimeError, KeyError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path}: does not fit this run ({str(error).splitlines()[0]}); remove it or choose another --out"
-            ) from None
+        except UserError:
+            raise
+        except Exception as error:  # torch.load of a damaged file raises almost anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: does not fit this run ({reason}); remove it or choose another --out") from None
 
 
 def _run_of(

@@ -4,6 +4,7 @@ As a script it takes requests as lines of JSON and answers so; `Commands` is wha
 at most one of
     "event": n   it kills itself right before its n-th change of a file under "root"
     "stop": n    it stops there instead (SIGSTOP); the answer is {"pid"}, and {"go": pid} lets it go on to its end
+    "interrupt": n   it gets there what Ctrl-C sends
     "cpu": s     it is killed after s seconds of its own processor time
     "start": true   the answer is {"pid"} at once, and {"join": pid} waits for its end.
 The answer is {"status" (negative: the signal that ended it), "cpu", "events" (changes of files), "pid"}.
@@ -29,6 +30,7 @@ from functools import cache
 from pathlib import Path
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate"}
+MOMENTS = {"stop": signal.SIGSTOP, "interrupt": signal.SIGINT, "event": signal.SIGKILL}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MODULES = (
     "matplotlib.figure", "matplotlib.backends.backend_agg", "onnxruntime", "openvino", "onnxsim", "torch.optim.adamw",
@@ -80,8 +82,11 @@ def start(request: dict, counts: int) -> int:
         from qat.cli import main
 
         sys.argv = ["bevqat", *request["argv"]]
-        number = signal.SIGSTOP if "stop" in request else signal.SIGKILL
-        watch(request["root"], request.get("stop", request.get("event")), number, counts)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have the script ignore it
+        for name, number in MOMENTS.items():
+            if name in request or name == "event":
+                watch(request["root"], request.get(name), number, counts)
+                break
         status = main(request["argv"])
         os.pwrite(counts, " ".join(sys.modules).encode(), 8)
     except SystemExit as end:

@@ -103,3 +103,17 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
         assert result.exists() or not LEFT <= n < OVER
     runs.to_the_end()
     assert hits >= MUST_HIT
+
+
+@pytest.mark.parametrize("runs", ["calibrate", "build"], indirect=True)
+def test_ctrl_c_at_any_moment_is_one_line_and_leaves_as_little(runs: Runs, request) -> None:
+    first = runs.run.run(runs.argv, runs.folder, runs.log)
+    runs.expected.update(tree(runs.folder))
+    rng = random.Random(request.node.name)
+    for moment in rng.sample(range(1, first.events), 4):
+        ended = runs.run.run(runs.argv, runs.folder, runs.log, interrupt=moment)
+        assert ended.status == 130, failed(ended)
+        assert "interrupted; what was finished is kept" in ended.said and "Traceback" not in ended.said
+        check_whole(runs.folder)
+        assert (runs.folder / runs.stage.out / runs.stage.result).exists()  # of the first run
+    runs.to_the_end()
