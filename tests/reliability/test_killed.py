@@ -76,8 +76,8 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
     out = runs.folder / runs.stage.out
     result = out / runs.stage.result
     rng = random.Random(request.node.name)
-    by_event = [n % 2 == 0 or first.cpu < SHORT for n in range(KILLS)]
-    rng.shuffle(by_event)
+    moments = ["event", "cpu", "tear", "cpu" if first.cpu > SHORT else "event"] * (KILLS // 4)
+    rng.shuffle(moments)
     length, hits = first, 0
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     for n in range(KILLS):
@@ -91,11 +91,9 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
             runs.folder.mkdir()
             length = first
         share = rng.random()
-        moment = (
-            {"event": 1 + int(share * length.events)} if by_event[n] else {"cpu": (0.02 + 0.9 * share) * length.cpu}
-        )
-        ended = runs.run.run(runs.argv, runs.folder, runs.log, **moment)
-        if ended.status == -signal.SIGKILL:
+        at = (0.02 + 0.9 * share) * length.cpu if moments[n] == "cpu" else 1 + int(share * length.events)
+        ended = runs.run.run(runs.argv, runs.folder, runs.log, **{moments[n]: at})
+        if ended.status in (-signal.SIGKILL, -signal.SIGXFSZ):
             hits += 1
             check_whole(runs.folder)
         else:
