@@ -170,6 +170,7 @@ class _State:
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if options.ema else None
         self.step = 0
         self.history: list[dict[str, float]] = []
+        self.recent: list[dict[str, float]] = []
 
     def save(self, path: Path, run: Mapping[str, Any]) -> None:
         with atomic_path(path) as temporary:
@@ -178,6 +179,7 @@ class _State:
                     "run": dict(run),
                     "step": self.step,
                     "history": self.history,
+                    "recent": self.recent,
                     "parameters": {name: p.detach() for name, p in self.parameters.items()},
                     "optimizer": self.optimizer.state_dict(),
                     "ema": self.ema,
@@ -196,7 +198,7 @@ class _State:
                     if self.ema is not None:
                         self.ema[name].copy_(saved["ema"][name])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.step, self.history = saved["step"], saved["history"]
+            self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
         except UserError:
             raise
         except Exception as error:  # torch.load of a damaged file raises almost anything
@@ -333,7 +335,7 @@ def _train(
     """
     rank, _ = place()
     saved_at = time.monotonic()
-    steps = StepLog(state.history, log, state.step, options.steps, digits=4)
+    steps = StepLog(state.history, log, state.step, options.steps, digits=4, recent=state.recent)
     with (
         _deferred_interrupts() as interrupts,
         progress_bar("training", options.steps, state.step, show=rank == 0) as done,

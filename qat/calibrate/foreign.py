@@ -24,7 +24,7 @@ from torch import fx, nn
 from qat.calibrate.checkpoint import save_ptq
 from qat.core.config import load_config
 from qat.core.errors import UserError
-from qat.core.files import sha256
+from qat.core.files import atomic_set, sha256
 from qat.core.locks import one_writer
 from qat.core.provenance import made_by
 from qat.lean import QuantizedDetector
@@ -403,5 +403,7 @@ def import_checkpoint(
     quantized, model, report = load_foreign_file(path, checkpoint, settings, prefix)
     recipe = {"method": "imported", "imported": {"file": path.name, "sha256": sha256(path), "prefix": prefix}}
     recipe["made"] = {"import-ptq": made_by()}
-    save_ptq(out, quantized, model, recipe)
+    budget = (out.with_suffix(f".budget.{kind}") for kind in ("json", "png"))  # of an earlier checkpoint of this name
+    with atomic_set(out, *budget) as stage:
+        save_ptq(stage / out.name, quantized, model, recipe)
     return report

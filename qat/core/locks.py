@@ -89,15 +89,22 @@ def make_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
     Raises:
         OSError: it cannot be made there.
     """
-    ends: dict[str, Any] = {"prefix": f".{target.name[:100]}.", "suffix": ".bevqat.tmp", "dir": target.parent}
+    name = target.name if len(os.fsencode(target.name)) < 230 else target.name[:50]  # names end at 255 bytes
+    start, end = f".{name}.", ".bevqat.tmp"
     while True:
         if folder:
-            path = Path(tempfile.mkdtemp(**ends))
-            descriptor = _open_any(path) if fcntl is not None else os.open(os.devnull, os.O_RDONLY)
+            path = Path(tempfile.mkdtemp(end, start, target.parent))
         else:
-            descriptor, name = tempfile.mkstemp(**ends)
-            path = Path(name)
-        if fcntl is None or (_try_lock(descriptor) is not False and _is_at(descriptor, path)):
+            descriptor, made = tempfile.mkstemp(end, start, target.parent)
+            os.close(descriptor)
+            path = Path(made)
+        if fcntl is None:  # Windows renames nothing that is open
+            return path, os.open(os.devnull, os.O_RDONLY)
+        try:
+            descriptor = _open_any(path)
+        except FileNotFoundError:
+            continue
+        if _try_lock(descriptor) is not False and _is_at(descriptor, path):
             return path, descriptor
         os.close(descriptor)  # another process took it for one that was left behind
 
@@ -221,6 +228,9 @@ def only_writer(target: str | os.PathLike[str], inside: bool = False) -> Iterato
     Raises:
         UserError: another process, which the message names, is at it; or nothing can be written there.
     """
+    if fcntl is None:
+        yield
+        return
     target = Path(target)
     whole = Path(os.path.abspath(target))
     path = whole / INSIDE if inside else whole.with_name(f".{whole.name}{INSIDE}")

@@ -82,18 +82,25 @@ class StepLog:
         log: called with the line.
         step, steps: where the run begins, and how many there are in all.
         digits: of the losses in a line.
+        recent: what the steps since the latest entry had, which a resumed run has from the one before it; grows and is emptied.
     """
 
     def __init__(
-        self, history: list[dict[str, float]], log: Callable[[str], None], step: int, steps: int, digits: int
+        self,
+        history: list[dict[str, float]],
+        log: Callable[[str], None],
+        step: int,
+        steps: int,
+        digits: int,
+        recent: list[dict[str, float]],
     ) -> None:
         self.history, self.log, self.first, self.steps, self.digits = history, log, step, steps, digits
-        self.recent: list[Mapping[str, float]] = []
+        self.recent = recent
         self.started = time.monotonic()
 
     def add(self, step: int, lr: float, losses: Mapping[str, float], now: bool = False) -> None:
         """Adds what a step had; `step` are done with it. now: the run stops here."""
-        self.recent.append(losses)
+        self.recent.append(dict(losses))
         if not (step % LOG_EVERY == 0 or step == self.steps or now):
             return
         mean = {name: float(np.mean([r[name] for r in self.recent])) for name in losses}

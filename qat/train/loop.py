@@ -115,6 +115,7 @@ class _State:
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
         self.step = 0
         self.history: list[dict[str, float]] = []
+        self.recent: list[dict[str, float]] = []
 
     def save(self, path: Path, run: Mapping[str, Any]) -> None:
         with atomic_path(path) as temporary:
@@ -126,6 +127,7 @@ class _State:
                     "optimizer": self.optimizer.state_dict(),
                     "step": self.step,
                     "history": self.history,
+                    "recent": self.recent,
                 },
                 temporary,
             )
@@ -137,11 +139,12 @@ class _State:
             self.model.load_state_dict(saved["model"])
             self.pixels.load_state_dict(saved["pixel_head"])
             self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, KeyError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path}: does not fit this run ({str(error).splitlines()[0]}); remove it or choose another --out"
-            ) from None
-        self.step, self.history = saved["step"], saved["history"]
+            self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
+        except UserError:
+            raise
+        except Exception as error:  # torch.load of a damaged file raises almost anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: does not fit this run ({reason}); remove it or choose another --out") from None
 
 
 def _run_of(
@@ -259,7 +262,7 @@ def train(
         state.model.eval()
         source = FeatureCache(state.model, sets, options.variants, options.seed, device, log)
     saved_at = time.monotonic()
-    steps = StepLog(state.history, log, state.step, options.steps, digits=3)
+    steps = StepLog(state.history, log, state.step, options.steps, digits=3, recent=state.recent)
     state.model.train()
     left = _ahead(source, options, state.step)
     for drawn in counted("training", left, options.steps, state.step):

@@ -3,7 +3,9 @@
 As a script it takes requests as lines of JSON and answers so; `Commands` is what asks. A request is {"argv", "log", "root"} and
 at most one of
     "event": n   it kills itself right before its n-th change of a file under "root"
+    "tear": n    from there on no file may grow beyond TORN bytes: the kernel ends it in the middle of the write that would
     "stop": n    it stops there instead (SIGSTOP); the answer is {"pid"}, and {"go": pid} lets it go on to its end
+    "interrupt": n   it gets there what Ctrl-C sends
     "cpu": s     it is killed after s seconds of its own processor time
     "start": true   the answer is {"pid"} at once, and {"join": pid} waits for its end.
 The answer is {"status" (negative: the signal that ended it), "cpu", "events" (changes of files), "pid"}.
@@ -19,6 +21,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +32,8 @@ from functools import cache
 from pathlib import Path
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate"}
+SIGNALS = {"stop": signal.SIGSTOP, "interrupt": signal.SIGINT, "event": signal.SIGKILL}
+TORN = 100
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MODULES = (
     "matplotlib.figure", "matplotlib.backends.backend_agg", "onnxruntime", "openvino", "onnxsim", "torch.optim.adamw",
@@ -38,8 +43,15 @@ MODULES = (
 )  # fmt: skip
 
 
-def watch(root: str, at: int | None, number: int, told: int) -> None:
-    """Counts what changes files under `root` and tells the count; sends itself a signal before change number `at`."""
+def tear() -> None:
+    """Lets the next write of any length be the last."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (TORN, TORN))
+
+
+def watch(root: str, moment: str | None, at: int, told: int) -> None:
+    """Counts what changes files under `root` and tells the count; before change number `at` it does what `moment` says."""
     count = 0
 
     def hook(event: str, args: tuple) -> None:
@@ -60,8 +72,10 @@ def watch(root: str, at: int | None, number: int, told: int) -> None:
             return
         count += 1
         os.pwrite(told, b"%8d" % count, 0)
-        if count == at:
-            os.kill(os.getpid(), number)
+        if count == at and moment == "tear":
+            tear()
+        elif count == at and moment is not None:
+            os.kill(os.getpid(), SIGNALS[moment])
 
     sys.addaudithook(hook)
 
@@ -80,8 +94,9 @@ def start(request: dict, counts: int) -> int:
         from qat.cli import main
 
         sys.argv = ["bevqat", *request["argv"]]
-        number = signal.SIGSTOP if "stop" in request else signal.SIGKILL
-        watch(request["root"], request.get("stop", request.get("event")), number, counts)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have the script ignore it
+        moment = next((name for name in (*SIGNALS, "tear") if name in request), None)
+        watch(request["root"], moment, request.get(moment or "", 0), counts)
         status = main(request["argv"])
         os.pwrite(counts, " ".join(sys.modules).encode(), 8)
     except SystemExit as end:

@@ -76,8 +76,8 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
     out = runs.folder / runs.stage.out
     result = out / runs.stage.result
     rng = random.Random(request.node.name)
-    by_event = [n % 2 == 0 or first.cpu < SHORT for n in range(KILLS)]
-    rng.shuffle(by_event)
+    moments = ["event", "cpu", "tear", "cpu" if first.cpu > SHORT else "event"] * (KILLS // 4)
+    rng.shuffle(moments)
     length, hits = first, 0
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     for n in range(KILLS):
@@ -91,11 +91,9 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
             runs.folder.mkdir()
             length = first
         share = rng.random()
-        moment = (
-            {"event": 1 + int(share * length.events)} if by_event[n] else {"cpu": (0.02 + 0.9 * share) * length.cpu}
-        )
-        ended = runs.run.run(runs.argv, runs.folder, runs.log, **moment)
-        if ended.status == -signal.SIGKILL:
+        at = (0.02 + 0.9 * share) * length.cpu if moments[n] == "cpu" else 1 + int(share * length.events)
+        ended = runs.run.run(runs.argv, runs.folder, runs.log, **{moments[n]: at})
+        if ended.status in (-signal.SIGKILL, -signal.SIGXFSZ):
             hits += 1
             check_whole(runs.folder)
         else:
@@ -103,3 +101,17 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
         assert result.exists() or not LEFT <= n < OVER
     runs.to_the_end()
     assert hits >= MUST_HIT
+
+
+@pytest.mark.parametrize("runs", ["calibrate", "build"], indirect=True)
+def test_ctrl_c_at_any_moment_is_one_line_and_leaves_as_little(runs: Runs, request) -> None:
+    first = runs.run.run(runs.argv, runs.folder, runs.log)
+    runs.expected.update(tree(runs.folder))
+    rng = random.Random(request.node.name)
+    for moment in rng.sample(range(1, first.events), 4):
+        ended = runs.run.run(runs.argv, runs.folder, runs.log, interrupt=moment)
+        assert ended.status == 130, failed(ended)
+        assert "interrupted; what was finished is kept" in ended.said and "Traceback" not in ended.said
+        check_whole(runs.folder)
+        assert (runs.folder / runs.stage.out / runs.stage.result).exists()  # of the first run
+    runs.to_the_end()

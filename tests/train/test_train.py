@@ -181,6 +181,7 @@ def test_a_killed_run_resumes_to_the_same_weights(dataset, tiny_config, tmp_path
     assert (cut / "resume.pth").exists() and not (cut / "model.pth").exists()
     train(tiny_config, [dataset], cut, options, log=lambda _: None)
     assert (cut / "curve.png").stat().st_size > 1000
+    assert (cut / "history.json").read_text() == (whole / "history.json").read_text()  # means over all steps
     a, b = (torch.load(folder / "model.pth", weights_only=True)["state_dict"] for folder in (whole, cut))
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
