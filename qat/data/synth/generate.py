@@ -216,7 +216,14 @@ class _Scene:
         return f"{folder}/{channel}/{self.name}__{channel}__{self._timestamp(time)}{suffix}"
 
     def _sample_data(
-        self, channel: str, time: float, frame: int, key: bool, name: str, ego2street: np.ndarray, shape: tuple[int, int]
+        self,
+        channel: str,
+        time: float,
+        frame: int,
+        key: bool,
+        name: str,
+        ego2street: np.ndarray,
+        shape: tuple[int, int],
     ) -> None:
         ego2global = self.world.street2global @ ego2street
         self.tables.add_data(channel, self._timestamp(time), frame, name, ego2global, shape, key)
