@@ -142,7 +142,9 @@ def make_drive(
                 for i, thing in enumerate(world.things)
                 if counts[i]
             ]
-            objects.append({"id": -1, "type": "Ego", "bottom_centre": (street2odom @ moment.ego2street)[:3, 3].tolist()})
+            objects.append(
+                {"id": -1, "type": "Ego", "bottom_centre": (street2odom @ moment.ego2street)[:3, 3].tolist()}
+            )
             stream.write(json.dumps({"stamp_ns": stamp(begin + time), "objects": objects}) + "\n")
 
 

@@ -6,8 +6,8 @@ nothing is measured: --compare then reads the new figures from --out.
 
 examples:
   bevqat benchmark --onnx runs/onnx_fp32 runs/onnx_int8_openvino runs/onnx_int8_onnxruntime --out runs/benchmark
-  bevqat benchmark --onnx runs/onnx_fp32 runs/onnx_int8 --compare runs/benchmark/benchmark.json --out runs/after
-  bevqat benchmark --compare runs/benchmark/benchmark.json --out runs/after
+  bevqat benchmark --onnx runs/onnx_fp32 runs/onnx_int8 --out runs/after --compare runs/benchmark/benchmark.json
+  bevqat benchmark --out runs/after --compare runs/benchmark/benchmark.json     # both measured earlier
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The folder that it writes has one built file for each part and a manifest.json; 
 without the ONNX graphs. Built files are for the version of the backend and the processor or GPU that built them.
 
 examples:
-  bevqat build --onnx runs/onnx_int8_openvino --backend openvino      into runs/engines_int8_openvino
-  bevqat build --onnx runs/onnx_int8_onnxruntime --backend onnxruntime --threads 4 --pinning --out robot/engines
+  bevqat build --onnx runs/onnx_int8_openvino --backend openvino      # into runs/engines_int8_openvino
+  bevqat build --onnx runs/onnx_int8_onnxruntime --backend onnxruntime --threads 2 --pinning --out robot/engines
   bevqat build --onnx runs/onnx_fp16 --backend onnxruntime-tensorrt
   bevqat build --onnx runs/onnx_int8 --backend tensorrt --timing-cache runs/timing.cache --workspace 1024
 """

@@ -1,14 +1,14 @@
 """Write a checkpoint's parts (ONNX opset 13, simplified, verified) with manifest.json.
 
 examples:
-  bevqat export-camera --ckpt runs/ptq.pth              INT8 (QDQ) into runs/onnx_int8
-  bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime      INT8 into runs/onnx_int8_onnxruntime
-  bevqat export-camera --ckpt runs/ptq.pth --fp16       for a builder's FP16 flag, into runs/onnx_fp16
-  bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong  for TensorRT 10 and 11, into runs/onnx_int8_tensorrt-strong
+  bevqat export-camera --ckpt runs/ptq.pth              # INT8 (QDQ) into runs/onnx_int8
+  bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime      # INT8 into runs/onnx_int8_onnxruntime
+  bevqat export-camera --ckpt runs/ptq.pth --fp16       # for a builder's FP16 flag, into runs/onnx_fp16
+  bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong  # for TensorRT 10 and 11, into runs/onnx_int8_tensorrt-strong
   bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform
-  bevqat export-camera --ckpt runs/ptq.pth --format onnx-e2e          the whole detector as one file besides
-  bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth       a float checkpoint: FP32 into onnx_fp32
-  bevqat export-camera --config model/resnet50/config.yaml --init random --fp16    for latency, into runs/resnet50/onnx_fp16
+  bevqat export-camera --ckpt runs/ptq.pth --format onnx-e2e          # the whole detector as one file besides
+  bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth       # a float checkpoint: FP32 into onnx_fp32
+  bevqat export-camera --config model/resnet50/config.yaml --init random --fp16    # for latency, into runs/resnet50/onnx_fp16
 
 Each part is verified against PyTorch on a random frame and on real ones, example-data's unless --data names others.
 Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written all the same.

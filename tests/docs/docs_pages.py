@@ -43,7 +43,12 @@ class Command:
 
 def pages() -> list[Path]:
     """Everything that tells a user what to type."""
-    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "example-data/README.md", ROOT / "benchmarks/README.md"]
+    found = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "example-data/README.md",
+        ROOT / "benchmarks/README.md",
+    ]
     for pattern in ("docs/*.md", "model/*/README.md", "examples/**/README.md"):
         found += sorted(ROOT.glob(pattern))
     return found
@@ -96,12 +101,14 @@ def commands(text: str, where: str, first: int = 1) -> list[Command]:
     found: list[Command] = []
     line = ""
     for number, piece in enumerate(text.splitlines(), first):
-        line += piece
+        line += re.sub(
+            r"(^|\s)#.*", "", piece
+        )  # here, for shlex would begin a comment inside a word, or trip over its quotes
         if line.endswith("\\"):
             line = line[:-1] + " "
             continue
         lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
-        lexer.whitespace_split, lexer.commenters = True, "#"
+        lexer.whitespace_split, lexer.commenters = True, ""
         words: list[str] = []
         for word in [*lexer, "&&"]:
             if word != "&&":
@@ -119,8 +126,11 @@ def commands(text: str, where: str, first: int = 1) -> list[Command]:
 
 def examples_of(help_text: str, where: str) -> list[Command]:
     """The commands of a verb's help."""
-    lines = [line.strip() for line in help_text.splitlines()]
-    return commands("\n".join(line for line in lines if line.split(" ")[0] in PROGRAMS), where)
+    lines: list[str] = []
+    for line in map(str.strip, help_text.splitlines()):
+        if line.split(" ")[0] in PROGRAMS or (lines and lines[-1].endswith("\\")):
+            lines.append(line)
+    return commands("\n".join(lines), where)
 
 
 def slug(heading: str) -> str:

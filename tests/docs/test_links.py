@@ -67,5 +67,7 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
 
 
 def test_every_page_is_reached_from_the_index():
-    index = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links((ROOT / "docs/README.md").read_text())}
+    index = {
+        (ROOT / "docs" / link.partition("#")[0]).resolve() for link in links((ROOT / "docs/README.md").read_text())
+    }
     assert not set((ROOT / "docs").glob("*.md")) - index - {ROOT / "docs/README.md"}
