@@ -15,7 +15,9 @@ from qat.data.writer import Box, Calibration, NuScenesWriter, Picture
 
 TIME = 1_700_000_000_000_000
 K = [[80.0, 0, 47.5], [0, 80.0, 31.0], [0, 0, 1]]
-AXES = np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # a camera that looks along the ego car's x
+AXES = np.array(
+    [[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]]
+)  # a camera that looks along the ego car's x
 
 
 def pose(yaw=0.0, x=0.0, y=0.0, z=0.0):
@@ -33,7 +35,9 @@ EGO = pose(0.4, 30.0, -7.0, 0.2)
 
 def cloud(columns=4):
     rng = np.random.default_rng(0)
-    return np.concatenate([rng.uniform(-12, 12, (800, 2)), rng.uniform(-2, 1, (800, 1)), np.ones((800, columns - 3))], 1)
+    return np.concatenate(
+        [rng.uniform(-12, 12, (800, 2)), rng.uniform(-2, 1, (800, 1)), np.ones((800, columns - 3))], 1
+    )
 
 
 def keyframe(**changes):
@@ -91,8 +95,12 @@ def test_the_data_set_reads_back_what_was_given(tmp_path, robot_config):
     np.testing.assert_allclose(box[3:6], (2.0, 4.5, 1.6), atol=1e-3)  # width, length, height
     assert np.isclose(np.mod(box_heading(box[6]) + 0.4 - np.pi / 2, 2 * np.pi), 0.9, atol=1e-3)
     velocity = (EGO @ LIDAR)[:3, :3] @ [*box[7:9], 0.0]
-    np.testing.assert_allclose(velocity[:2], (2.0, -1.0), atol=1e-3)  # of the track: a metre and half of one in half a second
-    points = dataset._read_points(dataset.nusc.get("sample_data", dataset.nusc.get("sample", frame.token)["data"]["LIDAR_TOP"]))
+    np.testing.assert_allclose(
+        velocity[:2], (2.0, -1.0), atol=1e-3
+    )  # of the track: a metre and half of one in half a second
+    points = dataset._read_points(
+        dataset.nusc.get("sample_data", dataset.nusc.get("sample", frame.token)["data"]["LIDAR_TOP"])
+    )
     np.testing.assert_array_equal(points[:, :4], cloud().astype(np.float32))
     assert len(NuScenesDataset(tmp_path / "robot", "eval", robot_config)) == 1
 
@@ -113,7 +121,9 @@ def test_points_inside_a_box_are_counted(tmp_path):
     inside = np.array([[2.0, 6.0, 0.0], [2.0, 7.9, 0.0], [2.0, 8.1, 0.0], [3.1, 6.0, 0.0]])
     points = np.concatenate([inside, cloud(3) - [0, 40, 0], cloud(3) * [1, 1, 1] + [0, 0, 30]])
     with writer(tmp_path, boxes_in="lidar", check_overlap=False) as out:
-        scene(out).add_keyframe(**keyframe(points=points, boxes=[Box("Sedan", (2.0, 6.0, 0.0), (4, 2, 1.5), np.pi / 2)]))
+        scene(out).add_keyframe(
+            **keyframe(points=points, boxes=[Box("Sedan", (2.0, 6.0, 0.0), (4, 2, 1.5), np.pi / 2)])
+        )
     tables = (tmp_path / "robot/v1.0-robot/sample_annotation.json").read_text()
     assert '"num_lidar_pts":2' in tables
 
@@ -134,7 +144,10 @@ KEYFRAMES = [
     ({"timestamp": TIME * 1000}, "expected whole microseconds (nanoseconds // 1000)"),
     ({"images": {"eye": np.zeros((64, 96, 3), np.uint8)}}, "images: found ['eye'], expected ['eye', 'tail']"),
     ({"images": dict.fromkeys(("eye", "tail"), np.zeros((64, 96), np.uint8))}, "found uint8[64, 96], expected a path"),
-    ({"images": dict.fromkeys(("eye", "tail"), np.zeros((16, 24, 3), np.uint8))}, "intrinsic matrix of another resolution"),
+    (
+        {"images": dict.fromkeys(("eye", "tail"), np.zeros((16, 24, 3), np.uint8))},
+        "intrinsic matrix of another resolution",
+    ),
     ({"images": dict.fromkeys(("eye", "tail"), "nowhere.jpg")}, "nowhere.jpg: no such file"),
     ({"images": dict.fromkeys(("eye", "tail"), "x.bmp")}, "expected a .jpg or .png file"),
     ({"images": dict.fromkeys(("eye", "tail"), Picture("x.jpg", TIME - 900_000, EGO))}, "0.90 s from its keyframe"),
@@ -233,5 +246,7 @@ def test_a_configs_cameras_are_a_list_of_names(small_config, names):
 def test_cameras_of_other_names_than_the_configs_are_told(tmp_path, small_config):
     with writer(tmp_path) as out:
         scene(out).add_keyframe(**keyframe())
-    with pytest.raises(UserError, match=r"has no CAM_FRONT, but LIDAR_TOP, eye, tail; .* list them in the config's `cameras`"):
+    with pytest.raises(
+        UserError, match=r"has no CAM_FRONT, but LIDAR_TOP, eye, tail; .* list them in the config's `cameras`"
+    ):
         NuScenesDataset(tmp_path / "robot", "calib", small_config)[0]
