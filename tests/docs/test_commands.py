@@ -8,8 +8,8 @@ nor marked as text. What takes hours runs with the smaller figures of `SMALLER`,
 from __future__ import annotations
 
 import functools
-import itertools
 import importlib
+import itertools
 import re
 import runpy
 import shlex
@@ -69,7 +69,7 @@ def smaller(name: str, words: list[str]) -> list[str]:
         if words[i] == "--frames":
             words[i + 1] = str(min(int(word), 2))
     if name == "benchmark" and "--onnx" in words:  # one folder, for every row is a process; the others must be there
-        first, *others = itertools.takewhile(lambda word: not word.startswith("--"), words[words.index("--onnx") + 1 :])
+        _, *others = itertools.takewhile(lambda word: not word.startswith("--"), words[words.index("--onnx") + 1 :])
         assert all((Path(folder) / "manifest.json").is_file() for folder in others), others
         words = [word for word in words if word not in others]
     if name == "export-camera" and after("--format", words) == "pt2":

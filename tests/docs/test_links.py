@@ -70,4 +70,5 @@ def test_every_page_is_reached_from_the_index():
     index = {
         (ROOT / "docs" / link.partition("#")[0]).resolve() for link in links((ROOT / "docs/README.md").read_text())
     }
-    assert not set((ROOT / "docs").glob("*.md")) - index - {ROOT / "docs/README.md"}
+    missing = set((ROOT / "docs").glob("*.md")) - index - {ROOT / "docs/README.md"}
+    assert not missing, f"docs/README.md: a row is missing for {sorted(page.name for page in missing)}"
