@@ -17,7 +17,7 @@ from qat.core.errors import UserError
 VERBS = {
     "demo": "calibrate, export, build, compare and report on example-data, on the CPU",
     "synth": "write generated driving scenes in the nuScenes format",
-    "show": "draw a sample's lidar points and boxes over its six images",
+    "show": "draw a sample's lidar points and boxes over its images",
     "train": "train a float detector",
     "calibrate": "insert TensorQuantizers and run PTQ over calibration frames",
     "import-ptq": "make a PTQ checkpoint of a network that another tool quantized",

@@ -341,7 +341,9 @@ class SceneWriter:
                 c, s = np.cos(yaw), np.sin(yaw)
                 inside = np.abs((cloud - centre) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])) <= size / 2
                 count = int(inside.all(1).sum())
-            self._tables.add_annotation(track, frame, centre, size, yaw, box.visibility, box.attribute, int(count))
+            self._tables.add_annotation(
+                track, frame, centre, size.tolist(), yaw, box.visibility, box.attribute, int(count)
+            )
 
     def _finish(self, check_overlap: bool) -> dict[str, list[dict[str, Any]]]:
         if not self.keyframes:

@@ -28,6 +28,9 @@ def small_network(tiny_config) -> dict:
     camera = config["model"]["encoders"]["camera"]
     camera["backbone"] = {"type": "timm", "model_name": "test_resnet", "out_indices": [2, 3]}
     camera["neck"]["in_channels"] = [48, 192]
+    head = config["model"]["heads"]["object"]
+    head["tasks"] = [config["object_classes"]]  # a third of the head's nodes
+    head["test_cfg"].update(nms_type=["rotate"], min_radius=[4.0], nms_scale=[[1.0] * 10])
     return config
 
 

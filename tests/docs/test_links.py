@@ -17,6 +17,7 @@ FOREIGN = {
     "trtexec": "--stronglyTyped --fp16 --int8 --best --calib --useDLACore --allowGPUFallback --inputIOFormats "
     "--outputIOFormats --onnx --saveEngine",
     "pytest": "--noconftest",
+    "ruff": "--fix",
     "torchrun": "--nproc-per-node",
 }
 IDS = [page.relative_to(ROOT).as_posix() for page in pages()]

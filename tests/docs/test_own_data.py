@@ -115,7 +115,7 @@ def test_the_devkit_projects_converted_boxes_to_where_the_recordings_own_convent
                     ours = np.stack([fx * local[:, 0] / local[:, 2] + cx, fy * local[:, 1] / local[:, 2] + cy], 1)
                     theirs = view_points(by_token[annotation].corners(), intrinsic, normalize=True)[:2].T
                     distances = np.linalg.norm(ours[:, None] - theirs[None], axis=2)
-                    assert distances.min(0).max() < 0.05 and distances.min(1).max() < 0.05  # pixels
+                    assert distances.min(0).max() < 0.1 and distances.min(1).max() < 0.1  # pixels; tables have 0.1 mm
                     compared += 1
             token = sample["next"]
     assert compared > 20
