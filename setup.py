@@ -33,6 +33,7 @@ setup(
         "rich>=13",
         "PyYAML>=6",
         "omegaconf>=2.3",
+        "shtab>=1.13",
     ],
     extras_require={
         "tensorrt": ["tensorrt", "cuda-bindings"],

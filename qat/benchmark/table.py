@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qat.benchmark.run import SECTIONS
 from qat.benchmark.worker import WHOLE
+from qat.core.console import results_console
 from qat.core.manifest import PARTS
 
 BUSY = 0.5  # processes to a core beyond which a machine is called busy
@@ -18,8 +19,7 @@ BUSY = 0.5  # processes to a core beyond which a machine is called busy
 
 def console() -> Console:
     """A terminal of its own width; piped output has none, and rich's 80 columns would cut the names."""
-    found = Console()
-    return found if found.is_terminal else Console(width=200)
+    return results_console(200)
 
 
 def _table(title: str, *headings: str, left: int = 1) -> Table:

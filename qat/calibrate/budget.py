@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from qat import __version__
 from qat.calibrate.sensitivity import Metric, Sensitivity
 from qat.core.centerhead import Detections
+from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import read_arrays, write_arrays, write_figure
 from qat.core.frame import Frame
@@ -185,7 +185,7 @@ def print_budget(found: Budget) -> None:
         changes = [f"{point.metric[name] - found.reference[name]:+.4f}" for name in names]
         mark = "chosen" if point is found.chosen else "" if point.drop <= found.budget else "over"
         table.add_row(str(len(point.floats)), f"{point.int8_share:.1%}", *changes, mark)
-    console = Console()
+    console = results_console()
     console.print(table)
     if not found.chosen.floats:
         console.print(

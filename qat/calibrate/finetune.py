@@ -27,6 +27,7 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_path, sha256, write_json
 from qat.core.geometry import PoolPattern
 from qat.core.progress import StepLog, drawn_ahead, progress_bar
+from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, version_in
 from qat.data.augment import AugmentedSet
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
@@ -411,6 +412,7 @@ def finetune(
 
     recipe = {
         **state.recipe,
+        "made": {**state.recipe.get("made", {}), "finetune": made_by()},
         "finetune": {
             **asdict(options),
             "processes": size,

@@ -25,6 +25,7 @@ from qat.calibrate.checkpoint import save_ptq
 from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import sha256
+from qat.core.provenance import made_by
 from qat.lean import QuantizedDetector
 from qat.lean.detector import PARTS, PARTS_OFF
 from qat.lean.fold import CONVOLUTIONS
@@ -399,5 +400,6 @@ def import_checkpoint(
     settings = load_config(given, None if prefix is None else "camera")
     quantized, model, report = load_foreign_file(path, checkpoint, settings, prefix)
     recipe = {"method": "imported", "imported": {"file": path.name, "sha256": sha256(path), "prefix": prefix}}
+    recipe["made"] = {"import-ptq": made_by()}
     save_ptq(out, quantized, model, recipe)
     return report

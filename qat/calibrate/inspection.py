@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import fx
 
 from qat.calibrate.checkpoint import load_ptq
+from qat.core.console import results_console
 from qat.lean import QuantizedDetector
 from qat.lean.quantizer import BOUND, QuantizedConv2d, QuantizedConvTranspose2d, QuantizedLinear, Quantizer
 
@@ -132,8 +132,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
 def print_inspection(found: Inspection, name: str) -> None:
     """Prints three tables: groups of activations, layers, what stays float."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
+    console = results_console()
     recipe = found.recipe
     frames, method = recipe.get("frames", "?"), recipe.get("method", "?")
     groups = Table(title=f"{name}: activations, {method} over {frames} frames", title_justify="left")

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from qat.calibrate.budget import Budget, check_budget, draw_budget, keep_within_budget, print_budget
@@ -17,9 +17,11 @@ from qat.calibrate.distributed import device, place
 from qat.calibrate.ptq import CalibrationReport, calibrate, int8_layers
 from qat.calibrate.sensitivity import Metric, measure_sensitivity
 from qat.core.config import load_config, need_boxes
+from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import sha256, write_json
 from qat.core.progress import progress_bar
+from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, check_annotated
 from qat.lean import Inventory, QuantizedDetector, auto_methods
 from qat.lean.placement import Kept
@@ -148,6 +150,7 @@ def calibrate_checkpoint(
         **branch,
         "int8_share_of_macs": round(report.int8_share, 4),
         "unexcited": report.unexcited,
+        "made": {"calibrate": made_by()},
     }
     if found is not None:
         recipe["budget"] = {"drop": found.budget, "of": found.of, "float_units": found.chosen.floats}
@@ -186,21 +189,63 @@ def _more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
+def warnings_of(report: CalibrationReport) -> list[str]:
+    """What a user should know before trusting the ranges, a line each."""
+    lines = [f"{name} was zero on every frame; its scale is a floor" for name in report.unexcited]
+    if report.frames < FEW_FRAMES:
+        lines.append(f"{report.frames} frames are few; ranges may be too narrow for other scenes")
+    return lines
+
+
+def _part_figures(result: CalibrationResult) -> dict[str, dict[str, Any]]:
+    """Of each part: activation quantizers that are on, layers with INT8 weights, the share of its multiply-accumulates in
+    INT8, and whether it is off as a whole."""
+    model, report = result.model, result.report
+    found = {}
+    for part, inventory in model.inventory.items():
+        layers = [name for name in report.int8 if name.startswith(part + ".")]
+        total = sum(count for name, count in report.macs.items() if name.startswith(part + "."))
+        graph = model.parts[part]
+        found[part] = {
+            "quantizers": sum(not graph.get_submodule(name)._disabled for name in inventory.quantizers),
+            "int8_layers": len(layers),
+            "int8_share_of_macs": sum(report.macs[name] for name in layers) / total if total else 0.0,
+            "off": part in model.parts_off,
+        }
+    return found
+
+
+def summarize(result: CalibrationResult) -> dict[str, Any]:
+    """What `print_summary` prints, for scripts: JSON values, and paths."""
+    model, report, budget = result.model, result.report, result.budget
+    parts = _part_figures(result)
+    return {
+        "method": result.recipe["method"],
+        "frames": report.frames,
+        "int8_share_of_macs": report.int8_share,
+        "quantizers": sum(figures["quantizers"] for figures in parts.values()),
+        "parts": parts,
+        "float": [
+            {"part": part, "name": name, "rule": kept.rule, "reason": kept.reason}
+            for part, inventory in model.inventory.items()
+            for name, kept in inventory.kept.items()
+        ],
+        "warnings": warnings_of(report),
+        "budget": None if budget is None else budget.to_json(),
+        "recipe": result.recipe,
+    }
+
+
 def print_summary(result: CalibrationResult) -> None:
     """Prints a table of what is INT8 in each part and what stays float, and why."""
     model, report = result.model, result.report
     table = Table(title=f"PTQ over {report.frames} frames, method {result.recipe['method']}")
     for heading in ("part", "activation quantizers", "INT8 layers", "share of MACs in INT8"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
-    for part, inventory in model.inventory.items():
-        on = part not in model.parts_off
-        layers = [name for name in report.int8 if name.startswith(part + ".")]
-        total = sum(count for name, count in report.macs.items() if name.startswith(part + "."))
-        share = sum(report.macs[name] for name in layers) / total if total else 0.0
-        graph = model.parts[part]
-        active = sum(not graph.get_submodule(name)._disabled for name in inventory.quantizers)
-        table.add_row(part, str(active), str(len(layers)), f"{share:.1%}" if on else "off")
-    console = Console()
+    for part, figures in _part_figures(result).items():
+        share = "off" if figures["off"] else f"{figures['int8_share_of_macs']:.1%}"
+        table.add_row(part, str(figures["quantizers"]), str(figures["int8_layers"]), share)
+    console = results_console()
     console.print(table)
     if isinstance(branch := result.recipe.get("branch"), dict):
         console.print(
@@ -216,9 +261,5 @@ def print_summary(result: CalibrationResult) -> None:
         console.print(f"float: all of {part} (CUDA-BEVFusion builds that part without QDQ)", highlight=False)
     if result.budget is not None:
         print_budget(result.budget)
-    for name in report.unexcited:
-        console.print(f"warning: {name} was zero on every frame; its scale is a floor", highlight=False)
-    if report.frames < FEW_FRAMES:
-        console.print(
-            f"warning: {report.frames} frames are few; ranges may be too narrow for other scenes", highlight=False
-        )
+    for line in warnings_of(report):
+        console.print(f"warning: {line}", highlight=False)

@@ -6,30 +6,35 @@ not through the camera part. What a frame gave is kept on disk: an interrupted r
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from qat import __version__
 from qat.calibrate.ptq import check_frame, counting_macs
 from qat.core.centerhead import Detections
 from qat.core.config import is_camera_branch, need_boxes
+from qat.core.console import results_console
 from qat.core.errors import UserError
-from qat.core.files import read_arrays, write_arrays, write_figure
+from qat.core.files import read_arrays, read_json, sha256, write_arrays, write_figure, write_json
 from qat.core.frame import Frame
 from qat.core.progress import progress_bar
+from qat.core.provenance import made_by
 from qat.core.tensors import decibels, frame_digest
 from qat.lean import QuantizedDetector
-from qat.lean.modes import quantizers_off
+from qat.lean.calibrators import HistogramCalibrator
+from qat.lean.modes import quantizers, quantizers_off
+from qat.lean.quantizer import BOUND
 from qat.lean.units import Unit, only_on, units
 from qat.models.run import boxes_of, frame_tensors
 
@@ -37,6 +42,9 @@ from qat.models.run import boxes_of, frame_tensors
 # camera branch alone has the first, which is then what its downsampling gives.
 TENSORS = ("bev", "heads", "objects")
 HEADINGS = {"bev": "SQNR BEV", "heads": "SQNR heads", "objects": "at objects"}
+FORMAT, SCHEMA = "bevqat-sensitivity", 1
+WORST = 8  # units whose activations the command takes histograms of
+SHOWN_BINS = 80  # of a histogram, at most
 HOT = 0.1  # heat above which a cell is an object's
 ALL = "all of them"
 Metric = Callable[[Mapping[str, Detections]], Mapping[str, float]]
@@ -58,14 +66,50 @@ class UnitDamage:
     drop: dict[str, float] | None = None
 
 
+@dataclass(frozen=True)
+class FloatLayers:
+    """Layers of a part that stay float for one reason, the rule that says so, and their share of the multiply-accumulates."""
+
+    part: str
+    rule: str
+    reason: str
+    layers: list[str]
+    macs_share: float
+
+
+@dataclass(frozen=True)
+class ActivationHistogram:
+    """|x| at a unit's activation quantizer in the float network, over all frames.
+
+    method: that chose the range. amax: the magnitude that 127 stands for. largest: of all magnitudes. values: how many were
+    seen; of them the shares zeros (exactly 0), to_zero (rounded to 0, and were not) and clipped (beyond the last level).
+    counts: of bins of `bin_width` from 0 up, zeros left out; they end with `largest`.
+    """
+
+    unit: str
+    layers: list[str]
+    method: str
+    amax: float
+    largest: float
+    values: int
+    zeros: float
+    to_zero: float
+    clipped: float
+    bin_width: float
+    counts: list[int]
+
+
 @dataclass
 class Sensitivity:
-    """units: the most harmful first. together: with all units on. reference: the float network's metric."""
+    """units: the most harmful first. together: with all units on. reference: the float network's metric. floats: what stays
+    float, the largest share of the multiply-accumulates first. histograms: of the most harmful units, where asked for."""
 
     frames: int
     units: list[UnitDamage]
     together: UnitDamage
     reference: dict[str, float] | None
+    floats: list[FloatLayers] = field(default_factory=list)
+    histograms: list[ActivationHistogram] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers."""
@@ -173,6 +217,8 @@ def measure_sensitivity(
     cache: Path,
     key: str,
     metric: Metric | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    worst: int = 0,
 ) -> Sensitivity:
     """Runs every unit alone on every frame.
 
@@ -181,10 +227,14 @@ def measure_sensitivity(
         cache: folder for what each frame gave.
         key: of the checkpoint, so that another one's results are not taken for this one's.
         metric: boxes by frame token → figures such as {"map": …, "nds": …}.
+        recipe: the checkpoint's, for the reasons why layers stay float and the methods that chose the ranges.
+        worst: of how many units, the most harmful first, to take histograms of the activations too.
 
     Raises:
         UserError: no frames, nothing quantized, a frame with NaN, or a metric asked of a camera branch alone.
     """
+    if worst < 0:
+        raise UserError(f"--histograms: found {worst}, expected 0 or more")
     if metric is not None:
         need_boxes(model.config, "--metric map", "give --metric sqnr, which judges the BEV features")
     tensors = tensors_of(model)
@@ -240,7 +290,229 @@ def measure_sensitivity(
         drop = -next(iter(row.drop.values())) if row.drop else 0.0
         return drop, *(row.sqnr_db[tensor] for tensor in reversed(tensors[1:] or tensors))
 
-    return Sensitivity(len(frames), sorted(alone, key=harm), together, reference)
+    alone.sort(key=harm)
+    by_name = {unit.name: unit for unit in every}
+    chosen = [by_name[row.name] for row in alone[:worst]]
+    histograms = measure_histograms(model, frames, cache, key, chosen, recipe or {}) if chosen else []
+    return Sensitivity(len(frames), alone, together, reference, kept_in_float(model, macs, recipe or {}), histograms)
+
+
+def kept_in_float(model: QuantizedDetector, macs: Mapping[str, int], recipe: Mapping[str, Any]) -> list[FloatLayers]:
+    """What stays float and why, the largest share of the multiply-accumulates first.
+
+    Args:
+        macs: of every weighted layer, as `counting_macs` notes them.
+        recipe: of the checkpoint: whether a budget or another tool switched layers off.
+    """
+    if budget := recipe.get("budget"):
+        off = "budget", f"INT8 costs more {budget['of']} than the budget of {budget['drop']:g} allows"
+    elif recipe.get("method") == "imported":
+        off = "imported", "the tool that quantized the network left it float"
+    else:
+        off = "off", "switched off in the checkpoint"
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    own = quantizers(model.parts)
+    for part, inventory in model.inventory.items():
+        if part in model.parts_off:
+            reason = "CUDA-BEVFusion builds this part in FP16, without QDQ"
+            groups[part, "parts_off", reason] = [name for name in macs if name.startswith(f"{part}.")]
+            continue
+        for name, kept in inventory.kept.items():
+            groups.setdefault((part, kept.rule, kept.reason), []).append(f"{part}.{name}")
+        for path in inventory.quantized:
+            if own[f"{part}.{path}.weight_quantizer"]._disabled:
+                groups.setdefault((part, *off), []).append(f"{part}.{path}")
+    total = sum(macs.values())
+    found = [
+        FloatLayers(*group, layers, round(sum(macs.get(layer, 0) for layer in layers) / total, 6))
+        for group, layers in groups.items()
+        if layers  # a view transform that does not downsample has none
+    ]
+    return sorted(found, key=lambda group: -group.macs_share)
+
+
+def range_method(quantizer: str, recipe: Mapping[str, Any]) -> str:
+    """The method by which calibration chose the range of `part.quantizer`, in words; "unknown" where the recipe does not say."""
+    if recipe.get("finetune", {}).get("learn_ranges"):
+        return "learned"
+    if quantizer in recipe.get("equalized", ()):
+        return "max, channels equalized"
+    method = next(
+        (other for pattern, other in recipe.get("by_layer", ()) if fnmatch.fnmatchcase(quantizer, pattern)),
+        recipe.get("default_method", recipe.get("method", "unknown")),
+    )
+    return (
+        f"percentile {recipe['percentile']:g}" if method == "percentile" and recipe.get("percentile") else str(method)
+    )
+
+
+_TALLY = ("values", "zeros", "to_zero", "clipped")
+
+
+class _Tally:
+    """The histogram of one unit's activations, and how many of them rounding makes 0 or clips; exact, whatever the order of
+    the frames."""
+
+    def __init__(self, name: str, amax: float) -> None:
+        self.histogram = HistogramCalibrator(name)
+        self.step = amax / BOUND
+        self.counts = dict.fromkeys(_TALLY, 0)
+
+    def see(self, x: torch.Tensor) -> None:
+        """Adds the tensor that the quantizer is given, of any shape."""
+        self.histogram.collect(x)
+        magnitude = x.detach().abs()
+        zeros = int((magnitude == 0).sum())
+        # Levels are −128 to 127; a half rounds to the even level.
+        beyond = (x > (BOUND + 0.5) * self.step).sum() + (x < -(BOUND + 1.5) * self.step).sum()
+        seen = x.numel(), zeros, int((magnitude <= self.step / 2).sum()) - zeros, int(beyond)
+        for name, count in zip(_TALLY, seen, strict=True):
+            self.counts[name] += count
+
+    def arrays(self, prefix: str) -> dict[str, np.ndarray]:
+        """For a file."""
+        own = self.histogram
+        assert own.counts is not None
+        return {
+            f"{prefix}.counts": own.counts.long().cpu().numpy(),
+            f"{prefix}.range": np.array([own.log2_range, own.largest]),
+            f"{prefix}.tally": np.array(list(self.counts.values()), np.int64),
+        }
+
+    def add(self, arrays: Mapping[str, np.ndarray], prefix: str) -> None:
+        """Adds what `arrays` gave of another frame."""
+        other = HistogramCalibrator(self.histogram.name)
+        other.counts = torch.from_numpy(arrays[f"{prefix}.counts"]).double()
+        log2_range, other.largest = arrays[f"{prefix}.range"].tolist()
+        other.log2_range = int(log2_range)
+        self.histogram.merge(other)
+        for name, count in zip(_TALLY, arrays[f"{prefix}.tally"].tolist(), strict=True):
+            self.counts[name] += count
+
+    def compact(self) -> tuple[float, list[int]]:
+        """Width and counts of at most SHOWN_BINS bins, which end with the last that is not empty."""
+        counts = self.histogram.counts
+        filled = counts.nonzero() if counts is not None else torch.zeros(0)
+        if counts is None or not len(filled):
+            return self.step * BOUND, [0]
+        last = int(filled.max()) + 1
+        merged = -(-last // SHOWN_BINS)
+        padded = torch.nn.functional.pad(counts[:last], (0, -last % merged))
+        width = 2.0**self.histogram.log2_range / len(counts) * merged
+        return width, [int(count) for count in padded.view(-1, merged).sum(1)]
+
+
+def measure_histograms(
+    model: QuantizedDetector,
+    frames: Sequence[Frame],
+    cache: Path,
+    key: str,
+    chosen: Sequence[Unit],
+    recipe: Mapping[str, Any],
+) -> list[ActivationHistogram]:
+    """The activations of these units in the float network, beside the range that was chosen for them.
+
+    Args:
+        cache, key: as for `measure_sensitivity`; a frame that is there already is not run again.
+        recipe: the checkpoint's, for the method of each range.
+
+    Raises:
+        UserError: a frame gives values that are not finite.
+    """
+    own = quantizers(model.parts)
+    ranges = [float(own[unit.quantizers[0]].amax) for unit in chosen]
+    named = [__version__, key, model.config, [[unit.name, amax] for unit, amax in zip(chosen, ranges, strict=True)]]
+    name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
+    totals = [_Tally(unit.name, amax) for unit, amax in zip(chosen, ranges, strict=True)]
+    with progress_bar("histograms: frames", len(frames)) as done:
+        for index, frame in enumerate(frames):
+            path = cache / f"{name}-{frame_digest(frame)}.npz"
+            found = read_arrays(path)
+            if len(found) != 3 * len(chosen):
+                tallies = [_Tally(unit.name, amax) for unit, amax in zip(chosen, ranges, strict=True)]
+                _see_inputs(model, frame, {unit.quantizers[0]: t for unit, t in zip(chosen, tallies, strict=True)})
+                found = {}
+                for n, tally in enumerate(tallies):
+                    found |= tally.arrays(str(n))
+                write_arrays(path, found)
+            for n, tally in enumerate(totals):
+                tally.add(found, str(n))
+            done(index + 1)
+    result = []
+    for unit, amax, tally in zip(chosen, ranges, totals, strict=True):
+        counted = tally.counts
+        width, counts = tally.compact()
+        result.append(
+            ActivationHistogram(
+                unit=unit.name,
+                layers=list(unit.layers),
+                method=range_method(unit.name, recipe),
+                amax=amax,
+                largest=tally.histogram.largest,
+                values=counted["values"],
+                zeros=counted["zeros"] / max(counted["values"], 1),
+                to_zero=counted["to_zero"] / max(counted["values"], 1),
+                clipped=counted["clipped"] / max(counted["values"], 1),
+                bin_width=width,
+                counts=counts,
+            )
+        )
+    return result
+
+
+def _see_inputs(model: QuantizedDetector, frame: Frame, tallies: Mapping[str, _Tally]) -> None:
+    """Runs the float network on a frame; each quantizer's tally sees what it is given."""
+
+    def watch(tally: _Tally) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, inputs: tally.see(inputs[0])
+
+    own = quantizers(model.parts)
+    handles = [own[name].register_forward_pre_hook(watch(tally)) for name, tally in tallies.items()]
+    try:
+        with torch.inference_mode():
+            _FloatTensors(model, frame)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write_sensitivity(path: str | Path, found: Sensitivity, checkpoint: str | Path, dataset: Mapping[str, Any]) -> None:
+    """Writes sensitivity.json, whole or not at all: `found` and what it is of.
+
+    Args:
+        checkpoint: the PTQ checkpoint that was measured. dataset: {"name", "version", "split"} of the frames.
+    """
+    head = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "checkpoint": {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)},
+        "dataset": dict(dataset),
+        **made_by(),
+    }
+    write_json(path, {**head, **found.to_json()})
+
+
+def load_sensitivity(path: str | Path, checkpoint: str | Path) -> dict[str, Any]:
+    """A sensitivity.json's content, of this PTQ checkpoint.
+
+    Raises:
+        UserError: the file cannot be read, is none of `write_sensitivity`, or is of another checkpoint.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: not a sensitivity of format {FORMAT!r}; write it with `bevqat sensitivity {checkpoint}`"
+        )
+    if found.get("schema") != SCHEMA:
+        raise UserError(f"{path}: found schema {found.get('schema')!r}, expected {SCHEMA}; run sensitivity again")
+    source, expected = found.get("checkpoint"), sha256(checkpoint)
+    measured = source.get("sha256") if isinstance(source, dict) else None
+    if measured != expected:
+        raise UserError(
+            f"{path}: measured on a checkpoint with sha256 {str(measured)[:12]}…, {checkpoint} has {expected[:12]}…; run "
+            f"`bevqat sensitivity {checkpoint}` again"
+        )
+    return found
 
 
 def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
@@ -260,8 +532,7 @@ def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
         drops = [f"{-row.drop[name]:+.4f}" for name in names] if row.drop else []
         sqnr = [f"{row.sqnr_db[t]:.1f} dB" for t in tensors]
         table.add_row(row.name, str(len(row.layers)), f"{row.macs_share:.1%}", *sqnr, *drops)
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    results_console(140).print(table)
     if len(found.units) > most:
         print(f"and {len(found.units) - most} more, which do less")
 

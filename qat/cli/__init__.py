@@ -1,65 +1,69 @@
 """The command line: `bevqat VERB`, and the scripts `python qat/VERB.py` beside this folder.
 
-One module a verb, imported only when it is asked for. A module has `HELP` (one line), `add_arguments(parser)` and
-`run(args) -> int` (the exit status): it parses, calls one function, prints.
+One module a verb, imported only when it is asked for. A module has `add_arguments(parser)` and `run(args) -> int` (the exit
+status): it parses, calls one function, prints. What follows the first line of its docstring is the end of its --help.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 
-import qat
+from qat.cli.json_output import json_output
+from qat.cli.parser import VERBS, make_parser, nearest, verb_of
+from qat.cli.pipes import reader_gone
 from qat.core.errors import UserError
+from qat.core.provenance import running
 
-VERBS = {
-    "demo": "calibrate, export, build, compare and report on example-data, on the CPU",
-    "synth": "write generated driving scenes in the nuScenes format",
-    "show": "draw a sample's lidar points and boxes over its images",
-    "train": "train a float detector",
-    "calibrate": "insert TensorQuantizers and run PTQ over calibration frames",
-    "import-ptq": "make a PTQ checkpoint of a network that another tool quantized",
-    "finetune": "train a PTQ checkpoint with its quantizers on (QAT), from the float network's outputs",
-    "inspect": "print what a PTQ checkpoint quantizes, with which scales, and what stays float",
-    "sensitivity": "measure the damage that each quantized unit does alone",
-    "health": "name the first layer that gives NaN or infinity, and quantizers that saturate",
-    "export-camera": "write a checkpoint's ONNX parts and their manifest",
-    "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
-    "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
-    "compare": "run every backend and precision over the evaluation frames, beside FP32",
-    "benchmark": "time exported parts and the whole detector on this machine, by backend and precision",
-    "report": "make report.html from results.json",
-}
+__all__ = ["BAD_USE", "FAILED", "INTERRUPTED", "OK", "PIPE_CLOSED", "VERBS", "main"]
 
-OK, FAILED, BAD_USE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, BAD_USE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status: 0 fine, 1 checks failed, 2 bad use, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="bevqat", description=qat.__doc__)
-    parser.add_argument("--version", action="version", version=f"bevqat {qat.__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    asked = next((word for word in arguments if word in VERBS), None)
-    for verb, summary in VERBS.items():
-        subparser = verbs.add_parser(
-            verb,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if verb == asked:
-            module = importlib.import_module(f"qat.cli.{verb.replace('-', '_')}")
-            subparser.epilog = module.__doc__.split("\n\n", 1)[-1] if module.__doc__ else None
-            module.add_arguments(subparser)
-    args = parser.parse_args(arguments)
+    """Runs one verb and returns the exit status: 0 fine, 1 checks failed, 2 bad use, 130 interrupted, 141 nobody reads the
+    output any more (as `head` leaves it). What is our own mistake keeps its traceback, and Python ends with 1 after it.
+
+    Raises:
+        SystemExit: of status 0 after --help and --version, of status 2 for words that are not understood.
+    """
     try:
-        return int(module.run(args))
+        return _run(argv)
+    except ModuleNotFoundError as error:
+        package = (error.name or "qat").partition(".")[0]
+        if package == "qat":
+            raise
+        print(
+            f"error: the package {package} is not installed; mend by: what `bevqat doctor` says of it", file=sys.stderr
+        )
+        return BAD_USE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    asked = verb_of(arguments)
+    parser = make_parser([asked] if asked in VERBS else [])
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return BAD_USE
+    if asked is not None and asked not in VERBS:
+        hint = nearest(asked, VERBS) or "; `bevqat --help` lists them"
+        parser.error(f"found no verb {asked!r}{hint}")
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.verb_parser(args.verb).refuse_unknown(unknown)
+    try:
+        with running(arguments), json_output(getattr(args, "json", None)):
+            status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USE
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        if not reader_gone():
+            raise
+        return PIPE_CLOSED

@@ -4,20 +4,30 @@ Each folder's manifest says its precision and flavour. Every row runs in a proce
 benchmark.csv and benchmark.svg; docs/benchmark.md says how to read them. Needs neither torch nor a config. Without --onnx
 nothing is measured: --compare then reads the new figures from --out.
 
-examples:
-  bevqat benchmark --onnx runs/onnx_fp32 runs/onnx_int8_openvino runs/onnx_int8_onnxruntime --out runs/benchmark
-  bevqat benchmark --onnx runs/onnx_fp32 runs/onnx_int8 --out runs/after --compare runs/benchmark/benchmark.json
-  bevqat benchmark --out runs/after --compare runs/benchmark/benchmark.json     # both measured earlier
+example:
+  bevqat calibrate --out runs/ptq.pth
+  bevqat export-camera --ckpt runs/ptq.pth --fp32
+  bevqat export-camera --ckpt runs/ptq.pth --flavour openvino
+  bevqat benchmark --onnx runs/onnx_fp32 runs/onnx_int8_openvino --backends openvino --out runs/benchmark
+  bevqat benchmark --onnx runs/onnx_int8_openvino --compare runs/benchmark/benchmark.json --out runs/after
+  bevqat benchmark --compare runs/benchmark/benchmark.json --out runs/after
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from qat.cli.engine_flags import add_engine_flags, add_tensorrt_flags, engine_options
+from qat.cli.engine_flags import (
+    add_backends_flag,
+    add_engine_flags,
+    add_tensorrt_flags,
+    backends_of,
+    engine_options,
+)
+from qat.cli.flags import SPLIT_HELP, VERSION_HELP, add_out_flag, add_rounds_flags
+from qat.cli.json_output import add_json_flag, emit_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onnx", type=Path, nargs="+", action="extend", default=[], metavar="DIR", help="exported parts, or engines"
     )
-    parser.add_argument("--backends", metavar="NAMES", help="default openvino,onnxruntime, and those of engines given")
+    add_backends_flag(parser, None, "openvino,onnxruntime, and those of engines given")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="nuScenes-format data (default: made-up frames)")
-    parser.add_argument("--version", metavar="NAME", help="of --data, needed where it holds several")
-    parser.add_argument("--split", metavar="SPLIT", help="of --data (default all)")
+    parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
+    parser.add_argument("--split", metavar="NAME", help=f"{SPLIT_HELP} (default all)")
     parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames that take turns (default 4)")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each row (default 20)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of a turn (default 3)")
+    add_rounds_flags(parser, 20, 3)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep built engines there (default: build anew)")
     parser.add_argument("--no-roofline", action="store_true", help="do not measure what the machine can do at best")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write benchmark.json there too")
+    add_out_flag(parser, "DIR", Path("runs/benchmark"))
+    add_json_flag(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write benchmark.csv there too")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed beyond the noise since")
     parser.add_argument(
@@ -53,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from qat.benchmark.table import print_files, print_results
     from qat.cli import INTERRUPTED
     from qat.core.errors import UserError
-    from qat.core.files import write_json, write_text
+    from qat.core.files import write_text
+    from qat.core.provenance import command_line
 
     written = args.out / f"{NAME}.json"
     if args.data is None and (args.split or args.version):
@@ -64,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--onnx: found none, expected at least one folder that export-camera wrote, or --compare")
     old = None if args.compare is None else load_results(args.compare)
     if args.onnx:
-        backends = None if args.backends is None else [name for name in args.backends.split(",") if name]
+        backends = None if args.backends is None else backends_of(args.backends)
         options = BenchmarkOptions(
             folders=args.onnx,
             out=args.out,
@@ -77,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             engine=engine_options(args, plan.asked_backends(args.onnx, backends), cache=args.cache),
             roofline=not args.no_roofline,
-            command=shlex.join(["bevqat", *sys.argv[1:]]),
+            command=command_line(),
         )
         try:
             new = benchmark(options)
@@ -89,12 +99,10 @@ def run(args: argparse.Namespace) -> int:
         print_files(args.out, tuple(f"{NAME}.{suffix}" for suffix in ("json", "csv", "svg")))
     else:
         new = load_results(written)
-    if args.json:
-        write_json(args.json, new)
-        print(args.json)
     if args.csv:
         write_text(args.csv, csv_text(new))
         print(args.csv)
     if old is not None:
         print_changes(old, new, args.compare, THRESHOLD if args.threshold is None else args.threshold)
+    emit_json(args, new)
     return 0

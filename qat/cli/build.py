@@ -3,9 +3,13 @@
 The folder that it writes has one built file for each part and a manifest.json; `qat.runtime.Pipeline.load(folder)` runs it
 without the ONNX graphs. Built files are for the version of the backend and the processor or GPU that built them.
 
-examples:
-  bevqat build --onnx runs/onnx_int8_openvino --backend openvino      # into runs/engines_int8_openvino
-  bevqat build --onnx runs/onnx_int8_onnxruntime --backend onnxruntime --threads 2 --pinning --out robot/engines
+example:
+  bevqat calibrate --out runs/ptq.pth
+  bevqat export-camera --ckpt runs/ptq.pth --flavour openvino
+  bevqat build --onnx runs/onnx_int8_openvino --backend openvino          # into runs/engines_int8_openvino
+  bevqat build --onnx runs/onnx_int8_openvino --backend openvino --threads 2 --pinning --out runs/robot
+
+On a machine with an NVIDIA GPU:
   bevqat build --onnx runs/onnx_fp16 --backend onnxruntime-tensorrt
   bevqat build --onnx runs/onnx_int8 --backend tensorrt --timing-cache runs/timing.cache --workspace 1024
 """
@@ -13,10 +17,11 @@ examples:
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from qat.cli.engine_flags import add_engine_flags, add_tensorrt_flags, engine_options
+from qat.cli.flags import add_out_flag
+from qat.cli.json_output import add_json_flag, emit_json
 from qat.engine import BACKENDS, PRECISIONS
 
 
@@ -29,26 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="default: the folder's; an fp16 folder's graphs take fp32 too"
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write (default engines_PRECISION_BACKEND beside --onnx)"
-    )
+    add_out_flag(parser, "DIR", "engines_PRECISION_BACKEND beside --onnx")
     add_engine_flags(parser)
     add_tensorrt_flags(parser)
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Builds and prints what was written."""
     from qat.cli import OK
+    from qat.core.manifest import load_manifest
+    from qat.core.progress import progress_bar
     from qat.runtime import build_engines
 
-    def say(part: str) -> None:
-        print(f"build {part}", file=sys.stderr, flush=True)
-
-    folder, manifest = build_engines(
-        args.onnx, args.backend, args.precision, args.out, engine_options(args, [args.backend]), progress=say
-    )
+    options = engine_options(args, [args.backend])
+    parts = load_manifest(args.onnx, check_files=False)["parts"]
+    # TensorRT says itself how far each part is.
+    with progress_bar("build", len(parts), show=args.backend != "tensorrt") as done:
+        begun = list(parts)
+        folder, manifest = build_engines(
+            args.onnx, args.backend, args.precision, args.out, options, lambda part: done(begun.index(part), part)
+        )
     for part in manifest["parts"].values():
         print(f"{folder / part['file']}: {part['built_for']}, {part['bytes'] / 1e6:.1f} MB")
     engine = manifest["engine"]
     print(f"{folder}: for {engine['backend']} {engine['version']} on {engine['device']}")
+    emit_json(args, {"out": folder, "manifest": manifest})
     return OK

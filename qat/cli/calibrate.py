@@ -3,7 +3,7 @@
 example:
   bevqat calibrate --data example-data --split calib --out runs/calibrate/ptq.pth
 
-The camera branch alone, out of a whole camera+lidar model:
+The camera branch alone, out of a whole camera+lidar model, here your configs.yaml and bevfusion.pth:
   bevqat calibrate --config configs.yaml --ckpt bevfusion.pth --prefix encoders.camera --data data/nuscenes --split mini_train \
     --out runs/branch/ptq.pth
 
@@ -16,16 +16,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qat.cli.flags import add_data_flags, add_init_flags, add_prefix_flag, init_seed
-
-MODEL = Path("model/camera-tiny")
+from qat.cli.flags import (
+    MODEL,
+    add_config_flag,
+    add_data_flags,
+    add_init_flags,
+    add_out_flag,
+    add_prefix_flag,
+    init_seed,
+)
+from qat.cli.json_output import add_json_flag, emit_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("--config", type=Path, default=MODEL / "config.yaml", metavar="YAML")
+    add_config_flag(parser, MODEL / "config.yaml")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--ckpt", type=Path, default=MODEL / "camera-tiny.pth", metavar="CKPT", help="float checkpoint")
+    weights = MODEL / "camera-tiny.pth"
+    source.add_argument(
+        "--ckpt", type=Path, default=weights, metavar="CKPT", help=f"float checkpoint (default {weights})"
+    )
     add_init_flags(parser, source)
     add_prefix_flag(parser)
     add_data_flags(parser, "calib", "calibrate on")
@@ -42,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=METHOD",
         help="another method for quantizers whose part.name matches; may be given again (`bevqat inspect` lists names)",
     )
-    parser.add_argument("--percentile", type=float, default=99.99, help="for --method percentile (default 99.99)")
+    parser.add_argument(
+        "--percentile", type=float, default=99.99, metavar="P", help="for --method percentile (default 99.99)"
+    )
     parser.add_argument(
         "--no-equalize",
         action="store_true",
@@ -58,13 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-version", metavar="NAME", help="needed where --budget-data holds several")
     parser.add_argument("--budget-split", metavar="NAME", help="its split (default calib)")
     parser.add_argument("--budget-frames", type=int, metavar="N", help="N of its frames (default all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/calibrate/ptq.pth"), metavar="CKPT")
+    add_out_flag(parser, "CKPT", Path("runs/calibrate/ptq.pth"))
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the PTQ checkpoint, prints what is INT8 and what is not."""
     from qat.calibrate.distributed import process_group
-    from qat.calibrate.job import BudgetOptions, calibrate_checkpoint, print_summary
+    from qat.calibrate.job import BudgetOptions, calibrate_checkpoint, print_summary, summarize
     from qat.core.errors import UserError
     from qat.evaluate import devkit_metric
 
@@ -106,4 +119,5 @@ def run(args: argparse.Namespace) -> int:
     if rank == 0:
         print_summary(result)
         print(args.out)
+        emit_json(args, {"out": args.out, **summarize(result)})
     return 0

@@ -1,43 +1,59 @@
 """Run the whole detector over the evaluation keyframes with PyTorch and each backend × precision; write the report.
 
 Accuracy is what the nuScenes devkit computes on all keyframes; latency is measured interleaved. An interrupted run
-goes on where it was.
+goes on where it was. With --sensitivity the report tells which layers pay for INT8 and what stays float.
 
 example:
   bevqat calibrate --out runs/tiny/ptq.pth
+  bevqat sensitivity runs/tiny/ptq.pth --frames 4 --out runs/tiny
   bevqat export-camera --ckpt runs/tiny/ptq.pth
   bevqat export-camera --ckpt runs/tiny/ptq.pth --fp32
-  bevqat compare --ptq runs/tiny/ptq.pth --fp32 runs/tiny/onnx_fp32 --int8 runs/tiny/onnx_int8 --out runs/tiny
+  bevqat compare --ptq runs/tiny/ptq.pth --onnx runs/tiny/onnx_fp32 runs/tiny/onnx_int8 --sensitivity runs/tiny/sensitivity.json --out runs/tiny
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qat.cli.engine_flags import add_engine_flags, add_tensorrt_flags, engine_options
-from qat.cli.flags import add_data_flags
+from qat.cli.engine_flags import (
+    add_backends_flag,
+    add_engine_flags,
+    add_tensorrt_flags,
+    backends_of,
+    engine_options,
+)
+from qat.cli.flags import MODEL, add_config_flag, add_data_flags, add_out_flag, add_rounds_flags
+from qat.cli.json_output import add_json_flag, emit_json
+from qat.core.errors import UserError
+
+if TYPE_CHECKING:
+    from qat.compare import Comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("--ckpt", type=Path, default=Path("model/camera-tiny/camera-tiny.pth"), help="float checkpoint")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="config of a float checkpoint that carries none")
+    weights = MODEL / "camera-tiny.pth"
+    parser.add_argument(
+        "--ckpt", type=Path, default=weights, metavar="CKPT", help=f"float checkpoint (default {weights})"
+    )
+    add_config_flag(parser, when="default: the one inside or beside the checkpoint")
     parser.add_argument("--ptq", type=Path, metavar="CKPT", help="calibrate's checkpoint, for the simulated INT8 row")
-    parser.add_argument("--fp32", type=Path, action="append", default=[], metavar="DIR", help="exported FP32 parts")
     parser.add_argument(
-        "--int8", type=Path, action="append", default=[], metavar="DIR", help="INT8 parts; may be given again"
+        "--onnx",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="exported parts, FP32 and INT8, each as its manifest says",
     )
-    parser.add_argument(
-        "--backends", default="openvino,onnxruntime", metavar="NAMES", help="default openvino,onnxruntime"
-    )
+    for name in ("fp32", "int8"):  # as it was until 0.1
+        parser.add_argument(f"--{name}", type=Path, action="append", default=[], help=argparse.SUPPRESS)
+    add_backends_flag(parser, "openvino,onnxruntime")
     add_data_flags(parser, "eval", "evaluate on")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="latency rounds (default 10)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="counted runs of a row in a round (default 3)"
-    )
+    add_rounds_flags(parser, 10, 3)
     parser.add_argument(
         "--resamples",
         type=int,
@@ -45,7 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="resamples of the scenes for the 95 %% intervals of mAP and NDS differences (default 1000, 0: none)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR")
+    parser.add_argument(
+        "--sensitivity",
+        type=Path,
+        metavar="FILE",
+        help="what `bevqat sensitivity` wrote of --ptq's checkpoint (sensitivity.json): worst layers, what stays float",
+    )
+    add_out_flag(parser, "DIR", Path("runs/compare"))
+    add_json_flag(parser)
     add_engine_flags(parser)
     add_tensorrt_flags(parser)
 
@@ -53,11 +76,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the table and the verdict."""
     from qat.compare import CompareOptions, Sources, compare, print_summary
+    from qat.core.manifest import load_manifest
 
-    backends = [name for name in args.backends.split(",") if name]
+    backends = backends_of(args.backends)
+    folders = {"fp32": list(args.fp32), "int8": list(args.int8)}
+    for folder in args.onnx:
+        precision = load_manifest(folder, check_files=False)["precision"]
+        if precision not in folders:
+            raise UserError(
+                f"{folder}: found {precision} parts, expected fp32 or int8: backends on a GPU are timed by benchmark"
+            )
+        folders[precision].append(folder)
     comparison = compare(
         CompareOptions(
-            sources=Sources(args.ckpt, args.ptq, args.fp32, args.int8, args.config),
+            sources=Sources(args.ckpt, args.ptq, folders["fp32"], folders["int8"], args.config),
             data=args.data,
             version=args.version,
             split=args.split,
@@ -68,8 +100,21 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             resamples=args.resamples,
             engines=engine_options(args, backends),
-            command=shlex.join(["bevqat", *sys.argv[1:]]),
+            sensitivity=args.sensitivity,
         )
     )
     print_summary(comparison)
+    emit_json(args, comparison_json(comparison))
     return 0
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """For --json: the verdict, where the files are, and what results.json has without the report's pictures."""
+    verdict = comparison.verdict
+    results = {key: value for key, value in comparison.results.items() if key != "frames"}
+    return {
+        "verdict": {"headline": verdict.headline, "reasons": verdict.reasons, "ship": verdict.ship},
+        "results": comparison.results_file,
+        "report": comparison.report_file,
+        **results,
+    }

@@ -11,28 +11,37 @@ import sys
 from pathlib import Path
 
 from qat.cli import FAILED, OK
+from qat.cli.flags import EXAMPLE, MODEL, add_out_flag, add_rounds_flags
+from qat.cli.json_output import add_json_flag, emit_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("--model", type=Path, default=Path("model/camera-tiny"), metavar="DIR", help="a model's folder")
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="DIR", help=f"a model's folder (default {MODEL})")
     parser.add_argument(
-        "--data", type=Path, default=Path("example-data"), metavar="ROOT", help="with splits calib and eval"
+        "--data",
+        type=Path,
+        default=EXAMPLE,
+        metavar="ROOT",
+        help=f"nuScenes-format data with splits calib and eval (default {EXAMPLE})",
     )
     parser.add_argument(
         "--frames", type=int, metavar="N", help="evaluate N keyframes spread over the split (default all)"
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="latency rounds (default 5)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    add_rounds_flags(parser, 5, None)
+    add_out_flag(parser, "DIR", Path("runs/demo"))
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs every stage; prints the table, the verdict and where the report is."""
+    from qat.cli.compare import comparison_json
     from qat.compare import print_summary
     from qat.compare.demo import demo
 
     result = demo(args.model, args.data, args.out, args.frames, args.rounds, lambda line: print(line, flush=True))
     print_summary(result.comparison)
+    emit_json(args, {"passed": result.verified, **comparison_json(result.comparison)})
     if result.verified:
         return OK
     print(

@@ -9,16 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.engine import PRECISIONS, Options, TensorRtOptions, takes_bfloat16
+from qat.engine import BACKENDS, PRECISIONS, Options, TensorRtOptions, takes_bfloat16
 from qat.engine.tensorrt_options import TACTIC_SOURCES, Profile
 
 FLAGS = {"fp16": "--no-fp16", "profiles": "--profile"}  # where they are not the fields' names
 
 
+def add_threads_flag(parser: argparse._ActionsContainer) -> None:
+    """--threads alone."""
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one on each core)")
+
+
+def add_backends_flag(parser: argparse.ArgumentParser, default: str | None, when: str = "") -> None:
+    """--backends; `backends_of` reads it. when: what it is without the flag, where there is no default."""
+    parser.add_argument(
+        "--backends",
+        default=default,
+        metavar="NAMES",
+        help=f"with commas between, of {', '.join(BACKENDS)} (default {when or default})",
+    )
+
+
+def backends_of(text: str) -> list[str]:
+    """The names in a --backends."""
+    return [name for name in (word.strip() for word in text.split(",")) if name]
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """--threads, --pinning, --no-spinning and --bfloat16: fields of `qat.engine.Options`, by their names."""
     group = parser.add_argument_group("on the CPU")
-    group.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default 0: one on each core)")
+    add_threads_flag(group)
     group.add_argument(
         "--pinning", action="store_true", help="each thread stays on its core: for a process that has them to itself"
     )

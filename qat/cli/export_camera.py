@@ -1,14 +1,17 @@
 """Write a checkpoint's parts (ONNX opset 13, simplified, verified) with manifest.json.
 
-examples:
-  bevqat export-camera --ckpt runs/ptq.pth              # INT8 (QDQ) into runs/onnx_int8
-  bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime      # INT8 into runs/onnx_int8_onnxruntime
-  bevqat export-camera --ckpt runs/ptq.pth --fp16       # for a builder's FP16 flag, into runs/onnx_fp16
-  bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong  # for TensorRT 10 and 11, into runs/onnx_int8_tensorrt-strong
+example:
+  bevqat calibrate --out runs/ptq.pth
+  bevqat export-camera --ckpt runs/ptq.pth                                # INT8 (QDQ) into runs/onnx_int8
+  bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime          # INT8 into runs/onnx_int8_onnxruntime
+  bevqat export-camera --ckpt runs/ptq.pth --fp16                         # for a builder's FP16 flag, into runs/onnx_fp16
+  bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong      # for TensorRT 10 and 11
   bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform
-  bevqat export-camera --ckpt runs/ptq.pth --format onnx-e2e          # the whole detector as one file besides
-  bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth       # a float checkpoint: FP32 into onnx_fp32
-  bevqat export-camera --config model/resnet50/config.yaml --init random --fp16    # for latency, into runs/resnet50/onnx_fp16
+  bevqat export-camera --ckpt runs/ptq.pth --format onnx-e2e              # the whole detector as one file besides
+
+A float checkpoint, and random weights to measure latency with:
+  bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth --out runs/onnx_fp32
+  bevqat export-camera --config model/resnet50/config.yaml --init random --fp16     # into runs/resnet50/onnx_fp16
 
 Each part is verified against PyTorch on a random frame and on real ones, example-data's unless --data names others.
 Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written all the same.
@@ -20,9 +23,18 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from qat.cli import FAILED, OK
-from qat.cli.flags import add_init_flags, add_prefix_flag, add_verification_flags, init_seed
+from qat.cli.flags import (
+    add_config_flag,
+    add_init_flags,
+    add_out_flag,
+    add_prefix_flag,
+    add_verification_flags,
+    init_seed,
+)
+from qat.cli.json_output import add_json_flag, emit_json
 from qat.core.errors import UserError
 
 
@@ -30,14 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--ckpt", metavar="CKPT", help="a checkpoint of calibrate, a float one, or one that another tool quantized"
+        "--ckpt",
+        type=Path,
+        metavar="CKPT",
+        help="a checkpoint of calibrate, a float one, or one that another tool quantized",
     )
     add_init_flags(parser, source)
     precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--precision", choices=("fp32", "fp16", "int8"), help="default: int8 of a PTQ checkpoint, fp32 of a float one"
+    )
     for name, what in (
-        ("int8", "QDQ at the calibrated scales (default of a PTQ checkpoint)"),
-        ("fp16", "no QDQ; FP16 by the engine builder's flag"),
-        ("fp32", "no QDQ (default of a float checkpoint)"),
+        ("int8", "--precision int8: QDQ at the calibrated scales"),
+        ("fp16", "--precision fp16: no QDQ; FP16 by the engine builder's flag"),
+        ("fp32", "--precision fp32: no QDQ"),
     ):
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=what)
     parser.add_argument(
@@ -60,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--dynamic-batch", action="store_true", help="any number of samples in an input")
     chosen = parser.add_argument_group("parts")
-    chosen.add_argument("--parts", nargs="+", metavar="PART", help="write these alone, such as camera.backbone")
+    chosen.add_argument(
+        "--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as camera.backbone"
+    )
     chosen.add_argument(
         "--parts-int8",
         nargs="+",
@@ -81,10 +101,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the scales as a TensorRT calibration cache too, with the graph without QDQ that it is for (DLA)",
     )
-    parser.add_argument("--config", metavar="YAML", help="config of a float checkpoint that carries none")
+    add_config_flag(parser, when="default: the one inside or beside a float checkpoint; a PTQ checkpoint has its own")
     add_prefix_flag(parser)
     add_verification_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default onnx_PRECISION beside the checkpoint)")
+    add_out_flag(parser, "DIR", "onnx_PRECISION[_FLAVOUR] beside the checkpoint")
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,8 +159,19 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {typed['fp16']} of {typed['nodes']} operators in FP16" + (f"; {kept}" if kept else ""))
         if cache := part.get("calibration_cache"):
             print(f"{folder / cache['file']}: {cache['tensors']} scales, for {folder / cache['graph']}")
-    if manifest["verification"]["passed"]:
-        return _whole(folder) if args.format == "onnx-e2e" else OK
+    passed = manifest["verification"]["passed"]
+    whole = _whole(folder) if args.format == "onnx-e2e" and passed else None
+    emit_json(
+        args,
+        {
+            "out": folder,
+            "passed": passed and (whole is None or whole["verification"]["passed"]),
+            "manifest": manifest,
+            "e2e": whole,
+        },
+    )
+    if passed:
+        return OK if whole is None or whole["verification"]["passed"] else FAILED
     for part in manifest["parts"].values():
         if not part["scales"]["passed"]:
             print(
@@ -159,21 +191,22 @@ def run(args: argparse.Namespace) -> int:
     return FAILED
 
 
-def _whole(folder: Path) -> int:
-    """Joins the parts of a folder, and prints how close the whole is to them."""
+def _whole(folder: Path) -> dict[str, Any]:
+    """Joins the parts of a folder, and prints how close the whole is to them; its entry in the manifest."""
+    from qat.core.progress import progress_bar
     from qat.export.e2e import export_e2e
 
-    entry = export_e2e(folder)
+    with progress_bar("join"):
+        entry = export_e2e(folder)
     file, tensors = folder / entry["file"], entry["verification"]["tensors"]
     name, figures = min(tensors.items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])
     print(
         f"{file}: {entry['precision']}, {file.stat().st_size / 1e6:.1f} MB; beside its parts {name} has "
         f"{figures['sqnr_db']:.0f} dB SQNR ({figures['tolerance_db']:.0f} dB or more expected)"
     )
-    if entry["verification"]["passed"]:
-        return OK
-    print(f"error: {file}: out of tolerance beside its parts: {entry['verification']}", file=sys.stderr)
-    return FAILED
+    if not entry["verification"]["passed"]:
+        print(f"error: {file}: out of tolerance beside its parts: {entry['verification']}", file=sys.stderr)
+    return entry
 
 
 def _programs(args: argparse.Namespace, seed: int) -> int:
@@ -198,7 +231,9 @@ def _programs(args: argparse.Namespace, seed: int) -> int:
     for part in manifest["parts"].values():
         file = folder / part["file"]
         print(f"{file}: {manifest['precision']}, {file.stat().st_size / 1e6:.1f} MB")
-    if manifest["verification"]["passed"]:
+    passed = manifest["verification"]["passed"]
+    emit_json(args, {"out": folder, "passed": passed, "manifest": manifest, "e2e": None})
+    if passed:
         print("each, loaded again, computes what its module computes, bit for bit")
         return OK
     print(

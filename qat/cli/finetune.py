@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.cli.flags import root_and_split
+from qat.cli.flags import add_data_sets_flags, add_out_flag, add_seed_flag, data_sets, root_and_split
+from qat.cli.json_output import add_json_flag, emit_json
 
 if TYPE_CHECKING:
     from qat.data import NuScenesDataset
@@ -28,22 +29,32 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="a checkpoint that calibrate wrote")
+    add_data_sets_flags(parser, "keyframes to train on", "mAP and NDS of float, PTQ and QAT on this at the end")
+    add_out_flag(parser, "DIR", Path("runs/finetune"))
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="in all (default 1000)")
     parser.add_argument(
-        "--data", action="append", required=True, metavar="ROOT:SPLIT", help="frames to train on; may be given again"
+        "--batch", type=int, default=2, metavar="N", help="keyframes of a step, of all processes together (default 2)"
     )
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--held-out", metavar="ROOT:SPLIT", help="mAP and NDS of float, PTQ and QAT on this at the end")
-    parser.add_argument("--out", type=Path, default=Path("runs/finetune"), metavar="DIR")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=2, help="frames of a step, of all processes together (default 2)")
-    parser.add_argument("--lr", type=float, default=3e-5, help="highest rate; it falls as a cosine (default 3e-5)")
-    parser.add_argument("--warmup", type=int, default=50, help="steps over which the rate rises (default 50)")
-    parser.add_argument("--clip", type=float, default=35.0, help="largest norm of the gradient (default 35)")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=3e-5,
+        metavar="RATE",
+        help="highest learning rate; it falls as a cosine (default 3e-5)",
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=50, metavar="N", help="steps over which the rate rises (default 50)"
+    )
+    parser.add_argument(
+        "--clip", type=float, default=35.0, metavar="NORM", help="largest norm of the gradient (default 35)"
+    )
     parser.add_argument(
         "--ema", type=float, default=0.0, metavar="DECAY", help="save an average of the weights, such as 0.999"
     )
     parser.add_argument("--learn-ranges", action="store_true", help="train the ranges of activations too")
-    parser.add_argument("--range-lr", type=float, default=1e-3, help="their rate, in log2 units (default 1e-3)")
+    parser.add_argument(
+        "--range-lr", type=float, default=1e-3, metavar="RATE", help="their rate, in log2 units (default 1e-3)"
+    )
     parser.add_argument(
         "--augment",
         action=argparse.BooleanOptionalAction,
@@ -66,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="W",
             help=f"of the loss on {what} (default {weight:g})",
         )
-    parser.add_argument("--seed", type=int, default=0)
+    add_seed_flag(parser)
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
     names = {field.name for field in dataclasses.fields(FinetuneOptions)}
     options = FinetuneOptions(**{name: value for name, value in vars(args).items() if name in names})
-    data = [root_and_split(text, "--data") for text in args.data]
+    data = data_sets(args)
     held_out = root_and_split(args.held_out, "--held-out") if args.held_out else None
     if held_out is not None:  # opened before the work begins: what is wrong with it is told at once
         config = load_ptq(args.ckpt)[0].config
@@ -89,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
         result = finetune(args.ckpt, data, args.out, options, args.version, lambda s: print(s, flush=True))
     if rank > 0:
         return 0
-    if held_out is not None:
-        _print_held_out(args, held_out, result.checkpoint)
+    metrics = None if held_out is None else _held_out_figures(args, held_out, result.checkpoint)
     print(result.checkpoint)
+    emit_json(args, {"out": result.checkpoint, "steps": options.steps, "metrics": metrics})
     return 0
 
 
@@ -101,10 +113,12 @@ def _held_out(args: argparse.Namespace, held_out: tuple[Path, str], config: Mapp
     return NuScenesDataset(*held_out, config, version_in(held_out[0], args.version))
 
 
-def _print_held_out(args: argparse.Namespace, held_out: tuple[Path, str], trained: Path) -> None:
+def _held_out_figures(args: argparse.Namespace, held_out: tuple[Path, str], trained: Path) -> dict[str, Any]:
+    """Measures float, PTQ and QAT, prints and writes the figures."""
     from qat.calibrate import load_ptq
     from qat.calibrate.checkpoint import load_float_reference
     from qat.core.files import write_json
+    from qat.core.progress import progress_bar
     from qat.evaluate import evaluate_detections
     from qat.train.loop import detect
 
@@ -112,6 +126,8 @@ def _print_held_out(args: argparse.Namespace, held_out: tuple[Path, str], traine
     figures = {}
     for name, model in models.items():
         dataset = _held_out(args, held_out, model.config)
-        figures[name] = evaluate_detections(dataset, detect(model, dataset))
+        with progress_bar(f"held out, {name}", len(dataset)) as done:
+            figures[name] = evaluate_detections(dataset, detect(model, dataset, done))
         print(f"{name:5s} mAP {figures[name]['map']:.4f}, NDS {figures[name]['nds']:.4f} over {len(dataset)} keyframes")
     write_json(args.out / "metrics.json", figures)
+    return figures

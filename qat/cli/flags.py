@@ -9,13 +9,102 @@ from typing import Any
 
 from qat.core.errors import UserError
 
+MODEL = Path("model/camera-tiny")
+EXAMPLE = Path("example-data")
+VERSION_HELP = "needed where ROOT holds several, such as v1.0-mini"
+SPLIT_HELP = "split of the data"
+
+
+def add_config_flag(parser: argparse.ArgumentParser, default: Path | None = None, when: str = "") -> None:
+    """--config. when: what becomes of it without the flag, where there is no default."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=default,
+        metavar="YAML",
+        help=f"the network's config ({when or f'default {default}'})",
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, what: str, folder: bool = False) -> None:
+    """CKPT, or --ckpt CKPT as other verbs have it; `checkpoint_of` reads them. folder: --onnx DIR is a third way."""
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("source", nargs="?", type=Path, metavar="CKPT|DIR" if folder else "CKPT", help=what)
+    either.add_argument("--ckpt", dest="ckpt", type=Path, metavar="CKPT", help="the same, by a flag")
+    if folder:
+        either.add_argument("--onnx", type=Path, metavar="DIR", help="the same for a folder")
+
+
+def checkpoint_of(args: argparse.Namespace) -> Path:
+    """What `add_checkpoint`'s words name."""
+    found: Path = next(path for path in (args.source, args.ckpt, getattr(args, "onnx", None)) if path is not None)
+    return found
+
+
+def add_out_flag(parser: argparse.ArgumentParser, metavar: str, default: Path | str, what: str = "") -> None:
+    """--out: what is written. default: a path, or words where it follows from other flags."""
+    what = what or {"DIR": "folder to write", "CKPT": "checkpoint to write"}.get(metavar, "file to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=default if isinstance(default, Path) else None,
+        metavar=metavar,
+        help=f"{what} (default {default})",
+    )
+
+
+def add_seed_flag(parser: argparse.ArgumentParser) -> None:
+    """--seed."""
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything drawn at random (default 0)")
+
+
+def add_rounds_flags(parser: argparse.ArgumentParser, rounds: int, repeats: int | None) -> None:
+    """--rounds and, unless `repeats` is None, --repeats: of a latency measurement, with their defaults."""
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, metavar="N", help=f"latency rounds: turns of each row (default {rounds})"
+    )
+    if repeats is not None:
+        parser.add_argument(
+            "--repeats", type=int, default=repeats, metavar="N", help=f"counted runs of a turn (default {repeats})"
+        )
+
 
 def add_data_flags(parser: argparse.ArgumentParser, split: str, what: str) -> None:
     """--data, --version, --split and --frames: which keyframes of a data set. what: the verb for --frames' help."""
-    parser.add_argument("--data", type=Path, default=Path("example-data"), metavar="ROOT", help="nuScenes-format data")
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--split", default=split, help=f"default {split}")
+    parser.add_argument(
+        "--data", type=Path, default=EXAMPLE, metavar="ROOT", help=f"nuScenes-format data (default {EXAMPLE})"
+    )
+    parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
+    parser.add_argument("--split", default=split, metavar="NAME", help=f"{SPLIT_HELP} (default {split})")
     parser.add_argument("--frames", type=int, metavar="N", help=f"{what} N frames spread over the split (default all)")
+
+
+def add_data_sets_flags(parser: argparse.ArgumentParser, what: str, held_out: str) -> None:
+    """--data, which may be given again, --version, --split and --held-out; `data_sets` reads the first three."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="ROOT[:SPLIT]",
+        help=f"{what}; may be given again",
+    )
+    parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
+    parser.add_argument("--split", metavar="NAME", help=f"{SPLIT_HELP}, of each ROOT without :SPLIT")
+    parser.add_argument("--held-out", metavar="ROOT:SPLIT", help=held_out)
+
+
+def data_sets(args: argparse.Namespace) -> list[tuple[Path, str]]:
+    """(root, split) of each --data.
+
+    Raises:
+        UserError: one has no split, by itself or by --split.
+    """
+    return [
+        (Path(text), args.split)
+        if args.split and (Path(text).is_dir() or ":" not in text)
+        else root_and_split(text, "--data")
+        for text in args.data
+    ]
 
 
 def root_and_split(text: str, flag: str) -> tuple[Path, str]:
@@ -35,7 +124,9 @@ def add_init_flags(parser: argparse.ArgumentParser, source: argparse._MutuallyEx
     source.add_argument(
         "--init", choices=("random",), help="no checkpoint: random weights of --config, for numerics and latency"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of --init random (default 0)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of everything drawn at random: --init random (default 0)"
+    )
 
 
 def init_seed(args: argparse.Namespace) -> int:
@@ -59,9 +150,6 @@ def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-EXAMPLE = Path("example-data")
-
-
 def add_verification_flags(parser: argparse.ArgumentParser) -> None:
     """--data, --version, --split and --frames of an export: which real keyframes it is verified on."""
     parser.add_argument(
@@ -71,10 +159,10 @@ def add_verification_flags(parser: argparse.ArgumentParser) -> None:
         help="nuScenes-format data, or a folder with one keyframe and its info.json, to verify on beside a random frame "
         f"(default {EXAMPLE} where there is one)",
     )
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--split", metavar="SPLIT", help="default: all keyframes")
+    parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
+    parser.add_argument("--split", metavar="NAME", help=f"{SPLIT_HELP} (default all)")
     parser.add_argument(
-        "--frames", type=int, metavar="N", help="N frames spread over the split (default 1), 0 for none"
+        "--frames", type=int, metavar="N", help="verify on N frames spread over the split (default 1), 0 for none"
     )
 
 

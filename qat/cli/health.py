@@ -10,23 +10,19 @@ example:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from qat.cli.flags import add_data_flags, add_prefix_flag
+from qat.cli.flags import MODEL, add_checkpoint, add_config_flag, add_data_flags, add_prefix_flag, checkpoint_of
+from qat.cli.json_output import add_json_flag, emit_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument(
-        "source", type=Path, metavar="CKPT|DIR", help="a float or PTQ checkpoint, or a folder that export-camera wrote"
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="YAML",
-        help="for a folder, the config whose test pipeline reads the data (default camera-tiny's); for a float checkpoint, "
-        "instead of the one inside or beside it",
+    add_checkpoint(parser, "a float or PTQ checkpoint, or a folder that export-camera wrote", folder=True)
+    add_config_flag(
+        parser,
+        when="default: the one inside or beside a float checkpoint; for a folder, whose data are read as its test pipeline "
+        f"says, {MODEL / 'config.yaml'}",
     )
     add_prefix_flag(parser)
     add_data_flags(parser, "calib", "check on")
@@ -37,39 +33,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="name quantizers with a larger share of values beyond their range (default 0.01)",
     )
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Checks and prints."""
     from qat.calibrate import load_ptq
     from qat.cli import FAILED, OK
-    from qat.compare.health import check_detector, check_parts, print_health
+    from qat.compare.health import check_detector, check_parts, print_health, saturated
     from qat.core.config import load_config
     from qat.core.errors import UserError
     from qat.core.manifest import load_manifest
+    from qat.core.progress import counted
     from qat.data import NuScenesDataset
     from qat.export.checkpoint import config_of
     from qat.models import load_checkpoint, load_float_branch, load_float_model
 
-    folder = args.source.is_dir()
-    checkpoint = {} if folder else load_checkpoint(args.source)
+    source = checkpoint_of(args)
+    folder = source.is_dir()
+    checkpoint = {} if folder else load_checkpoint(source)
     if args.prefix is not None and (folder or checkpoint.get("format") == "bevqat-ptq"):
         what = "a folder of exported parts" if folder else "a PTQ checkpoint"
-        raise UserError(f"{args.source}: {what} knows whether it is a camera branch alone; leave --prefix out")
+        raise UserError(f"{source}: {what} knows whether it is a camera branch alone; leave --prefix out")
     if folder:
-        branch = load_manifest(args.source, check_files=False)["pipeline"].get("branch")
-        config = load_config(args.config or Path("model/camera-tiny/config.yaml"), branch)
+        branch = load_manifest(source, check_files=False)["pipeline"].get("branch")
+        config = load_config(args.config or MODEL / "config.yaml", branch)
         frames = NuScenesDataset(args.data, args.split, config, args.version, args.frames)
-        found = check_parts(args.source, frames)
+        found = check_parts(source, counted("check", frames, len(frames)))
     else:
         if checkpoint.get("format") == "bevqat-ptq":
-            model: Any = load_ptq(args.source)[0]
+            model: Any = load_ptq(source)[0]
         elif args.prefix is not None:
-            model, _ = load_float_branch(
-                config_of(args.source, checkpoint, args.config, "camera"), args.source, args.prefix
-            )
+            model, _ = load_float_branch(config_of(source, checkpoint, args.config, "camera"), source, args.prefix)
         else:
-            model = load_float_model(config_of(args.source, checkpoint, args.config), args.source)
-        found = check_detector(model, NuScenesDataset(args.data, args.split, model.config, args.version, args.frames))
+            model = load_float_model(config_of(source, checkpoint, args.config), source)
+        frames = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
+        found = check_detector(model, counted("check", frames, len(frames)))
     print_health(found, args.saturation)
+    emit_json(
+        args,
+        {
+            "source": source,
+            "frames": found.frames,
+            "passed": found.first is None,
+            "first": None if found.first is None else vars(found.first),
+            "quantizers": len(found.saturation),
+            "saturated": saturated(found, args.saturation),
+        },
+    )
     return OK if found.first is None else FAILED

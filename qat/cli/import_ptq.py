@@ -14,22 +14,26 @@ import argparse
 from pathlib import Path
 
 from qat.cli import OK
-from qat.cli.flags import add_prefix_flag
+from qat.cli.flags import add_config_flag, add_out_flag, add_prefix_flag
+from qat.cli.json_output import add_json_flag, emit_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="the other tool's checkpoint")
-    parser.add_argument("--config", type=Path, metavar="YAML", help="default: config.yaml beside it")
+    add_config_flag(parser, when="default: config.yaml beside the checkpoint")
     add_prefix_flag(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/imported/ptq.pth"), metavar="CKPT")
+    add_out_flag(parser, "CKPT", Path("runs/imported/ptq.pth"))
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Imports, and prints what became of the other tool's ranges."""
     from qat.calibrate.foreign import import_checkpoint
+    from qat.core.progress import progress_bar
 
-    report = import_checkpoint(args.ckpt, args.out, args.config, args.prefix)
+    with progress_bar("import"):
+        report = import_checkpoint(args.ckpt, args.out, args.config, args.prefix)
     print(
         f"{len(report['mapped'])} ranges of activations taken over, {len(report['folded'])} folded batch norms made neutral"
     )
@@ -48,4 +52,5 @@ def run(args: argparse.Namespace) -> int:
             if len(names) > 8:
                 print(f"  and {len(names) - 8} more")
     print(args.out)
+    emit_json(args, {"out": args.out, **report})
     return OK

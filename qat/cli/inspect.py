@@ -8,23 +8,23 @@ example:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from qat.cli.flags import add_checkpoint, checkpoint_of
+from qat.cli.json_output import add_json_flag, emit_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("ckpt", type=Path, metavar="CKPT", help="a checkpoint that calibrate wrote")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it there too")
+    add_checkpoint(parser, "a checkpoint that calibrate wrote")
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the tables."""
     from qat.calibrate.inspection import inspect_checkpoint, print_inspection
-    from qat.core.files import write_json
 
-    found = inspect_checkpoint(args.ckpt)
-    print_inspection(found, args.ckpt.name)
-    if args.json:
-        write_json(args.json, found.to_json())
-        print(args.json)
+    path = checkpoint_of(args)
+    found = inspect_checkpoint(path)
+    print_inspection(found, path.name)
+    emit_json(args, found.to_json())
     return 0

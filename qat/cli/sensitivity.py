@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qat.cli.flags import add_data_flags
+from qat.cli.flags import add_checkpoint, add_data_flags, add_out_flag, checkpoint_of
+from qat.cli.json_output import add_json_flag, emit_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("ckpt", type=Path, metavar="CKPT", help="a checkpoint that calibrate wrote")
+    add_checkpoint(parser, "a checkpoint that calibrate wrote")
     add_data_flags(parser, "calib", "measure on")
     parser.add_argument(
         "--metric",
@@ -25,26 +26,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="sqnr",
         help="map: mAP and NDS of each unit too, by the official devkit over the same frames (default sqnr)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/sensitivity"), metavar="DIR")
+    parser.add_argument(
+        "--histograms",
+        type=int,
+        default=8,
+        metavar="N",
+        help="histograms of the activations of the N most harmful units, beside their ranges (default 8, 0: none)",
+    )
+    add_out_flag(parser, "DIR", Path("runs/sensitivity"))
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes sensitivity.json and sensitivity.png."""
     from qat.calibrate import load_ptq
-    from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity, print_sensitivity
-    from qat.core.files import sha256, write_json
+    from qat.calibrate.sensitivity import (
+        draw_sensitivity,
+        measure_sensitivity,
+        print_sensitivity,
+        write_sensitivity,
+    )
+    from qat.core.files import sha256
     from qat.data import NuScenesDataset
     from qat.evaluate import devkit_metric
 
-    model, _ = load_ptq(args.ckpt)
+    path = checkpoint_of(args)
+    model, recipe = load_ptq(path)
     dataset = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
-
     found = measure_sensitivity(
-        model, dataset, args.out / "cache", sha256(args.ckpt), devkit_metric(dataset) if args.metric == "map" else None
+        model,
+        dataset,
+        args.out / "cache",
+        sha256(path),
+        devkit_metric(dataset) if args.metric == "map" else None,
+        recipe,
+        args.histograms,
     )
     print_sensitivity(found)
-    write_json(args.out / "sensitivity.json", found.to_json())
+    facts = {"name": args.data.resolve().name, "version": dataset.nusc.version, "split": dataset.split}
+    write_sensitivity(args.out / "sensitivity.json", found, path, facts)
     draw_sensitivity(found, args.out / "sensitivity.png")
     print(args.out / "sensitivity.json")
     print(args.out / "sensitivity.png")
+    emit_json(args, found.to_json())
     return 0

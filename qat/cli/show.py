@@ -10,19 +10,24 @@ import argparse
 import io
 from pathlib import Path
 
+from qat.cli.flags import EXAMPLE, MODEL, SPLIT_HELP, VERSION_HELP, add_config_flag
+from qat.cli.json_output import add_json_flag, emit_json
 from qat.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("--config", type=Path, default=Path("model/camera-tiny/config.yaml"), metavar="YAML")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="ROOT", help="nuScenes-format data")
-    source.add_argument("--frame", type=Path, metavar="FOLDER", help="one keyframe: images, a sweep and info.json")
-    parser.add_argument("--version", metavar="NAME", help="needed where ROOT holds several, such as v1.0-mini")
-    parser.add_argument("--split", default="all")
-    parser.add_argument("--index", type=int, default=0, metavar="I", help="which keyframe of the split (default 0)")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG")
+    add_config_flag(parser, MODEL / "config.yaml")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--data", type=Path, default=EXAMPLE, metavar="ROOT", help=f"nuScenes-format data (default {EXAMPLE})"
+    )
+    source.add_argument("--frame", type=Path, metavar="DIR", help="one keyframe: images, a sweep and info.json")
+    parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
+    parser.add_argument("--split", default="all", metavar="NAME", help=f"{SPLIT_HELP} (default all)")
+    parser.add_argument("--index", type=int, default=0, metavar="N", help="which keyframe of the split (default 0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,4 +53,7 @@ def run(args: argparse.Namespace) -> int:
     with atomic_path(args.out) as temporary:
         temporary.write_bytes(buffer.getvalue())
     print(f"{args.out}: {len(sample.gt_boxes)} boxes, {len(sample.points)} points")
+    emit_json(
+        args, {"out": args.out, "token": sample.token, "boxes": len(sample.gt_boxes), "points": len(sample.points)}
+    )
     return 0

@@ -7,25 +7,32 @@ example:
 from __future__ import annotations
 
 import argparse
-import sys
+from pathlib import Path
 
+from qat.cli.flags import add_seed_flag
+from qat.cli.json_output import add_json_flag, emit_json
 from qat.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write the data set into")
-    parser.add_argument("--scenes", type=int, required=True, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--scenes", type=int, required=True, metavar="N", help="how many")
+    add_seed_flag(parser)
     parser.add_argument(
-        "--keyframes", type=int, default=20, metavar="K", help="keyframes a scene, at 2 Hz (default 20)"
+        "--keyframes", type=int, default=20, metavar="N", help="keyframes a scene, at 2 Hz (default 20)"
     )
     parser.add_argument("--splits", default="", metavar="NAME=N,…", help="scenes of each split, in order (default 4:1)")
     parser.add_argument("--native", default="400x225", metavar="WxH", help="image size in pixels (default 400x225)")
-    parser.add_argument("--azimuths", type=int, default=360, help="lidar columns a revolution (default 360)")
-    parser.add_argument("--sweeps", type=int, default=4, help="lidar sweeps between keyframes (default 4)")
-    parser.add_argument("--jpeg-quality", type=int, default=75)
-    parser.add_argument("--workers", type=int, default=2, help="processes (the result does not depend on it)")
+    parser.add_argument(
+        "--azimuths", type=int, default=360, metavar="N", help="lidar columns a revolution (default 360)"
+    )
+    parser.add_argument("--sweeps", type=int, default=4, metavar="N", help="lidar sweeps between keyframes (default 4)")
+    parser.add_argument("--jpeg-quality", type=int, default=75, metavar="N", help="1 to 95 (default 75)")
+    parser.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes (default 2); the result does not depend on it"
+    )
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         jpeg_quality=args.jpeg_quality,
         splits=splits,
     )
-    root = generate(args.out, options, args.workers, quiet=not sys.stderr.isatty())
+    root = generate(args.out, options, args.workers)
     print(f"{root}: {args.scenes} scenes of {args.keyframes} keyframes")
+    emit_json(args, {"out": root, "scenes": args.scenes, "keyframes": args.scenes * args.keyframes})
     return 0

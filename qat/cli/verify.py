@@ -4,10 +4,12 @@ Every part's file, opset and tensors, and its results on the frames that the exp
 is in its file, in ONNX Runtime; with --backend, as that backend builds it for use on this machine.
 Exit status 1 when a part differs or was changed, 2 when nothing can be verified.
 
-examples:
+example:
+  bevqat calibrate --out runs/ptq.pth
+  bevqat export-camera --ckpt runs/ptq.pth
   bevqat verify runs/onnx_int8
-  bevqat verify runs/onnx_int8 --part camera.backbone --backend openvino
-  bevqat verify runs/onnx_int8 --json verified.json
+  bevqat verify runs/onnx_int8 --parts camera.backbone --backend openvino
+  bevqat verify runs/onnx_int8 --json runs/verified.json
 """
 
 from __future__ import annotations
@@ -15,28 +17,38 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qat.cli.engine_flags import add_threads_flag
+from qat.cli.json_output import add_json_flag, emit_json
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that export-camera wrote")
-    parser.add_argument("--part", action="append", metavar="NAME", help="only this part; may be repeated")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="a folder that export-camera wrote")
+    either.add_argument("--onnx", type=Path, metavar="DIR", help="the same, by a flag")
+    parser.add_argument(
+        "--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as camera.backbone"
+    )
+    parser.add_argument("--part", dest="parts", action="append", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--backend", choices=("onnxruntime", "openvino"), help="build the parts with it (default: the file as it is)"
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one on each core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    add_threads_flag(parser)
+    add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints."""
     from qat.cli import FAILED, OK
-    from qat.core.files import write_json
+    from qat.core.manifest import load_manifest
+    from qat.core.progress import progress_bar
     from qat.engine import Options
     from qat.runtime.verify import print_verification, verify_folder
 
-    found = verify_folder(args.folder, args.part, args.backend, Options(threads=args.threads))
+    folder, options = args.folder or args.onnx, Options(threads=args.threads)
+    parts = args.parts or load_manifest(folder, check_files=False)["parts"]
+    with progress_bar("verify", len(parts)) as done:
+        found = verify_folder(folder, args.parts, args.backend, options, done)
     print_verification(found)
-    if args.json:
-        write_json(args.json, found)
-        print(args.json)
+    emit_json(args, found)
     return OK if found["passed"] else FAILED

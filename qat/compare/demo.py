@@ -7,9 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from qat.calibrate import load_ptq
 from qat.calibrate.job import calibrate_checkpoint
+from qat.calibrate.sensitivity import WORST, measure_sensitivity, write_sensitivity
 from qat.compare.rows import Sources
-from qat.compare.run import CompareOptions, Comparison, compare
+from qat.compare.run import CACHE, CompareOptions, Comparison, compare
+from qat.core.files import sha256
+from qat.data import NuScenesDataset
 from qat.export.checkpoint import export_checkpoint
 
 # folder name, precision, flavour: each CPU backend gets the form that it fuses
@@ -21,12 +27,26 @@ EXPORTS = (
 )
 
 
+SENSITIVITY_FRAMES = 2  # enough to rank the units; each costs a pass through a part of the network for each of them
+
+
 @dataclass
 class Demo:
     """The comparison, and whether every exported part agrees with PyTorch within its tolerance."""
 
     comparison: Comparison
     verified: bool
+
+
+def _sensitivity(ptq: Path, data: Path, out: Path) -> None:
+    """Measures the calibrated units and writes out/sensitivity.json; what was measured before is in out/cache."""
+    quantized, recipe = load_ptq(ptq)
+    dataset = NuScenesDataset(data, "calib", quantized.config)
+    few = np.linspace(0, len(dataset) - 1, min(SENSITIVITY_FRAMES, len(dataset))).round().astype(int)
+    frames = [dataset[int(index)] for index in few]
+    found = measure_sensitivity(quantized, frames, out / CACHE, sha256(ptq), recipe=recipe, worst=WORST)
+    facts = {"name": data.resolve().name, "version": dataset.nusc.version, "split": dataset.split}
+    write_sensitivity(out / "sensitivity.json", found, ptq, facts)
 
 
 def demo(
@@ -37,7 +57,7 @@ def demo(
     Args:
         model: folder of `config.yaml` and `<its name>.pth`.
         data: nuScenes-format data with the splits calib and eval.
-        out: folder for ptq.pth, onnx_fp32/, onnx_int8/, results.json and report.html.
+        out: folder for ptq.pth, sensitivity.json, onnx_fp32/, onnx_int8/, results.json and report.html.
         frames: evaluate on so many keyframes of the split; None for all.
         say: gets a line as each step begins.
 
@@ -52,6 +72,8 @@ def demo(
     checkpoint, ptq = model / f"{model.name}.pth", out / "ptq.pth"
     step(f"calibrate {checkpoint} over the calibration frames of {data}")
     calibrate_checkpoint(config=model / "config.yaml", checkpoint=checkpoint, data=data, split="calib", out=ptq)
+    step(f"sensitivity: each unit alone in INT8, over {SENSITIVITY_FRAMES} calibration frames")
+    _sensitivity(ptq, data, out)
     folders, verified = {}, True
     for name, precision, flavour in EXPORTS:
         folders[name] = out / f"onnx_{name}"
@@ -75,7 +97,7 @@ def demo(
             rounds=rounds,
             repeats=2,
             model=model.name,
-            command=f"bevqat demo --model {model} --data {data} --out {out}",
+            sensitivity=out / "sensitivity.json",
         )
     )
     step("done")

@@ -17,12 +17,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from qat.calibrate.ptq import run_frame
 from qat.core.config import is_camera_branch
+from qat.core.console import results_console
 from qat.core.manifest import load_manifest
 from qat.export.lookups import constants
 from qat.lean.quantizer import Quantizer
@@ -201,6 +201,12 @@ def check_parts(folder: str | Path, frames: Iterable[SampleTensors]) -> Health:
     return watch.health
 
 
+def saturated(found: Health, threshold: float) -> dict[str, float]:
+    """Quantizers with a larger share of values beyond their range than `threshold`, and that share; the worst first."""
+    above = sorted(((share, name) for name, share in found.saturation.items() if share > threshold), reverse=True)
+    return {name: share for share, name in above}
+
+
 def print_health(found: Health, threshold: float) -> None:
     """Prints the first layer that is not finite, and the quantizers that saturate above `threshold`."""
     if found.first is not None:
@@ -208,17 +214,15 @@ def print_health(found: Health, threshold: float) -> None:
         print(f"{first.kind} in {first.where}: {first.share:.2%} of its values, first in frame {first.frame}")
     else:
         print(f"every layer is finite on {found.frames} frames")
-    above = sorted(((s, n) for n, s in found.saturation.items() if s > threshold), reverse=True)
-    if above:
+    if above := saturated(found, threshold):
         table = Table(
             title=f"quantizers with more than {threshold:.2%} of their values beyond their range", title_justify="left"
         )
         table.add_column("quantizer", overflow="fold")
         table.add_column("beyond", justify="right")
-        for share, name in above:
+        for name, share in above.items():
             table.add_row(name, f"{share:.2%}")
-        console = Console()
-        (console if console.is_terminal else Console(width=140)).print(table)
+        results_console(140).print(table)
     elif found.saturation:
         print(
             f"none of {len(found.saturation)} quantizers has more than {threshold:.2%} of its values beyond its range"

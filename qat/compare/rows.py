@@ -101,7 +101,8 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     """Loads or builds every row; PyTorch FP32, the reference, comes first.
 
     Returns:
-        the rows, and {"config", "recipe", "files"}: the model's config, how it was calibrated, the files' hashes.
+        the rows, and {"config", "recipe", "files", "made"}: the model's config, how it was calibrated, the files' hashes, and
+        (folder's name, {"command", "versions"}) of each folder of parts.
 
     Raises:
         UserError: a file is missing, damaged or not of the same weights; a backend is unknown or not installed.
@@ -169,4 +170,8 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
             more += [options.tensorrt.described()] if backend == "tensorrt" else []
             key = _key(backend, precision, version, hashes, manifest["pipeline"], *more)
             rows.append(Row(backend, precision, manifest["flavour"], pipeline, size / 1e6, key))
-    return rows, {"config": config, "recipe": recipe, "files": files}
+    made = [
+        (folder.name, {name: manifest.get(name) for name in ("command", "versions")})
+        for folder, _, manifest in manifests
+    ]
+    return rows, {"config": config, "recipe": recipe, "files": files, "made": made}

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from qat.compare.accuracy import RowAccuracy, run_accuracy
@@ -19,9 +18,12 @@ from qat.compare.frames import describe_frame, disagreement, drawn_from
 from qat.compare.latency import measure
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
+from qat.compare.sensitivity import sensitivity_section
+from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import write_json
 from qat.core.progress import progress_bar
+from qat.core.provenance import command_line, tables_sha256
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.engine import BACKENDS, CPU_BACKENDS, Options, described
@@ -39,8 +41,8 @@ class CompareOptions:
     data, split, version, frames: the evaluation keyframes, as for `NuScenesDataset`. backends: of `qat.engine`.
     out: folder for results.json, report.html and the cache of finished keyframes. rounds, repeats, latency_frames: as
     `qat.compare.latency.measure` has them; as many of the keyframes, spread evenly, are timed. pictures: keyframes to
-    draw in the report. resamples: of the scenes, for the intervals of the differences; 0 for none. model: its name in the results. command: for the
-    provenance. engines: how they are built and run; its threads are PyTorch's and the pooling's too.
+    draw in the report. resamples: of the scenes, for the intervals of the differences; 0 for none. model: its name in the
+    results. sensitivity: a sensitivity.json of the PTQ checkpoint, for the report. engines: how they are built and run; its threads are PyTorch's and the pooling's too.
     """
 
     sources: Sources
@@ -56,7 +58,7 @@ class CompareOptions:
     pictures: int = 2
     resamples: int = 1000
     model: str = ""
-    command: str = ""
+    sensitivity: Path | None = None
     engines: Options = field(default_factory=Options)
 
 
@@ -157,6 +159,34 @@ def _pictures(
     ]
 
 
+def _provenance(
+    options: CompareOptions, facts: dict[str, Any], sensitivity: dict[str, Any], tables: dict[str, str]
+) -> dict[str, Any]:
+    """Commands in the order of the work: each with what it made, and the versions in which it differs from this process."""
+    own = versions()
+    recipe = {name: value for name, value in facts["recipe"].items() if name != "made"}
+    ptq = options.sources.ptq
+    made = [(ptq.name, by) for by in facts["recipe"].get("made", {}).values()] if ptq is not None else []
+    made += facts["made"]
+    if sensitivity:
+        made.append(("sensitivity", sensitivity))
+    made.append(("these results", {"command": command_line()}))
+    commands = []
+    for what, by in made:
+        if isinstance(by, dict) and by.get("command"):
+            found = by.get("versions") or {}
+            others = {name: version for name, version in found.items() if own.get(name) != version}
+            commands.append({"what": what, "command": by["command"], **({"versions": others} if others else {})})
+    return {
+        "command": command_line(),
+        "commands": commands,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": own,
+        "calibration": recipe,
+        "files": [*facts["files"], tables],
+    }
+
+
 def compare(options: CompareOptions) -> Comparison:
     """Runs every row over the evaluation keyframes and writes results.json and report.html, each whole or not at all.
 
@@ -166,7 +196,12 @@ def compare(options: CompareOptions) -> Comparison:
     _check(options)
     if options.engines.threads:
         torch.set_num_threads(options.engines.threads)
-    rows, facts = load_rows(options.sources, options.backends, options.engines)
+    section: dict[str, Any] | None = None
+    made: dict[str, Any] = {}
+    if options.sensitivity is not None:  # read before the work begins: what is wrong with it is told at once
+        section, made = sensitivity_section(options.sensitivity, options.sources.ptq)
+    with progress_bar("build engines"):
+        rows, facts = load_rows(options.sources, options.backends, options.engines)
     dataset = NuScenesDataset(options.data, options.split, facts["config"], options.version, options.frames)
     timed = set(
         np.linspace(0, len(dataset) - 1, min(options.latency_frames, len(dataset))).round().astype(int).tolist()
@@ -189,6 +224,12 @@ def compare(options: CompareOptions) -> Comparison:
             result_rows.append(_result_row(row, accuracy, evaluate_detections(dataset, accuracy.detections)))
             progress(n + 1)
     facts_of_data = _dataset_facts(dataset, options, objects, image)
+    folder = options.data / dataset.nusc.version
+    tables = {
+        "what": "dataset tables, all together",
+        "file": f"{facts_of_data['name']}/{dataset.nusc.version}/*.json",
+        "sha256": tables_sha256(folder),
+    }
     resamples = options.resamples if facts_of_data["scenes"] >= MIN_SCENES else 0
     if resamples:
         with progress_bar("resampled scenes", len(rows)) as progress:
@@ -217,14 +258,10 @@ def compare(options: CompareOptions) -> Comparison:
         "measurement": measurement,
         "rows": result_rows,
         "frames": _pictures(dataset, result_rows, accuracies, objects.total(), options.pictures),
-        "provenance": {
-            "command": options.command,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "calibration": facts["recipe"],
-            "files": facts["files"],
-        },
+        "provenance": _provenance(options, facts, made, tables),
     }
+    if section is not None:
+        results["sensitivity"] = section
     results_file, report_file = options.out / RESULTS, options.out / REPORT
     write_json(results_file, results)
     return Comparison(results, results_file, report_file, write_report(results_file, report_file))
@@ -258,9 +295,7 @@ def print_summary(comparison: Comparison) -> None:
             f"{row['size_mb']:.1f} MB",
             "" if heads is None else f"{heads:.0f} dB",
         )
-    console = Console()
-    # Piped output has no width of its own; rich's 80 columns would cut the names.
-    (console if console.is_terminal else Console(width=160)).print(table)
+    results_console().print(table)
     print(f"{comparison.verdict.headline}. {' '.join(comparison.verdict.reasons)}")
     print(f"results: {comparison.results_file}")
     print(f"report: {comparison.report_file}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 LOG_EVERY = 25  # steps
@@ -23,23 +24,40 @@ class Done(Protocol):
 
 
 @contextmanager
-def progress_bar(what: str, total: int, start: int = 0, show: bool = True) -> Iterator[Done]:
-    """A bar with an ETA on stderr where that is a terminal, nothing elsewhere or without `show`. start: done before."""
+def progress_bar(what: str, total: int | None = None, start: int = 0, show: bool = True) -> Iterator[Done]:
+    """A bar with the time passed and an ETA on stderr where that is a terminal, nothing elsewhere or without `show`.
+
+    total: None where nobody can say how far the work is: the bar then moves, and has no ETA. start: done before.
+    """
     console = Console(stderr=True)
-    columns = (
+    counted = () if total is None else (MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=False))
+    progress = Progress(
         TextColumn(what),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        *counted,
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        disable=not (show and console.is_terminal),
+        transient=True,
+        # Lines printed meanwhile go above the bar; but those of a stdout that is piped belong to its reader.
+        redirect_stdout=sys.stdout.isatty(),
     )
-    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
+    with progress:
         bar = progress.add_task("", total=total, completed=start, note="")
 
         def done(completed: int, note: str = "") -> None:
             progress.update(bar, completed=completed, note=note)
 
         yield done
+
+
+def counted(what: str, items: Iterable[T], total: int, start: int = 0) -> Iterator[T]:
+    """The items, with a `progress_bar` of how many the caller is done with. start: done before the first of them."""
+    with progress_bar(what, total, start) as done:
+        for number, item in enumerate(items, start):
+            yield item
+            done(number + 1)
 
 
 def drawn_ahead(draw: Callable[[int], T], step: int, stop: int) -> Iterator[T]:

@@ -16,6 +16,7 @@ import torch
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, write_json
 from qat.core.manifest import FILE
+from qat.core.progress import progress_bar
 from qat.engine import CPU_FLAVOURS
 from qat.export.calibration_cache import strip_qdq, write_calibration_cache
 from qat.export.flavour_cpu import to_cpu
@@ -247,10 +248,12 @@ def _export(
     # Of the tensor before the next part, for what is behind a part's last ReLU is u8 in the next one too. Pooled features
     # have a sign: the context of a pixel has.
     positive = False
-    with atomic_directory(out) as folder:
+    total = len(left)
+    with atomic_directory(out) as folder, progress_bar("export", total) as done:
         for name, part in parts.items():
             if not left:
                 break  # what comes behind the last part that is asked for
+            done(total - len(left), name)
             if name not in left and form.flavour not in CPU_FLAVOURS:  # these want to know the next part's signs
                 verification.skip(name)
                 continue

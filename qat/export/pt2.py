@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, PARTS
+from qat.core.progress import progress_bar
 from qat.core.tensors import compare_tensors
 from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import torch_parts
@@ -152,12 +153,14 @@ def export_pt2(
         "types": "FP32 tensors" + (", rounded by torch's fake-quantize operators" if precision == "int8" else ""),
     }
     passed = True
-    with state, atomic_directory(out) as folder:
+    chosen = [name for name in PARTS if name in parts]
+    with state, atomic_directory(out) as folder, progress_bar("export", len(chosen)) as done:
         runners = torch_parts(detector)
         frame = random_frame(settings, seed)
         tensors = {"img": frame.img[None], "depth": frame.depth[None], **Pipeline(runners, settings).forward(frame)}
         tensors["camera"] = tensors.get("feat_out", tensors["feat_in"])
         for name in (name for name in runners if name in parts):
+            done(len(manifest["parts"]), name)
             wrapper = runners[name].wrapper
             inputs = tuple(torch.from_numpy(tensors[tensor]) for tensor in wrapper.inputs)
             program = trace_program(wrapper, inputs)

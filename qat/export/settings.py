@@ -12,7 +12,7 @@ from qat.core.config import camera_names, is_camera_branch, needs_depth, test_pi
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import FORMAT, SCHEMA
-from qat.core.versions import versions
+from qat.core.provenance import made_by
 from qat.lean.modes import quantizers
 
 VTRANSFORM_KEYS = (
@@ -87,7 +87,7 @@ def manifest_head(
         "precision": precision,
         "checkpoint": None,
         "calibration": dict(recipe) if recipe is not None and precision == "int8" else None,
-        "versions": versions(),
+        **made_by(),
         "pipeline": dict(settings),
         "parts": {},
     }

@@ -4,18 +4,23 @@ verdict = write_report("runs/demo/results.json", "runs/demo/report.html")
 print(verdict.headline)
 """
 
+from qat.report.comparison import RunsVerdict, compare_runs, write_comparison
 from qat.report.page import write_report
-from qat.report.schema import SCHEMA, check_results, load_results
+from qat.report.schema import SCHEMA, check_results, check_sensitivity, load_results
 from qat.report.verdict import Verdict, compared_row, decide, reference_of, row_name
 
 __all__ = [
     "SCHEMA",
+    "RunsVerdict",
     "Verdict",
     "check_results",
+    "check_sensitivity",
+    "compare_runs",
     "compared_row",
     "decide",
     "load_results",
     "reference_of",
     "row_name",
+    "write_comparison",
     "write_report",
 ]

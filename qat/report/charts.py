@@ -9,15 +9,15 @@ from html import escape
 from qat.report.schema import Results
 from qat.report.verdict import MAX_LOSS, Row, milliseconds, reference_of, row_name
 
-WIDTH, HEIGHT = 480, 320
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 44
+WIDTH, HEIGHT = 420, 270
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 44
 _MARKS = {
     "pytorch": "M0-6A6 6 0 1 1 0 6A6 6 0 1 1 0-6Z",
     "openvino": "M-5.5-5.5H5.5V5.5H-5.5Z",
     "onnxruntime": "M0-7L6.5 5H-6.5Z",
     "tensorrt": "M0-7.5L7.5 0L0 7.5L-7.5 0Z",
 }
-_CHARACTER = 7.2  # upper bound on a character's mean width at 13 px
+_CHARACTER = 8.0  # upper bound on a character's mean width at 13 px
 
 
 def precision_class(row: Row) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 from qat.core.files import write_text
 from qat.report.charts import birds_eye, camera_view, class_bars, latency_bars, precision_class, scatter
 from qat.report.schema import Results, load_results
+from qat.report.sensitivity import sensitivity
+from qat.report.tables import Cell, change, decibels, facts, in_words, name_cell, optional, plain, table
 from qat.report.verdict import (
     MAX_LOSS,
     Row,
@@ -35,8 +37,6 @@ _TENSORS = {
     "feat_out": "BEV, downsampled",
     "middle": "decoder",
 }
-_NOTHING: tuple = (None, "", [], {})
-EXACT_DB = 200  # what compare writes for equal tensors
 _TP_NAMES = {
     "trans_err": "mATE, m",
     "scale_err": "mASE",
@@ -45,55 +45,13 @@ _TP_NAMES = {
     "attr_err": "mAAE",
 }
 
-Cell = tuple[str, float | str | None]  # what is shown (HTML), what it sorts by
-
-
-def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:
-    """A table whose columns sort; the first column is each row's heading.
-
-    Args:
-        heads: column heads (plain text).
-        rows: CSS class and cells.
-    """
-    head = "".join(
-        f'<th scope="col"{" class=left" if n == 0 else ""}><button>{escape(text)}</button></th>'
-        for n, text in enumerate(heads)
-    )
-    body = []
-    for style, cells in rows:
-        tags = []
-        for n, (shown, value) in enumerate(cells):
-            data = "" if value is None else f' data-value="{escape(str(value))}"'
-            tags.append(f'<th scope="row"{data}>{shown}</th>' if n == 0 else f"<td{data}>{shown}</td>")
-        body.append(f'<tr class="{style}">{"".join(tags)}</tr>')
-    return (
-        '<div class="card scroll"><table class="sticky">'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
-
 
 def _difference(row: Row, base: Row | None, key: str) -> Cell:
     if base is None:
         return "–", 0.0
-    change = row[key] - base[key]
-    tone = "good" if change > 0.0005 else "bad" if change < -MAX_LOSS else ""
     interval = row.get("change", {}).get(key)
     bounds = "" if interval is None else f"<br><small>{signed(interval['low'])} … {signed(interval['high'])}</small>"
-    return f'<span class="{tone}">{signed(change)}</span>{bounds}', change
-
-
-def _name_cell(row: Row, rows: Sequence[Row]) -> Cell:
-    name, _, flavour = row_name(row, rows).partition(" (")
-    small = f" <small>{escape(flavour.rstrip(')'))}</small>" if flavour else ""
-    return f'<span class="dot {precision_class(row)}"></span>{escape(name)}{small}', row_name(row, rows)
-
-
-def _optional(value: float | None, show: Callable[[float], str]) -> Cell:
-    return ("–", -1.0) if value is None else (show(value), value)
-
-
-def _decibels(value: float) -> str:
-    return "exact" if value >= EXACT_DB else f"{value:.1f}"
+    return change(row[key] - base[key], bounds)
 
 
 def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
@@ -106,21 +64,21 @@ def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
         latency = row["latency_ms"]
         base = None if reference is None or row is reference else reference
         cells: list[Cell] = [
-            _name_cell(row, rows),
+            name_cell(row, rows),
             (f"{row['map']:.3f}", row["map"]),
             _difference(row, base, "map"),
             (f"{row['nds']:.3f}", row["nds"]),
             _difference(row, base, "nds"),
             (milliseconds(latency["median"]), latency["median"]),
             (milliseconds(latency["p99"]), latency["p99"]),
-            _optional(row.get("speedup_vs_fp32"), lambda value: f"{value:.2f}×"),
-            _optional(row.get("size_mb"), lambda value: f"{value:.1f} MB"),
-            _optional(
-                row.get("sqnr_db", {}).get("heads"), lambda value: f"{_decibels(value)} dB".replace("exact dB", "exact")
+            optional(row.get("speedup_vs_fp32"), lambda value: f"{value:.2f}×"),
+            optional(row.get("size_mb"), lambda value: f"{value:.1f} MB"),
+            optional(
+                row.get("sqnr_db", {}).get("heads"), lambda value: f"{decibels(value)} dB".replace("exact dB", "exact")
             ),
         ]
         body.append(("ship" if row is verdict.ship else "", cells))
-    return _table(heads, body)
+    return table(heads, body)
 
 
 def _verdict_card(results: Results, verdict: Verdict) -> str:
@@ -151,6 +109,15 @@ def _verdict_card(results: Results, verdict: Verdict) -> str:
         f'<p class="lead">{escape(" ".join(verdict.reasons))}</p>'
         f'<div class="tiles">{drawn}</div></section>'
     )
+
+
+def _about_table(rows: Sequence[Row], verdict: Verdict) -> str:
+    reference = reference_of(rows)
+    text = "Every backend and precision over the same keyframes"
+    text += f"; differences are against {row_name(reference, rows)}" if reference is not None and len(rows) > 1 else ""
+    if any(row.get("change") for row in rows):
+        text += ", with their 95 % bounds below"
+    return text + ("; the green row is the one to ship." if verdict.ship is not None else ".")
 
 
 def _how_measured(results: Results) -> str:
@@ -195,34 +162,37 @@ def _classes(results: Results, verdict: Verdict) -> str:
         (
             "ship" if row is verdict.ship else "",
             [
-                _name_cell(row, rows),
-                *(_optional(row["per_class_ap"].get(name), "{:.3f}".format) for name in reference["per_class_ap"]),
+                name_cell(row, rows),
+                *(optional(row["per_class_ap"].get(name), "{:.3f}".format) for name in reference["per_class_ap"]),
             ],
         )
         for row in rows
     ]
-    tables = _table(heads, body)
+    tables = table(heads, body)
     errors = [key for key in _TP_NAMES if any(row.get("tp_errors", {}).get(key) is not None for row in rows)]
     if errors:
         body = [
             (
                 "ship" if row is verdict.ship else "",
                 [
-                    _name_cell(row, rows),
-                    *(_optional(row.get("tp_errors", {}).get(key), "{:.3f}".format) for key in errors),
+                    name_cell(row, rows),
+                    *(optional(row.get("tp_errors", {}).get(key), "{:.3f}".format) for key in errors),
                 ],
             )
             for row in rows
         ]
         tables += '<p class="note" style="margin:14px 0 8px">True-positive errors, less is better.</p>'
-        tables += _table(["Backend and precision", *(_TP_NAMES[key] for key in errors)], body)
+        tables += table(["Backend and precision", *(_TP_NAMES[key] for key in errors)], body)
     bars = "" if shown is None else f'<div class="card">{class_bars(reference, shown, objects)}</div>'
     legend = "" if shown is None else (
         f'<p class="note"><span class="dot {precision_class(reference)}"></span>{escape(row_name(reference, rows))} and '
         f'<span class="dot {precision_class(shown)}"></span>{escape(row_name(shown, rows))}: average precision over the '
         "distances 0.5, 1, 2 and 4 m. The small number is how many objects are annotated.</p>"
     )  # fmt: skip
-    return f"<h2>Per class</h2>{legend}{bars}<details><summary>Every row's AP and errors</summary>{tables}</details>"
+    return (
+        f'<div class="together"><h2>Per class</h2>{legend}{bars}</div>'
+        f"<details><summary>Every row's AP and errors</summary>{tables}</details>"
+    )
 
 
 def _stages(rows: Sequence[Row]) -> str:
@@ -230,12 +200,12 @@ def _stages(rows: Sequence[Row]) -> str:
     if not names:
         return ""
     body = [
-        ("", [_name_cell(row, rows), *(_optional(row.get("stages_ms", {}).get(name), milliseconds) for name in names)])
+        ("", [name_cell(row, rows), *(optional(row.get("stages_ms", {}).get(name), milliseconds) for name in names)])
         for row in rows
     ]
     return (
         "<details><summary>Where the time goes: the median of each stage</summary>"
-        f"{_table(['Backend and precision', *names], body)}</details>"
+        f"{table(['Backend and precision', *names], body)}</details>"
     )
 
 
@@ -245,7 +215,7 @@ def _sqnr(results: Results) -> str:
     if not names:
         return ""
     body = [
-        ("", [_name_cell(row, rows), *(_optional(row["sqnr_db"].get(name), _decibels) for name in names)])
+        ("", [name_cell(row, rows), *(optional(row["sqnr_db"].get(name), decibels) for name in names)])
         for row in rows
         if row.get("sqnr_db")
     ]
@@ -254,7 +224,7 @@ def _sqnr(results: Results) -> str:
         '<p class="note">Signal-to-quantization-noise ratio in dB against PyTorch FP32, over all keyframes, at the '
         "tensors between the parts in their order. More is better; 6 dB are one bit. The first low column tells "
         "where a row loses its accuracy; float rounding alone stays above 80.</p>"
-        + _table(["Backend and precision", *(_TENSORS.get(name, name.replace("_", " ")) for name in names)], body)
+        + table(["Backend and precision", *(_TENSORS.get(name, name.replace("_", " ")) for name in names)], body)
     )
 
 
@@ -306,44 +276,56 @@ def _frames(results: Results) -> str:
     )
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item not in _NOTHING)
-    if isinstance(value, list | tuple):
-        return ", ".join(_text(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _facts(values: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in values.items() if value not in _NOTHING}
-    rows = (f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_text(value))}</dd>" for key, value in shown.items())
-    return f"<dl>{''.join(rows)}</dl>"
+def _commands(provenance: Results) -> str:
+    """The commands that made the files and these results, each once, with what it made."""
+    listed = provenance.get("commands") or []
+    if not listed and provenance.get("command"):  # written before every file told its own
+        listed = [{"what": "these results", "command": str(provenance["command"])}]
+    made: dict[tuple[str, str], list[str]] = {}
+    for entry in listed:
+        made.setdefault((entry["command"], in_words(entry.get("versions", {}))), []).append(entry["what"])
+    parts = []
+    for (command, others), whats in made.items():
+        small = f" <small>with {escape(others)}</small>" if others else ""
+        parts.append(
+            f"<dt>{escape(', '.join(dict.fromkeys(whats)))}{small}</dt><dd><code>{escape(command)}</code></dd>"
+        )
+    return f'<dl class="commands">{"".join(parts)}</dl>' if parts else ""
 
 
 def _provenance(results: Results) -> str:
     provenance = dict(results.get("provenance", {}))
-    files = provenance.pop("files", [])
-    command = provenance.pop("command", None)
-    parts = ["<h2>Provenance</h2>", '<div class="two">']
-    parts.append(f'<div class="card"><h3>Data</h3>{_facts(results["dataset"])}</div>')
-    parts.append(f'<div class="card"><h3>Machine</h3>{_facts(results["machine"])}</div></div>')
-    inner = f"<p><code>{escape(str(command))}</code></p><br>" if command else ""
-    parts.append(f'<div class="card" style="margin-top:16px"><h3>Run</h3>{inner}{_facts(provenance)}</div>')
+    files = [file for file in provenance.pop("files", []) if isinstance(file, Mapping)]
+    commands = _commands(provenance)
+    rest = {key: value for key, value in provenance.items() if key not in ("command", "commands")}
+    parts = ["<h2>Provenance</h2>"]
+    if commands:
+        parts.append(
+            '<p class="note">The commands that made the files and these results, in their order.</p>'
+            f'<div class="card">{commands}</div>'
+        )
+    parts.append(f'<div class="two apart"><div class="card"><h3>Data</h3>{facts(results["dataset"])}</div>')
+    parts.append(f'<div class="card"><h3>Machine</h3>{facts(results["machine"])}</div></div>')
+    parts.append(f'<div class="card apart"><h3>Run</h3>{facts(rest)}</div>')
     if files:
         body = [
             (
                 "",
                 [
-                    (escape(str(file.get("what", ""))), str(file.get("what", ""))),
+                    plain(file.get("what", "")),
                     (f"<code>{escape(str(file.get('file', '')))}</code>", str(file.get("file", ""))),
-                    (f"<code>{escape(str(file.get('sha256', ''))[:16])}</code>", str(file.get("sha256", ""))),
+                    (
+                        f'<code title="{escape(str(file.get("sha256", "")))}">{escape(str(file.get("sha256", ""))[:16])}</code>',
+                        str(file.get("sha256", "")),
+                    ),
                 ],
             )
             for file in files
-            if isinstance(file, Mapping)
         ]
-        table = _table(["What", "File", "SHA-256"], body)
-        parts.append(f"<details open><summary>Files and their SHA-256</summary>{table}</details>")
+        parts.append(
+            "<details open><summary>Files and the first 16 digits of their SHA-256</summary>"
+            f"{table(['What', 'File', 'SHA-256'], body, ('File', 'SHA-256'))}</details>"
+        )
     return "".join(parts)
 
 
@@ -354,33 +336,44 @@ def _spread(rows: Sequence[Row]) -> str:
     return f"Bar: median of {count} runs; whisker: 99th percentile, {noise:.2f}× the median for the middle row."
 
 
+def document(title: str, content: str) -> str:
+    """A whole page around `content` (HTML): styles, the sorting of tables, and a policy that lets nothing be fetched."""
+    files = resources.files("qat.report")
+    style, script = files.joinpath("page.css").read_text("utf-8"), files.joinpath("page.js").read_text("utf-8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{escape(title)}</title><style>{style}</style></head>"
+        f"<body><main>{content}</main><script>{script}</script></body></html>\n"
+    )
+
+
 def render(results: Results) -> str:
     """The page of checked results, as text."""
     rows, dataset = results["rows"], results["dataset"]
     verdict = decide(rows)
     # A simulation's time says nothing about the engine that it simulates.
     timed = [row for row in rows if row["precision"] != "int8-fake"] or rows
-    files = resources.files("qat.report")
-    style, script = files.joinpath("page.css").read_text("utf-8"), files.joinpath("page.js").read_text("utf-8")
     created = str(results.get("provenance", {}).get("created", ""))[:10]
     keyframes = f"{dataset['samples']:g} keyframes" + (f" of {dataset['name']}" if dataset.get("name") else "")
     about = [text for text in ("bevqat", results["model"], keyframes, created) if text]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{escape(results['model'])}: {escape(verdict.headline)}</title><style>{style}</style></head>"
-        f'<body><main><p class="eyebrow">{escape(" · ".join(about))}</p>'
+    section = results.get("sensitivity")
+    return document(
+        f"{results['model']}: {verdict.headline}",
+        f'<p class="eyebrow">{escape(" · ".join(about))}</p>'
         f"{_verdict_card(results, verdict)}"
-        f'<h2>Accuracy and latency</h2><p class="note">{escape(_how_measured(results))}</p>{_main_table(rows, verdict)}'
-        f'<div class="two" style="margin-top:16px"><div class="card"><h3>Latency of a frame</h3>{latency_bars(timed)}'
+        f'<h2>Accuracy and latency</h2><p class="note">{escape(_about_table(rows, verdict))}</p>{_main_table(rows, verdict)}'
+        "<details><summary>How this was measured</summary>"
+        f'<p class="note">{escape(_how_measured(results))}</p></details>'
+        f'<div class="two apart"><div class="card"><h3>Latency of a frame</h3>{latency_bars(timed)}'
         f'<p class="note" style="margin:14px 0 0">{escape(_spread(timed))}</p></div>'
         f'<div class="card"><h3>Accuracy over latency</h3>{scatter(timed)}'
         f'<p class="note" style="margin:10px 0 0">Up and to the left is better. Green band: at most {MAX_LOSS:g} mAP '
         "below FP32.</p>"
         f"</div></div>{_stages(rows)}"
-        f"{_classes(results, verdict)}{_sqnr(results)}{_frames(results)}{_provenance(results)}"
-        f"</main><script>{script}</script></body></html>\n"
+        f"{_classes(results, verdict)}{_sqnr(results)}{sensitivity(section) if section else ''}{_frames(results)}"
+        f"{_provenance(results)}",
     )
 
 

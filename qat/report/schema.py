@@ -14,6 +14,9 @@ from qat.core.files import read_json
 SCHEMA = 1
 Results = dict[str, Any]
 
+EXACT_DB = 200  # what compare and sensitivity write for equal tensors
+MOST_BINS = 512  # of a histogram
+
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}\Z")
 _BOX_KINDS = ("truth", "reference", "candidate")
 
@@ -21,13 +24,13 @@ _BOX_KINDS = ("truth", "reference", "candidate")
 class _Checker:
     """Walks the document; every complaint names the file and the place in it."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, mend: str = "write it again with compare") -> None:
+        self.source, self.mend = source, mend
 
     def fail(self, path: str, found: Any, expected: str) -> UserError:
         text = repr(found)
         text = text if len(text) <= 60 else text[:57] + "…"
-        return UserError(f"{self.source}: {path}: found {text}, expected {expected}; write it again with compare")
+        return UserError(f"{self.source}: {path}: found {text}, expected {expected}; {self.mend}")
 
     def mapping(self, value: Any, path: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -78,6 +81,74 @@ class _Checker:
                 self.number(self.mapping(interval, where).get(key), f"{where}.{key}", -1, 1)
         for key in ("sqnr_db", "stages_ms", "tp_errors"):
             self.numbers(row.get(key, {}), f"{path}.{key}")
+
+    def texts(self, value: Any, path: str) -> None:
+        for n, text in enumerate(self.items(value, path)):
+            self.text(text, f"{path}[{n}]")
+
+    def above_zero(self, value: Any, path: str) -> None:
+        if self.number(value, path, 0) == 0:
+            raise self.fail(path, value, "more than 0")
+
+    def damage(self, unit: Any, path: str) -> None:
+        self.text(self.mapping(unit, path).get("name"), f"{path}.name")
+        self.texts(unit.get("layers"), f"{path}.layers")
+        self.number(unit.get("macs_share"), f"{path}.macs_share", 0, 1)
+        self.numbers(unit.get("sqnr_db"), f"{path}.sqnr_db", -1000, EXACT_DB)
+        if not unit["sqnr_db"] or None in unit["sqnr_db"].values():
+            raise self.fail(f"{path}.sqnr_db", unit["sqnr_db"], "a number for each tensor")
+        if unit.get("drop") is not None:
+            self.numbers(unit["drop"], f"{path}.drop")
+
+    def histogram(self, histogram: Any, path: str) -> None:
+        self.mapping(histogram, path)
+        for key in ("unit", "method"):
+            self.text(histogram.get(key), f"{path}.{key}")
+        self.texts(histogram.get("layers"), f"{path}.layers")
+        for key in ("amax", "bin_width"):
+            self.above_zero(histogram.get(key), f"{path}.{key}")
+        self.number(histogram.get("largest"), f"{path}.largest", 0)
+        self.number(histogram.get("values"), f"{path}.values", 0)
+        for key in ("zeros", "to_zero", "clipped"):
+            self.number(histogram.get(key), f"{path}.{key}", 0, 1)
+        counts = self.items(histogram.get("counts"), f"{path}.counts")
+        if not 1 <= len(counts) <= MOST_BINS:
+            raise self.fail(f"{path}.counts", counts, f"1 to {MOST_BINS} counts")
+        for n, count in enumerate(counts):
+            self.number(count, f"{path}.counts[{n}]", 0)
+
+    def sensitivity(self, section: Any, path: str) -> None:
+        prefix = f"{path}." if path else ""
+        self.number(self.mapping(section, path or "the document").get("frames"), f"{prefix}frames", 1)
+        for key in ("checkpoint", "dataset"):
+            for name, value in self.mapping(section.get(key), f"{prefix}{key}").items():
+                self.text(value, f"{prefix}{key}.{name}")
+        units = self.items(section.get("units"), f"{prefix}units")
+        if not units:
+            raise self.fail(f"{prefix}units", units, "at least one unit")
+        for n, unit in enumerate(units):
+            self.damage(unit, f"{prefix}units[{n}]")
+        self.damage(section.get("together"), f"{prefix}together")
+        if section.get("reference") is not None:
+            self.numbers(section["reference"], f"{prefix}reference")
+        if "units_in_all" in section:
+            self.number(section["units_in_all"], f"{prefix}units_in_all", len(units))
+        for n, group in enumerate(self.items(section.get("floats"), f"{prefix}floats")):
+            where = f"{prefix}floats[{n}]"
+            for key in ("part", "rule", "reason"):
+                self.text(self.mapping(group, where).get(key), f"{where}.{key}")
+            self.texts(group.get("layers"), f"{where}.layers")
+            self.number(group.get("macs_share"), f"{where}.macs_share", 0, 1)
+        for n, histogram in enumerate(self.items(section.get("histograms"), f"{prefix}histograms")):
+            self.histogram(histogram, f"{prefix}histograms[{n}]")
+
+    def commands(self, commands: Any, path: str) -> None:
+        for n, entry in enumerate(self.items(commands, path)):
+            where = f"{path}[{n}]"
+            for key in ("what", "command"):
+                self.text(self.mapping(entry, where).get(key), f"{where}.{key}")
+            for name, version in self.mapping(entry.get("versions", {}), f"{where}.versions").items():
+                self.text(version, f"{where}.versions.{name}")
 
     def frame(self, frame: Any, path: str, rows: int) -> None:
         self.mapping(frame, path)
@@ -134,9 +205,25 @@ def check_results(results: Any, source: str = "results") -> Results:
         checker.row(row, f"rows[{n}]")
     for key in ("measurement", "provenance"):
         checker.mapping(results.get(key, {}), key)
+    checker.commands(results.get("provenance", {}).get("commands", []), "provenance.commands")
+    if results.get("sensitivity") is not None:
+        checker.sensitivity(results["sensitivity"], "sensitivity")
     for n, frame in enumerate(checker.items(results.get("frames", []), "frames")):
         checker.frame(frame, f"frames[{n}]", len(rows))
     return results
+
+
+def check_sensitivity(section: Any, source: str, mend: str) -> dict[str, Any]:
+    """Returns what can be results.json's entry `sensitivity`.
+
+    Args:
+        source: the file that it is from. mend: what to do about a complaint.
+
+    Raises:
+        UserError: a missing or impossible value, named by its path.
+    """
+    _Checker(source, mend).sensitivity(section, "")
+    return dict(section)
 
 
 def load_results(results: Mapping[str, Any] | str | Path) -> Results:

@@ -7,7 +7,7 @@ the tolerances.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,7 +98,11 @@ def _verify_part(
 
 
 def verify_folder(
-    folder: str | Path, parts: list[str] | None = None, backend: str | None = None, options: Options | None = None
+    folder: str | Path,
+    parts: list[str] | None = None,
+    backend: str | None = None,
+    options: Options | None = None,
+    progress: Callable[[int, str], None] = lambda done, part: None,
 ) -> dict[str, Any]:
     """Repeats an export's verification.
 
@@ -108,6 +112,7 @@ def verify_folder(
         backend: a backend of `qat.engine`, each part built as it would be for use; None for the graph as it is in its
             file, in ONNX Runtime with its optimizer off, as at the export.
         options: threads, and for a backend the engine cache.
+        progress: called before each part with how many are done, and its name.
 
     Returns:
         folder, model, precision, flavour, backend, passed, and for each part: file, passed, problems (of the file: sha256,
@@ -129,6 +134,7 @@ def verify_folder(
     options = options or Options()
     report: dict[str, Any] = {}
     for name in names:
+        progress(len(report), name)
         part = manifest["parts"][name]
         path = folder / part["file"]
         entry: dict[str, Any] = {"file": part["file"], "problems": _file_problems(path, part), "outputs": {}}
@@ -160,8 +166,9 @@ def verify_folder(
 
 def print_verification(found: Mapping[str, Any]) -> None:
     """Prints `verify_folder`'s result: a table of outputs, then what is wrong."""
-    from rich.console import Console
     from rich.table import Table
+
+    from qat.core.console import results_console
 
     table = Table(title=f"{found['folder']}: {found['precision']} parts in {found['backend']}", title_justify="left")
     for column in ("part", "output"):
@@ -184,8 +191,7 @@ def print_verification(found: Mapping[str, Any]) -> None:
                     f"{part['file']}: {output}: found {what} on frame {row['frame']}, expected "
                     f"{row['tolerance_db']:.1f} dB or more"
                 )
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    results_console(120).print(table)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     if not wrong:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qat.core.progress import counted
 from qat.models import CameraBEVDetector
 from qat.train.augment import TrainSet
 
@@ -32,7 +33,7 @@ class FeatureCache:
         self.entries: list[dict[str, Any]] = []
         todo = [(v, i, j) for v in range(variants) for i, dataset in enumerate(sets) for j in range(len(dataset))]
         started = time.monotonic()
-        for count, (variant, i, j) in enumerate(todo, 1):
+        for count, (variant, i, j) in enumerate(counted("image features", todo, len(todo)), 1):
             sample = sets[i].draw(j, np.random.default_rng([seed, 3, variant, i, j]))
             with torch.inference_mode():
                 img, depth = (torch.from_numpy(x)[None].to(device) for x in (sample.img, sample.depth))

@@ -17,7 +17,7 @@ from qat.core.centerhead import Detections
 from qat.core.config import need_boxes
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, write_json
-from qat.core.progress import StepLog, drawn_ahead
+from qat.core.progress import StepLog, counted, drawn_ahead, progress_bar
 from qat.data import NuScenesDataset
 from qat.evaluate import evaluate_detections
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
@@ -229,7 +229,8 @@ def train(
     saved_at = time.monotonic()
     steps = StepLog(state.history, log, state.step, options.steps, digits=3)
     state.model.train()
-    for drawn in _ahead(source, options, state.step):
+    left = _ahead(source, options, state.step)
+    for drawn in counted("training", left, options.steps, state.step):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, options)
         losses = _losses(state, drawn, head, config, options, device)
@@ -253,6 +254,7 @@ def train(
     draw_curve(state.history, out / "curve.png")
     if held_out is None or options.stage == "image":
         return None
-    metrics = evaluate_detections(held_out, detect(state.model.eval(), held_out))
+    with progress_bar("held out", len(held_out)) as done:
+        metrics = evaluate_detections(held_out, detect(state.model.eval(), held_out, done))
     write_json(out / "metrics.json", metrics)
     return metrics

@@ -1,6 +1,7 @@
 """Each unit alone, against turning quantizers on by hand."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from qat.calibrate.ptq import run_frame
 from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity
 from qat.cli import main
 from qat.core.errors import UserError
+from qat.core.files import sha256
 from qat.core.tensors import EQUAL_DB, compare_tensors
 from qat.data.synth import SynthOptions, generate
 from qat.lean.modes import quantizers
@@ -161,9 +163,110 @@ def test_a_metric_sees_every_units_boxes(quantized, tiny_frames, tmp_path):
         assert row.drop["boxes"] == found.reference["boxes"] - row.metric["boxes"]
 
 
+def inputs_of(model, tiny_model, frame, name):
+    """What a quantizer is given while the others are off, float64[n]."""
+    seen = []
+    handle = quantizers(model.parts)[name].register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+    with only_on(model, []):
+        head_maps(model, frame)
+    handle.remove()
+    return np.concatenate([tensor.flatten().numpy() for tensor in seen])
+
+
+def test_a_histogram_is_that_of_the_float_activations_at_the_quantizer(quantized, tiny_model, tiny_frames, tmp_path):
+    clipped = units(quantized)[1]
+    quantizers(quantized.parts)[clipped.name].set_range(torch.tensor(0.5))
+    found = measure_sensitivity(quantized, tiny_frames, tmp_path, "k", worst=3)
+    assert [own.unit for own in found.histograms] == [row.name for row in found.units[:3]]
+    own = next(own for own in found.histograms if own.unit == clipped.name)
+    values = np.concatenate([inputs_of(quantized, tiny_model, frame, clipped.name) for frame in tiny_frames])
+    step = np.float32(0.5) / 127
+    assert (own.amax, own.values, own.layers) == (0.5, len(values), list(clipped.layers))
+    assert own.largest == np.abs(values).max()
+    assert own.zeros == pytest.approx((values == 0).mean(), abs=1e-9)
+    rounded = np.rint(values / step)
+    assert own.clipped == pytest.approx(((rounded > 127) | (rounded < -128)).mean(), abs=2e-5) and own.clipped > 0.1
+    assert own.to_zero == pytest.approx(((rounded == 0) & (values != 0)).mean(), abs=2e-5) and own.to_zero > 0
+    edges = np.arange(len(own.counts) + 1) * own.bin_width
+    magnitudes = np.abs(values[values != 0])
+    assert own.counts == np.histogram(magnitudes, edges)[0].tolist()
+    assert sum(own.counts) == len(magnitudes) and own.counts[-1] > 0 and 40 < len(own.counts) <= 80
+
+
+def test_histograms_go_on_after_an_interruption_and_do_not_depend_on_the_order(
+    quantized, tiny_frames, tmp_path, monkeypatch
+):
+    chosen = units(quantized)[:2]
+    whole = module.measure_histograms(quantized, tiny_frames, tmp_path / "whole", "k", chosen, {})
+    real, seen = module._see_inputs, []
+
+    def cut(model, frame, tallies):
+        seen.append(frame.token)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        real(model, frame, tallies)
+
+    monkeypatch.setattr(module, "_see_inputs", cut)
+    with pytest.raises(KeyboardInterrupt):
+        module.measure_histograms(quantized, tiny_frames, tmp_path / "cut", "k", chosen, {})
+    again = module.measure_histograms(quantized, tiny_frames[::-1], tmp_path / "cut", "k", chosen, {})
+    assert seen == ["frame0", "frame1", "frame2", "frame1"]
+    assert again == whole
+
+
+def test_int8_and_what_stays_float_are_all_of_the_network(quantized, tiny_frames, tmp_path):
+    off = units(quantized)[2]
+    for name in off.quantizers:
+        quantizers(quantized.parts)[name].disable()
+    recipe = {"budget": {"drop": 0.001, "of": "map"}}
+    found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k", recipe=recipe)
+    assert sum(group.macs_share for group in found.floats) + found.together.macs_share == pytest.approx(1, abs=1e-5)
+    layers = [layer for group in found.floats for layer in group.layers]
+    assert len(layers) == len(set(layers)) and not set(layers) & set(found.together.layers)
+    reasons = {group.rule: group for group in found.floats}
+    assert reasons["budget"].layers == list(off.layers)
+    assert reasons["budget"].reason == "INT8 costs more map than the budget of 0.001 allows"
+    assert all(layer.startswith("vtransform.") for layer in reasons["parts_off"].layers)
+    assert "raw metres" in reasons["keep_float"].reason
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [
+        ({"default_method": "mse", "by_layer": [["head.*", "max"]]}, "mse"),
+        ({"default_method": "mse", "by_layer": [["camera.*", "entropy"], ["*", "max"]]}, "entropy"),
+        ({"method": "percentile", "percentile": 99.9}, "percentile 99.9"),
+        ({"default_method": "mse", "equalized": ["camera.quant_a"]}, "max, channels equalized"),
+        ({"default_method": "mse", "finetune": {"learn_ranges": True}}, "learned"),
+        ({"method": "imported"}, "imported"),
+        ({}, "unknown"),
+    ],
+)
+def test_the_method_of_a_range_is_told_by_the_recipe(recipe, method):
+    assert module.range_method("camera.quant_a", recipe) == method
+
+
+def test_a_sensitivity_of_another_checkpoint_is_refused(quantized, tiny_frames, tmp_path):
+    checkpoint, file = tmp_path / "ptq.pth", tmp_path / "sensitivity.json"
+    checkpoint.write_bytes(b"one")
+    found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
+    module.write_sensitivity(file, found, checkpoint, {"name": "set", "version": "v", "split": "calib"})
+    read = module.load_sensitivity(file, checkpoint)
+    assert read["units"] == found.to_json()["units"] and read["versions"]["torch"] == torch.__version__
+    checkpoint.write_bytes(b"two")
+    with pytest.raises(UserError, match=r"sensitivity\.json: measured on a checkpoint with sha256 .* again$"):
+        module.load_sensitivity(file, checkpoint)
+    for change, message in (({"format": "other"}, "not a sensitivity"), ({"schema": 2}, "found schema 2, expected 1")):
+        file.write_text(json.dumps({**read, **change}))
+        with pytest.raises(UserError, match=message):
+            module.load_sensitivity(file, checkpoint)
+
+
 def test_no_frames_is_an_error(quantized, tmp_path):
     with pytest.raises(UserError, match="no frames"):
         measure_sensitivity(quantized, [], tmp_path, "k")
+    with pytest.raises(UserError, match="--histograms: found -1, expected 0 or more"):
+        measure_sensitivity(quantized, [], tmp_path, "k", worst=-1)
 
 
 def test_the_command_with_map(quantized, tiny_model, tmp_path, capsys):
@@ -176,5 +279,9 @@ def test_the_command_with_map(quantized, tiny_model, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Δ map" in text and "SQNR heads" in text
     written = json.loads((out / "sensitivity.json").read_text())
+    assert (written["format"], written["schema"]) == ("bevqat-sensitivity", 1)
+    assert written["checkpoint"]["sha256"] == sha256(tmp_path / "ptq.pth")
+    assert written["command"] == shlex.join(["bevqat", *map(str, arguments)])
+    assert written["dataset"]["split"] == "a" and len(written["histograms"]) == 8
     assert written["frames"] == 2 and set(written["reference"]) == {"map", "nds"}
     assert np.isfinite([row["sqnr_db"]["heads"] for row in written["units"]]).all()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from qat.compare import CompareOptions, Sources, compare
 from qat.compare.demo import demo
 from qat.core.errors import UserError
 from qat.core.files import sha256
+from qat.core.provenance import running
 from qat.core.tensors import compare_tensors
 from qat.data import NuScenesDataset
 from qat.data.synth import SynthOptions, generate
@@ -47,7 +50,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, make_config, make_detector) 
 def demonstration(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("runs") / "demo"
     said: list[str] = []
-    result = demo(model, data, out, rounds=2, say=said.append)
+    with running(["demo", "--out", "runs/demo"]):
+        result = demo(model, data, out, rounds=2, say=said.append)
     return out, result, said
 
 
@@ -65,7 +69,7 @@ def test_demo_leaves_results_and_a_report_of_every_row(demonstration) -> None:
     out, result, said = demonstration
     results = check_results(json.loads((out / "results.json").read_text()))
     assert result.verified
-    assert len(said) == 7
+    assert len(said) == 8
     assert [row["flavour"] for row in results["rows"][2:]] == ["tensorrt", "openvino", "tensorrt", "onnxruntime"]
     assert [(row["backend"], row["precision"]) for row in results["rows"]] == [
         ("pytorch", "fp32"), ("pytorch", "int8-fake"), ("openvino", "fp32"), ("openvino", "int8"),
@@ -135,6 +139,55 @@ def test_the_files_and_their_hashes_are_recorded(demonstration, model: Path) -> 
     assert hashes["onnx_int8/fuser.onnx"] == sha256(out / "onnx_int8" / "fuser.onnx")
     assert provenance["calibration"]["frames"] == 3
     assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_every_artifacts_command_and_the_data_sets_tables_are_recorded(demonstration, data: Path) -> None:
+    provenance = demonstration[1].comparison.results["provenance"]
+    folders = ["onnx_fp32", "onnx_int8", "onnx_int8_openvino", "onnx_int8_onnxruntime"]
+    assert [entry["what"] for entry in provenance["commands"]] == ["ptq.pth", *folders, "sensitivity", "these results"]
+    assert {entry["command"] for entry in provenance["commands"]} == {"bevqat demo --out runs/demo"}
+    assert not any("versions" in entry for entry in provenance["commands"])  # the same as in this process
+    assert "made" not in provenance["calibration"]
+    entry = provenance["files"][-1]
+    assert entry["file"] == "streets/v1.0-synth/*.json"
+    printed = subprocess.run("sha256sum *.json | sha256sum", shell=True, cwd=data / "v1.0-synth", capture_output=True,
+                             text=True, check=True, env={**os.environ, "LC_ALL": "C"}).stdout  # fmt: skip
+    assert entry["sha256"] == printed.split()[0]
+
+
+def test_the_sensitivity_of_the_compared_checkpoint_is_in_the_results(demonstration) -> None:
+    out, result, _ = demonstration
+    section = result.comparison.results["sensitivity"]
+    measured = json.loads((out / "sensitivity.json").read_text())
+    assert section["checkpoint"] == {"file": "ptq.pth", "sha256": sha256(out / "ptq.pth")}
+    assert section["units"] == measured["units"][:20] and section["units_in_all"] == len(measured["units"]) > 20
+    assert section["histograms"] == measured["histograms"] and len(section["histograms"]) == 8
+    assert sum(group["macs_share"] for group in section["floats"]) > 0
+    assert "Which layers pay for INT8" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["checkpoint"].update(sha256="0" * 64), r"measured on a checkpoint with sha256 000000000000…"),
+        (lambda s: s.pop("units"), r"units: found None, expected a list; run `bevqat sensitivity .*ptq\.pth` again"),
+        (lambda s: s["histograms"][0].update(amax=-1), r"histograms\[0\]\.amax: found -1"),
+    ],
+)
+def test_a_sensitivity_that_does_not_fit_is_refused_before_the_work(
+    demonstration, data: Path, model: Path, tmp_path: Path, change, message: str
+) -> None:
+    out = demonstration[0]
+    measured = json.loads((out / "sensitivity.json").read_text())
+    change(measured)
+    file = tmp_path / "sensitivity.json"
+    file.write_text(json.dumps(measured))
+    sources = _sources(model, out, config=model / "config.yaml")
+    with pytest.raises(UserError, match=message):
+        compare(CompareOptions(sources, data, tmp_path / "out", sensitivity=file))
+    with pytest.raises(UserError, match="--sensitivity: found no --ptq"):
+        compare(CompareOptions(_sources(model, out, ptq=None), data, tmp_path / "out", sensitivity=file))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_run_takes_accuracy_from_the_first_and_gives_the_same(

@@ -85,6 +85,57 @@ def _frame() -> dict:
     }
 
 
+def _unit(name: str, layers: list[str], share: float, objects: float, drop: float) -> dict:
+    return {
+        "name": name,
+        "layers": layers,
+        "macs_share": share,
+        "sqnr_db": {"bev": objects - 9, "heads": objects - 4, "objects": objects},
+        "metric": {"map": 0.51 - drop, "nds": 0.55 - drop / 2},
+        "drop": {"map": drop, "nds": drop / 2},
+    }
+
+
+def _histogram(unit: str, amax: float, largest: float, clipped: float) -> dict:
+    counts = [int(2e6 * 0.78**n) for n in range(59)] + [3]
+    return {
+        "unit": unit, "layers": ["decoder.backbone.0.conv1"], "method": "mse", "amax": amax, "largest": largest,
+        "values": 9_000_000, "zeros": 0.41, "to_zero": 0.123, "clipped": clipped, "bin_width": largest / 60,
+        "counts": counts,
+    }  # fmt: skip
+
+
+def _sensitivity() -> dict:
+    units = [
+        _unit("decoder.quant_x", ["decoder.backbone.0.conv1"], 0.021, 31.0, 0.0042),
+        _unit("camera.quant_encoders_camera_backbone_act1", ["camera.encoders.camera.backbone.layer1.conv1"], 0.2, 34.0, 0.0),
+        _unit("head.quant_heads_object_shared_conv_activate", [f"head.heads.object.{n}" for n in "abc"], 0.095, 41.0, -0.001),
+    ]  # fmt: skip
+    return {
+        "checkpoint": {"file": "ptq.pth", "sha256": "cd" * 32},
+        "dataset": {"name": "example-data", "version": "v1.0-synth", "split": "calib"},
+        "frames": 4,
+        "units": units,
+        "units_in_all": 43,
+        "together": _unit("all of them", ["many"] * 50, 0.916, 27.5, 0.005),
+        "reference": {"map": 0.51, "nds": 0.55},
+        "floats": [
+            {
+                "part": "vtransform", "rule": "parts_off", "reason": "built in FP16, without QDQ",
+                "layers": ["vtransform.downsample.0", "vtransform.downsample.3"], "macs_share": 0.0839,
+            },
+            {
+                "part": "camera", "rule": "budget", "reason": "INT8 costs more map than the budget of 0.001 allows",
+                "layers": ["camera.depthnet.6"], "macs_share": 0.00013,
+            },
+        ],
+        "histograms": [
+            _histogram("decoder.quant_x", 40.0, 60.0, 0.00031),
+            _histogram("camera.quant_encoders_camera_backbone_act1", 12.5, 12.0, 0.0),
+        ],
+    }  # fmt: skip
+
+
 @pytest.fixture
 def results() -> dict:
     """A whole results.json, fresh for each test."""
@@ -116,8 +167,17 @@ def results() -> dict:
             _row("onnxruntime", "int8", 0.0042, 96.0, 74 / 96, 27.5),
         ],
         "frames": [_frame()],
+        "sensitivity": _sensitivity(),
         "provenance": {
             "command": "bevqat compare --ckpt model/camera-tiny/model.pth --out runs/demo",
+            "commands": [
+                {
+                    "what": "ptq.pth", "command": "bevqat calibrate --out runs/demo/ptq.pth",
+                    "versions": {"torch": "2.12.0"},
+                },
+                {"what": "onnx_fp32", "command": "bevqat export-camera --ckpt runs/demo/ptq.pth --fp32"},
+                {"what": "these results", "command": "bevqat compare --ckpt model/camera-tiny/model.pth --out runs/demo"},
+            ],
             "created": "2026-11-21T06:20:00+00:00",
             "versions": {"bevqat": "0.1.0", "torch": "2.13.0", "openvino": "2026.4.1"},
             "calibration": {"method": "entropy", "frames": 16},

@@ -74,7 +74,7 @@ def test_the_build_command_writes_a_file_for_each_part_and_says_what_for(tmp_pat
         assert part["bytes"] == (folder / part["file"]).stat().st_size
         assert part["onnx"]["sha256"] != part["sha256"]
     printed = capsys.readouterr()
-    assert "fuser.optimized.onnx: fp32" in printed.out and printed.err.count("build ") == len(PARTS)
+    assert "fuser.optimized.onnx: fp32" in printed.out and printed.err == ""  # the bar is for terminals
     shutil.rmtree("onnx_fp32")
     settings = Pipeline.load(folder).parts["fuser"].settings  # those that the session itself tells
     assert settings.intra_op_num_threads == 2

@@ -15,10 +15,10 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, read_json, write_json
+from qat.core.progress import progress_bar
 from qat.data.synth.cast import Caster
 from qat.data.synth.catalogue import GROUND, LAMP
 from qat.data.synth.rig import CAMERAS, LIDAR_MAX_RANGE, Camera, Rig, lidar_rays
@@ -106,11 +106,10 @@ def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bo
         return out
     write_json(parts / "recipe.json", recipe)
     waiting = [i for i in range(options.scenes) if not (parts / f"{i:05d}.json").exists()]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=quiet, transient=True) as progress:
-        bar = progress.add_task("scenes", total=options.scenes, completed=options.scenes - len(waiting))
-        for _ in _work(out, options, waiting, workers):
-            progress.advance(bar)
+    before = options.scenes - len(waiting)
+    with progress_bar("scenes", options.scenes, before, show=not quiet) as done_with:
+        for count, _ in enumerate(_work(out, options, waiting, workers), before + 1):
+            done_with(count)
     _assemble(out, options, recipe)
     shutil.rmtree(parts)
     return out

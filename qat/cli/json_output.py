@@ -1,0 +1,103 @@
+"""--json: a verb's result for scripts. docs/commands.md tells each verb's keys."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+from qat.core.errors import UserError
+
+STDOUT = "-"
+_results: list[TextIO] = []  # where `emit_json` writes for "-"; empty outside of `json_output("-")`
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """--json FILE. `run` then ends with `emit_json(args, result)`."""
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the result there as JSON; - for stdout, and what people read goes to stderr",
+    )
+
+
+@contextmanager
+def json_output(target: str | None) -> Iterator[None]:
+    """While a verb runs: for "-" nothing but the JSON gets to stdout, not even what a library or a child process prints.
+
+    Raises:
+        UserError: the file cannot be one, told before the work begins.
+    """
+    if target is not None and target != STDOUT and Path(target).is_dir():
+        raise UserError(f"--json: found the folder {target}, expected a file's name, or - for stdout")
+    if target != STDOUT:
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # a test's, or an embedding program's: there is nothing below it
+        _results.append(sys.stdout)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _results.pop()
+        return
+    kept = os.dup(number)
+    with os.fdopen(os.dup(kept), "w", encoding="utf-8") as results:
+        _results.append(results)
+        os.dup2(sys.stderr.fileno(), number)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _results.pop()
+            os.dup2(kept, number)
+            os.close(kept)
+
+
+def plain(value: Any) -> Any:
+    """JSON values: paths as text, what is not finite as null, numpy's numbers as Python's.
+
+    Raises:
+        TypeError: something else, which is our mistake.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, float):  # numpy's float64 too
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        return plain(value.item())
+    raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def emit_json(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Writes what --json asks for, if it was given: a file, whole or not at all, or stdout.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if args.json is None:
+        return
+    value = plain(result)
+    if args.json == STDOUT:
+        _results[-1].write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        _results[-1].flush()
+        return
+    from qat.core.files import write_json
+
+    write_json(args.json, value)
+    print(args.json)

@@ -1,0 +1,89 @@
+"""The parsers of all verbs, made from their modules: for the command line and for what is generated from it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NoReturn
+
+import qat
+
+VERBS = {
+    "demo": "calibrate, export, build, compare and report on example-data, on the CPU",
+    "doctor": "say what this machine can run, and what to install for the rest",
+    "synth": "write generated driving scenes in the nuScenes format",
+    "show": "draw a sample's lidar points and boxes over its images",
+    "train": "train a float detector",
+    "calibrate": "insert TensorQuantizers and run PTQ over calibration frames",
+    "import-ptq": "make a PTQ checkpoint of a network that another tool quantized",
+    "finetune": "train a PTQ checkpoint with its quantizers on (QAT), from the float network's outputs",
+    "inspect": "print what a PTQ checkpoint quantizes, with which scales, and what stays float",
+    "sensitivity": "measure the damage that each quantized unit does alone",
+    "health": "name the first layer that gives NaN or infinity, and quantizers that saturate",
+    "export-camera": "write a checkpoint's ONNX parts and their manifest",
+    "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
+    "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
+    "compare": "run every backend and precision over the evaluation frames, beside FP32",
+    "benchmark": "time exported parts and the whole detector on this machine, by backend and precision",
+    "report": "make report.html from results.json, or a comparison of two",
+    "completion": "print a script that completes verbs, flags, choices and files in a shell",
+}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?", or "" where nothing known is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def verb_of(arguments: Sequence[str]) -> str | None:
+    """The first word that is no flag: those before the verb take no value."""
+    return next((word for word in arguments if not word.startswith("-")), None)
+
+
+class Parser(argparse.ArgumentParser):
+    """`bevqat`, or one of its verbs by `verb_parser`."""
+
+    verbs: argparse._SubParsersAction[Parser]
+
+    def verb_parser(self, verb: str) -> Parser:
+        """The parser of one verb."""
+        return self.verbs.choices[verb]
+
+    def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
+        """Ends with exit status 2 for words that no flag takes."""
+        flag = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+        hint = nearest(flag, (name for name in self._option_string_actions if name.startswith("--")))
+        self.error(f"unknown: {' '.join(words)}{hint}")
+
+    def shown(self) -> Iterator[argparse.Action]:
+        """Its arguments and flags, without old spellings and --help."""
+        for action in self._actions:
+            if action.help != argparse.SUPPRESS and action.dest != "help":
+                yield action
+
+
+def make_parser(load: Collection[str] = tuple(VERBS)) -> Parser:
+    """The parser of `bevqat`. load: verbs whose modules are imported for their flags; the others are known by name alone."""
+    parser = Parser(
+        prog="bevqat",
+        description=qat.__doc__,
+        epilog="exit status: 0 fine, 1 checks failed, 2 bad use or bad input, 130 interrupted; docs/commands.md",
+    )
+    parser.add_argument("--version", action="version", version=f"bevqat {qat.__version__}")
+    parser.verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        subparser = parser.verbs.add_parser(
+            verb,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if verb in load:
+            module = importlib.import_module(f"qat.cli.{verb.replace('-', '_')}")
+            subparser.epilog = module.__doc__.split("\n\n", 1)[-1] if module.__doc__ else None
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser

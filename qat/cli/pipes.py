@@ -1,0 +1,24 @@
+"""What becomes of the output when nobody reads it any more."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+
+
+def reader_gone() -> bool:
+    """Whether the other end of stdout's pipe is closed; if so, stdout is given a place for what it still holds, for Python
+    flushes it at its end and would complain."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+    return True

@@ -1,0 +1,20 @@
+"""Tables for people, on a terminal and in a file alike."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich's own ends the process with status 1, which means that checks failed; the command line knows better."""
+        raise
+
+
+def results_console(width: int = 160) -> Console:
+    """Where result tables are printed: stdout. Piped output has no width of its own, and rich's 80 columns would cut names.
+
+    width: columns where stdout is not a terminal.
+    """
+    console = _Console()
+    return console if console.is_terminal else _Console(width=width)

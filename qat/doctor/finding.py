@@ -1,0 +1,55 @@
+"""One line of the answer, and how all of them are printed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+OK, MISSING, PROBLEM = "ok", "missing", "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one thing.
+
+    state: OK; MISSING, which nobody minds who does not need it; PROBLEM: there, and not as it has to be.
+    found: in words. mend: what to do, a command where there is one; "" for nothing. needed: whether the main job, from
+    calibrate to compare on the CPU, cannot be done without it.
+    """
+
+    group: str
+    name: str
+    state: str
+    found: str
+    mend: str = ""
+    needed: bool = False
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in a line: its kind, and its message without line ends."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")[:300]
+
+
+def describe(findings: Iterable[Finding], width: int = 120) -> Iterator[str]:
+    """The findings as lines of at most `width` columns where words allow it; commands are never broken."""
+    findings = list(findings)
+    names = max((len(found.name) for found in findings), default=0)
+    group = None
+    for found in findings:
+        if found.group != group:
+            if group is not None:
+                yield ""
+            group = found.group
+            yield group
+        margin = " " * (13 + names)
+        yield from textwrap.wrap(
+            found.found,
+            max(width, len(margin) + 20),
+            initial_indent=f"  {found.state:9s}{found.name:{names}s}  ",
+            subsequent_indent=margin,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [f"  {found.state:9s}{found.name}"]
+        if found.mend:
+            yield f"{margin}mend by: {found.mend}"
