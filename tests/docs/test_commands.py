@@ -30,7 +30,7 @@ SMALLER = {
     "synth": ["--keyframes", "2", "--native", "96x54", "--azimuths", "60", "--sweeps", "0", "--workers", "1"],
     "train": ["--steps", "1", "--batch", "1", "--variants", "1"],
     "finetune": ["--steps", "1", "--batch", "1", "--warmup", "0"],
-    "benchmark": ["--frames", "1", "--rounds", "1", "--repeats", "1", "--no-roofline", "--backends", "onnxruntime"],
+    "benchmark": ["--frames", "1", "--rounds", "1", "--repeats", "1", "--no-roofline"],
     "compare": ["--rounds", "1", "--repeats", "1", "--resamples", "20"],
     "demo": ["--rounds", "1", "--frames", "1"],
     "make_recording.py": ["--drives", "2", "--keyframes", "1", "--size", "192", "128", "--azimuths", "60"],
@@ -69,15 +69,17 @@ def smaller(name: str, words: list[str]) -> list[str]:
         if words[i] == "--frames":
             words[i + 1] = str(min(int(word), 2))
     if name == "benchmark" and "--onnx" in words:  # one folder, for every row is a process; the others must be there
-        _, *others = itertools.takewhile(lambda word: not word.startswith("--"), words[words.index("--onnx") + 1 :])
+        first, *others = itertools.takewhile(lambda word: not word.startswith("--"), words[words.index("--onnx") + 1 :])
         assert all((Path(folder) / "manifest.json").is_file() for folder in others), others
         words = [word for word in words if word not in others]
+        if "--backends" not in words:
+            words += ["--backends", "openvino" if "openvino" in first else "onnxruntime"]
     if name == "export-camera" and after("--format", words) == "pt2":
         words += ["--parts", "head.bbox"]
     if name == "synth":
         given = dict(item.split("=") for item in words[words.index("--splits") + 1].split(","))
         splits = {split: 2 if split == "eval" else 1 for split in given}
-        if not {"eval", "calib"} & set(given):
+        if after("--out", words) != "example-data":
             words += ["--keyframes", "1"]
         words += ["--scenes", str(sum(splits.values())), "--splits", ",".join(f"{k}={v}" for k, v in splits.items())]
     return words
