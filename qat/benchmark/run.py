@@ -22,7 +22,8 @@ from qat.benchmark.plot import draw
 from qat.benchmark.statistics import summary
 from qat.benchmark.worker import MOST_RUNS, MOST_SECONDS, REBUILD, STABLE, WHOLE, WINDOW, RowSpec, Worker, start_row
 from qat.core.errors import UserError
-from qat.core.files import write_json, write_text
+from qat.core.files import atomic_set, write_json, write_text
+from qat.core.locks import one_writer
 from qat.core.manifest import FILE, PARTS
 from qat.core.progress import Done, progress_bar
 from qat.core.rounds import turned
@@ -293,6 +294,7 @@ def csv_text(results: Results) -> str:
     return stream.getvalue()
 
 
+@one_writer("options.out", inside=True)
 def benchmark(options: BenchmarkOptions) -> Results:
     """Measures every row and writes OUT/benchmark.json, .csv and .svg, each whole, after the last round.
 
@@ -339,7 +341,8 @@ def benchmark(options: BenchmarkOptions) -> Results:
         "rows": result_rows,
         "skipped": skipped,
     }
-    write_json(options.out / f"{NAME}.json", results)
-    write_text(options.out / f"{NAME}.csv", csv_text(results))
-    write_text(options.out / f"{NAME}.svg", draw(results))
+    with atomic_set(*(options.out / f"{NAME}.{kind}" for kind in ("json", "csv", "svg"))) as stage:
+        write_json(stage / f"{NAME}.json", results)
+        write_text(stage / f"{NAME}.csv", csv_text(results))
+        write_text(stage / f"{NAME}.svg", draw(results))
     return results

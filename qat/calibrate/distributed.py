@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
 from qat.core.errors import UserError
+from qat.core.locks import only_writer
 from qat.lean.calibrators import HistogramCalibrator
 
 
@@ -66,6 +68,24 @@ def agree(error: UserError | None) -> None:
         if rank == 0:
             raise UserError(first)
         raise SystemExit(2)
+
+
+@contextmanager
+def only_writers(target: Path, inside: bool = False) -> Iterator[None]:
+    """`only_writer` of all processes together: rank 0, which writes, has the lock.
+
+    Raises:
+        UserError: as `only_writer` and `agree`.
+    """
+    error = None
+    with ExitStack() as lock:
+        try:
+            if place()[0] == 0:
+                lock.enter_context(only_writer(target, inside))
+        except UserError as found:
+            error = found
+        agree(error)
+        yield
 
 
 def merge_calibrators(calibrators: dict[str, HistogramCalibrator]) -> None:

@@ -20,15 +20,17 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
+import qat
 from qat.calibrate.checkpoint import load_float_reference, load_ptq, save_ptq
 from qat.calibrate.distill import Outputs, distillation_losses, run_network
-from qat.calibrate.distributed import agree, device, place
+from qat.calibrate.distributed import agree, device, only_writers, place
 from qat.core.errors import UserError
-from qat.core.files import atomic_path, sha256, write_json
+from qat.core.files import atomic_path, atomic_set, check_same_run, sha256, write_json
 from qat.core.geometry import PoolPattern
+from qat.core.locks import one_writer
 from qat.core.progress import StepLog, drawn_ahead, progress_bar
 from qat.core.provenance import made_by
-from qat.data import NuScenesDataset, version_in
+from qat.data import NuScenesDataset, images_digest, version_in
 from qat.data.augment import AugmentedSet
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
 
@@ -187,11 +189,7 @@ class _State:
         mend = "remove it or choose another --out"
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            other = next((name for name in run if saved["run"].get(name) != run[name]), None)
-            if other is not None:
-                raise UserError(
-                    f"{path}: left by a run with another {other}: found {saved['run'].get(other)}, expected {run[other]}; {mend}"
-                )
+            check_same_run(path, saved["run"], run, mend)
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(saved["parameters"][name])
@@ -361,6 +359,7 @@ def _is_of(result: Path, recipe: Mapping[str, Any]) -> bool:
         return False
 
 
+@one_writer("out", inside=True, lock=only_writers)
 def finetune(
     checkpoint: Path,
     data: Sequence[tuple[Path, str]],
@@ -396,6 +395,8 @@ def finetune(
             **{name: value for name, value in asdict(options).items() if name != "save_seconds"},
             "checkpoint": sha256(checkpoint),
             "frames": hashlib.sha256(tokens.encode()).hexdigest(),
+            "images": images_digest(datasets),
+            "bevqat": qat.__version__,
         }
         if resume.exists():
             state.load(resume, run)
@@ -426,11 +427,12 @@ def finetune(
         reference.to(device=where, memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
         _train(state, reference, source, options, where, save, quiet)
         save()
-    elif _is_of(result, recipe):
+    elif _is_of(result, recipe) and (out / "history.json").exists():
         return FinetuneResult(result, state.history, recipe)
     state.settle()
     float_model.cpu()
     if rank == 0:
-        save_ptq(result, state.student, float_model, recipe, trained=True)
-        write_json(out / "history.json", {"options": asdict(options), "history": state.history})
+        with atomic_set(result, out / "history.json", out / "metrics.json") as stage:
+            save_ptq(stage / result.name, state.student, float_model, recipe, trained=True)
+            write_json(stage / "history.json", {"options": asdict(options), "history": state.history})
     return FinetuneResult(result, state.history, recipe)

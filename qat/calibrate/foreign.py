@@ -25,6 +25,7 @@ from qat.calibrate.checkpoint import save_ptq
 from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import sha256
+from qat.core.locks import one_writer
 from qat.core.provenance import made_by
 from qat.lean import QuantizedDetector
 from qat.lean.detector import PARTS, PARTS_OFF
@@ -382,6 +383,7 @@ def load_foreign_file(
     return quantized, model, report
 
 
+@one_writer("out")
 def import_checkpoint(
     path: Path, out: Path, config: str | Path | None = None, prefix: str | None = None
 ) -> dict[str, Any]:

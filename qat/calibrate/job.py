@@ -13,13 +13,14 @@ from rich.table import Table
 
 from qat.calibrate.budget import Budget, check_budget, draw_budget, keep_within_budget, print_budget
 from qat.calibrate.checkpoint import save_ptq
-from qat.calibrate.distributed import device, place
+from qat.calibrate.distributed import device, only_writers, place
 from qat.calibrate.ptq import CalibrationReport, calibrate, int8_layers
 from qat.calibrate.sensitivity import Metric, measure_sensitivity
 from qat.core.config import load_config, need_boxes
 from qat.core.console import results_console
 from qat.core.errors import UserError
-from qat.core.files import sha256, write_json
+from qat.core.files import atomic_set, sha256, write_json
+from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, check_annotated
@@ -57,6 +58,7 @@ class CalibrationResult:
     budget: Budget | None = None
 
 
+@one_writer("out", lock=only_writers)
 def calibrate_checkpoint(
     config: Path,
     checkpoint: Path | None,
@@ -154,15 +156,13 @@ def calibrate_checkpoint(
     }
     if found is not None:
         recipe["budget"] = {"drop": found.budget, "of": found.of, "float_units": found.chosen.floats}
-    if rank == 0:
-        save_ptq(out, quantized, model, recipe)
     curve = [out.with_suffix(f".budget.{kind}") for kind in ("json", "png")]
-    if found is not None:
-        write_json(curve[0], found.to_json())
-        draw_budget(found, curve[1])
-    elif rank == 0:
-        for file in curve:  # of an earlier checkpoint of this name
-            file.unlink(missing_ok=True)
+    if rank == 0:
+        with atomic_set(out, *curve) as stage:
+            save_ptq(stage / out.name, quantized, model, recipe)
+            if found is not None:
+                write_json(stage / curve[0].name, found.to_json())
+                draw_budget(found, stage / curve[1].name)
     return CalibrationResult(quantized, report, recipe, found)
 
 

@@ -77,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="W",
             help=f"of the loss on {what} (default {weight:g})",
         )
+    parser.add_argument(
+        "--save-seconds", type=float, default=60.0, metavar="S", help="write resume.pth every S seconds (default 60)"
+    )
     add_seed_flag(parser)
     add_json_flag(parser)
 

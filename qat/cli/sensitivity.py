@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qat.cli.flags import add_checkpoint, add_data_flags, add_out_flag, checkpoint_of
 from qat.cli.json_output import add_json_flag, emit_json
+from qat.core.locks import one_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_flag(parser)
 
 
+@one_writer("args.out", inside=True)
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes sensitivity.json and sensitivity.png."""
     from qat.calibrate import load_ptq
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         print_sensitivity,
         write_sensitivity,
     )
-    from qat.core.files import sha256
+    from qat.core.files import atomic_set, sha256
     from qat.data import NuScenesDataset
     from qat.evaluate import devkit_metric
 
@@ -64,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
     )
     print_sensitivity(found)
     facts = {"name": args.data.resolve().name, "version": dataset.nusc.version, "split": dataset.split}
-    write_sensitivity(args.out / "sensitivity.json", found, path, facts)
-    draw_sensitivity(found, args.out / "sensitivity.png")
+    with atomic_set(args.out / "sensitivity.json", args.out / "sensitivity.png") as stage:
+        write_sensitivity(stage / "sensitivity.json", found, path, facts)
+        draw_sensitivity(found, stage / "sensitivity.png")
     print(args.out / "sensitivity.json")
     print(args.out / "sensitivity.png")
     emit_json(args, found.to_json())

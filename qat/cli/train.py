@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the steps over which the rate falls (default 0.35)",
     )
+    parser.add_argument(
+        "--save-seconds", type=float, default=120.0, metavar="S", help="write resume.pth every S seconds (default 120)"
+    )
     add_seed_flag(parser)
     add_json_flag(parser)
 

@@ -15,6 +15,7 @@ from qat.calibrate.sensitivity import WORST, measure_sensitivity, write_sensitiv
 from qat.compare.rows import Sources
 from qat.compare.run import CACHE, CompareOptions, Comparison, compare
 from qat.core.files import sha256
+from qat.core.locks import one_writer
 from qat.data import NuScenesDataset
 from qat.export.checkpoint import export_checkpoint
 
@@ -49,6 +50,7 @@ def _sensitivity(ptq: Path, data: Path, out: Path) -> None:
     write_sensitivity(out / "sensitivity.json", found, ptq, facts)
 
 
+@one_writer("out", inside=True)
 def demo(
     model: Path, data: Path, out: Path, frames: int | None = None, rounds: int = 5, say: Callable[[str], None] = print
 ) -> Demo:

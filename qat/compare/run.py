@@ -21,7 +21,8 @@ from qat.compare.rows import Row, Sources, load_rows
 from qat.compare.sensitivity import sensitivity_section
 from qat.core.console import results_console
 from qat.core.errors import UserError
-from qat.core.files import write_json
+from qat.core.files import atomic_set, write_json
+from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import command_line, tables_sha256
 from qat.core.versions import versions
@@ -187,6 +188,7 @@ def _provenance(
     }
 
 
+@one_writer("options.out", inside=True)
 def compare(options: CompareOptions) -> Comparison:
     """Runs every row over the evaluation keyframes and writes results.json and report.html, each whole or not at all.
 
@@ -263,8 +265,10 @@ def compare(options: CompareOptions) -> Comparison:
     if section is not None:
         results["sensitivity"] = section
     results_file, report_file = options.out / RESULTS, options.out / REPORT
-    write_json(results_file, results)
-    return Comparison(results, results_file, report_file, write_report(results_file, report_file))
+    with atomic_set(results_file, report_file) as stage:
+        write_json(stage / RESULTS, results)
+        verdict = write_report(stage / RESULTS, stage / REPORT)
+    return Comparison(results, results_file, report_file, verdict)
 
 
 def _change(row: dict[str, Any], reference: dict[str, Any], key: str) -> str:

@@ -1,70 +1,221 @@
-"""Whole-file writes, hashes and JSON."""
+"""Whole-file writes, hashes and JSON.
+
+What is written is written under another name beside the target, brought to the disk, and renamed: a process that is killed at
+any moment, or a machine that loses power, leaves the earlier content or the new one under the name, never a part of it. What
+it leaves under the other name is removed by the next process that writes there (`qat.core.locks`).
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
-import tempfile
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.core.errors import UserError
+from qat.core.locks import clear_leftovers, in_use, make_temporary, only_writer
 
 if TYPE_CHECKING:
     import numpy as np
 
+# Of the place that is written to; others that come out of a block are about something else.
+_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_ALMOST_FULL = 1 << 20
+_AT_CWD, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def _mode(full: int) -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return full & ~umask
+
+
+def flush(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Brings files and folders to the disk, so that a power failure does not undo them."""
+    for path in paths:
+        if os.name == "nt" and os.path.isdir(path):
+            continue
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot, such as of pipes
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _refusal(target: Path, error: OSError) -> UserError:
+    return UserError(f"{target}: cannot write here: {error.strerror or error}")
+
 
 @contextmanager
-def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `target`; renames it onto `target` when the block succeeds.
+def _told(target: Path) -> Iterator[None]:
+    """Errors of the disk that is written to are the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _PLACE:
+            raise
+        raise _refusal(target, error) from None
+    except RuntimeError:  # which torch.save raises for whatever keeps it from writing
+        try:
+            full = shutil.disk_usage(target.parent).free < _ALMOST_FULL
+        except OSError:
+            full = False
+        if not full:
+            raise
+        raise UserError(f"{target}: cannot write here: {os.strerror(errno.ENOSPC)}") from None
 
-    A process killed inside the block leaves the earlier `target` whole.
-    """
-    target = Path(target)
+
+def _temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        clear_leftovers(target.parent)
+        return make_temporary(target, folder)
     except OSError as error:
-        raise UserError(f"{target}: cannot write here: {error.strerror or error}") from None
-    os.close(handle)
-    temporary = Path(name)
+        raise _refusal(target, error) from None
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike[str], durable: bool = True) -> Iterator[Path]:
+    """Yields a temporary path beside `target`; renames it onto `target` when the block succeeds.
+
+    A process killed inside the block leaves the earlier `target` whole. Of several processes the last one wins, whole.
+
+    Args:
+        durable: not to be lost or empty after a power failure. False for what is checked when it is read and made again.
+
+    Raises:
+        UserError: nothing can be written there, or the disk is full.
+    """
+    target = Path(target)
+    temporary, descriptor = _temporary(target)
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
+        with _told(target):
+            yield temporary
+            temporary.chmod(_mode(0o666))
+            if durable:
+                flush([temporary])
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            raise _refusal(target, error) from None
+        if durable:
+            flush([target.parent])
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps what two names stand for, in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if call(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Gives a folder its name; what had that name before is left under `temporary`, if anything is."""
+    if not target.exists():
+        os.rename(temporary, target)
+    elif not _exchange(temporary, target):
+        # Between these two there is no folder of that name; killed there, the next process brings the earlier one back.
+        earlier = temporary.with_suffix(".old")
+        with in_use(target):
+            os.rename(target, earlier)
+            os.rename(temporary, target)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def restore(folder: str | os.PathLike[str]) -> None:
+    """Brings back a folder that a killed process had moved aside and not replaced, on file systems that cannot swap two."""
+    folder = Path(folder)
+    if not folder.exists():
+        clear_leftovers(Path(os.path.abspath(folder)).parent, again=True)
 
 
 @contextmanager
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary folder beside `target`; puts it in `target`'s place when the block succeeds."""
-    target = Path(target)
+    """Yields a temporary folder beside `target`; puts it in `target`'s place when the block succeeds.
+
+    At every moment the name stands for a whole folder, the earlier or the new one. Inside the block this process is the only
+    writer (`only_writer`). A link is followed: what it leads to is replaced.
+
+    Raises:
+        UserError: another process is writing there, or nothing can be written there, or `target` is a file.
+    """
+    named, target = Path(target), Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{named}: found a file, expected a folder or nothing; choose another --out")
+    with only_writer(target):
+        temporary, descriptor = _temporary(target, folder=True)
+        try:
+            with _told(named):
+                yield temporary
+                temporary.chmod(0o755)
+                flush(Path(folder) / name for folder, _, names in os.walk(temporary) for name in names)
+                flush(folder for folder, _, _ in os.walk(temporary))
+            try:
+                _put_in_place(temporary, target)
+            except OSError as error:
+                raise _refusal(named, error) from None
+            flush([target.parent])
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_set(*targets: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary folder in which to write files of the targets' names, which belong together: the first is the result,
+    the others are made from it. When the block succeeds they take the targets' places.
+
+    The others' earlier versions go before the first is replaced, and their new ones come after: whenever the process is killed,
+    no file lies beside a result that it was not made from. An earlier one that is not written again is gone at the end.
+
+    Args:
+        targets: of one folder.
+
+    Raises:
+        UserError: nothing can be written there, or the disk is full.
+    """
+    first, *others = (Path(target) for target in targets)
+    stage, descriptor = _temporary(first, folder=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"{target}: cannot write here: {error.strerror or error}") from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        previous = None
-        if target.exists():
-            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, previous / target.name)
-        os.replace(temporary, target)
-        if previous is not None:
-            shutil.rmtree(previous)
+        with _told(first):
+            yield stage
+            written = [path for path in (first, *others) if (stage / path.name).exists()]
+            flush(stage / path.name for path in written)
+        try:
+            for path in others:
+                path.unlink(missing_ok=True)
+            for path in written:
+                os.replace(stage / path.name, path)
+        except OSError as error:
+            raise _refusal(first, error) from None
+        flush([first.parent])
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -90,10 +241,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an .npz, whole or not at all."""
+    """Writes an .npz, whole or not at all; one that a power failure cut short `read_arrays` takes for none."""
     import numpy as np  # not above: `bevqat doctor` writes JSON where numpy is missing or broken
 
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+    with atomic_path(path, durable=False) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)
 
 
@@ -108,8 +259,22 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that cannot be written
+            path.unlink(missing_ok=True)
         return {}
+
+
+def check_same_run(path: str | os.PathLike[str], found: Mapping[str, Any], run: Mapping[str, Any], mend: str) -> None:
+    """Raises `UserError` where what a killed run left is of another run.
+
+    Args:
+        path: what it left. found: of which run, by name. run: what goes on. mend: what the message ends with.
+    """
+    for name, value in run.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{path}: left by a run with another {name}: found {found.get(name)}, expected {value}; {mend}"
+            )
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.core.files import read_json, sha256
+from qat.core.files import read_json, restore, sha256
 
 FORMAT, SCHEMA = "bevqat-parts", 1
 FILE = "manifest.json"
@@ -75,6 +75,7 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
             missing or was changed.
     """
     folder = Path(folder)
+    restore(folder)
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a folder written by export-camera")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,21 @@ class NuScenesDataset(Sequence[Sample]):
             np.asarray(labels, np.int64),
             np.asarray(counts, np.int64),
         )
+
+
+def images_digest(datasets: Sequence[NuScenesDataset]) -> str:
+    """SHA-256 of the names and sizes of all images, in hexadecimal: another data set of the same keyframes, such as one that was
+    generated again in another size, has another. The images are not read."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        root = Path(dataset.nusc.dataroot)
+        for token in dataset.tokens:
+            channels = dataset.nusc.get("sample", token)["data"]
+            for camera in dataset.cameras:
+                name = dataset.nusc.get("sample_data", channels[camera])["filename"] if camera in channels else ""
+                try:
+                    size = (root / name).stat().st_size if name else 0
+                except OSError:  # told when it is read
+                    size = -1
+                digest.update(f"{name} {size}\n".encode())
+    return digest.hexdigest()

@@ -334,7 +334,7 @@ class OnnxRuntimeEngine(Engine):
                 }
                 providers = [(name, {**flags, **context} if name == TENSORRT else flags) for name, flags in providers]
                 _open(source, settings, providers)
-                (Path(folder) / "context.onnx").replace(path)
+                shutil.copyfile(Path(folder) / "context.onnx", path)
             return
         else:
             shutil.copyfile(source, path)

@@ -152,8 +152,8 @@ class OpenVinoEngine(Engine):
             return compiled[0]
         try:
             return self._import(blob)
-        except UserError:
-            blob.unlink()  # cut short or from another build: compile afresh
+        except (UserError, FileNotFoundError):
+            blob.unlink(missing_ok=True)  # cut short or from another build, or another process has just removed it so
             return self._load(source, precision, options)
 
     def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

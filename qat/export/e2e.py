@@ -40,6 +40,7 @@ from qat.core.geometry import (
     grid_size,
     pooling_pattern,
 )
+from qat.core.locks import only_writer
 from qat.core.manifest import FILE, PARTS, load_manifest
 from qat.core.tensors import compare_tensors
 from qat.core.verification import judge, random_frame
@@ -477,6 +478,13 @@ def export_e2e(folder: str | Path, out: str | Path | None = None, seed: int = 0)
         raise UserError(
             f"{target}: found the parts inside it, expected a folder that can be replaced; choose another --out"
         )
+    with only_writer(
+        os.path.realpath(target)
+    ):  # from here on, or the parts that are read might not be those that are linked
+        return _write_e2e(folder, target, here, seed)
+
+
+def _write_e2e(folder: Path, target: Path, here: bool, seed: int) -> dict[str, Any]:
     manifest = load_manifest(folder)
     settings = manifest["pipeline"]
     parts = {name: onnx.load(folder / part["file"]) for name, part in manifest["parts"].items()}

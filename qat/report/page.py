@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.files import write_text
+from qat.core.locks import one_writer
 from qat.report.charts import birds_eye, camera_view, class_bars, latency_bars, precision_class, scatter
 from qat.report.schema import Results, load_results
 from qat.report.sensitivity import sensitivity
@@ -377,6 +378,7 @@ def render(results: Results) -> str:
     )
 
 
+@one_writer("out")
 def write_report(results: Mapping[str, Any] | str | Path, out: str | Path) -> Verdict:
     """Writes the page of `results` (a results.json or its content) to `out`, whole or not at all.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import qat
 from qat.core.centerhead import Detections
 from qat.core.config import need_boxes
 from qat.core.errors import UserError
-from qat.core.files import atomic_path, write_json
+from qat.core.files import atomic_path, atomic_set, check_same_run, sha256, write_json
+from qat.core.locks import one_writer
 from qat.core.progress import StepLog, counted, drawn_ahead, progress_bar
-from qat.data import NuScenesDataset
+from qat.data import NuScenesDataset, images_digest
 from qat.evaluate import evaluate_detections
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
 from qat.models.run import boxes_of, run_frame
@@ -113,10 +116,11 @@ class _State:
         self.step = 0
         self.history: list[dict[str, float]] = []
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, run: Mapping[str, Any]) -> None:
         with atomic_path(path) as temporary:
             torch.save(
                 {
+                    "run": dict(run),
                     "model": self.model.state_dict(),
                     "pixel_head": self.pixels.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -126,9 +130,10 @@ class _State:
                 temporary,
             )
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, run: Mapping[str, Any]) -> None:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            check_same_run(path, saved.get("run", {}), run, "remove it or choose another --out")
             self.model.load_state_dict(saved["model"])
             self.pixels.load_state_dict(saved["pixel_head"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -137,6 +142,30 @@ class _State:
                 f"{path}: does not fit this run ({str(error).splitlines()[0]}); remove it or choose another --out"
             ) from None
         self.step, self.history = saved["step"], saved["history"]
+
+
+def _run_of(
+    config: Mapping[str, Any], datasets: Sequence[NuScenesDataset], options: TrainOptions, init: Path | None
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that was killed. Its steps and its rate may be others."""
+    free = ("steps", "lr", "decay", "warmup", "save_seconds")
+    tokens = "".join(token for dataset in datasets for token in dataset.tokens)
+    return {
+        **{name: value for name, value in asdict(options).items() if name not in free},
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "init": None if init is None else sha256(init),
+        "frames": hashlib.sha256(tokens.encode()).hexdigest(),
+        "images": images_digest(datasets),
+        "bevqat": qat.__version__,
+    }
+
+
+def _steps_of(path: Path) -> int | None:
+    """How many steps made a checkpoint; None where there is none that says it."""
+    try:
+        return load_checkpoint(path)["meta"]["step"] if path.exists() else None
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 class _Drawn:
@@ -196,6 +225,7 @@ def _losses(
     return losses
 
 
+@one_writer("out", inside=True)
 def train(
     config: Mapping[str, Any],
     datasets: list[NuScenesDataset],
@@ -216,9 +246,11 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = _State(config, options, init, device)
     resume = out / "resume.pth"
+    run = _run_of(config, datasets, options, init)
     if resume.exists():
-        state.load(resume)
+        state.load(resume, run)
         log(f"resumed at step {state.step} from {resume}")
+    began = state.step
     sets = [TrainSet(dataset, config) for dataset in datasets]
     head = config["model"]["heads"]["object"]
     samples = sum(len(dataset) for dataset in sets)
@@ -245,13 +277,16 @@ def train(
         figures = {name: float(value.detach()) for name, value in losses.items()}
         steps.add(state.step, learning_rate(state.step - 1, options), figures)
         if time.monotonic() - saved_at > options.save_seconds:
-            state.save(resume)
+            state.save(resume, run)
             saved_at = time.monotonic()
-    state.save(resume)
+    state.save(resume, run)
     meta = {"options": asdict(options), "samples": samples, "step": state.step, "bevqat": qat.__version__}
-    save_float_checkpoint(out / "model.pth", state.model, meta, pixel_head=state.pixels)
-    write_json(out / "history.json", {"options": asdict(options), "history": state.history})
-    draw_curve(state.history, out / "curve.png")
+    # The figures of an earlier model are not of this one; those of a run that was finished before stay.
+    figures_of = () if _steps_of(out / "model.pth") == began == options.steps else (out / "metrics.json",)
+    with atomic_set(out / "model.pth", out / "history.json", out / "curve.png", *figures_of) as stage:
+        save_float_checkpoint(stage / "model.pth", state.model, meta, pixel_head=state.pixels)
+        write_json(stage / "history.json", {"options": asdict(options), "history": state.history})
+        draw_curve(state.history, stage / "curve.png")
     if held_out is None or options.stage == "image":
         return None
     with progress_bar("held out", len(held_out)) as done:

@@ -195,7 +195,8 @@ def test_a_second_run_takes_accuracy_from_the_first_and_gives_the_same(
 ) -> None:
     out, result, _ = demonstration
     shutil.copytree(out / "cache", tmp_path / "cache")
-    lost = sorted((tmp_path / "cache").iterdir())[0]
+    # Those of the sensitivity, which lie there too, have the measurement's name before the keyframe's.
+    lost = sorted(file for file in (tmp_path / "cache").iterdir() if "-" not in file.stem)[0]
     lost.unlink()
     ran = []
     forward = Pipeline.forward

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -253,10 +253,22 @@ def test_a_finished_run_draws_nothing_more(dataset, tiny_config, tmp_path, monke
     train(tiny_config, [dataset], tmp_path, options, log=lambda _: None)
 
 
-def test_weights_of_another_config_do_not_resume(dataset, tiny_config, tmp_path):
+def test_what_another_run_left_is_not_resumed(dataset, tiny_config, tmp_path):
     options = TrainOptions(steps=1, batch=1)
     train(tiny_config, [dataset], tmp_path, options, log=lambda _: None)
+    for change, named in (
+        ({"seed": 1}, "seed: found 0, expected 1"),
+        ({"batch": 2}, "batch"),
+        ({"stage": "image"}, "stage"),
+    ):
+        with pytest.raises(UserError, match=f"resume.pth: left by a run with another {named}"):
+            train(tiny_config, [dataset], tmp_path, replace(options, **change), log=lambda _: None)
+    with pytest.raises(UserError, match="another init"):
+        train(tiny_config, [dataset], tmp_path, options, init=tmp_path / "model.pth", log=lambda _: None)
+    with pytest.raises(UserError, match="another frames"):
+        train(tiny_config, [dataset, dataset], tmp_path, options, log=lambda _: None)
+    train(tiny_config, [dataset], tmp_path, replace(options, steps=2, lr=2e-3), log=lambda _: None)
     other = copy.deepcopy(tiny_config)
     other["model"]["heads"]["object"]["share_conv_channel"] = 4
-    with pytest.raises(UserError, match="does not fit this run"):
-        train(other, [dataset], tmp_path, SimpleNamespace(**{**vars(options), "steps": 2}), log=lambda _: None)
+    with pytest.raises(UserError, match="another config"):
+        train(other, [dataset], tmp_path, replace(options, steps=2), log=lambda _: None)

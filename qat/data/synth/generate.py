@@ -8,6 +8,7 @@ import multiprocessing
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from qat import __version__
 from qat.core.errors import UserError
-from qat.core.files import atomic_path, read_json, write_json
+from qat.core.files import atomic_path, flush, read_json, write_json
+from qat.core.locks import one_writer
+from qat.core.processes import die_with_parent
 from qat.core.progress import progress_bar
 from qat.data.synth.cast import Caster
 from qat.data.synth.catalogue import GROUND, LAMP
@@ -83,6 +87,7 @@ class SynthOptions:
         return SynthOptions(**{**asdict(self), "splits": splits})
 
 
+@one_writer("out", inside=True)
 def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bool = False) -> Path:
     """Writes a data set in the nuScenes v1.0 format and returns its root.
 
@@ -97,14 +102,17 @@ def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bo
     recipe = asdict(options)
     done = out / VERSION / "recipe.json"
     parts = out / ".parts"
-    for earlier in (done, parts / "recipe.json"):
-        if earlier.exists() and read_json(earlier) != recipe:
+    begun = {**recipe, "bevqat": __version__}  # another version may draw other scenes
+    for earlier, expected in ((done, recipe), (parts / "recipe.json", begun)):
+        if earlier.exists() and read_json(earlier) != expected:
             raise UserError(
-                f"{out}: holds a data set made with other options ({earlier}); choose another --out or remove it"
+                f"{out}: holds a data set made with other options or by another version ({earlier}); choose another --out or "
+                "remove it"
             )
     if done.exists():
+        shutil.rmtree(parts, ignore_errors=True)
         return out
-    write_json(parts / "recipe.json", recipe)
+    write_json(parts / "recipe.json", begun)
     waiting = [i for i in range(options.scenes) if not (parts / f"{i:05d}.json").exists()]
     before = options.scenes - len(waiting)
     with progress_bar("scenes", options.scenes, before, show=not quiet) as done_with:
@@ -122,7 +130,7 @@ def _work(out: Path, options: SynthOptions, waiting: list[int], workers: int) ->
             yield
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
         futures = [pool.submit(write_scene, out, options, index) for index in waiting]
         try:
             for future in as_completed(futures):
@@ -175,7 +183,10 @@ def write_scene(out: Path, options: SynthOptions, index: int) -> None:
             for k in range(options.sweeps):
                 step = KEYFRAME_PERIOD * (k + 1) / (options.sweeps + 1)
                 scene.lidar(float(time + step), frame, key=False)
-    write_json_compact(out / ".parts" / f"{index:05d}.json", scene.finish())
+    records = scene.finish()
+    flush(scene.files)  # all at once: one by one each would wait for the disk
+    flush({file.parent for file in scene.files})
+    write_json_compact(out / ".parts" / f"{index:05d}.json", records)
 
 
 def write_json_compact(path: Path, value: Any) -> None:
@@ -201,6 +212,7 @@ class _Scene:
         self.world, self.rig, self.light, self.rng = world, rig, light, rng
         self.name = f"synth-{options.seed:04d}-{index:05d}"
         self.key = (options.seed, index, options.width, options.azimuths)
+        self.files: list[Path] = []
         self.tables = SceneTables(self.key, self.name, CAMERAS)
         rgb = light.white_balance
         self.description = (
@@ -257,7 +269,7 @@ class _Scene:
             np.float32
         )[kept]
         name = self._file(LIDAR, time, key, ".pcd.bin")
-        with atomic_path(self.out / name) as temporary:
+        with self._writing(name) as temporary:
             points.tofile(temporary)
         self._sample_data(LIDAR, time, frame if key else frame + 1, key, name, moment.ego2street, (0, 0))
         owners = moment.owners(hit)[kept]
@@ -288,7 +300,7 @@ class _Scene:
             self.rng,
         )
         name = self._file(camera.name, time, True, ".jpg")
-        with atomic_path(self.out / name) as temporary:
+        with self._writing(name) as temporary:
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "JPEG", quality=self.options.jpeg_quality)
             temporary.write_bytes(buffer.getvalue())
@@ -347,6 +359,12 @@ class _Scene:
                 radar,
             )
 
+    def _writing(self, name: str) -> AbstractContextManager[Path]:
+        """`atomic_path` of a file of the data set. It is brought to the disk with the scene's others, before the scene counts
+        as done."""
+        self.files.append(self.out / name)
+        return atomic_path(self.files[-1], durable=False)
+
     def _map_mask(self) -> str:
         """Where cars and people may go, as nuScenes' semantic prior: 255 on road and pavement."""
         size = MAP_METRES * MAP_PIXELS_PER_METRE
@@ -362,7 +380,7 @@ class _Scene:
             pixels = np.stack([corners[:, 0], MAP_METRES - corners[:, 1]], 1) * MAP_PIXELS_PER_METRE
             cv2.fillPoly(mask, [np.round(pixels).astype(np.int32)], (255,))
         name = f"maps/{token('map', *self.key)}.png"
-        with atomic_path(self.out / name) as temporary:
+        with self._writing(name) as temporary:
             buffer = io.BytesIO()
             Image.fromarray(mask).convert("1").save(buffer, "PNG", optimize=True)
             temporary.write_bytes(buffer.getvalue())
