@@ -14,7 +14,7 @@ VERBS = {
     "demo": "calibrate, export, build, compare and report on example-data, on the CPU",
     "doctor": "say what this machine can run, and what to install for the rest",
     "synth": "write generated driving scenes in the nuScenes format",
-    "show": "draw a sample's lidar points and boxes over its six images",
+    "show": "draw a sample's lidar points and boxes over its images",
     "train": "train a float detector",
     "calibrate": "insert TensorQuantizers and run PTQ over calibration frames",
     "import-ptq": "make a PTQ checkpoint of a network that another tool quantized",

@@ -1,4 +1,4 @@
-"""Draw a sample's lidar points and annotated boxes over its six images, as the network sees them.
+"""Draw a sample's lidar points and annotated boxes over its images, as the network sees them.
 
 example:
   bevqat show --data example-data --split eval --index 3 --out runs/sample.png

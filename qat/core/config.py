@@ -17,7 +17,8 @@ from qat.core.schema import MAPS, problems
 Config = dict[str, Any]
 Branch = Literal["camera"]
 
-# The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input.
+# The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input, unless the
+# config has a `cameras` of its own.
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 
 WHOLE = ("model", "image_size", "object_classes")  # a config that is no part of a tree has them
@@ -32,7 +33,7 @@ TYPES = {
 }
 CAMERA_BRANCH = "model.encoders.camera"
 # Of a whole model's config, what the camera branch, its data and its training read besides the branch and the test pipeline.
-_KEPT = ("image_size", "point_cloud_range", "object_classes", "load_dim", "augment2d", "augment3d")
+_KEPT = ("image_size", "point_cloud_range", "object_classes", "load_dim", "augment2d", "augment3d", "cameras")
 _TAKE_OUT = (
     "calibrate and export-camera take the camera branch out of a camera+lidar model with --prefix encoders.camera"
 )
@@ -139,6 +140,11 @@ def _check_types(check: _Checker, paths: Sequence[str]) -> None:
 
 def _check_camera(check: _Checker) -> None:
     """The camera branch: its networks' options, and that the sizes fit each other."""
+    names = check.config.get("cameras")
+    if names is not None:
+        good = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+        if not good or len(set(names)) != len(names):
+            raise check.fail("cameras", names, "a list of the cameras' channels, each once, such as [front, rear]")
     height, width = (int(v) for v in check.numbers("image_size", 2))
     _check_types(check, [path for path in TYPES if path.startswith(CAMERA_BRANCH)])
     vt = f"{CAMERA_BRANCH}.vtransform"
@@ -236,6 +242,12 @@ def camera_branch(config: Mapping[str, Any]) -> Config:
             "data": {"test": {"pipeline": test_pipeline(config)}},
         }
     )
+
+
+def camera_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Channels of the cameras in the order of every [N, …] input: the config's `cameras`, which is this project's own key,
+    or nuScenes' six."""
+    return tuple(config.get("cameras") or CAMERAS)
 
 
 def needs_depth(config: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes, get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
-from qat.core.config import CAMERAS
+from qat.core.config import camera_names
 from qat.core.errors import UserError
 from qat.core.files import read_json
 from qat.core.geometry import box_yaw, within
@@ -105,6 +105,7 @@ class NuScenesDataset(Sequence[Sample]):
         config: BEVFusion's schema.
         version: needed only where root holds several.
         frames: keep only this many keyframes, spread evenly over the split.
+        cameras: channels in the order of the inputs; None for the config's `cameras`, or nuScenes' six.
     """
 
     def __init__(
@@ -114,11 +115,11 @@ class NuScenesDataset(Sequence[Sample]):
         config: Mapping[str, Any],
         version: str | None = None,
         frames: int | None = None,
-        cameras: Sequence[str] = CAMERAS,
+        cameras: Sequence[str] | None = None,
     ) -> None:
         self.pipeline = read_pipeline(config)
         self.classes = list(config.get("object_classes") or ())  # a camera branch's config may have none
-        self.cameras = tuple(cameras)
+        self.cameras = tuple(cameras or camera_names(config))
         self.nusc = open_nuscenes(root, version)
         self.split = split
         self.tokens = split_tokens(self.nusc, split)
@@ -143,8 +144,10 @@ class NuScenesDataset(Sequence[Sample]):
     ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
         """The sensor's record, sensor2ego, ego2global, and its intrinsics (or an empty array)."""
         if channel not in sample["data"]:
+            has = ", ".join(sorted(sample["data"]))
             raise UserError(
-                f"{self.nusc.dataroot}: sample {sample['token']} has no {channel}; the data set is incomplete"
+                f"{self.nusc.dataroot}: sample {sample['token']} has no {channel}, but {has}; the data set is incomplete, or "
+                "its cameras have other names: list them in the config's `cameras`"
             )
         record = self.nusc.get("sample_data", sample["data"][channel])
         return record, *self._poses(record)

@@ -1,4 +1,4 @@
-"""One keyframe from a folder: six images, a lidar sweep and an info.json, as mmdetection3d's demo data has them."""
+"""One keyframe from a folder: its images, a lidar sweep and an info.json, as mmdetection3d's demo data has them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.core.config import CAMERAS
+from qat.core.config import camera_names
 from qat.core.errors import UserError
 from qat.core.files import read_json
 from qat.core.geometry import box_yaw, within
@@ -33,7 +33,8 @@ def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
     try:
         sample, categories = info["sample"], info["categories"]
         images, intrinsics, camera2lidar = [], [], []
-        for name in CAMERAS:
+        cameras = camera_names(config)
+        for name in cameras:
             record = sample["images"][name]
             images.append(load_image(folder / record["img_path"]))
             intrinsics.append(np.asarray(record["cam2img"], np.float64))
@@ -60,7 +61,7 @@ def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
             points = points[within(points, bounds)]
     keyframe = Keyframe(
         token=str(sample.get("token", folder.name)),
-        cameras=CAMERAS,
+        cameras=cameras,
         images=images,
         **camera_matrices(intrinsics, camera2lidar),
         points=points,

@@ -65,10 +65,15 @@ def draw_points(image: np.ndarray, points: np.ndarray, lidar2image: np.ndarray, 
 
 
 def draw_sample(sample: Sample) -> np.ndarray:
-    """A sheet of the sample's images with its points and boxes, uint8[2H,3W,3] RGB, in the order of nuScenes' own."""
+    """A sheet of the sample's images with its points and boxes, uint8[R·H,C·W,3] RGB: nuScenes' six (or some of them) in
+    two rows as they look around the car, others in their order, in rows of three, of two where there are two or four."""
     height, width = sample.images.shape[1:3]
-    sheet = np.zeros((2 * height, 3 * width, 3), np.uint8)
-    for r, row in enumerate(GRID):
+    grid: Sequence[Sequence[str]] = GRID
+    if not set(sample.cameras) <= {name for row in GRID for name in row}:
+        columns = min(2 if len(sample.cameras) == 4 else 3, len(sample.cameras))
+        grid = [sample.cameras[i : i + columns] for i in range(0, len(sample.cameras), columns)]
+    sheet = np.zeros((len(grid) * height, len(grid[0]) * width, 3), np.uint8)
+    for r, row in enumerate(grid):
         for c, name in enumerate(row):
             if name not in sample.cameras:
                 continue

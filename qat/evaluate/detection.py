@@ -126,6 +126,11 @@ def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEva
     """
     from qat.data.dataset import transform
 
+    if others := [name for name in dataset.classes if name not in DEFAULT_ATTRIBUTE]:
+        raise UserError(
+            f"object_classes: found {', '.join(others)}, expected nuScenes' ten detection classes "
+            f"({', '.join(DEFAULT_ATTRIBUTE)}), for which alone its metric is defined; rename them in the config"
+        )
     nusc = dataset.nusc
     predictions = EvalBoxes()
     for token, found in detections.items():

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import torch
 
-from qat.core.config import CAMERAS
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, write_json
 from qat.core.manifest import FILE
@@ -143,7 +142,7 @@ def export_parts(
     flavour: str = "tensorrt",
     checkpoint: str | Path | None = None,
     recipe: Mapping[str, Any] | None = None,
-    cameras: Sequence[str] = CAMERAS,
+    cameras: Sequence[str] | None = None,
     opset: int | None = None,
     batch: int = 1,
     dynamic_batch: bool = False,
@@ -169,7 +168,7 @@ def export_parts(
             these fuse on a CPU, INT8 only (`qat.export.flavour_cpu`).
         checkpoint: where the weights came from; its name and sha256 go into the manifest.
         recipe: how the quantizers were calibrated, for the manifest.
-        cameras: names in the order of the inputs.
+        cameras: names in the order of the inputs; None for those of the detector's config.
         opset: 13 to 20; None for 13, and for INT8 of tensorrt-strong 19, the first with FP16 scales.
         batch: samples (of all cameras) in an input. dynamic_batch: any number of them; `batch` and one more are verified.
         only: names of the parts to write; None for all.

@@ -20,7 +20,6 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from qat.core.config import CAMERAS
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, PARTS
@@ -112,7 +111,7 @@ def export_pt2(
     checkpoint: str | Path | None = None,
     recipe: Mapping[str, Any] | None = None,
     parts: Sequence[str] = PARTS,
-    cameras: Sequence[str] = CAMERAS,
+    cameras: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Writes a detector's parts as .pt2 files with manifest.json into `out`, whole or not at all.
@@ -128,7 +127,7 @@ def export_pt2(
         checkpoint: where the weights came from; its name and sha256 go into the manifest.
         recipe: how the quantizers were calibrated, for the manifest.
         parts: which ones, by name.
-        cameras: names in the order of the inputs.
+        cameras: names in the order of the inputs; None for those of the detector's config.
         seed: of the random frame that the parts are run on.
 
     Returns:

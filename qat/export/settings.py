@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.core.config import CAMERAS, is_camera_branch, needs_depth, test_pipeline
+from qat.core.config import camera_names, is_camera_branch, needs_depth, test_pipeline
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import FORMAT, SCHEMA
@@ -27,8 +27,8 @@ def head_maps(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{name}_{task}" for task in range(len(head["tasks"])) for name in ("heatmap", *head["common_heads"]))
 
 
-def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] = CAMERAS) -> dict[str, Any]:
-    """The manifest's `pipeline` section, plain JSON values.
+def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] | None = None) -> dict[str, Any]:
+    """The manifest's `pipeline` section, plain JSON values; `cameras` None is for those that the config names.
 
     Of a camera branch alone, `branch` is "camera", `head` null, and there are no classes and no head maps.
 
@@ -50,7 +50,7 @@ def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] = CAMERA
     head = {} if alone else config["model"]["heads"]["object"]
     return {
         "branch": "camera" if alone else None,
-        "cameras": list(cameras),
+        "cameras": list(cameras or camera_names(config)),
         "classes": [] if alone else list(config["object_classes"]),
         "depth_input": needs_depth(config),
         "image": {

@@ -16,28 +16,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qat.core.config import camera_names
 from qat.core.frame import Frame, FrameArrays
 from qat.core.geometry import camera_ring
 from qat.models.detector import CameraBEVDetector, build_model
 from qat.models.run import run_frame
 
 MADE_UP = 1  # frames: six pictures, and a whole BEV grid
-CAMERAS = 6
 NOTHING = 1e-3  # a scale below it leaves a residual branch dead
 
 
 def _made_up_frame(config: Mapping[str, Any]) -> FrameArrays:
-    """A keyframe drawn from torch's generator: coarse and fine noise for pictures, one pixel in twenty with a depth, six
-    cameras in a ring."""
+    """A keyframe drawn from torch's generator: coarse and fine noise for pictures, one pixel in twenty with a depth, the
+    config's cameras in a ring."""
     height, width = config["image_size"]
+    cameras = len(camera_names(config))
     low, high, _ = config["model"]["encoders"]["camera"]["vtransform"]["dbound"]
-    coarse = torch.randn(CAMERAS, 3, max(1, height // 16), max(1, width // 16))
-    img = F.interpolate(coarse, size=(height, width), mode="bilinear") + 0.3 * torch.randn(CAMERAS, 3, height, width)
-    shape = CAMERAS, 1, height, width
+    coarse = torch.randn(cameras, 3, max(1, height // 16), max(1, width // 16))
+    img = F.interpolate(coarse, size=(height, width), mode="bilinear") + 0.3 * torch.randn(cameras, 3, height, width)
+    shape = cameras, 1, height, width
     depth = (low + (high - low) * torch.rand(shape)) * (torch.rand(shape) < 0.05)
     eye = np.eye(4, dtype=np.float32)
-    intrinsics, camera2lidar = (matrix.astype(np.float32) for matrix in camera_ring(CAMERAS, (height, width)))
-    unmoved = np.tile(eye, (CAMERAS, 1, 1))
+    intrinsics, camera2lidar = (matrix.astype(np.float32) for matrix in camera_ring(cameras, (height, width)))
+    unmoved = np.tile(eye, (cameras, 1, 1))
     return FrameArrays(
         token="made up",
         img=img.numpy(),
@@ -86,7 +87,7 @@ def random_model(config: Mapping[str, Any], seed: int = 0, frames: Sequence[Fram
     Args:
         config: a checked config (`load_config`).
         seed: the same seed and config give the same weights; torch's global generator is left as it was.
-        frames: preprocessed samples whose statistics the batch norms get; None for made-up ones of six cameras.
+        frames: preprocessed samples whose statistics the batch norms get; None for made-up ones of the config's cameras.
 
     Raises:
         UserError: the config asks for something that is not supported, by name.

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pyquaternion import Quaternion
 
-from qat.data.dataset import CAMERAS
+from qat.data import CAMERAS
 from qat.data.synth import SynthOptions, generate
 
 SMALL = SynthOptions(

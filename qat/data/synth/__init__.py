@@ -5,8 +5,7 @@ catalogue  the meshes and sizes of the ten detection classes
 world      a street: what stands and moves where, at a given time
 cast       ray casting with Embree
 shade      light, weather and textures: rays' hits to an image
-tables     the 13 nuScenes tables
-generate   the loop over scenes, sensors and keyframes
+generate   the loop over scenes, sensors and keyframes; `qat.data.tables` writes the tables
 """
 
 from qat.data.synth.generate import SynthOptions, generate

@@ -14,19 +14,19 @@ import numpy as np
 PAINT, GLASS, LAMP, MATT, SKIN = 0, 1, 2, 3, 4  # materials of objects
 GROUND, FACADE, FOLIAGE, STATIC = 10, 11, 12, 13  # materials of the street
 
-# class: (nuScenes category, mean length, width, height in metres, spread as a fraction)
+# class: (mean length, width, height in metres, spread as a fraction)
 # Means follow the annotated sizes of nuScenes v1.0-trainval.
-CLASSES: dict[str, tuple[str, float, float, float, float]] = {
-    "car": ("vehicle.car", 4.6, 1.95, 1.73, 0.08),
-    "truck": ("vehicle.truck", 6.9, 2.5, 2.85, 0.15),
-    "construction_vehicle": ("vehicle.construction", 6.4, 2.8, 3.2, 0.12),
-    "bus": ("vehicle.bus.rigid", 11.0, 2.9, 3.5, 0.08),
-    "trailer": ("vehicle.trailer", 11.5, 2.9, 3.9, 0.10),
-    "barrier": ("movable_object.barrier", 0.5, 2.5, 0.98, 0.07),
-    "motorcycle": ("vehicle.motorcycle", 2.1, 0.77, 1.47, 0.07),
-    "bicycle": ("vehicle.bicycle", 1.7, 0.6, 1.28, 0.07),
-    "pedestrian": ("human.pedestrian.adult", 0.73, 0.67, 1.77, 0.07),
-    "traffic_cone": ("movable_object.trafficcone", 0.41, 0.41, 1.07, 0.10),
+CLASSES: dict[str, tuple[float, float, float, float]] = {
+    "car": (4.6, 1.95, 1.73, 0.08),
+    "truck": (6.9, 2.5, 2.85, 0.15),
+    "construction_vehicle": (6.4, 2.8, 3.2, 0.12),
+    "bus": (11.0, 2.9, 3.5, 0.08),
+    "trailer": (11.5, 2.9, 3.9, 0.10),
+    "barrier": (0.5, 2.5, 0.98, 0.07),
+    "motorcycle": (2.1, 0.77, 1.47, 0.07),
+    "bicycle": (1.7, 0.6, 1.28, 0.07),
+    "pedestrian": (0.73, 0.67, 1.77, 0.07),
+    "traffic_cone": (0.41, 0.41, 1.07, 0.10),
 }
 
 DARK = (0.04, 0.04, 0.045)
@@ -387,7 +387,7 @@ BUILDERS: dict[str, Callable[[Builder, float, float, float, np.random.Generator,
 
 def draw_size(name: str, rng: np.random.Generator) -> tuple[float, float, float]:
     """A length, width and height in metres for the class; the three vary together and each a little alone."""
-    _, length, width, height, spread = CLASSES[name]
+    length, width, height, spread = CLASSES[name]
     common = np.clip(rng.normal(1.0, spread), 1 - 2 * spread, 1 + 2 * spread)
     own = np.clip(rng.normal(1.0, 0.03, 3), 0.93, 1.07)
     return length * common * own[0], width * common**0.5 * own[1], height * common**0.5 * own[2]

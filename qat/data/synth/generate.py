@@ -6,7 +6,7 @@ import io
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -19,16 +19,16 @@ from PIL import Image
 
 from qat import __version__
 from qat.core.errors import UserError
-from qat.core.files import atomic_directory, atomic_path, flush, read_json, write_json
+from qat.core.files import atomic_path, flush, read_json, write_json
 from qat.core.locks import one_writer
 from qat.core.processes import die_with_parent
 from qat.core.progress import progress_bar
 from qat.data.synth.cast import Caster
-from qat.data.synth.catalogue import CLASSES, GROUND, LAMP
-from qat.data.synth.rig import LIDAR_MAX_RANGE, Camera, Rig, lidar_rays
+from qat.data.synth.catalogue import GROUND, LAMP
+from qat.data.synth.rig import CAMERAS, LIDAR_MAX_RANGE, Camera, Rig, lidar_rays
 from qat.data.synth.shade import Light, shade
-from qat.data.synth.tables import SENSORS, TABLES, Record, link, rotation_to_list, token, vocabulary
 from qat.data.synth.world import World, sample_world
+from qat.data.tables import LIDAR, Record, SceneTables, token, write_tables
 
 KEYFRAME_PERIOD = 0.5  # seconds: nuScenes annotates at 2 Hz
 START_MICROSECONDS = 1_700_000_000_000_000
@@ -142,25 +142,16 @@ def _work(out: Path, options: SynthOptions, waiting: list[int], workers: int) ->
 
 
 def _assemble(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> None:
-    tables: dict[str, list[Record]] = {name: [] for name in TABLES}
-    tables.update(vocabulary())
-    for index in range(options.scenes):
-        part = read_json(out / ".parts" / f"{index:05d}.json")
-        for name, records in part.items():
-            tables[name].extend(records)
-    names = [scene["name"] for scene in tables["scene"]]
+    parts = [read_json(out / ".parts" / f"{index:05d}.json") for index in range(options.scenes)]
+    names = [scene["name"] for part in parts for scene in part["scene"]]
     splits, start = {}, 0
     for name, count in options.splits.items():
         splits[name] = names[start : start + count]
         start += count
-    with atomic_directory(out / VERSION) as folder:
-        for name, records in tables.items():
-            (folder / f"{name}.json").write_text(json.dumps(records, separators=(",", ":")))
-        (folder / "splits.json").write_text(json.dumps(splits, indent=1) + "\n")
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    write_tables(out / VERSION, CAMERAS, parts, splits, recipe)
 
 
-class _Moment:
+class Moment:
     """The world at one time, ready to cast rays at."""
 
     def __init__(self, world: World, time: float) -> None:
@@ -222,12 +213,7 @@ class _Scene:
         self.name = f"synth-{options.seed:04d}-{index:05d}"
         self.key = (options.seed, index, options.width, options.azimuths)
         self.files: list[Path] = []
-        self.samples: list[Record] = []
-        self.poses: list[Record] = []
-        self.data: dict[str, list[Record]] = {name: [] for name in SENSORS}
-        self.annotations: dict[int, list[Record]] = {}
-        self.log = token("log", *self.key)
-        self.calibrated = {name: token("calibrated", *self.key, name) for name in SENSORS}
+        self.tables = SceneTables(self.key, self.name, CAMERAS)
         rgb = light.white_balance
         self.description = (
             f"{light.weather}, {world.street.lanes} lanes a side, white balance {rgb[0]:.2f}/{rgb[2]:.2f}"
@@ -244,56 +230,30 @@ class _Scene:
         self,
         channel: str,
         time: float,
-        sample: str,
+        frame: int,
         key: bool,
         name: str,
         ego2street: np.ndarray,
         shape: tuple[int, int],
     ) -> None:
-        pose_token = token("pose", *self.key, channel, self._timestamp(time))
         ego2global = self.world.street2global @ ego2street
-        self.poses.append(
-            {
-                "token": pose_token,
-                "timestamp": self._timestamp(time),
-                "rotation": rotation_to_list(ego2global[:3, :3]),
-                "translation": ego2global[:3, 3].tolist(),
-            }
-        )
-        self.data[channel].append(
-            {
-                "token": token("data", *self.key, channel, self._timestamp(time)),
-                "sample_token": sample,
-                "ego_pose_token": pose_token,
-                "calibrated_sensor_token": self.calibrated[channel],
-                "timestamp": self._timestamp(time),
-                "fileformat": "pcd" if channel == "LIDAR_TOP" else "jpg",
-                "is_key_frame": key,
-                "height": shape[0],
-                "width": shape[1],
-                "filename": name,
-            }
-        )
+        self.tables.add_data(channel, self._timestamp(time), frame, name, ego2global, shape, key)
 
     def keyframe(self, frame: int, time: float) -> None:
         """Renders all sensors of one keyframe and annotates what they can see."""
-        sample = token("sample", *self.key, frame)
-        self.samples.append(
-            {"token": sample, "timestamp": self._timestamp(time), "scene_token": token("scene", *self.key)}
-        )
+        self.tables.add_sample(frame, self._timestamp(time))
         lidar_points = self.lidar(time, frame, key=True)
         pixels = np.zeros(len(self.world.things))
         expected = np.zeros(len(self.world.things))
         for camera in self.rig.cameras:
-            seen, possible = self._image(camera, time - camera.delay, sample)
+            seen, possible = self._image(camera, time - camera.delay, frame)
             pixels += seen
             expected += possible
-        self._annotate(frame, time, sample, lidar_points, pixels, expected)
+        self._annotate(frame, time, lidar_points, pixels, expected)
 
     def lidar(self, time: float, frame: int, key: bool) -> np.ndarray:
         """Casts one revolution, writes its points; returns the number of points on each thing."""
-        sample = token("sample", *self.key, frame if key else frame + 1)
-        moment = _Moment(self.world, time)
+        moment = Moment(self.world, time)
         lidar2street = moment.ego2street @ self.rig.lidar2ego
         directions, rings = lidar_rays(self.options.azimuths, float(self.rng.random()))
         cast = (directions @ lidar2street[:3, :3].T.astype(np.float32)).astype(np.float32)
@@ -308,17 +268,17 @@ class _Scene:
         points = np.concatenate([directions * reach[:, None], np.round(intensity)[:, None], rings[:, None]], 1).astype(
             np.float32
         )[kept]
-        name = self._file("LIDAR_TOP", time, key, ".pcd.bin")
+        name = self._file(LIDAR, time, key, ".pcd.bin")
         with self._writing(name) as temporary:
             points.tofile(temporary)
-        self._sample_data("LIDAR_TOP", time, sample, key, name, moment.ego2street, (0, 0))
+        self._sample_data(LIDAR, time, frame if key else frame + 1, key, name, moment.ego2street, (0, 0))
         owners = moment.owners(hit)[kept]
         return np.bincount(owners[owners >= 0], minlength=len(self.world.things))
 
-    def _image(self, camera: Camera, time: float, sample: str) -> tuple[np.ndarray, np.ndarray]:
+    def _image(self, camera: Camera, time: float, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """Renders one image; returns the pixels of each thing, seen and to be expected if nothing hid it."""
         width, height = self.options.width, self.options.height
-        moment = _Moment(self.world, time)
+        moment = Moment(self.world, time)
         camera2street = moment.ego2street @ camera.sensor2ego
         directions = np.ascontiguousarray(camera.rays(width, height) @ camera2street[:3, :3].T.astype(np.float32))
         origin = camera2street[:3, 3].astype(np.float32)
@@ -344,7 +304,7 @@ class _Scene:
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "JPEG", quality=self.options.jpeg_quality)
             temporary.write_bytes(buffer.getvalue())
-        self._sample_data(camera.name, time, sample, True, name, moment.ego2street, (height, width))
+        self._sample_data(camera.name, time, frame, True, name, moment.ego2street, (height, width))
         owners = moment.owners(hit)
         seen = np.bincount(owners[owners >= 0], minlength=len(self.world.things)).astype(float)
         return seen, self._expected_pixels(camera, camera2street, time)
@@ -370,7 +330,7 @@ class _Scene:
         return areas
 
     def _annotate(
-        self, frame: int, time: float, sample: str, lidar_points: np.ndarray, pixels: np.ndarray, expected: np.ndarray
+        self, frame: int, time: float, lidar_points: np.ndarray, pixels: np.ndarray, expected: np.ndarray
     ) -> None:
         ego = self.world.ego2street(time)[:3, 3]
         for i, thing in enumerate(self.world.things):
@@ -387,20 +347,16 @@ class _Scene:
             ratio = pixels[i] / max(expected[i], 1.0)
             rotation = self.world.street2global[:3, :3]
             yaw = thing.yaw + np.arctan2(rotation[1, 0], rotation[0, 0])
-            length, width, height = thing.size
-            self.annotations.setdefault(i, []).append(
-                {
-                    "token": token("annotation", *self.key, frame, i),
-                    "sample_token": sample,
-                    "instance_token": token("instance", *self.key, i),
-                    "visibility_token": str(1 + int(np.digitize(ratio, [0.4, 0.6, 0.8]))),
-                    "attribute_tokens": [token("attribute", thing.attribute)] if thing.attribute else [],
-                    "translation": [round(float(v), 4) for v in (self.world.street2global @ [*centre, 1.0])[:3]],
-                    "size": [round(float(v), 4) for v in (width, length, height)],
-                    "rotation": [round(float(v), 7) for v in (np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2))],
-                    "num_lidar_pts": int(lidar_points[i]),
-                    "num_radar_pts": radar,
-                }
+            self.tables.add_annotation(
+                i,
+                frame,
+                (self.world.street2global @ [*centre, 1.0])[:3],
+                thing.size,
+                yaw,
+                1 + int(np.digitize(ratio, [0.4, 0.6, 0.8])),
+                thing.attribute,
+                int(lidar_points[i]),
+                radar,
             )
 
     def _writing(self, name: str) -> AbstractContextManager[Path]:
@@ -432,67 +388,13 @@ class _Scene:
 
     def finish(self) -> dict[str, list[Record]]:
         """The scene's records, linked."""
-        link(self.samples)
-        for records in self.data.values():
-            link(records)
-        instances = []
-        for i, records in self.annotations.items():
-            link(records)
-            instances.append(
-                {
-                    "token": records[0]["instance_token"],
-                    "category_token": token("category", CLASSES[self.world.things[i].name][0]),
-                    "nbr_annotations": len(records),
-                    "first_annotation_token": records[0]["token"],
-                    "last_annotation_token": records[-1]["token"],
-                }
-            )
-        sensors: Iterable[tuple[str, np.ndarray, list[list[float]]]] = [
-            ("LIDAR_TOP", self.rig.lidar2ego, []),
-            *((camera.name, camera.sensor2ego, camera.intrinsic.tolist()) for camera in self.rig.cameras),
-        ]
-        return {
-            "scene": [
-                {
-                    "token": token("scene", *self.key),
-                    "log_token": self.log,
-                    "nbr_samples": len(self.samples),
-                    "first_sample_token": self.samples[0]["token"],
-                    "last_sample_token": self.samples[-1]["token"],
-                    "name": self.name,
-                    "description": self.description,
-                }
+        return self.tables.finish(
+            self.description,
+            {"vehicle": "synth", "date_captured": "2026-01-01", "location": "synthetic-street"},
+            self._map_mask(),
+            {i: thing.name for i, thing in enumerate(self.world.things)},
+            [
+                (LIDAR, self.rig.lidar2ego, []),
+                *((camera.name, camera.sensor2ego, camera.intrinsic.tolist()) for camera in self.rig.cameras),
             ],
-            "sample": self.samples,
-            "sample_data": [record for records in self.data.values() for record in records],
-            "ego_pose": self.poses,
-            "sample_annotation": [record for records in self.annotations.values() for record in records],
-            "instance": instances,
-            "log": [
-                {
-                    "token": self.log,
-                    "logfile": self.name,
-                    "vehicle": "synth",
-                    "date_captured": "2026-01-01",
-                    "location": "synthetic-street",
-                }
-            ],
-            "map": [
-                {
-                    "token": token("map", *self.key),
-                    "category": "semantic_prior",
-                    "filename": self._map_mask(),
-                    "log_tokens": [self.log],
-                }
-            ],
-            "calibrated_sensor": [
-                {
-                    "token": self.calibrated[name],
-                    "sensor_token": token("sensor", name),
-                    "translation": sensor2ego[:3, 3].tolist(),
-                    "rotation": rotation_to_list(sensor2ego[:3, :3]),
-                    "camera_intrinsic": intrinsic,
-                }
-                for name, sensor2ego, intrinsic in sensors
-            ],
-        }
+        )
