@@ -63,13 +63,13 @@ def run(args: argparse.Namespace) -> int:
         found = check_parts(args.source, frames)
     else:
         if checkpoint.get("format") == "bevqat-ptq":
-            model: Any = load_ptq(args.source)[0]
+            model: Any = load_ptq(args.source, finite=False)[0]
         elif args.prefix is not None:
             model, _ = load_float_branch(
-                config_of(args.source, checkpoint, args.config, "camera"), args.source, args.prefix
+                config_of(args.source, checkpoint, args.config, "camera"), args.source, args.prefix, finite=False
             )
         else:
-            model = load_float_model(config_of(args.source, checkpoint, args.config), args.source)
+            model = load_float_model(config_of(args.source, checkpoint, args.config), args.source, finite=False)
         found = check_detector(model, NuScenesDataset(args.data, args.split, model.config, args.version, args.frames))
     print_health(found, args.saturation)
     return OK if found.first is None else FAILED
