@@ -31,6 +31,7 @@ from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers
 from qat.lean.placement import FloatRule
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
+from qat.models.checkpoint import save_plain
 
 FORMAT = "bevqat-ptq"
 SCHEMA, READ = 2, (1, 2)
@@ -68,7 +69,7 @@ def save_ptq(
     if trained:
         checkpoint["weights"] = {name: tensor.cpu().contiguous() for name, tensor in model.weights().items()}
     with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
+        save_plain(checkpoint, temporary)
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import qat
+from qat.cli.failures import one_line_of
 from qat.core.errors import UserError
 
 VERBS = {
@@ -63,3 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return INTERRUPTED
+    except (OSError, MemoryError, RuntimeError) as error:
+        line = one_line_of(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return BAD_USE

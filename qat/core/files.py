@@ -38,7 +38,10 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            raise UserError(f"{target}: cannot write here: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -200,6 +200,21 @@ def _short(value: torch.Tensor) -> str:
     return f"[{', '.join(numbers)}{', …' if value.numel() > 3 else ''}]"
 
 
+def save_plain(value: Any, path: str | Path) -> None:
+    """`torch.save` through a file of Python's.
+
+    Raises:
+        OSError: the disk is full, or another refusal of the system, which torch itself tells as a RuntimeError.
+    """
+    with open(path, "wb") as stream:
+        try:
+            torch.save(value, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 BRANCH = "encoders.camera."
 
 
