@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints the held-out figures."""
-    from qat.core.config import load_config
+    from qat.core.config import is_camera_branch, load_config, need_training
     from qat.data import NuScenesDataset
     from qat.train import TrainOptions, train
 
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < low:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected at least {low}")
     config = load_config(args.config)
+    if not is_camera_branch(config):
+        need_training(config, str(args.config))
 
     def opened(text: str, flag: str = "--data") -> NuScenesDataset:
         return NuScenesDataset(*root_and_split(text, flag), config)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from qat.core.config_tree import defaults_above, has_expressions, inherit, resolve
-from qat.core.config_values import check_sections, check_sizes, check_steps, check_values
+from qat.core.config_values import check_sections, check_sizes, check_steps, check_training, check_values
 from qat.core.errors import UserError
 from qat.core.schema import MAPS, problems
 
@@ -229,6 +229,11 @@ def _check_head(check: _Checker) -> None:
         for task, scales in zip(tasks, test["nms_scale"], strict=True):
             if len(scales) != len(task):
                 raise check.fail(f"{where}.test_cfg.nms_scale", scales, f"a factor for each of {list(task)}")
+
+
+def need_training(config: Mapping[str, Any], source: str = "config") -> None:
+    """Raises `UserError` where a whole detector's config lacks what training reads of its head."""
+    check_training(config, _Checker(config, source).fail)
 
 
 def is_camera_branch(config: Mapping[str, Any]) -> bool:

@@ -181,6 +181,27 @@ STEPS: dict[str, dict[str, Rule]] = {
 }
 
 
+TRAINING: dict[str, Rule] = {
+    "train_cfg.point_cloud_range": RANGE,
+    "train_cfg.grid_size": several(whole(high=MOST_CELLS * 64), least=2),
+    "train_cfg.voxel_size": several(number(above=0), least=2),
+    "train_cfg.out_size_factor": whole(),
+    "train_cfg.gaussian_overlap": number(0),
+    "train_cfg.max_objs": whole(high=1_000_000),
+    "train_cfg.min_radius": whole(0),
+    "train_cfg.code_weights": several(number(0), least=8),
+    "loss_bbox": SECTION,
+}
+
+
+def check_training(config: Mapping[str, Any], fail: Fail) -> None:
+    """Raises what `fail` makes where the head lacks what training reads, or has something else there."""
+    for key, (accepts, expected) in TRAINING.items():
+        value = _at(config, f"{HEAD}.{key}", fail)
+        if not accepts(value):
+            raise fail(f"{HEAD}.{key}", value, expected)
+
+
 def _at(config: Mapping[str, Any], path: str, fail: Fail) -> Any:
     """The value there, None where there is none; a key on the way that is no section is told."""
     value: Any = config

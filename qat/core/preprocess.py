@@ -12,7 +12,6 @@ from PIL import Image, UnidentifiedImageError
 from qat.core.errors import UserError
 from qat.core.kinds import kind_of_file
 
-
 MOST_PIXELS = 1 << 27
 
 

@@ -135,9 +135,10 @@ class _State:
             self.model.load_state_dict(saved["model"])
             self.pixels.load_state_dict(saved["pixel_head"])
             self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, KeyError, ValueError, EOFError) as error:
+        except Exception as error:  # torch.load of a damaged file raises almost anything
+            why = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"{path}: does not fit this run ({str(error).splitlines()[0]}); remove it or choose another --out"
+                f"{path}: does not fit this run ({why}); remove it or choose another --out"
             ) from None
         self.step, self.history = saved["step"], saved["history"]
 
