@@ -137,9 +137,7 @@ class _State:
             self.optimizer.load_state_dict(saved["optimizer"])
         except Exception as error:  # torch.load of a damaged file raises almost anything
             why = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"{path}: does not fit this run ({why}); remove it or choose another --out"
-            ) from None
+            raise UserError(f"{path}: does not fit this run ({why}); remove it or choose another --out") from None
         self.step, self.history = saved["step"], saved["history"]
 
 

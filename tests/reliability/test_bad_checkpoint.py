@@ -137,7 +137,9 @@ def test_weights_that_are_not_finite(value, work, verbs, refused, capsys):
 
 def test_a_float_checkpoint_for_a_quantized_one(verbs, refused):
     for verb in ("inspect", "sensitivity", "finetune"):
-        refused(verbs.quantized("float.pth")[verb], "float.pth: found a checkpoint without quantizer ranges", "calibrate")
+        refused(
+            verbs.quantized("float.pth")[verb], "float.pth: found a checkpoint without quantizer ranges", "calibrate"
+        )
     int8 = [*verbs.floats("float.pth")["export-camera"], "--int8"]
     refused(int8, "float.pth: a float checkpoint has no scales for INT8; mend by running calibrate")
 

@@ -155,7 +155,9 @@ def test_a_config_of_another_network(work, bad_config, refused):
     (work / "bad.yaml").write_text(yaml.safe_dump(config))
     for verb in ("calibrate", "export-camera"):
         arguments = [verb, "--config", "bad.yaml", "--ckpt", "float.pth", "--data", "data", "--out", "x"]
-        refused(arguments, "float.pth: decoder.neck.fuse.0.weight", "give the config that the checkpoint was trained with")
+        refused(
+            arguments, "float.pth: decoder.neck.fuse.0.weight", "give the config that the checkpoint was trained with"
+        )
 
 
 def test_training_needs_its_own_sections(work, bad_config, refused):
