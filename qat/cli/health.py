@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from qat.export.checkpoint import config_of
     from qat.models import load_checkpoint, load_float_branch, load_float_model
 
+    if not 0 <= args.saturation <= 1:
+        raise UserError(f"--saturation: found {args.saturation}, expected a share from 0 to 1")
     folder = args.source.is_dir()
     checkpoint = {} if folder else load_checkpoint(args.source)
     if args.prefix is not None and (folder or checkpoint.get("format") == "bevqat-ptq"):

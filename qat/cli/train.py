@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
 from qat.cli.flags import root_and_split
@@ -54,6 +55,12 @@ def run(args: argparse.Namespace) -> int:
     for name, low in (("steps", 1), ("batch", 1), ("variants", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected at least {low}")
+    for name, value, good, expected in (
+        ("lr", args.lr, 0 < args.lr < math.inf, "a number above 0"),
+        ("decay", args.decay, 0 <= args.decay <= 1, "a share from 0 to 1"),
+    ):
+        if not good:
+            raise UserError(f"--{name}: found {value}, expected {expected}")
     config = load_config(args.config)
     if not is_camera_branch(config):
         need_training(config, str(args.config))
