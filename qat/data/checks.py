@@ -84,7 +84,7 @@ def numbers_of(record: Mapping[str, Any], key: str, shape: tuple[int, ...], wher
     try:
         found = np.asarray(record[key], np.float64)
     except (KeyError, TypeError, ValueError):
-        found = None  # type: ignore[assignment]
+        found = None
     if found is None or found.shape != shape:
         text = repr(record.get(key))[:80] if key in record else "none"
         raise UserError(f"{where}: {key}: found {text}, expected numbers [{','.join(map(str, shape))}]; mend the table")

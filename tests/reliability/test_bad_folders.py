@@ -213,7 +213,7 @@ def test_a_pipeline_does_not_decode_what_is_not_finite(work, small_scene):
     count = len(CAMERAS)
     images = [small_scene["images"][n % 3] for n in range(count)]
     matrices = [small_scene[name][[n % 3 for n in range(count)]] for name in ("camera_intrinsics", "camera2lidar")]
-    with pytest.raises(UserError, match="fp32: middle: found NaN or infinity.*bevqat health"):
+    with pytest.raises(UserError, match=r"fp32: middle: found NaN or infinity.*bevqat health"):
         pipeline(images, small_scene["points"].astype(np.float32), Calibration(*matrices))
 
 
