@@ -24,12 +24,14 @@ from typing import Any
 
 import torch
 
+from qat.core.config import check_config
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers
 from qat.lean.placement import FloatRule
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
+from qat.models.checkpoint import save_plain
 
 FORMAT = "bevqat-ptq"
 SCHEMA, READ = 2, (1, 2)
@@ -67,7 +69,7 @@ def save_ptq(
     if trained:
         checkpoint["weights"] = {name: tensor.cpu().contiguous() for name, tensor in model.weights().items()}
     with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
+        save_plain(checkpoint, temporary)
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -78,19 +80,67 @@ def _read(path: str | Path) -> dict[str, Any]:
         )
     if checkpoint.get("schema") not in READ:
         found, expected = checkpoint.get("schema"), " or ".join(map(str, READ))
-        raise UserError(f"{path}: found schema {found!r}, expected {expected}; calibrate again")
+        newer = isinstance(found, int) and found > SCHEMA
+        mend = "update bevqat, or calibrate again with this version" if newer else "calibrate again"
+        raise UserError(f"{path}: found schema {found!r}, expected {expected}; {mend}")
+    _check_sections(checkpoint, path)
     return checkpoint
 
 
+def _check_sections(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Raises `UserError` for a section that is missing or of another kind: the file was cut, edited or put together."""
+
+    def fail(section: str, found: object, expected: str) -> UserError:
+        what = "none" if found is None else f"a {type(found).__name__}"
+        return UserError(f"{path}: {section}: found {what}, expected {expected}: damaged; calibrate again")
+
+    def texts(section: str, found: object) -> None:
+        if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
+            raise fail(section, found, "a list of names")
+
+    for section in ("config", "recipe"):
+        if not isinstance(checkpoint.get(section), Mapping):
+            raise fail(section, checkpoint.get(section), "a section")
+    for section in ("amax", *(name for name in ("equalized", "weights") if name in checkpoint)):
+        found = checkpoint.get(section)
+        if not isinstance(found, Mapping):
+            raise fail(section, found, "a tensor for each name")
+        for name, value in found.items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+                raise fail(f"{section}: {name}", value, "a tensor")
+            if not bool(value.isfinite().all()):
+                raise UserError(
+                    f"{path}: {section}: {name}: found NaN or infinity, expected finite values; calibrate again"
+                )
+            if section == "equalized" and not bool((value > 0).all()):
+                found = f"{value.min().item():g}"
+                raise UserError(f"{path}: {section}: {name}: found {found}, expected values above 0; calibrate again")
+    texts("disabled", checkpoint.get("disabled"))
+    recipe = checkpoint["recipe"]
+    texts("recipe: parts_off", recipe.get("parts_off"))
+    rules = recipe.get("keep_float")
+    if not isinstance(rules, list | tuple):
+        raise fail("recipe: keep_float", rules, "a list of patterns with reasons")
+    for rule in rules:
+        texts("recipe: keep_float", rule)
+        if len(rule) != 2:
+            raise fail("recipe: keep_float", rule, "a pattern and a reason")
+    if (background := recipe.get("background")) not in (None, "corrected", "absorbed"):
+        raise UserError(
+            f"{path}: recipe: background: found {background!r}, expected corrected or absorbed; calibrate again"
+        )
+    check_config(checkpoint["config"], f"{path}: config")
+
+
 def _build(
-    checkpoint: Mapping[str, Any], path: str | Path, as_saved: bool
+    checkpoint: Mapping[str, Any], path: str | Path, as_saved: bool, finite: bool = True
 ) -> tuple[QuantizedDetector, CameraBEVDetector]:
     """The quantized detector, and the float one. as_saved: with equalized channels and trained weights; otherwise its
     weights are the float one's, folded."""
     try:
         recipe = checkpoint["recipe"]
         model = build_model(checkpoint["config"])
-        load_state(model, checkpoint["state_dict"], str(path))
+        load_state(model, checkpoint["state_dict"], str(path), finite=finite)
         rules = [FloatRule(pattern, reason) for pattern, reason in recipe["keep_float"]]
         quantized = QuantizedDetector(model.eval(), rules, recipe["parts_off"])
         if as_saved:
@@ -104,18 +154,21 @@ def _build(
         elif as_saved:
             quantized.background = recipe.get("background")
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or made by another version: {error}; calibrate again") from None
+        found = error.args[0] if error.args else type(error).__name__  # str() of a KeyError has quotes around it
+        raise UserError(f"{path}: damaged, or made by another version: {found}; calibrate again") from None
     return quantized, model
 
 
-def load_ptq(path: str | Path) -> tuple[QuantizedDetector, dict[str, Any]]:
+def load_ptq(path: str | Path, finite: bool = True) -> tuple[QuantizedDetector, dict[str, Any]]:
     """The quantized detector, calibrated or trained, and its recipe.
+
+    finite: False takes weights that are NaN or infinite, to look at what they do.
 
     Raises:
         UserError: not a PTQ checkpoint, one of another schema, or one whose quantizers do not fit its config.
     """
     checkpoint = _read(path)
-    return _build(checkpoint, path, as_saved=True)[0], dict(checkpoint["recipe"])
+    return _build(checkpoint, path, as_saved=True, finite=finite)[0], dict(checkpoint["recipe"])
 
 
 def load_float_reference(path: str | Path) -> tuple[QuantizedDetector, CameraBEVDetector]:

@@ -48,8 +48,8 @@ def check_frame(frame: Frame) -> None:
     for name in ("img", "depth"):
         if not np.isfinite(getattr(frame, name)).all():
             raise UserError(f"calibration frame {frame.token}: {name} has NaN or infinity; leave the frame out")
-    flat = frame.img.reshape(len(frame.img), -1)
-    constant = np.flatnonzero(flat.min(1) == flat.max(1))
+    flat = frame.img.reshape(*frame.img.shape[:2], -1)  # normalisation makes three values of black
+    constant = np.flatnonzero((flat.min(2) == flat.max(2)).all(1))
     if len(constant):
         raise UserError(f"calibration frame {frame.token}: camera {constant[0]} is one colour; leave the frame out")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from qat.cli.failures import one_line_of
 from qat.cli.json_output import json_output
 from qat.cli.parser import VERBS, make_parser, nearest, verb_of
 from qat.cli.pipes import reader_gone
@@ -67,3 +68,9 @@ def _run(argv: Sequence[str] | None) -> int:
         if not reader_gone():
             raise
         return PIPE_CLOSED
+    except (OSError, MemoryError, RuntimeError) as error:
+        line = one_line_of(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return BAD_USE

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from qat.export.checkpoint import config_of
     from qat.models import load_checkpoint, load_float_branch, load_float_model
 
+    if not 0 <= args.saturation <= 1:
+        raise UserError(f"--saturation: found {args.saturation}, expected a share from 0 to 1")
     source = checkpoint_of(args)
     folder = source.is_dir()
     checkpoint = {} if folder else load_checkpoint(source)
@@ -62,11 +64,12 @@ def run(args: argparse.Namespace) -> int:
         found = check_parts(source, counted("check", frames, len(frames)))
     else:
         if checkpoint.get("format") == "bevqat-ptq":
-            model: Any = load_ptq(source)[0]
+            model: Any = load_ptq(source, finite=False)[0]
         elif args.prefix is not None:
-            model, _ = load_float_branch(config_of(source, checkpoint, args.config, "camera"), source, args.prefix)
+            settings = config_of(source, checkpoint, args.config, "camera")
+            model, _ = load_float_branch(settings, source, args.prefix, finite=False)
         else:
-            model = load_float_model(config_of(source, checkpoint, args.config), source)
+            model = load_float_model(config_of(source, checkpoint, args.config), source, finite=False)
         frames = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
         found = check_detector(model, counted("check", frames, len(frames)))
     print_health(found, args.saturation)

@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         dataset = NuScenesDataset(args.data, args.split, config, args.version)
         if not 0 <= args.index < len(dataset):
-            raise UserError(f"--index: found {args.index}, split {args.split!r} has keyframes 0 to {len(dataset) - 1}")
+            raise UserError(
+                f"--index: found {args.index}, expected one of split {args.split!r}'s keyframes 0 to {len(dataset) - 1}"
+            )
         sample = dataset[args.index]
     buffer = io.BytesIO()
     Image.fromarray(draw_sample(sample)).save(buffer, "PNG")

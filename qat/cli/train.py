@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
 from qat.cli.flags import (
@@ -68,14 +69,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints the held-out figures."""
-    from qat.core.config import load_config
+    from qat.core.config import is_camera_branch, load_config, need_training
     from qat.data import NuScenesDataset, version_in
     from qat.train import TrainOptions, train
 
     for name, low in (("steps", 1), ("batch", 1), ("variants", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name}: found {getattr(args, name)}, expected at least {low}")
+    for name, value, good, expected in (
+        ("lr", args.lr, 0 < args.lr < math.inf, "a number above 0"),
+        ("decay", args.decay, 0 <= args.decay <= 1, "a share from 0 to 1"),
+    ):
+        if not good:
+            raise UserError(f"--{name}: found {value}, expected {expected}")
     config = load_config(args.config)
+    if not is_camera_branch(config):
+        need_training(config, str(args.config))
 
     def opened(root: Path, split: str) -> NuScenesDataset:
         return NuScenesDataset(root, split, config, version_in(root, args.version))

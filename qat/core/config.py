@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from qat.core.config_tree import defaults_above, has_expressions, inherit, resolve
+from qat.core.config_values import check_sections, check_sizes, check_steps, check_training, check_values
 from qat.core.errors import UserError
 from qat.core.schema import MAPS, problems
 
@@ -20,6 +21,10 @@ Branch = Literal["camera"]
 # The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input, unless the
 # config has a `cameras` of its own.
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+
+# Far above any config's; what is beyond them is damaged, or meant to fill the memory.
+MOST_BYTES, MOST_VALUES, MOST_NESTED, LARGEST, MOST_LAYERS = 1 << 20, 100_000, 100, 1e6, 1000
+MOST_POINTS = 1 << 28
 
 WHOLE = ("model", "image_size", "object_classes")  # a config that is no part of a tree has them
 
@@ -46,7 +51,10 @@ class _Checker:
         self.config, self.source = config, source
 
     def fail(self, path: str, found: object, expected: str) -> UserError:
-        return UserError(f"{self.source}: {path}: found {found!r}, expected {expected}")
+        text = repr(found)
+        text = text if len(text) <= 120 else text[:119] + "…"
+        found_text = "missing" if found is None else f"found {text}"
+        return UserError(f"{self.source}: {path}: {found_text}, expected {expected}; mend it there")
 
     def get(self, path: str) -> Any:
         value: Any = self.config
@@ -101,12 +109,19 @@ def check_config(config: Mapping[str, Any], source: str = "config", branch: Bran
     a fuser, decoder or heads may be anything, or absent. A config that is a camera branch alone needs no telling.
     """
     check = _Checker(config, source)
-    if branch == "camera" or is_camera_branch(config):
-        _check_resolved(check, CAMERA_BRANCH, check.get(CAMERA_BRANCH))
+    if not isinstance(config, Mapping):
+        raise UserError(f"{source}: found a {type(config).__name__}, expected a mapping with BEVFusion's keys")
+    alone = branch == "camera" or is_camera_branch(config)
+    if has_steps(config) or alone:
         _check_resolved(check, "data.test.pipeline", test_pipeline(config, source))
+    _check_resolved(check, CAMERA_BRANCH if alone else "model", _branch_of(config) if alone else config.get("model"))
+    check_sections(config, check.fail, alone)
+    if branch == "camera" or is_camera_branch(config):
+        check.get(CAMERA_BRANCH)
+        check_values(config, check.fail, camera_alone=True)
         _check_camera(check)
+        check_sizes(config, check.fail, camera_alone=True)
         return
-    _check_resolved(check, "model", config.get("model"))
     check.numbers("image_size", 2)
     check.numbers("point_cloud_range", 6)
     model = check.get("model")
@@ -120,9 +135,18 @@ def check_config(config: Mapping[str, Any], source: str = "config", branch: Bran
             raise check.fail(f"model.heads.{head}", "a head", "null: only object detection is supported")
     if model.get("fuser") is not None:
         raise check.fail("model.fuser", "a fuser", f"null: a camera-only detector has none; {_TAKE_OUT}")
+    check_values(config, check.fail, camera_alone=False)
     _check_camera(check)
     _check_types(check, [path for path in TYPES if not path.startswith(CAMERA_BRANCH)])
     _check_head(check)
+    check_sizes(config, check.fail, camera_alone=False)
+
+
+def _branch_of(config: Mapping[str, Any]) -> Any:
+    value: Any = config
+    for key in CAMERA_BRANCH.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _check_resolved(check: _Checker, path: str, value: Any) -> None:
@@ -213,6 +237,11 @@ def _check_head(check: _Checker) -> None:
                 raise check.fail(f"{where}.test_cfg.nms_scale", scales, f"a factor for each of {list(task)}")
 
 
+def need_training(config: Mapping[str, Any], source: str = "config") -> None:
+    """Raises `UserError` where a whole detector's config lacks what training reads of its head."""
+    check_training(config, _Checker(config, source).fail)
+
+
 def is_camera_branch(config: Mapping[str, Any]) -> bool:
     """Whether a config is of a camera branch alone, as `camera_branch` makes it: its decoder and its heads are null.
 
@@ -267,20 +296,47 @@ def need_boxes(config: Mapping[str, Any], what: str, mend: str) -> None:
         )
 
 
+def _check_size(value: Any, path: Path) -> None:
+    """Raises `UserError` where a config is not the few hundred values of one: anchors can make it contain itself, or be a
+    few lines that stand for 10²⁰ values, which everything that walks through it would meet."""
+    sizes: dict[int, int] = {}
+
+    def size(item: Any, depth: int) -> int:
+        if not isinstance(item, dict | list):
+            return 1
+        if id(item) not in sizes:
+            if depth > MOST_NESTED:
+                raise UserError(f"{path}: found values nested more than {MOST_NESTED} deep, expected a config")
+            sizes[id(item)] = MOST_VALUES + 1  # what a value that contains itself finds
+            sizes[id(item)] = 1 + sum(size(v, depth + 1) for v in (item.values() if isinstance(item, dict) else item))
+        return sizes[id(item)]
+
+    if size(value, 0) > MOST_VALUES:
+        raise UserError(
+            f"{path}: found more than {MOST_VALUES:,} values, or one that contains itself, expected a config: look at its anchors"
+        )
+
+
 def _read(path: Path) -> Config:
     """A YAML file that holds a mapping.
 
     Raises:
-        UserError: it cannot be read, is not YAML, or holds something else.
+        UserError: it cannot be read, is not YAML, is far larger than a config, or holds something else.
     """
     try:
-        config = yaml.safe_load(path.read_text())
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path}: found {path.stat().st_size:,} bytes, expected a config of at most {MOST_BYTES:,}")
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError, LookupError, OverflowError, AttributeError, RecursionError) as error:
+        # what its constructors make of a date that is none, of a number too long, of a nest
+        raise UserError(f"{path}: not valid YAML: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
+    _check_size(config, path)
     return config
 
 
@@ -317,8 +373,23 @@ def load_config(path: str | Path, branch: Branch | None = None) -> Config:
 
 def test_pipeline(config: Mapping[str, Any], source: str = "config") -> list[dict[str, Any]]:
     """The steps that test data goes through: `data.test.pipeline`, or `test_pipeline` of an undumped config."""
-    data = config.get("data") or {}
-    steps = (data.get("test") or {}).get("pipeline") or config.get("test_pipeline")
+    check = _Checker(config, source)
+    steps = _steps(config, check)
     if not steps:
         raise UserError(f"{source}: data.test.pipeline: missing; a dumped BEVFusion configs.yaml has it")
+    check_steps(steps, "data.test.pipeline", check.fail)
     return list(steps)
+
+
+def _steps(config: Mapping[str, Any], check: _Checker) -> Any:
+    value: Any = config
+    for path in ("data", "data.test", "data.test.pipeline"):
+        value = value.get(path.rpartition(".")[2]) or {}
+        if path != "data.test.pipeline" and not isinstance(value, Mapping):
+            raise check.fail(path, value, "a section of keys and values")
+    return value or config.get("test_pipeline")
+
+
+def has_steps(config: Mapping[str, Any]) -> bool:
+    """Whether a config says how test data is read; one that builds a network alone need not."""
+    return bool(_steps(config, _Checker(config, "config")))

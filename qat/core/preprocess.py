@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from qat.core.errors import UserError
+from qat.core.kinds import kind_of_file
+
+MOST_PIXELS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,18 @@ def load_image(path: str | Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as picture:
+            if picture.width * picture.height > MOST_PIXELS:  # the devkit switches Pillow's own limit off
+                raise ValueError(f"{picture.width}×{picture.height} pixels, more than any camera's")
             return np.asarray(picture.convert("RGB"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the data set is incomplete") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: not a readable picture ({error}); fetch it again") from None
+        raise UserError(f"{path}: no such file; the data set is incomplete, fetch the rest of it") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: found a folder, expected a picture; fetch it again") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = str(error)
+        if isinstance(error, UnidentifiedImageError):
+            why = kind_of_file(path) or "none of the formats that Pillow knows"
+        raise UserError(f"{path}: not a readable picture ({why}); fetch it again") from None
 
 
 def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

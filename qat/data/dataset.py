@@ -18,17 +18,31 @@ from qat.core.errors import UserError
 from qat.core.files import read_json
 from qat.core.geometry import box_yaw, within
 from qat.core.preprocess import load_image
+from qat.data.checks import (
+    FETCH,
+    TABLES,
+    check_intrinsics,
+    check_splits,
+    check_tokens,
+    diagnose,
+    numbers_of,
+    rotation_of,
+)
 from qat.data.pipeline import Sweeps, read_pipeline
 from qat.data.sample import Keyframe, Sample, camera_matrices, prepare, read_points
 
 MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
 
 
-def transform(record: Mapping[str, Any]) -> np.ndarray:
-    """A nuScenes pose record as a homogeneous matrix, float64[4,4]."""
+def transform(record: Mapping[str, Any], where: str = "pose") -> np.ndarray:
+    """A nuScenes pose record as a homogeneous matrix, float64[4,4]. where: names it in a message.
+
+    Raises:
+        UserError: it has no rotation and translation, or NaN in them, or a rotation that is none.
+    """
     matrix = np.eye(4)
-    matrix[:3, :3] = Quaternion(record["rotation"]).rotation_matrix
-    matrix[:3, 3] = record["translation"]
+    matrix[:3, :3] = Quaternion(rotation_of(record, where)).rotation_matrix
+    matrix[:3, 3] = numbers_of(record, "translation", (3,), where)
     return matrix
 
 
@@ -40,7 +54,8 @@ def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; expected a nuScenes-format data set")
+        found = "found a file" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {found}; expected the folder of a nuScenes-format data set; name it with --data")
     found = sorted(path.parent.name for path in root.glob("*/sample_data.json"))
     if version is None:
         if len(found) != 1:
@@ -50,9 +65,11 @@ def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
     elif version not in found:
         raise UserError(f"{root}: version {version!r} not found; there is {', '.join(found) or 'none'}")
     try:
-        return NuScenes(version=version, dataroot=str(root), verbose=False)
-    except (AssertionError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{root / version}: tables cannot be read, or do not fit each other: {error!r}") from None
+        found_set = NuScenes(version=version, dataroot=str(root), verbose=False)
+    except Exception as error:  # whatever its constructor meets in tables that are not what it takes for granted
+        raise diagnose(root / version, error) from None
+    check_tokens({name: getattr(found_set, name) for name in TABLES}, root / version)
+    return found_set
 
 
 def split_tokens(nusc: NuScenes, split: str) -> list[str]:
@@ -62,7 +79,10 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
         UserError: there is no such split.
     """
     own = Path(nusc.dataroot) / nusc.version / "splits.json"
-    known = list(read_json(own)) if own.exists() else []
+    known: list[str] = []
+    if own.exists():
+        check_splits(splits := read_json(own), own)
+        known = list(splits)
     if split in known or is_predefined_split(split):
         names = set(get_scenes_of_split(split, nusc))
     elif split == "all":
@@ -70,25 +90,55 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
     else:
         known += [] if known else list(create_splits_scenes())
         raise UserError(f"{nusc.dataroot}: split {split!r} not found; there is {', '.join([*known, 'all'])}")
-    tokens = []
+    tokens: dict[str, None] = {}
+    folder = Path(nusc.dataroot) / nusc.version
     for scene in nusc.scene:
         if scene["name"] in names:
             token = scene["first_sample_token"]
             while token:
-                tokens.append(token)
-                token = nusc.get("sample", token)["next"]
+                if token in tokens:
+                    raise UserError(f"{folder / 'sample.json'}: found {token!r} after itself in time; {FETCH}")
+                tokens[token] = None
+                token = record_of(nusc, "sample", token).get("next")
     if not tokens:
-        raise UserError(f"{nusc.dataroot}: split {split!r} has no keyframes in version {nusc.version}")
-    return tokens
+        raise UserError(
+            f"{nusc.dataroot}: split {split!r} has no keyframes in version {nusc.version}, expected scenes of "
+            f"{folder / 'scene.json'} in it; choose another split"
+        )
+    return list(tokens)
+
+
+def record_of(nusc: NuScenes, table: str, token: str) -> dict[str, Any]:
+    """A record by its token.
+
+    Raises:
+        UserError: the table has no such record.
+    """
+    try:
+        found: dict[str, Any] = nusc.get(table, token)
+    except KeyError:
+        folder = Path(nusc.dataroot) / nusc.version
+        raise UserError(
+            f"{folder / table}.json: found no record {token!r}, which another table names, expected it; {FETCH}"
+        ) from None
+    return found
 
 
 def check_annotated(dataset: NuScenesDataset) -> None:
-    """Raises `UserError` where no keyframe has an annotated object: nothing could be scored."""
-    if not any(dataset.nusc.get("sample", token)["anns"] for token in dataset.tokens):
-        raise UserError(
-            f"{dataset.nusc.dataroot}: split {dataset.split!r} has no annotated objects in {len(dataset)} keyframes; "
-            "choose an annotated split"
-        )
+    """Raises `UserError` where no keyframe has an annotated object of a class that the detector knows: nothing could be
+    scored."""
+    nusc, others = dataset.nusc, set()
+    for token in dataset.tokens:
+        for annotation in nusc.get("sample", token)["anns"]:
+            name = record_of(nusc, "sample_annotation", annotation).get("category_name")
+            if category_to_detection_name(name) in dataset.classes:
+                return
+            others.add(str(name))
+    what = f"objects of {', '.join(sorted(others)[:3])} alone" if others else "no annotated objects"
+    raise UserError(
+        f"{nusc.dataroot}: split {dataset.split!r} has {what} in {len(dataset)} keyframes, expected some of "
+        f"{', '.join(dataset.classes[:3])}, …; choose an annotated split"
+    )
 
 
 def version_in(root: str | Path, version: str | None) -> str | None:
@@ -125,7 +175,10 @@ class NuScenesDataset(Sequence[Sample]):
         self.tokens = split_tokens(self.nusc, split)
         if frames is not None:
             if not 1 <= frames <= len(self.tokens):
-                raise UserError(f"--frames: found {frames}, split {split!r} of {root} has {len(self.tokens)} keyframes")
+                raise UserError(
+                    f"--frames: found {frames}, split {split!r} of {root} has {len(self.tokens)} keyframes, expected 1 to "
+                    f"{len(self.tokens)}"
+                )
             self.tokens = [self.tokens[i] for i in np.linspace(0, len(self.tokens) - 1, frames).round().astype(int)]
 
     def __len__(self) -> int:
@@ -150,18 +203,23 @@ class NuScenesDataset(Sequence[Sample]):
                 "its cameras have other names: list them in the config's `cameras`"
             )
         record = self.nusc.get("sample_data", sample["data"][channel])
+        for key, kind in (("filename", str), ("calibrated_sensor_token", str), ("ego_pose_token", str)):
+            if not isinstance(record.get(key), kind):
+                raise UserError(f"{self._table('sample_data', record)}: found no {key}, expected one; {FETCH}")
         return record, *self._poses(record)
 
+    def _table(self, name: str, record: Mapping[str, Any]) -> str:
+        """A record, for messages."""
+        return f"{Path(self.nusc.dataroot) / self.nusc.version / name}.json: {record.get('token')}"
+
     def _poses(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        calibrated = self.nusc.get("calibrated_sensor", record["calibrated_sensor_token"])
-        sensor2ego = transform(calibrated)
-        ego2global = transform(self.nusc.get("ego_pose", record["ego_pose_token"]))
-        intrinsic = np.asarray(calibrated["camera_intrinsic"], np.float64)
-        if not (np.isfinite(sensor2ego).all() and np.isfinite(ego2global).all() and np.isfinite(intrinsic).all()):
-            raise UserError(
-                f"{self.nusc.dataroot}: {record['filename']}: calibration or pose is not finite; mend calibrated_sensor.json or ego_pose.json"
-            )
-        return sensor2ego, ego2global, intrinsic
+        calibrated = record_of(self.nusc, "calibrated_sensor", record["calibrated_sensor_token"])
+        pose = record_of(self.nusc, "ego_pose", record["ego_pose_token"])
+        where = self._table("calibrated_sensor", calibrated)
+        intrinsic = np.zeros(0)
+        if record.get("sensor_modality") == "camera":
+            intrinsic = numbers_of(calibrated, "camera_intrinsic", (3, 3), where)
+        return transform(calibrated, where), transform(pose, self._table("ego_pose", pose)), intrinsic
 
     def load(self, token: str) -> Sample:
         """One keyframe by its token, as the network takes it."""
@@ -178,10 +236,12 @@ class NuScenesDataset(Sequence[Sample]):
             path = Path(self.nusc.dataroot) / record["filename"]
             image = load_image(path)
             height, width = image.shape[:2]
-            if (record["width"], record["height"]) != (width, height):
+            if (said := (record.get("width"), record.get("height"))) != (width, height):
                 raise UserError(
-                    f"{path}: found {width}×{height} pixels, sample_data.json says {record['width']}×{record['height']}"
+                    f"{path}: found {width}×{height} pixels, expected {said[0]}×{said[1]} as sample_data.json says; fetch the "
+                    "picture again, or mend the table and the camera's intrinsics"
                 )
+            check_intrinsics(intrinsic, width, height, f"{path}: calibrated_sensor.json")
             images.append(image)
             intrinsics.append(intrinsic)
             camera2lidar.append(global2lidar @ camera_ego2global @ camera2ego)  # through both ego poses
@@ -240,13 +300,14 @@ class NuScenesDataset(Sequence[Sample]):
         rotation = global2lidar[:3, :3]
         turn = np.arctan2(rotation[1, 0], rotation[0, 0])
         for annotation_token in sample["anns"]:
-            annotation = self.nusc.get("sample_annotation", annotation_token)
+            annotation = record_of(self.nusc, "sample_annotation", annotation_token)
+            where = self._table("sample_annotation", annotation)
             name = category_to_detection_name(annotation["category_name"])
             if name not in self.classes:
                 continue
-            centre = rotation @ annotation["translation"] + global2lidar[:3, 3]
-            width, length, height = annotation["size"]
-            forward = Quaternion(annotation["rotation"]).rotation_matrix[:, 0]
+            centre = rotation @ numbers_of(annotation, "translation", (3,), where) + global2lidar[:3, 3]
+            width, length, height = numbers_of(annotation, "size", (3,), where)
+            forward = Quaternion(rotation_of(annotation, where)).rotation_matrix[:, 0]
             heading = np.arctan2(forward[1], forward[0]) + turn
             velocity = rotation @ np.nan_to_num(self.nusc.box_velocity(annotation_token))
             boxes.append([*centre, width, length, height, box_yaw(heading), *velocity[:2]])

@@ -59,6 +59,8 @@ def draw_points(image: np.ndarray, points: np.ndarray, lidar2image: np.ndarray, 
     uv, depth = project(points[:, :3], lidar2image, img_aug_matrix)
     height, width = image.shape[:2]
     on = (depth > NEAR) & (uv[:, 0] >= 0) & (uv[:, 0] < width) & (uv[:, 1] >= 0) & (uv[:, 1] < height)
+    if not on.any():
+        return
     hue = np.clip(depth[on] / 50.0, 0, 1) * 120
     hsv = np.stack([hue, np.full_like(hue, 255), np.full_like(hue, 255)], 1).astype(np.uint8)[None]
     image[uv[on, 1].astype(int), uv[on, 0].astype(int)] = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0]

@@ -67,15 +67,28 @@ def read_points(path: Path, load_dim: int) -> np.ndarray:
     """A lidar file, float32[M,5].
 
     Raises:
-        UserError: no such file, or not a multiple of `load_dim` values.
+        UserError: no such file, not a whole number of points, or mostly NaN or infinity. (Single points that are, which
+            lidars give where nothing came back, are left out.)
     """
     try:
-        values = np.fromfile(path, np.float32)
-    except OSError:
-        raise UserError(f"{path}: no such file; the data set is incomplete") from None
-    if len(values) == 0 or len(values) % load_dim:
-        raise UserError(f"{path}: found {len(values)} values, expected a multiple of load_dim {load_dim}")
-    return values.reshape(-1, load_dim)[:, :5].copy()
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the data set is incomplete, fetch the rest of it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; fetch it again") from None
+    if not content or len(content) % (4 * load_dim):
+        raise UserError(
+            f"{path}: found {len(content):,} bytes, expected points of load_dim {load_dim} float32 values each; fetch it again, "
+            "or mend load_dim in the config"
+        )
+    points = np.frombuffer(content, np.float32).reshape(-1, load_dim)[:, :5]
+    finite = np.isfinite(points).all(1)
+    if 2 * finite.sum() < len(points):
+        raise UserError(
+            f"{path}: found NaN or infinity in {len(points) - finite.sum():,} of {len(points):,} points, expected float32 points "
+            f"of load_dim {load_dim}; fetch it again, or mend load_dim in the config"
+        )
+    return points[finite]
 
 
 def prepare(keyframe: Keyframe, pipeline: Pipeline) -> Sample:

@@ -68,7 +68,8 @@ class SampleEval(DetectionEval):
         self.pred_boxes = filter_eval_boxes(nusc, predictions, self.cfg.class_range) if predictions.all else predictions
         if not truth.all:
             raise UserError(
-                f"{nusc.dataroot}: found no annotated objects of the ten classes in {len(tokens)} keyframes"
+                f"{nusc.dataroot}: found no annotated objects of the ten classes in {len(tokens)} keyframes; "
+                "choose an annotated split"
             )
         self.gt_boxes = filter_eval_boxes(nusc, add_center_dist(nusc, truth), self.cfg.class_range)
         self.sample_tokens = self.gt_boxes.sample_tokens

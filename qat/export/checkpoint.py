@@ -30,9 +30,9 @@ def config_of(
     if given is not None:
         return load_config(given, branch)
     if isinstance(config := checkpoint.get("config"), dict):
+        check_config(config, f"{path}: config", branch)
         if branch is None:
             return config
-        check_config(config, f"{path}: config", branch)
         return camera_branch(config)
     beside = path.parent / "config.yaml"
     if beside.is_file():

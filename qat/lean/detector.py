@@ -211,17 +211,30 @@ class QuantizedDetector(nn.Module):
         """Sets ranges and on/off as saved. One that is off needs no range (another tool's checkpoint has none for it).
 
         Raises:
-            KeyError: the names are not this detector's.
+            KeyError: the names are not this detector's, or one that is on has no range. ValueError: a range is not positive
+                and finite, or has another shape.
         """
         own = quantizers(self.parts)
-        strange = (set(amax) | set(disabled)) - set(own) | set(own) - set(amax) - set(disabled)
-        if strange:
-            raise KeyError(f"quantizers differ: {', '.join(sorted(strange)[:5])}")
+        if strange := sorted((set(amax) | set(disabled)) - set(own)):
+            raise KeyError(f"found quantizers that the network has not: {_few(strange)}")
+        if without := sorted(set(own) - set(amax) - set(disabled)):
+            raise KeyError(f"found no range (amax) for {len(without)} of {len(own)} quantizers: {_few(without)}")
+        for name, tensor in amax.items():
+            before = own[name].amax  # of weights, already that of the weights themselves; others have none yet
+            shape = [] if before is None else list(before.shape)
+            if tensor.numel() != 1 and list(tensor.shape) != shape:
+                raise ValueError(f"{name}: found a range of shape {list(tensor.shape)}, expected {shape}")
+            if not bool(((tensor > 0) & tensor.isfinite()).all()):
+                raise ValueError(f"{name}: found a range of {tensor.min().item():g}, expected finite values above 0")
         for name, quantizer in own.items():
             assert isinstance(quantizer, Quantizer)
             if name in amax:
                 quantizer.set_range(amax[name])
             quantizer._disabled = name in disabled
+
+
+def _few(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
 def quantize_detector(

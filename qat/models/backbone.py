@@ -11,7 +11,7 @@ from torch import nn
 from qat.core.errors import UserError
 from qat.models.swin import SwinTransformer
 
-WHERE = "model.encoders.camera.backbone"
+WHERE = "config: model.encoders.camera.backbone"
 
 
 def build_backbone(config: Mapping[str, Any], image_size: Sequence[int] | None = None) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qat.core.errors import UserError
+from qat.core.kinds import kind_of_file
 from qat.models.detector import CameraBEVDetector, build_model
 from qat.models.pickled import is_module, module_state, quantizer_settings, read_pickled
 from qat.models.unpickle import Record
@@ -142,20 +143,30 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a checkpoint written by torch.save")
+        found = "found a folder, " if path.is_dir() else "no such file; "
+        raise UserError(f"{path}: {found}expected a checkpoint written by torch.save; name its file")
     quantizers: dict[str, dict[str, Any]] = {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol: nothing to act on
             value = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path}: not a torch checkpoint, or damaged ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (
         Exception
     ):  # it holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way
-        value, quantizers = _from_pickled(path)
+        try:
+            value, quantizers = _from_pickled(path)
+        except UserError:
+            if (kind := kind_of_file(path)) is None:
+                raise
+            expected = "expected a checkpoint written by torch.save; name the network's .pth, or fetch it again"
+            raise UserError(f"{path}: found {kind}, {expected}") from None
     if not isinstance(value, Mapping):
-        raise UserError(f"{path}: found {type(value).__name__}, expected a state dict or {{'state_dict': …}}")
+        raise UserError(
+            f"{path}: found a {type(value).__name__}, expected a state dict or {{'state_dict': …}}; save "
+            "model.state_dict() instead"
+        )
     checkpoint = dict(value)
     if "state_dict" not in value and "format" not in value:
         key = next((key for key in STATE_KEYS if _has_tensors(value.get(key))), None)
@@ -163,7 +174,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = {"state_dict": state} if key is None else {**checkpoint, "state_dict": state}
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping) or not _has_tensors(state):
-        raise UserError(f"{path}: found no tensors under 'state_dict', expected a trained model's")
+        raise UserError(
+            f"{path}: found no tensors under 'state_dict', expected a trained model's; save model.state_dict() there"
+        )
     if "format" not in checkpoint:
         state, found = split_quantizers(state, _modelopt_settings(value))
         quantizers.update(found)
@@ -185,6 +198,21 @@ GEOMETRY = ("dx", "bx", "nx", "frustum")  # the view transform's fixed parameter
 def _short(value: torch.Tensor) -> str:
     numbers = [f"{v:g}" for v in value.flatten()[:3].tolist()]
     return f"[{', '.join(numbers)}{', …' if value.numel() > 3 else ''}]"
+
+
+def save_plain(value: Any, path: str | Path) -> None:
+    """`torch.save` through a file of Python's.
+
+    Raises:
+        OSError: the disk is full, or another refusal of the system, which torch itself tells as a RuntimeError.
+    """
+    with open(path, "wb") as stream:
+        try:
+            torch.save(value, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 BRANCH = "encoders.camera."
@@ -226,9 +254,29 @@ def take_branch(state: Mapping[str, Any], prefix: str, source: str) -> tuple[dic
     return inside, len(state) - len(inside)
 
 
-def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str, prefix: str | None = None) -> int:
-    """Loads a state dict by name; anything missing, unexpected or of another shape is a `UserError` that lists it.
+def _check_finite(
+    state: Mapping[str, torch.Tensor], own: Iterable[str], source: str, in_file: Callable[[str], str]
+) -> None:
+    for name in own:
+        tensor = state.get(name)
+        if tensor is not None and tensor.is_floating_point() and not bool((finite := tensor.isfinite()).all()):
+            raise UserError(
+                f"{source}: {in_file(name)}: found NaN or infinity in {int((~finite).sum())} of {tensor.numel()} values, "
+                f"expected finite weights; save an earlier epoch (`bevqat health {source}` shows what they do)"
+            )
 
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    source: str,
+    prefix: str | None = None,
+    finite: bool = True,
+) -> int:
+    """Loads a state dict by name; anything missing, unexpected or of another shape is a `UserError` that lists it, and so
+    is NaN or infinity.
+
+    finite: False takes them, to look at what they do.
     prefix: loads the camera branch that lies under it (`take_branch`) into a model of that branch alone; what is outside
     is left out.
 
@@ -243,6 +291,12 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str,
         return name if prefix is None else f"{_before(prefix)}{name.removeprefix(BRANCH)}"
 
     own = model.state_dict()
+    for name in own:
+        if name in state and not isinstance(state[name], torch.Tensor):
+            raise UserError(
+                f"{source}: {in_file(name)}: found a {type(state[name]).__name__}, expected a tensor; save "
+                "model.state_dict() again"
+            )
     extra = [name for name in state if name not in own]
     # A classifier that the backbone does not use, and stages after its last output, do no harm.
     extra = [name for name in extra if not name.startswith(f"{BRANCH}backbone.")]
@@ -263,6 +317,8 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str,
                 "its camera branch fits: calibrate and export-camera take that alone with --prefix encoders.camera"
             ]
         raise UserError(f"{source}: does not fit the config: {'; '.join(parts)}")
+    if finite:
+        _check_finite(state, own, source, in_file)
     for name in own:  # a checkpoint's grid decides where features go: another one's shape may be the same
         if name.rpartition(".")[2] in GEOMETRY and not torch.allclose(
             state[name].double(), own[name].double(), atol=1e-3
@@ -278,25 +334,32 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str,
     return left_out
 
 
-def load_float_model(config: Mapping[str, Any], path: str | Path) -> CameraBEVDetector:
-    """The detector of `config` with a float checkpoint's weights, in eval mode."""
-    return _load_float(config, path, None)[0]
+def load_float_model(config: Mapping[str, Any], path: str | Path, finite: bool = True) -> CameraBEVDetector:
+    """The detector of `config` with a float checkpoint's weights, in eval mode. finite: as for `load_state`."""
+    return _load_float(config, path, None, finite)[0]
 
 
-def load_float_branch(config: Mapping[str, Any], path: str | Path, prefix: str) -> tuple[CameraBEVDetector, int]:
+def load_float_branch(
+    config: Mapping[str, Any], path: str | Path, prefix: str, finite: bool = True
+) -> tuple[CameraBEVDetector, int]:
     """The camera branch alone out of a float checkpoint, in eval mode, and how many names of the file were left out.
 
     Args:
         config: the branch's (`qat.core.config.camera_branch`).
         prefix: where it lies in the file, as for `take_branch`.
+        finite: as for `load_state`.
     """
-    return _load_float(config, path, prefix)
+    return _load_float(config, path, prefix, finite)
 
 
-def _load_float(config: Mapping[str, Any], path: str | Path, prefix: str | None) -> tuple[CameraBEVDetector, int]:
+def _load_float(
+    config: Mapping[str, Any], path: str | Path, prefix: str | None, finite: bool
+) -> tuple[CameraBEVDetector, int]:
     checkpoint = load_checkpoint(path)
     if checkpoint.get("format") == "bevqat-ptq":
-        raise UserError(f"{path}: a quantized checkpoint, expected the float one that it was calibrated from")
+        raise UserError(
+            f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
+        )
     model = build_model(config)
-    left_out = load_state(model, checkpoint["state_dict"], str(path), prefix)
+    left_out = load_state(model, checkpoint["state_dict"], str(path), prefix, finite)
     return model.eval(), left_out

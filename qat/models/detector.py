@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qat.core.config import check_config, is_camera_branch, need_boxes
+from qat.core.config_values import check_features
 from qat.core.errors import UserError
 from qat.core.geometry import PoolPattern
 from qat.models.backbone import build_backbone
@@ -40,6 +41,18 @@ def _build(config: Mapping[str, Any], path: str) -> nn.Module:
         raise UserError(f"config: {path}: found values that make no {config['type']}: {error}") from None
 
 
+def _check_maps(backbone: nn.Module, camera: Mapping[str, Any]) -> None:
+    """Whether the maps of timm's backbone, which no config tells the sizes of, fit the neck."""
+    maps: Any = getattr(backbone, "feature_info", None)
+    if camera["backbone"]["type"] != "timm" or maps is None:
+        return
+
+    def fail(path: str, found: object, expected: str) -> UserError:
+        return UserError(f"config: {path}: found {found!r}, expected {expected}; mend it there")
+
+    check_features(camera, maps.channels(), maps.reduction(), fail)
+
+
 def first(x: Any) -> torch.Tensor:
     """A neck's map: BEVFusion's necks return a list of which the first is used, or the map itself."""
     return x[0] if isinstance(x, list | tuple) else x
@@ -59,11 +72,13 @@ class CameraBEVDetector(nn.Module):
         camera = model["encoders"]["camera"]
         where = "model.encoders.camera"
         self.config = dict(config)
+        backbone = build_backbone(camera["backbone"], config["image_size"])
+        _check_maps(backbone, camera)
         self.encoders = nn.ModuleDict(
             {
                 "camera": nn.ModuleDict(
                     {
-                        "backbone": build_backbone(camera["backbone"], config["image_size"]),
+                        "backbone": backbone,
                         "neck": _build(camera["neck"], f"{where}.neck"),
                         "vtransform": _build(camera["vtransform"], f"{where}.vtransform"),
                     }

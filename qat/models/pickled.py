@@ -214,7 +214,9 @@ def _one_line(path: Path) -> Iterator[None]:
         yield
     except (Damaged, *FAILURES) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason})") from None
+        if reason == "File is not a zip file":  # it began as one: the list of its entries, at its end, is not there
+            reason = "it ends early"
+        raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason}); save or fetch it again") from None
 
 
 def read_pickled(path: str | Path) -> Any:

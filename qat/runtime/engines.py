@@ -16,6 +16,7 @@ from qat.core.files import atomic_directory, read_json, sha256, write_json
 from qat.core.manifest import FILE, PARTS, check_kind, load_manifest
 from qat.engine import (
     CPU_BACKENDS,
+    PRECISIONS,
     Engine,
     Options,
     TensorRtOptions,
@@ -60,6 +61,10 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
     if not manifest["parts"]:
         raise UserError(f"{folder}: found the whole detector in one file, expected its parts: name the parts' folder")
     found = manifest["precision"]
+    if found not in PRECISIONS:
+        raise UserError(
+            f"{folder / FILE}: precision: found {found!r}, expected one of {', '.join(PRECISIONS)}; export again"
+        )
     if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
         raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
     path, mend = folder / FILE, "export again"
@@ -81,6 +86,33 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
         typed = found == "fp16" and manifest["flavour"] == "tensorrt-strong"
         precision = "fp32" if typed and backend in CPU_BACKENDS else found
     return dict.fromkeys(manifest["parts"], precision)
+
+
+def check_tensors(part: Mapping[str, Any], engine: Engine, file: Path) -> None:
+    """Raises `UserError` where a graph's inputs and outputs have other names or shapes than its manifest says: the file was put
+    there with its own hash, or comes from another export.
+
+    part: its entry in the manifest. file: the graph, for the message.
+    """
+    for kind, specs in (("inputs", engine.inputs), ("outputs", engine.outputs)):
+        said = part.get(kind)
+        if not isinstance(said, dict):
+            continue
+        for name, spec in specs.items():
+            expected = said.get(name)
+            if not isinstance(expected, dict) or not isinstance(expected.get("shape"), list):
+                raise UserError(
+                    f"{file}: found {kind[:-1]} {name}, expected {', '.join(said)} as in {FILE}; export again"
+                )
+            shape = expected["shape"]
+            differs = len(shape) != len(spec.shape) or any(
+                isinstance(a, int) and isinstance(b, int) and a != b and -1 not in (a, b)
+                for a, b in zip(shape, spec.shape, strict=False)
+            )
+            if differs:
+                raise UserError(
+                    f"{file}: {name}: found shape {list(spec.shape)}, expected {shape} as in {FILE}; export again"
+                )
 
 
 def _check_out(out: Path, folder: Path) -> None:
@@ -138,7 +170,9 @@ def build_engines(
         for name, part in manifest["parts"].items():
             progress(name)
             file = temporary / f"{name}{suffix}"
-            build(folder / part["file"], backend, precisions[name], options).save(file)
+            engine = build(folder / part["file"], backend, precisions[name], options)
+            check_tensors(part, engine, folder / part["file"])
+            engine.save(file)
             parts[name] = {
                 **{key: value for key, value in part.items() if key != "calibration_cache"},
                 "file": file.name,

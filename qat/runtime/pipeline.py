@@ -18,7 +18,7 @@ from qat.core.geometry import rasterize_depth, within
 from qat.core.manifest import load_manifest
 from qat.core.preprocess import ResizeCrop, normalize
 from qat.engine import BACKENDS, Options, build
-from qat.runtime.engines import is_engines, load_engines, part_precisions
+from qat.runtime.engines import check_tensors, is_engines, load_engines, part_precisions
 from qat.runtime.pooling import PatternCache, pool
 
 
@@ -110,10 +110,11 @@ class Pipeline:
             raise UserError(
                 f"{folder}: found ONNX parts, expected a backend for them too: one of {', '.join(BACKENDS)}"
             )
-        parts = {
-            name: build(folder / manifest["parts"][name]["file"], backend, wanted, options)
-            for name, wanted in part_precisions(folder, manifest, precision, backend).items()
-        }
+        parts = {}
+        for name, wanted in part_precisions(folder, manifest, precision, backend).items():
+            part = manifest["parts"][name]
+            parts[name] = build(folder / part["file"], backend, wanted, options)
+            check_tensors(part, parts[name], folder / part["file"])
         return cls(parts, manifest["pipeline"], options.threads if options else 0, str(folder))
 
     @contextmanager
@@ -161,6 +162,13 @@ class Pipeline:
         self._need_boxes()
         with self._timed("decode"):
             maps = {name: tensors[name] for name in self.settings["head_maps"]}
+            # A sum is finite where all its terms are, but for terms whose sum is beyond float32.
+            if not all(np.isfinite(values.sum()) or np.isfinite(values).all() for values in maps.values()):
+                first = next(name for name, values in tensors.items() if not np.isfinite(values).all())
+                raise UserError(
+                    f"{self._source}: {first}: found NaN or infinity, expected finite values; run `bevqat health` on the "
+                    "checkpoint, and look at the images, points and calibration"
+                )
             return decode(maps_from_tensors(maps), self.settings["head"])
 
     def _detect(self, sample: SampleTensors) -> Detections:

@@ -103,9 +103,12 @@ class _State:
         torch.manual_seed(options.seed)
         self.model = build_model(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if init is not None:
-            load_state(self.model, load_checkpoint(init)["state_dict"], str(init))
+            saved = load_checkpoint(init)
+            if saved.get("format") == "bevqat-ptq":
+                raise UserError(f"{init}: found a quantized checkpoint, expected a float one for --init; name that")
+            load_state(self.model, saved["state_dict"], str(init))
         self.pixels = PixelHead(self.model.vtransform.C, len(config["object_classes"])).to(device)
-        if init is not None and "pixel_head" in (saved := load_checkpoint(init)):
+        if init is not None and "pixel_head" in saved:
             self.pixels.load_state_dict(saved["pixel_head"])
         trained = [p for p in self.model.parameters() if p.requires_grad] + list(self.pixels.parameters())
         groups = [

@@ -19,7 +19,7 @@ DUMPED = {
     "root": "data/street/",
     "image_size": [64, 96],
     "point_cloud_range": [-12.8, -12.8, -5.0, 12.8, 12.8, 3.0],
-    "voxel_size": [0.1, 0.2, 0.4],
+    "voxel_size": [0.1, 0.1, 0.4],
     "crop": {"limits": [[0.4, 0.5], [0.45, 0.45]], "mask": {"share": 0.25}},
     "object_classes": CLASSES,
     "test_pipeline": [
@@ -93,7 +93,7 @@ DUMPED = {
                 "common_heads": {"reg": [2, 2], "height": [1, 2], "dim": [3, 2], "rot": [2, 2], "vel": [2, 2]},
                 "share_conv_channel": 8,
                 "test_cfg": {
-                    "voxel_size": [0.1, 0.2],
+                    "voxel_size": [0.1, 0.1],
                     "nms_type": ["circle", "rotate"],
                     "min_radius": [4, 1],
                     "nms_thr": 0.2,
@@ -106,7 +106,7 @@ DUMPED = {
                     "post_center_range": [-20.0, -20.0, -10.0, 20.0, 20.0, 10.0],
                     "max_num": 50,
                     "out_size_factor": 8,
-                    "voxel_size": [0.1, 0.2],
+                    "voxel_size": [0.1, 0.1],
                 },
             },
         },
@@ -124,7 +124,7 @@ runner: {type: Runner, max_epochs: "${max_epochs}"}
 root: data/street/
 image_size: [128, 352]
 point_cloud_range: [-12.8, -12.8, -5.0, 12.8, 12.8, 3.0]
-voxel_size: [0.1, 0.2, 0.4]
+voxel_size: [0.1, 0.1, 0.4]
 crop: {limits: [[0.4, 0.5], [0.45, 0.45]], mask: {share: 0.0}}
 object_classes: [car, truck, bus]
 test_pipeline:

@@ -140,7 +140,7 @@ def test_lidar_points_fall_inside_the_boxes_that_count_them(synth_root, config):
         ("missing image", "no such file"),
         ("size", "sample_data.json says"),
         ("nan", "not finite"),
-        ("points", "multiple of load_dim"),
+        ("points", "expected points of load_dim"),
         ("camera", "has no CAM_FRONT"),
     ],
 )

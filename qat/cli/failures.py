@@ -1,0 +1,63 @@
+"""What the operating system refuses, in one line: a full disk, a folder that cannot be written, too little memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from qat.core.errors import UserError
+
+_MEND = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of the quota, or write to another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write to another disk",
+    errno.EROFS: "write to another folder",
+    errno.EACCES: "mend its permissions, or name another",
+    errno.EPERM: "mend its permissions, or name another",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the machine has no more open files",
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "name another folder: a part of the path is a file",
+    errno.EEXIST: "name another, or remove it",
+    errno.ENOTEMPTY: "name another, or remove it",
+    errno.ENOENT: "name what is there",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.EIO: "look at the disk",
+    errno.EXDEV: "write to one file system",
+    errno.ENOMEM: "close other programs, or use a machine with more memory",
+}
+# How torch and numpy word an allocation that failed; torch raises a plain RuntimeError.
+_NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory|std::bad_alloc", re.IGNORECASE)
+
+
+def _cause(error: BaseException) -> OSError | None:
+    """The system's refusal behind an error: torch.save raises a RuntimeError of its own over it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _MEND:
+            return seen
+        if not isinstance(error, OSError | RuntimeError):
+            return None
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def one_line_of(error: BaseException) -> str | None:
+    """The line for an error that is the machine's refusal; None for any other, which is a mistake of ours and keeps its
+    traceback."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        wanted = " ".join(str(error).split())[:120]
+        return (
+            f"memory: found too little{f' ({wanted})' if wanted else ''}, expected more; close other programs, take fewer "
+            "frames or a smaller --batch, or look for a size in the config that is too large"
+        )
+    if isinstance(error, BrokenPipeError):
+        return None
+    refusal = _cause(error)
+    if refusal is None or refusal.errno is None:
+        return None
+    file = next((str(name) for name in (refusal.filename2, refusal.filename) if name is not None), "the output")
+    return f"{file}: found {os.strerror(refusal.errno).lower()}, expected to read or write it; {_MEND[refusal.errno]}"

@@ -1,0 +1,44 @@
+"""What a file is, by its first bytes: for messages about a file of the wrong kind."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+_SIGNATURES = {
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89PNG\r\n\x1a\n": "a PNG picture",
+    b"GIF8": "a GIF picture",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf'\x1c": "a 7-Zip archive",
+    b"%PDF": "a PDF",
+}
+
+
+def kind_of_file(path: str | Path) -> str | None:
+    """What the file's first bytes say it is, such as "a JPEG picture"; None where they say nothing, or it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(512)
+    except OSError:
+        return None
+    if not head:
+        return "an empty file"
+    for signature, kind in _SIGNATURES.items():
+        if head.startswith(signature):
+            return kind
+    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 32:
+        return "a safetensors file"
+    if head[0] == 8 and len(head) > 2 and head[1] < 32 and head[2] in (0x12, 0x1A, 0x22, 0x3A):
+        return "an ONNX graph"  # protobuf: ir_version, then producer_name, or a later field of a ModelProto
+    if head.lstrip()[:9].lower() in (b"<!doctype", b"<html>") or head.lstrip()[:5].lower() == b"<html":
+        return "a web page"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, without the file that it stands for"
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        text = head[: error.start].decode("utf-8") if error.start > len(head) - 4 else "\0"
+    return "a text file" if all(letter.isprintable() or letter in "\t\r\n" for letter in text) else None

@@ -1,0 +1,26 @@
+"""docs/reliability.md names tests that there are, and every test of bad input is in its table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / "docs" / "reliability.md"
+
+
+def _named() -> set[tuple[str, str]]:
+    return set(re.findall(r"`(?:tests/reliability/)?(test_\w+\.py)::(test_\w+)`", PAGE.read_text()))
+
+
+def test_every_test_that_the_page_names_exists():
+    named = _named()
+    assert len(named) > 30
+    for file, name in sorted(named):
+        assert re.search(rf"^def {name}\(", (HERE / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
+def test_every_row_of_bad_input_names_a_test():
+    section = PAGE.read_text().partition("## Bad input")[2]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert rows and all(re.search(r"`test_\w+\.py::test_\w+`", row) for row in rows)
