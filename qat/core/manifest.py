@@ -7,6 +7,7 @@ from typing import Any
 
 from qat.core.errors import UserError
 from qat.core.files import read_json, sha256
+from qat.core.manifest_schema import check_pipeline
 
 FORMAT, SCHEMA = "bevqat-parts", 1
 FILE = "manifest.json"
@@ -59,7 +60,7 @@ def _check_shape(path: Path, manifest: dict[str, Any], mend: str) -> None:
     if "e2e" in manifest:
         check_kind(path, manifest["e2e"], "sha256", str, mend, "e2e")
     if "pipeline" in manifest:
-        check_kind(path, manifest["pipeline"], "vtransform", dict, mend, "pipeline")
+        check_pipeline(path, manifest["pipeline"], mend)
 
 
 def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts: str = "onnx") -> dict[str, Any]:

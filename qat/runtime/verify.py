@@ -15,7 +15,8 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import sha256
-from qat.core.manifest import load_manifest
+from qat.core.manifest import FILE, check_kind, load_manifest
+from qat.core.manifest_schema import check_verification
 from qat.core.onnx_file import graph_opset
 from qat.core.verification import Summary, compare_summary
 from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
@@ -124,6 +125,9 @@ def verify_folder(
     for name in names:
         if name not in manifest["parts"]:
             raise UserError(f"part: found {name!r}, expected one of {', '.join(manifest['parts'])}")
+    if "file" in manifest.get("verification", {}):
+        check_verification(folder / FILE, manifest, "export again")
+    check_kind(folder / FILE, manifest, "pipeline", dict, "export again")
     summary = Summary(folder, manifest)
     tokens = list(manifest["verification"]["frames"])
     options = options or Options()
@@ -149,7 +153,7 @@ def verify_folder(
         report[name] = entry
     return {
         "folder": str(folder),
-        "model": manifest["model"],
+        "model": manifest.get("model"),
         "precision": manifest["precision"],
         "flavour": manifest["flavour"],
         "backend": backend or AS_IT_IS,
