@@ -37,6 +37,7 @@ DEADLINE = 5.0  # seconds of one case
 STUCK = 60.0  # seconds after which native code that no signal reaches is killed
 GROWTH = 512 << 20  # bytes that the peak may rise in one case beyond 16 times the file: a network is built of some
 HEADROOM = 3 << 30  # bytes of address space beyond what the libraries take
+MOST = 2 << 20  # bytes of a file: what is repeated again and again stays small enough to be tried often
 PRINTED = 4000  # bytes on stdout and stderr in one case
 
 
@@ -76,7 +77,7 @@ def mutated(target: Target, kind: str, name: str, steps: Sequence[tuple[str, int
     """The bytes of a case."""
     data = target.files[name]
     for mutation, number in steps:
-        data = MUTATIONS[kind][mutation](data, Random(number), target.others)
+        data = MUTATIONS[kind][mutation](data, Random(number), target.others)[:MOST]
     return data
 
 

@@ -96,9 +96,11 @@ BYTES: dict[str, Mutation] = {
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
-    """(container, key or index) of everything inside a tree."""
+    """(container, key or index) of everything inside a tree. Raises `ValueError` where it is endless, by anchors."""
     found, waiting = [], [tree]
     while waiting:
+        if len(found) > 20_000:
+            raise ValueError("too much to edit")
         node = waiting.pop()
         keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
         for key in keys:
@@ -186,7 +188,9 @@ def _parsed_yaml(data: bytes) -> Any:
 
 def yaml_tree(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
     try:
-        tree = copy.deepcopy(_parsed_yaml(data))
+        tree = _parsed_yaml(data)
+        _places(tree)
+        tree = copy.deepcopy(tree)
         for _ in range(random.choice((1, 1, 1, 2, 4))):
             tree = edit_tree(tree, random)
         return yaml.dump(tree, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False).encode()

@@ -141,7 +141,7 @@ class Configs(Target):
             try:
                 model = build_model(config)
             except UserError as error:
-                return refusal(error, "config")
+                return refusal(error, "config", "model.")
             if sum(p.numel() for p in model.parameters()) == 0:
                 raise Finding("a network without weights")
         return READ
