@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -211,7 +212,9 @@ def _check_camera(check: _Checker) -> None:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"stride 8, {[height // 8, width // 8]}: dtransform has it")
     cells = {key: check.bound(f"{vt}.{key}") for key in ("xbound", "ybound", "zbound", "dbound")}
     if cells["dbound"] * fh * fw > MOST_POINTS or cells["xbound"] * cells["ybound"] * cells["zbound"] > MOST_POINTS:
-        raise check.fail(vt, "xbound, ybound, zbound, dbound and feature_size", f"at most {MOST_POINTS:,} cells, and points")
+        raise check.fail(
+            vt, "xbound, ybound, zbound, dbound and feature_size", f"at most {MOST_POINTS:,} cells, and points"
+        )
 
 
 def _check_head(check: _Checker) -> None:
@@ -344,6 +347,15 @@ def _check_size(value: Any, path: Path) -> None:
         )
 
 
+def _brackets(text: str) -> int:
+    """How deep brackets and braces are nested in a text, whatever they stand in."""
+    depth = deepest = 0
+    for match in re.finditer(r"[\[{\]}]", text):
+        depth = depth + 1 if match[0] in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _read(path: Path) -> Config:
     """A YAML file that holds a mapping.
 
@@ -353,7 +365,10 @@ def _read(path: Path) -> Config:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: found {path.stat().st_size:,} bytes, expected a config of at most {MOST_BYTES:,}")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if (deep := _brackets(text)) > MOST_NESTED:  # the time that PyYAML takes for them grows with their square
+            raise UserError(f"{path}: not valid YAML: found brackets {deep:,} deep, expected at most {MOST_NESTED}")
+        config = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -405,6 +420,8 @@ def test_pipeline(config: Mapping[str, Any], source: str = "config") -> list[dic
     steps = (test.get("pipeline") if isinstance(test, Mapping) else None) or config.get("test_pipeline")
     if not steps:
         raise UserError(f"{source}: data.test.pipeline: missing; a dumped BEVFusion configs.yaml has it")
-    if not isinstance(steps, list | tuple) or not all(isinstance(s, Mapping) and isinstance(s.get("type"), str) for s in steps):
+    if not isinstance(steps, list | tuple) or not all(
+        isinstance(s, Mapping) and isinstance(s.get("type"), str) for s in steps
+    ):
         raise UserError(f"{source}: data.test.pipeline: found {steps!r:.80}, expected a list of steps with a type")
     return list(steps)

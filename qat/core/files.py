@@ -11,12 +11,26 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from qat.core.errors import UserError
+
+
+def is_inside(folder: str | os.PathLike[str], name: object) -> bool:
+    """Whether a name that stands in a file from elsewhere is that of a file in this folder: no absolute path, drive or `..`,
+    as POSIX or Windows writes them, and no link that leads out."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or PureWindowsPath(name).drive:
+        return False
+    try:
+        return (Path(folder) / name).resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, ValueError, RuntimeError):  # a name too long or of no encoding, a circle of links
+        return False
 
 
 @contextmanager

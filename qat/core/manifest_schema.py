@@ -174,7 +174,9 @@ def _check_sizes(pipeline: Mapping[str, Any], where: str) -> None:
     if len(pipeline["cameras"]) * height * width > MOST_PIXELS:
         _fail(f"{where}: image: size", [height, width], f"at most {MOST_PIXELS:,} pixels of all cameras")
     if (bins := _cells(transform["dbound"])) * rows * columns * len(pipeline["cameras"]) > MOST_POINTS:
-        _fail(f"{where}: vtransform: dbound", transform["dbound"], f"at most {MOST_POINTS:,} points, not {bins} a pixel")
+        _fail(
+            f"{where}: vtransform: dbound", transform["dbound"], f"at most {MOST_POINTS:,} points, not {bins} a pixel"
+        )
     if math.prod(_cells(transform[name]) for name in ("xbound", "ybound", "zbound")) > MOST_CELLS:
         _fail(f"{where}: vtransform: xbound", transform["xbound"], f"at most {MOST_CELLS:,} cells of the grid")
 

@@ -10,8 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qat.core.errors import UserError
+from qat.core.files import is_inside
+
+if TYPE_CHECKING:
+    import onnx
 
 FLOAT16, INT8, UINT8 = 10, 3, 2  # of onnx.TensorProto.DataType
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -64,7 +69,10 @@ class Outline:
     @property
     def stores_int8(self) -> bool:
         """Whether weights are integers behind a DequantizeLinear, as the `tensorrt-strong` flavour has them."""
-        return any(node.kind == "DequantizeLinear" and self.types.get(node.inputs[0]) == INT8 for node in self.nodes)
+        return any(
+            node.kind == "DequantizeLinear" and node.inputs and self.types.get(node.inputs[0]) == INT8
+            for node in self.nodes
+        )
 
     @property
     def has_uint8(self) -> bool:
@@ -91,7 +99,9 @@ class Outline:
 
         def dequantized(name: str) -> bool:
             node = made_by.get(name)
-            while node is not None and node.kind in PASSES and node.inputs:
+            for _ in self.nodes:  # no way back is longer, unless it is a circle
+                if node is None or node.kind not in PASSES or not node.inputs:
+                    break
                 node = made_by.get(node.inputs[0])
             return node is not None and node.kind == "DequantizeLinear"
 
@@ -186,6 +196,8 @@ def _read(data: memoryview) -> Outline:
     graph: memoryview | None = None
     for number, value in _fields(data):
         if number == 7 and isinstance(value, memoryview):
+            if graph is not None:  # protobuf would read the two as one
+                raise ValueError("two graphs")
             graph = value
         elif (
             number == 8 and isinstance(value, memoryview) and not len(_message(value, 1))
@@ -238,3 +250,77 @@ def graph_opset(path: Path) -> int | None:
 def has_fp16(path: Path) -> bool:
     """Whether a graph computes in FP16 by its own types: `Outline.has_fp16`. Raises `UserError` as `read_outline`."""
     return read_outline(path).has_fp16
+
+
+MOST_NESTED = 32  # subgraphs in subgraphs
+
+
+def _tensors(graph: memoryview, depth: int = 0) -> Iterator[memoryview]:
+    """Every tensor that a graph holds: initializers, sparse ones, attributes, those of subgraphs."""
+    if depth > MOST_NESTED:
+        raise ValueError(f"graphs nested more than {MOST_NESTED} deep")
+    for number, value in _fields(graph):
+        if not isinstance(value, memoryview):
+            continue
+        if number == 5:
+            yield value
+        elif number == 15:
+            yield from (tensor for inner in (1, 2) for tensor in _messages(value, inner))
+        elif number == 1:
+            for attribute in _messages(value, 5):
+                for inner, content in _fields(attribute):
+                    if not isinstance(content, memoryview):
+                        continue
+                    if inner in (5, 10):
+                        yield content
+                    elif inner in (22, 23):
+                        yield from (tensor for part in (1, 2) for tensor in _messages(content, part))
+                    elif inner in (6, 11):
+                        yield from _tensors(content, depth + 1)
+
+
+def external_files(path: str | Path) -> list[str]:
+    """The files beside a graph that hold its tensors' data, by the names that it gives them; most graphs hold all themselves.
+
+    Raises:
+        UserError: no such file, not an ONNX graph, or one of the names leads out of the graph's folder: a graph from elsewhere
+            could otherwise have any file of this machine read as weights.
+    """
+    path = Path(path)
+    read_outline(path)  # words what is wrong with the file as a whole
+    names: dict[str, None] = {}
+    try:
+        data = memoryview(path.read_bytes())
+        for graph in _messages(data, 7):
+            for tensor in _tensors(graph):
+                for entry in _messages(tensor, 13):
+                    if _text(_message(entry, 1)) == "location":
+                        names[_text(_message(entry, 2))] = None
+        for function in _messages(data, 25):  # of the model's own; its nodes are field 7 there
+            for node in _messages(function, 7):
+                if any(_messages(tensor, 13) for a in _messages(node, 5) for tensor in _messages(a, 5)):
+                    raise ValueError("data in another file for a function's constant")
+    except (ValueError, IndexError, OSError) as error:
+        raise UserError(f"{path}: not an ONNX graph ({error}); expected a file written by export-camera") from None
+    for name in names:
+        if not is_inside(path.parent, name):
+            raise UserError(f"{path}: found its data in {name!r}, expected a file in the graph's folder")
+    return list(names)
+
+
+def load_graph(path: str | Path) -> onnx.ModelProto:
+    """The whole graph, by the onnx package, after onnx's own checks.
+
+    Raises:
+        UserError: no such file, not a sound ONNX graph, or its data lie outside its folder.
+    """
+    import onnx
+
+    path = Path(path)
+    external_files(path)
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf's and onnx's errors have no base class below Exception
+        raise UserError(f"{path}: onnx cannot read it: {' '.join(str(error).split())[:300]}") from None
+    return model

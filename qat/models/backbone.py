@@ -35,8 +35,14 @@ def build_backbone(config: Mapping[str, Any], image_size: Sequence[int] | None =
     if kind == "SwinTransformer":
         return _build_swin(config, image_size)
     indices = config.get("out_indices")
-    if not isinstance(indices, list | tuple) or not all(type(i) is int and 0 <= i < 1000 for i in indices) or not indices:
-        raise UserError(f"{WHERE}.out_indices: found {indices!r}, expected the numbers of the stages whose maps are taken")
+    if (
+        not isinstance(indices, list | tuple)
+        or not all(type(i) is int and 0 <= i < 1000 for i in indices)
+        or not indices
+    ):
+        raise UserError(
+            f"{WHERE}.out_indices: found {indices!r}, expected the numbers of the stages whose maps are taken"
+        )
     if kind == "ResNet":
         return _build_timm(f"resnet{config.get('depth')}", tuple(i + 1 for i in indices), image_size)
     return _build_timm(str(config.get("model_name")), tuple(indices), image_size)
@@ -53,7 +59,9 @@ def _build_swin(config: Mapping[str, Any], image_size: Sequence[int] | None) -> 
 
 
 def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] | None) -> nn.Module:
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):  # timm also takes addresses and folders, from which it would fetch a config
+    if not re.fullmatch(
+        r"[A-Za-z0-9_.-]+", name
+    ):  # timm also takes addresses and folders, from which it would fetch a config
         raise UserError(f"{WHERE}: found {name!r}, expected the name of a timm model")
     options: dict[str, Any] = {"pretrained": False, "features_only": True, "out_indices": indices}
     try:

@@ -156,5 +156,7 @@ def build_model(config: Mapping[str, Any]) -> CameraBEVDetector:
     with torch.device("meta"):  # sizes alone: where they are damaged, before the memory is asked for them
         count = sum(parameter.numel() for parameter in CameraBEVDetector(config).parameters())
     if count > MOST_PARAMETERS:
-        raise UserError(f"config: model: found {count:,} weights, expected at most {MOST_PARAMETERS:,}; look at its channels")
+        raise UserError(
+            f"config: model: found {count:,} weights, expected at most {MOST_PARAMETERS:,}; look at its channels"
+        )
     return CameraBEVDetector(config)

@@ -21,7 +21,9 @@ def main() -> int:
     parser.add_argument("--kind", choices=[*TARGETS], action="append", help="one kind alone; may be given again")
     parser.add_argument("--seed", type=int, default=0, help="another number draws other cases (default 0)")
     parser.add_argument("--seeds", type=Path, help="folder of valid files, made where it is not there yet")
-    parser.add_argument("--out", type=Path, default=Path("runs/fuzz"), help="where failing files go (default runs/fuzz)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/fuzz"), help="where failing files go (default runs/fuzz)"
+    )
     parser.add_argument("--case", help="repeat this one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -139,7 +139,10 @@ class Worker:
         seconds = time.perf_counter() - begin
         grown = _peak() - before
         if grown > GROWTH + 16 * len(data):
-            outcome, account = f"memory: {outcome}", f"the peak rose by {grown >> 20} MiB for a file of {len(data)} bytes; {account}"
+            outcome, account = (
+                f"memory: {outcome}",
+                f"the peak rose by {grown >> 20} MiB for a file of {len(data)} bytes; {account}",
+            )
         if (said := os.fstat(self.printed).st_size - printed) > PRINTED:
             outcome, account = f"prints {said} bytes", f"{os.pread(self.printed, 2000, printed)!r}"
         if new := self.files() - self.there - {f"fuzzed.{end}" for end in ("pth", "yaml", "onnx")}:

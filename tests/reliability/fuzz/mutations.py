@@ -83,13 +83,13 @@ def splice(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
 
 def token(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
     start, end = _span(len(data), random)
-    new = random.choice((random.choice(TEXTS).encode("utf-8", "surrogatepass"), struct.pack("<q", random.randrange(-(2**40), 2**40))))
+    new = random.choice(
+        (random.choice(TEXTS).encode("utf-8", "surrogatepass"), struct.pack("<q", random.randrange(-(2**40), 2**40)))
+    )
     return data[:start] + new + data[random.choice((start, end)) :]
 
 
-BYTES: dict[str, Mutation] = {
-    f.__name__: f for f in (flip, byte, truncate, remove, duplicate, fill, splice, token)
-}
+BYTES: dict[str, Mutation] = {f.__name__: f for f in (flip, byte, truncate, remove, duplicate, fill, splice, token)}
 
 
 # Trees: JSON and YAML
@@ -116,7 +116,9 @@ def _number(random: Random, value: Any) -> Any:
 
 
 def _kind(random: Random) -> Any:
-    return random.choice((None, True, False, 0, 1.5, "", "text", [], {}, [1, 2, 3], {"a": 1}, [[]], [None], {"type": "x"}))
+    return random.choice(
+        (None, True, False, 0, 1.5, "", "text", [], {}, [1, 2, 3], {"a": 1}, [[]], [None], {"type": "x"})
+    )
 
 
 def edit_tree(tree: Any, random: Random) -> Any:
@@ -144,7 +146,9 @@ def edit_tree(tree: Any, random: Random) -> Any:
     elif what == 8 and isinstance(value, list) and value:
         container[key] = random.choice((value * 2, value[:-1], value[:1], value * 1000, [value], value[::-1]))
     elif what == 9 and isinstance(value, str) and value:
-        container[key] = random.choice((value[:-1], value + "x", value.upper(), value + "\0", "../" + value, "/" + value, "./" + value))
+        container[key] = random.choice(
+            (value[:-1], value + "x", value.upper(), value + "\0", "../" + value, "/" + value, "./" + value)
+        )
     elif what == 10:
         container[key] = [value] * random.choice((1, 2, 1000))
     else:
@@ -171,8 +175,23 @@ def json_text(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
     """What no tree gives: nests, numbers as text, keys twice."""
     new = random.choice(
         (
-            b"[" * DEEP, b'{"a":' * DEEP, b"[" * 500 + b"]" * 500, b"1" * 5000, b"1e400", b"-", b"NaN", b"Infinity", b"'", b"\xff\xfe",
-            b'{"format": "x"}', b'"parts": {}, ', b'"file": "../x", ', b'"sha256": "0", ', b"/* */", b"\\ud800", b'"\\ud800"',
+            b"[" * DEEP,
+            b'{"a":' * DEEP,
+            b"[" * 500 + b"]" * 500,
+            b"1" * 5000,
+            b"1e400",
+            b"-",
+            b"NaN",
+            b"Infinity",
+            b"'",
+            b"\xff\xfe",
+            b'{"format": "x"}',
+            b'"parts": {}, ',
+            b'"file": "../x", ',
+            b'"sha256": "0", ',
+            b"/* */",
+            b"\\ud800",
+            b'"\\ud800"',
         )  # fmt: skip
     )
     starts = [i for i, c in enumerate(data) if c in b':,[{"'] or [0]
@@ -231,7 +250,9 @@ def yaml_text(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
     elif what == 4:
         lines[at:at] = lines[at : at + random.choice((1, 1, 5))]
     elif at < len(lines):
-        lines[at] = random.choice((b"  " + lines[at], lines[at].lstrip(), lines[at].replace(b":", b""), lines[at].replace(b"- ", b"-")))
+        lines[at] = random.choice(
+            (b"  " + lines[at], lines[at].lstrip(), lines[at].replace(b":", b""), lines[at].replace(b"- ", b"-"))
+        )
     return b"".join(lines)
 
 
@@ -270,7 +291,19 @@ def _zipped(entries: Sequence[tuple[str, bytes]], compressed: Sequence[int] = ()
     return stream.getvalue()
 
 
-NAMES = ("../data.pkl", "/etc/passwd", "archive/data/../../x", "constants.pkl", "a\\b", "", "é", "archive/data/0", "code/x.py", "data.pkl", "A" * 3000)
+NAMES = (
+    "../data.pkl",
+    "/etc/passwd",
+    "archive/data/../../x",
+    "constants.pkl",
+    "a\\b",
+    "",
+    "é",
+    "archive/data/0",
+    "code/x.py",
+    "data.pkl",
+    "A" * 3000,
+)
 
 
 def zip_entries(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
@@ -278,7 +311,16 @@ def zip_entries(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
     try:
         entries = _entries(data)
         at = random.randrange(len(entries))
-    except (zipfile.BadZipFile, ValueError, KeyError, OSError, NotImplementedError, RuntimeError, EOFError, struct.error):
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        struct.error,
+    ):
         return flip(data, random, others)
     name, content = entries[at]
     root = name.split("/")[0]
@@ -400,19 +442,50 @@ def edit_pickle(pickled: bytes, random: Random) -> bytes:
     if what == 2:
         return pickled[:end] + one * random.choice((1, 2, 1000)) + pickled[end:]
     if what == 3:
-        return pickled[:start] + bytes([random.choice(pickletools.opcodes).code.encode("latin1")[0]]) + pickled[start + 1 :]
+        return (
+            pickled[:start]
+            + bytes([random.choice(pickletools.opcodes).code.encode("latin1")[0]])
+            + pickled[start + 1 :]
+        )
     if what == 4:
         return pickled[:start] + random.choice(BOMBS).removesuffix(b".") + pickled[start:]
     if what == 5 and len(one) > 1:
         at = start + 1 + random.randrange(len(one) - 1)
-        return pickled[:at] + bytes([random.choice((0, 1, 0x7F, 0x80, 0xFF, random.randrange(256)))]) + pickled[at + 1 :]
+        return (
+            pickled[:at] + bytes([random.choice((0, 1, 0x7F, 0x80, 0xFF, random.randrange(256)))]) + pickled[at + 1 :]
+        )
     if what == 6:
         a, b = random.choice(places)
         return pickled[:start] + pickled[a:b] + pickled[end:]
     if what == 7:
-        name = random.choice((b"cos\nsystem\n", b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"cbuiltins\nexec\n", b"ctorch\nint8\n"))
+        name = random.choice(
+            (
+                b"cos\nsystem\n",
+                b"ctorch\nFloatStorage\n",
+                b"ctorch._utils\n_rebuild_tensor_v2\n",
+                b"cbuiltins\nexec\n",
+                b"ctorch\nint8\n",
+            )
+        )
         return pickled[:start] + name + pickled[end:]
-    value = random.choice((None, 10**100, -1, "x" * 3000, b"y", (), [], {}, {1: 2}, (1, (2,)), 1.5, float("nan"), {"a": [1]}, ("storage", 1, "0", "cpu", 2**60)))
+    value = random.choice(
+        (
+            None,
+            10**100,
+            -1,
+            "x" * 3000,
+            b"y",
+            (),
+            [],
+            {},
+            {1: 2},
+            (1, (2,)),
+            1.5,
+            float("nan"),
+            {"a": [1]},
+            ("storage", 1, "0", "cpu", 2**60),
+        )
+    )
     return pickled[:start] + pickle.dumps(value, protocol=2)[2:-1] + pickled[end:]
 
 
@@ -424,7 +497,9 @@ def pickled_part(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
             entries = _entries(data)
         except Exception:  # a damaged zip, in whatever way
             return flip(data, random, others)
-        entries = [(name, edit_pickle(content, random) if name.endswith("data.pkl") else content) for name, content in entries]
+        entries = [
+            (name, edit_pickle(content, random) if name.endswith("data.pkl") else content) for name, content in entries
+        ]
         return _zipped(entries)
     end = 0
     for _ in range(4):
@@ -529,7 +604,18 @@ def edit_message(data: bytes, random: Random, depth: int = 0) -> bytes:
         fields[at] = (number, wire, random.choice((*VARINTS, value + 1, value - 1)))
     elif wire == 2:
         texts = [v for _, w, v in fields if w == 2 and len(v) < 100]
-        new = random.choice((b"", value[:-1], value + b"\0", value * 2, value[: len(value) // 2], *texts, random.choice(TEXTS).encode(), b"/etc/passwd"))
+        new = random.choice(
+            (
+                b"",
+                value[:-1],
+                value + b"\0",
+                value * 2,
+                value[: len(value) // 2],
+                *texts,
+                random.choice(TEXTS).encode(),
+                b"/etc/passwd",
+            )
+        )
         fields[at] = (number, wire, new)
     else:
         fields[at] = (number, wire, random.choice((b"\xff", b"\0", b"\x7f")) * len(value))
@@ -572,7 +658,19 @@ def graph(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
             tensor.data_location = onnx.TensorProto.EXTERNAL
             tensor.ClearField("raw_data")
             del tensor.external_data[:]
-            place = ("../secret.bin", "/etc/passwd", "link.bin", "weights.bin", "missing.bin", "", ".", "\0", "folder/../../secret.bin", "graph.onnx", "//etc/passwd")
+            place = (
+                "../secret.bin",
+                "/etc/passwd",
+                "link.bin",
+                "weights.bin",
+                "missing.bin",
+                "",
+                ".",
+                "\0",
+                "folder/../../secret.bin",
+                "graph.onnx",
+                "//etc/passwd",
+            )
             for key, value in (
                 ("location", random.choice(place)),
                 ("offset", random.choice(("0", "-1", "999999999999", "x", str(2**63)))),
@@ -581,7 +679,22 @@ def graph(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
                 entry = tensor.external_data.add()
                 entry.key, entry.value = key, value
         elif what == 7:
-            node.op_type = random.choice(("", "Conv", "Reshape", "Loop", "If", "Scan", "NoSuchOp", "Expand", "ConstantOfShape", "Resize", "Tile", LONG))
+            node.op_type = random.choice(
+                (
+                    "",
+                    "Conv",
+                    "Reshape",
+                    "Loop",
+                    "If",
+                    "Scan",
+                    "NoSuchOp",
+                    "Expand",
+                    "ConstantOfShape",
+                    "Resize",
+                    "Tile",
+                    LONG,
+                )
+            )
         elif what == 8:
             node.domain = random.choice(("x", "com.microsoft", "ai.onnx.ml", "\n", "ai.onnx"))
         elif what == 9:
@@ -599,16 +712,22 @@ def graph(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
         elif what == 11:
             del model.opset_import[:]
             for _ in range(random.randrange(3)):
-                model.opset_import.add(domain=random.choice(("", "x", "ai.onnx")), version=random.choice((0, 1, 13, 999, -1, 2**62)))
+                model.opset_import.add(
+                    domain=random.choice(("", "x", "ai.onnx")), version=random.choice((0, 1, 13, 999, -1, 2**62))
+                )
         elif what == 12:
             model.graph.output.add().CopyFrom(random.choice([*model.graph.input, *model.graph.output]))
         else:
-            attribute = node.attribute.add(name=random.choice(("pads", "group", "strides", "to", "axis", "value", "perm", "shape")))
+            attribute = node.attribute.add(
+                name=random.choice(("pads", "group", "strides", "to", "axis", "value", "perm", "shape"))
+            )
             attribute.type = random.choice((1, 2, 6, 7))
             attribute.i = random.choice((0, -1, 2**31, 2**62))
             attribute.ints.extend(random.choice(([0] * 4, [-1] * 4, [2**31] * 4, [2**62, 2**62], [])))
         return bytes(model.SerializeToString())
-    except Exception:  # what earlier mutations left is no model, or cannot be one after this: protobuf's own errors differ
+    except (
+        Exception
+    ):  # what earlier mutations left is no model, or cannot be one after this: protobuf's own errors differ
         return flip(data, random, others)
 
 

@@ -36,7 +36,9 @@ def _tree(make: Callable[[], dict[str, Any]]) -> str:
     }
     config["model"]["heads"]["object"]["bbox_coder"]["pc_range"] = "${point_cloud_range}"
     text = yaml.safe_dump(config, sort_keys=False)
-    return "shared: &shared\n  bias: auto\n" + text.replace("      norm_bbox: true", "      <<: *shared\n      norm_bbox: true")
+    return "shared: &shared\n  bias: auto\n" + text.replace(
+        "      norm_bbox: true", "      <<: *shared\n      norm_bbox: true"
+    )
 
 
 def _fusion(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -67,7 +69,9 @@ class _Block(nn.Module):
         self.conv = nn.Conv2d(2, 3, 3)
         self.bn = nn.BatchNorm2d(3)
         self.conv._input_quantizer = TensorQuantizer(QuantDescriptor(num_bits=8, amax=1.5))
-        self.conv._weight_quantizer = TensorQuantizer(QuantDescriptor(num_bits=8, axis=0, amax=np.full((3, 1, 1, 1), 0.5)))
+        self.conv._weight_quantizer = TensorQuantizer(
+            QuantDescriptor(num_bits=8, axis=0, amax=np.full((3, 1, 1, 1), 0.5))
+        )
         self.layers = nn.ModuleList([nn.Linear(2, 2)])
 
 
@@ -152,8 +156,12 @@ def _conv(quantized: bool) -> onnx.ModelProto:
 def _branches() -> onnx.ModelProto:
     """A graph in a graph, and a constant."""
     empty = helper.make_tensor_value_info
-    then = helper.make_graph([helper.make_node("Neg", ["x"], ["t"])], "then", [], [empty("t", TensorProto.FLOAT, [2, 2])])
-    other = helper.make_graph([helper.make_node("Abs", ["x"], ["e"])], "else", [], [empty("e", TensorProto.FLOAT, [2, 2])])
+    then = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["t"])], "then", [], [empty("t", TensorProto.FLOAT, [2, 2])]
+    )
+    other = helper.make_graph(
+        [helper.make_node("Abs", ["x"], ["e"])], "else", [], [empty("e", TensorProto.FLOAT, [2, 2])]
+    )
     condition = helper.make_tensor("value", TensorProto.BOOL, [], [True])
     nodes = [
         helper.make_node("Constant", [], ["k"], value=condition),

@@ -73,7 +73,11 @@ class Target:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b))
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and bool(torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b))
+        )
     if isinstance(a, float) and isinstance(b, float):
         return a == b or (math.isnan(a) and math.isnan(b))
     return type(a) is type(b) and bool(a == b)
@@ -116,11 +120,11 @@ class Checkpoints(Target):
             theirs = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # it refuses, or stumbles in any way
             return
-        state = theirs.get("state_dict", theirs) if isinstance(theirs, dict) else {}
-        if isinstance(state, dict):
-            for key, value in found["state_dict"].items():
-                if isinstance(value, torch.Tensor) and not (key in state and _equal(value, state[key])):
-                    raise Finding(f"{key!r}: another tensor than torch.load gives")
+        states = [theirs, *theirs.values()] if isinstance(theirs, dict) else []
+        states = [state for state in states if isinstance(state, dict)]
+        for key, value in found["state_dict"].items():
+            if isinstance(value, torch.Tensor) and not any(key in s and _equal(value, s[key]) for s in states):
+                raise Finding(f"{key!r}: another tensor than torch.load gives")
 
 
 class Configs(Target):
@@ -208,7 +212,9 @@ class Manifests(Target):
         images = [random.integers(0, 256, (70, 100, 3), dtype=np.uint8)] * count
         intrinsics = np.tile(np.diag([75, 75, 1, 1]).astype(np.float32), (count, 1, 1))
         intrinsics[:, :2, 2] = 50, 35
-        camera2lidar = np.tile(np.array([[0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]], np.float32), (count, 1, 1))
+        camera2lidar = np.tile(
+            np.array([[0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]], np.float32), (count, 1, 1)
+        )
         from qat.runtime import Calibration
 
         pipeline(images, random.uniform(-9, 9, (200, 5)).astype(np.float32), Calibration(intrinsics, camera2lidar))
