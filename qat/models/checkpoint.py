@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import suppress
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from qat.core.errors import UserError
 from qat.models.detector import CameraBEVDetector, build_model
-from qat.models.pickled import is_module, module_state, quantizer_settings, read_pickled
+from qat.models.pickled import is_module, is_plainly_saved, module_state, quantizer_settings, read_pickled
 from qat.models.unpickle import Record
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # where others keep what we call state_dict
@@ -144,15 +145,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint written by torch.save")
     quantizers: dict[str, dict[str, Any]] = {}
-    try:
-        with warnings.catch_warnings():
+    value: Any = None
+    if is_plainly_saved(path):
+        # It holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way.
+        with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol: nothing to act on
             value = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: not a torch checkpoint, or damaged ({error.strerror or error})") from None
-    except (
-        Exception
-    ):  # it holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way
+    if value is None:
         value, quantizers = _from_pickled(path)
     if not isinstance(value, Mapping):
         raise UserError(f"{path}: found {type(value).__name__}, expected a state dict or {{'state_dict': …}}")

@@ -6,6 +6,7 @@ read its structure (an earlier mutation destroyed it) changes bytes instead, so 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -173,6 +174,7 @@ def json_tree(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
 
 def json_text(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
     """What no tree gives: nests, numbers as text, keys twice."""
+    # fmt: off
     new = random.choice(
         (
             b"[" * DEEP,
@@ -192,8 +194,9 @@ def json_text(data: bytes, random: Random, others: Sequence[bytes]) -> bytes:
             b"/* */",
             b"\\ud800",
             b'"\\ud800"',
-        )  # fmt: skip
+        )
     )
+    # fmt: on
     starts = [i for i, c in enumerate(data) if c in b':,[{"'] or [0]
     at = random.choice(starts) + 1
     end = at if random.random() < 0.5 else next((i for i in range(at, len(data)) if data[i] in b",}]\n"), len(data))
@@ -419,11 +422,10 @@ BOMBS = _bombs()
 @functools.lru_cache(maxsize=32)
 def _opcodes(pickled: bytes) -> tuple[tuple[int, int], ...]:
     """Start and end of each opcode, as far as they can be read."""
-    starts = []
-    try:
-        starts += [position for _, _, position in pickletools.genops(pickled) if position is not None]
-    except Exception:  # it stumbles over what earlier mutations left, in any way
-        pass
+    starts: list[int] = []
+    with contextlib.suppress(Exception):  # it stumbles over what earlier mutations left, in any way
+        for _, _, position in pickletools.genops(pickled):
+            starts.append(position or 0)
     return tuple(zip(starts, [*starts[1:], len(pickled)][: len(starts)], strict=True))
 
 
