@@ -33,8 +33,8 @@ from hypothesis import strategies as st
 from tests.reliability.fuzz.mutations import CANARY, MUTATIONS, STRUCTURE
 from tests.reliability.fuzz.targets import READ, REFUSED, TARGETS, Finding, Target
 
-DEADLINE = 5.0  # seconds of one case
-STUCK = 60.0  # seconds after which native code that no signal reaches is killed
+DEADLINE = 5.0  # seconds of the processor in one case: a busy machine makes none slower
+STUCK = 120.0  # seconds without a new case after which a worker that sleeps, or is in native code, is killed
 GROWTH = 512 << 20  # bytes that the peak may rise in one case beyond 16 times the file: a network is built of some
 HEADROOM = 3 << 30  # bytes of address space beyond what the libraries take
 MOST = 2 << 20  # bytes of a file: what is repeated again and again stays small enough to be tried often
@@ -87,13 +87,13 @@ def _peak() -> int:
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, _raise_hang)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, _raise_hang)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _where(error: BaseException) -> str:
@@ -122,7 +122,7 @@ class Worker:
         """(REFUSED, READ or what went wrong, an account of it, seconds)."""
         data = mutated(self.target, self.kind, name, steps)
         before, printed = _peak(), os.fstat(self.printed).st_size
-        begin = time.perf_counter()
+        begin = time.process_time()
         account = ""
         try:
             with warnings.catch_warnings(record=True) as warned, _deadline(DEADLINE):
@@ -136,7 +136,7 @@ class Worker:
             outcome, account = f"finding: {str(error)[:60]!r}", str(error)
         except Exception as error:
             outcome, account = _where(error), traceback.format_exc()
-        seconds = time.perf_counter() - begin
+        seconds = time.process_time() - begin
         grown = _peak() - before
         if grown > GROWTH + 16 * len(data):
             outcome, account = (
@@ -174,10 +174,10 @@ def _child(kind: str, seeds: Path, work: Path, cases: int, seed: int, journal: i
     resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, resource.RLIM_INFINITY))
     result = Result(kind)
     outcomes: Counter[str] = Counter()
-    begin = time.perf_counter()
+    begin = time.process_time()
 
     def note(case: str) -> None:
-        result.seconds = time.perf_counter() - begin
+        result.seconds = time.process_time() - begin
         result.outcomes = dict(outcomes)
         text = json.dumps({**asdict(result), "case": case}).encode()
         os.pwrite(journal, len(text).to_bytes(8, "little") + text, 0)
