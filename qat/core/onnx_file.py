@@ -7,6 +7,8 @@ field numbers of onnx.proto. Tensor data is skipped, never copied.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -279,32 +281,96 @@ def _tensors(graph: memoryview, depth: int = 0) -> Iterator[memoryview]:
                         yield from _tensors(content, depth + 1)
 
 
+# Bytes of an element; types that are stored otherwise (strings, 4 bits) are not looked at.
+_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
+MOST_AXES = 64
+
+
+def _integers(value: int | memoryview) -> Iterator[int]:
+    """Signed 64-bit numbers of a repeated field: one by itself, or packed ones."""
+    if isinstance(value, int):
+        yield value - (value >> 63 << 64)
+        return
+    at = 0
+    while at < len(value):
+        one, at = _varint(value, at)
+        yield one - (one >> 63 << 64)
+
+
+def _check_tensor(tensor: memoryview) -> None:
+    """Raises `ValueError` where a tensor's shape is none, or its data are of another size than its shape says: runtimes compute
+    addresses with these numbers, and not all of them look."""
+    dims: list[int] = []
+    kind, raw, outside = 0, None, False
+    for number, value in _fields(tensor):
+        if number == 1:
+            dims += _integers(value)
+        elif number == 2 and isinstance(value, int):
+            kind = value
+        elif number == 9 and isinstance(value, memoryview):
+            raw = value
+        elif number == 13:
+            outside = True
+    if len(dims) > MOST_AXES or any(size < 0 for size in dims) or math.prod(dims) >= 1 << 40:
+        raise ValueError(f"a tensor of shape {str(dims)[:80]}")
+    expected = math.prod(dims) * _BYTES.get(kind, 0)
+    if raw is not None and len(raw) and not outside and kind in _BYTES and len(raw) != expected:
+        raise ValueError(f"a tensor of shape {str(dims)[:80]} with {len(raw):,} bytes of data, not {expected:,}")
+
+
+def _check_place(tensor: memoryview, folder: Path) -> None:
+    """Raises `ValueError` where a tensor's data are not in the file that it names: beyond its end, or fewer than the shape's."""
+    place = {_text(_message(entry, 1)): _text(_message(entry, 2)) for entry in _messages(tensor, 13)}
+    numbers = {name: place.get(name, "") for name in ("offset", "length")}
+    if any(text and not re.fullmatch(r"[0-9]{1,18}", text) for text in numbers.values()):
+        raise ValueError(f"data at {numbers!r:.80}")
+    dims = [size for number, value in _fields(tensor) if number == 1 for size in _integers(value)]
+    size = math.prod(dims) * _BYTES.get(_number(tensor, 2), 0)
+    have = (folder / place["location"]).stat().st_size
+    begin = int(numbers["offset"] or 0)
+    length = int(numbers["length"]) if numbers["length"] else max(0, have - begin)
+    if begin + length > have or length < size:
+        raise ValueError(f"{size:,} bytes of data at {begin:,} of {place['location']}, which has {have:,}")
+
+
 def external_files(path: str | Path) -> list[str]:
     """The files beside a graph that hold its tensors' data, by the names that it gives them; most graphs hold all themselves.
+    Every tensor's shape is compared with the size of its data on the way.
 
     Raises:
-        UserError: no such file, not an ONNX graph, or one of the names leads out of the graph's folder: a graph from elsewhere
-            could otherwise have any file of this machine read as weights.
+        UserError: no such file, not an ONNX graph, a tensor's data are not there, or one of the names leads out of the graph's
+            folder: a graph from elsewhere could otherwise have any file of this machine read as weights.
     """
     path = Path(path)
     read_outline(path)  # words what is wrong with the file as a whole
-    names: dict[str, None] = {}
+    names: dict[str, list[memoryview]] = {}
     try:
         data = memoryview(path.read_bytes())
         for graph in _messages(data, 7):
             for tensor in _tensors(graph):
-                for entry in _messages(tensor, 13):
-                    if _text(_message(entry, 1)) == "location":
-                        names[_text(_message(entry, 2))] = None
+                _check_tensor(tensor)
+                entries = _messages(tensor, 13)
+                places = [_text(_message(e, 2)) for e in entries if _text(_message(e, 1)) == "location"]
+                if entries and len(places) != 1:
+                    raise ValueError(f"data in {len(places)} files")
+                for place in places:
+                    names.setdefault(place, []).append(tensor)
         for function in _messages(data, 25):  # of the model's own; its nodes are field 7 there
             for node in _messages(function, 7):
                 if any(_messages(tensor, 13) for a in _messages(node, 5) for tensor in _messages(a, 5)):
                     raise ValueError("data in another file for a function's constant")
     except (ValueError, IndexError, OSError) as error:
         raise UserError(f"{path}: not an ONNX graph ({error}); expected a file written by export-camera") from None
-    for name in names:
+    for name, tensors in names.items():
         if not is_inside(path.parent, name):
             raise UserError(f"{path}: found its data in {name!r}, expected a file in the graph's folder")
+        if not (path.parent / name).is_file():
+            raise UserError(f"{path}: {name!r}: no such file, expected the graph's data there; copy it with the graph")
+        try:
+            for tensor in tensors:
+                _check_place(tensor, path.parent)
+        except (ValueError, IndexError, OSError) as error:
+            raise UserError(f"{path}: not an ONNX graph ({error}); export it again, or copy its data anew") from None
     return list(names)
 
 

@@ -159,11 +159,12 @@ class Worker:
         return steps
 
 
-def strategy(kind: str, names: Sequence[str]) -> Any:
-    """Draws (seed, steps): structure twice as often as bytes, more often one step than several."""
+def strategy(kind: str, target: Target) -> Any:
+    """Draws (seed, steps): small seeds more often than large ones, structure more often than bytes."""
+    names = [name for name in target.files for _ in range(1 if name in target.large else 6)]
     operations = [*STRUCTURE[kind]] * 5 + [*MUTATIONS[kind]]
     step = st.tuples(st.sampled_from(operations), st.integers(0, 2**32 - 1))
-    return st.tuples(st.sampled_from(list(names)), st.lists(step, min_size=1, max_size=3))
+    return st.tuples(st.sampled_from(names), st.lists(step, min_size=1, max_size=3))
 
 
 def _child(kind: str, seeds: Path, work: Path, cases: int, seed: int, journal: int, printed: int) -> None:
@@ -190,7 +191,7 @@ def _child(kind: str, seeds: Path, work: Path, cases: int, seed: int, journal: i
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(strategy(kind, list(worker.target.files)))
+    @hypothesis.given(strategy(kind, worker.target))
     def campaign(drawn: tuple[str, list[tuple[str, int]]]) -> None:
         name, steps = drawn
         case = spelled(kind, name, steps)
