@@ -333,13 +333,55 @@ def _check_place(tensor: memoryview, folder: Path) -> None:
         raise ValueError(f"{size:,} bytes of data at {begin:,} of {place['location']}, which has {have:,}")
 
 
-def external_files(path: str | Path) -> list[str]:
-    """The files beside a graph that hold its tensors' data, by the names that it gives them; most graphs hold all themselves.
-    Every tensor's shape is compared with the size of its data on the way.
+def _check_order(graph: memoryview, outer: set[str], depth: int = 0) -> None:
+    """Raises `ValueError` where a node reads what no node before it, no input and no initializer gives (so that there is no
+    circle, over which OpenVINO 2026.4 dies of its stack), or where two tensors have one name."""
+    if depth > MOST_NESTED:
+        raise ValueError(f"graphs nested more than {MOST_NESTED} deep")
+    nodes, outputs = [], []
+    given: set[str] = set()
+    for number, value in _fields(graph):
+        if not isinstance(value, memoryview):
+            continue
+        if number == 1:
+            nodes.append(value)
+        elif number == 5:
+            given.add(_text(_message(value, 8)))
+        elif number == 15:
+            given.add(_text(_message(_message(value, 1), 8)))
+        elif number == 11:
+            given.add(_text(_message(value, 1)))
+        elif number == 12:
+            outputs.append(_text(_message(value, 1)))
+    made: set[str] = set()
+    known = outer | given
+    for data in nodes:
+        node, _ = _node(data)
+        if missing := [name for name in node.inputs if name and name not in known]:
+            raise ValueError(f"{node.kind[:40]} reads {missing[0][:80]!r}, which nothing before it gives")
+        for attribute in _messages(data, 5):
+            for inner in (6, 11):
+                for subgraph in _messages(attribute, inner):
+                    _check_order(subgraph, known, depth + 1)
+        for name in filter(None, node.outputs):
+            if name in made or name in given:
+                raise ValueError(f"two tensors named {name[:80]!r}")
+            made.add(name)
+            known.add(name)
+    if missing := [name for name in outputs if name not in known]:
+        raise ValueError(f"nothing gives its output {missing[0][:80]!r}")
+
+
+def check_graph(path: str | Path) -> list[str]:
+    """Looks over a graph from elsewhere before a runtime reads it, some of which compute addresses from whatever they find: the
+    shapes and sizes of tensors, the order of the nodes, and where data lie.
+
+    Returns:
+        the files beside the graph that hold its tensors' data, by the names that it gives them; most graphs hold all themselves.
 
     Raises:
-        UserError: no such file, not an ONNX graph, a tensor's data are not there, or one of the names leads out of the graph's
-            folder: a graph from elsewhere could otherwise have any file of this machine read as weights.
+        UserError: no such file, not a sound ONNX graph, a tensor's data are not there, or lie outside the graph's folder: a graph
+            could otherwise have any file of this machine read as weights.
     """
     path = Path(path)
     read_outline(path)  # words what is wrong with the file as a whole
@@ -347,6 +389,7 @@ def external_files(path: str | Path) -> list[str]:
     try:
         data = memoryview(path.read_bytes())
         for graph in _messages(data, 7):
+            _check_order(graph, set())
             for tensor in _tensors(graph):
                 _check_tensor(tensor)
                 entries = _messages(tensor, 13)
@@ -383,7 +426,7 @@ def load_graph(path: str | Path) -> onnx.ModelProto:
     import onnx
 
     path = Path(path)
-    external_files(path)
+    check_graph(path)
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)

@@ -17,7 +17,7 @@ from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import FILE, check_kind, load_manifest
 from qat.core.manifest_schema import check_verification
-from qat.core.onnx_file import external_files, graph_opset
+from qat.core.onnx_file import check_graph, graph_opset
 from qat.core.verification import Summary, compare_summary
 from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
 
@@ -69,7 +69,7 @@ def _open(path: Path, precision: str, backend: str | None, options: Options) -> 
         if (error.name or "").split(".")[0] != "onnxruntime":
             raise
         raise UserError("the package onnxruntime is not installed; mend by: pip install onnxruntime") from None
-    external_files(path)
+    check_graph(path)
     return PlainGraph(path, options.threads)
 
 

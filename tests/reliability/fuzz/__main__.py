@@ -29,7 +29,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         seeds = (args.seeds or Path(scratch) / "seeds").resolve()
         if not seeds.is_dir():
-            campaign.make_seeds(seeds)
+            campaign.make_seeds(seeds, [args.case.split("/")[0]] if args.case else args.kind or list(TARGETS))
         out = args.out.resolve()
         if args.case:
             out.mkdir(parents=True, exist_ok=True)

@@ -247,7 +247,7 @@ def _quietly(printed: int, function: Any, *arguments: Any) -> None:
     function(*arguments)
 
 
-def make_seeds(folder: Path) -> Path:
+def make_seeds(folder: Path, kinds: Sequence[str]) -> Path:
     """The seeds, made by a child: threads that libraries start while they are made are not there for later forks."""
 
     def make() -> None:
@@ -255,9 +255,11 @@ def make_seeds(folder: Path) -> Path:
 
         warnings.simplefilter("ignore")
         seeds.make_configs(folder / "config")
-        seeds.make_checkpoints(folder / "checkpoint")
-        seeds.make_manifests(folder / "manifest")
-        seeds.make_onnx(folder / "onnx", folder / "manifest")
+        if "checkpoint" in kinds:
+            seeds.make_checkpoints(folder / "checkpoint")
+        if "manifest" in kinds or "onnx" in kinds:
+            seeds.make_manifests(folder / "manifest")
+            seeds.make_onnx(folder / "onnx", folder / "manifest")
 
     _, status = os.waitpid(_forked(make), 0)
     if status:

@@ -133,7 +133,7 @@ class Checkpoints(Target):
 
 
 class Configs(Target):
-    every = 3
+    every = 6
     large = ("camera-tiny", "resnet50", "swint")
 
     def find(self) -> dict[str, bytes]:
