@@ -14,7 +14,7 @@ from pyquaternion import Quaternion
 
 from qat.core.config import CAMERAS
 from qat.core.errors import UserError
-from qat.core.files import read_json
+from qat.core.files import data_path, read_json
 from qat.core.geometry import box_yaw, within
 from qat.core.preprocess import load_image
 from qat.data.pipeline import Sweeps, read_pipeline
@@ -171,7 +171,7 @@ class NuScenesDataset(Sequence[Sample]):
         images, intrinsics, camera2lidar = [], [], []
         for name in self.cameras:
             record, camera2ego, camera_ego2global, intrinsic = self._sensor(sample, name)
-            path = Path(self.nusc.dataroot) / record["filename"]
+            path = data_path(self.nusc.dataroot, record["filename"], "sample_data.json")
             image = load_image(path)
             height, width = image.shape[:2]
             if (record["width"], record["height"]) != (width, height):
@@ -196,7 +196,8 @@ class NuScenesDataset(Sequence[Sample]):
         )
 
     def _read_points(self, record: Mapping[str, Any]) -> np.ndarray:
-        return read_points(Path(self.nusc.dataroot) / record["filename"], self.pipeline.load_dim)
+        path = data_path(self.nusc.dataroot, record["filename"], "sample_data.json")
+        return read_points(path, self.pipeline.load_dim)
 
     def _points(self, record: Mapping[str, Any], global2lidar: np.ndarray) -> np.ndarray:
         """Points of the keyframe and what the pipeline adds and filters, float32[M,5] in the keyframe's lidar frame."""
