@@ -34,7 +34,9 @@ def data_path(root: str | os.PathLike[str], name: object, table: str) -> Path:
         UserError: the name leads out of the data set.
     """
     if not leads_down(name):
-        raise UserError(f"{Path(root) / table}: found file {name!r}, expected the name of a file in the data set's folder")
+        raise UserError(
+            f"{Path(root) / table}: found file {name!r}, expected the name of a file in the data set's folder"
+        )
     return Path(root) / str(name)
 
 

@@ -29,7 +29,9 @@ MAX_NAMES = 1_000_000
 MAX_NAME = 1000
 MAX_DEPTH = 100
 
-LONGEST_WORD = 10_000  # bytes of a pickle without white space between them; the numbers in one have it by chance more often
+LONGEST_WORD = (
+    10_000  # bytes of a pickle without white space between them; the numbers in one have it by chance more often
+)
 DOS_FOLDER = 0x10  # among the attributes of a zip's entry
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

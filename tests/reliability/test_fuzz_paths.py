@@ -17,7 +17,26 @@ from qat.core.manifest import check_inside
 from qat.core.onnx_file import check_graph, load_graph
 from qat.engine import CPU_BACKENDS, Options, build
 
-PIECES = ["..", ".", "", "a", "part.onnx", "link", "deep", "C:", "C:x", "~", "é", "．．", "..\u2044", "%2e%2e", " ..", "..\0", "x" * 300, "loop"]
+PIECES = [
+    "..",
+    ".",
+    "",
+    "a",
+    "part.onnx",
+    "link",
+    "deep",
+    "C:",
+    "C:x",
+    "~",
+    "é",
+    "．．",
+    "..\u2044",
+    "%2e%2e",
+    " ..",
+    "..\0",
+    "x" * 300,
+    "loop",
+]
 NAMES = st.one_of(
     st.text(max_size=40),
     st.builds("".join, st.lists(st.sampled_from([*PIECES, "/", "\\", "//"]), max_size=12)),
@@ -92,7 +111,18 @@ def _graph(path: Path, location: str, sparse: bool = False) -> Path:
     return path
 
 
-OUT = ["../secret", "/etc/passwd", "link/secret", "deep/link", "a/../../secret", "..\\secret", "C:\\secret", "", "\0", "loop"]
+OUT = [
+    "../secret",
+    "/etc/passwd",
+    "link/secret",
+    "deep/link",
+    "a/../../secret",
+    "..\\secret",
+    "C:\\secret",
+    "",
+    "\0",
+    "loop",
+]
 
 
 @pytest.mark.parametrize("sparse", [False, True])

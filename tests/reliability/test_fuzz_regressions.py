@@ -57,16 +57,25 @@ def config_file(tmp_path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("a: &a [1, 2]\n" + "".join(f"b{n}: &b{n} [*{'a' if n == 0 else f'b{n - 1}'}, *a, *a]\n" for n in range(3)), None),
-        ("l0: &l0 [1, 2]\n" + "".join(f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}]\n" for n in range(1, 40)), "look at its anchors"),
+        (
+            "a: &a [1, 2]\n" + "".join(f"b{n}: &b{n} [*{'a' if n == 0 else f'b{n - 1}'}, *a, *a]\n" for n in range(3)),
+            None,
+        ),
+        (
+            "l0: &l0 [1, 2]\n" + "".join(f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}]\n" for n in range(1, 40)),
+            "look at its anchors",
+        ),
         ("self: &self [*self]\n", "look at its anchors"),
         ("x: " + "[" * 20_000, "brackets 20,000 deep"),
         ("x: " + "9" * 5000, "not valid YAML: ValueError"),
         ("x: 2001-99-99", "not valid YAML: ValueError"),
         ("x: !!int z", "not valid YAML: ValueError"),
-        ("".join("  " * n + "a:\n" for n in range(400)), "not valid YAML: RecursionError"),
+        ("".join("  " * n + "a:\n" for n in range(400)), "nested more than 100 deep"),
         ("x: " + "a" * 2_000_000, "expected a config of at most"),
-        ("b0: ${1}\n" + "".join(f"b{n}: '${{[b{n - 1}, b{n - 1}]}}'\n" for n in range(1, 40)), "more than 100,000 steps"),
+        (
+            "b0: ${1}\n" + "".join(f"b{n}: '${{[b{n - 1}, b{n - 1}]}}'\n" for n in range(1, 40)),
+            "more than 100,000 steps",
+        ),
     ],
     ids=lambda value: None if value is None or len(value) > 30 else value.replace(" ", "-"),
 )
@@ -83,12 +92,11 @@ def test_yaml_that_stands_for_endless_values_is_refused_in_little_time(tmp_path,
         ("model.heads.object.tasks.0", [3], "model.heads.object.tasks.0: found [3], expected a list of names"),
         ("model.heads.object.common_heads.dim", [], "common_heads.dim: found [], expected one of"),
         ("model.encoders.camera.vtransform.feature_size", [0, 12], "expected [height, width], whole numbers"),
-        ("model.encoders.camera.vtransform.xbound", [0, 10**400, 1], "expected 3 numbers"),
-        ("model.encoders.camera.vtransform.xbound", [0.0, float("nan"), 1.0], "expected 3 numbers"),
-        ("model.encoders.camera.vtransform.dbound", [0, 1e6, 1], "cells, and points"),
+        ("model.encoders.camera.vtransform.xbound", [0, 10**400, 1], "expected a number up to 1,000,000"),
+        ("model.encoders.camera.vtransform.xbound", [0.0, float("nan"), 1.0], "found nan, expected a number"),
+        ("model.encoders.camera.vtransform.dbound", [0.0, 1e6, 0.1], "with a whole number of steps"),
         ("model.decoder.backbone.blocks", [[10**9, 12, 1]], "expected numbers of layers up to 1000"),
         ("model.encoders.camera.neck.out_channels", 10**12, "expected a number up to 1,000,000"),
-        ("data.test.pipeline", [3], "expected a list of steps with a type"),
     ],
 )
 def test_a_config_of_wrong_kinds_and_sizes_is_refused_by_its_key(tmp_path, small_config, path, value, found):
@@ -197,7 +205,7 @@ def test_a_compressed_entry_is_refused_before_it_is_unpacked(tmp_path):
 
     def pack(entry, content):
         entry.compress_type = zipfile.ZIP_DEFLATED
-        return content if entry.filename.endswith("pkl") else bytes(50_000_000)
+        return content if entry.filename.endswith("pkl") else bytes(2_000_000)
 
     rewritten(path, pack)
     assert "compressed entries" in refused(load_checkpoint, path)
@@ -205,7 +213,10 @@ def test_a_compressed_entry_is_refused_before_it_is_unpacked(tmp_path):
 
 def test_a_name_of_endless_length_is_refused_in_little_time(tmp_path):
     path = saved(tmp_path)
-    rewritten(path, lambda entry, content: b"c" + b"A" * 300_000 + b"\nx\n." if entry.filename.endswith("data.pkl") else content)
+    rewritten(
+        path,
+        lambda entry, content: b"c" + b"A" * 300_000 + b"\nx\n." if entry.filename.endswith("data.pkl") else content,
+    )
     assert "model.pth" in refused(load_checkpoint, path)
 
 
