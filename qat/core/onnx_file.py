@@ -418,7 +418,7 @@ def check_graph(path: str | Path) -> list[str]:
 
 
 def load_graph(path: str | Path) -> onnx.ModelProto:
-    """The whole graph, by the onnx package, after onnx's own checks.
+    """The whole graph, by the onnx package, after `check_graph`.
 
     Raises:
         UserError: no such file, not a sound ONNX graph, or its data lie outside its folder.
@@ -428,8 +428,6 @@ def load_graph(path: str | Path) -> onnx.ModelProto:
     path = Path(path)
     check_graph(path)
     try:
-        model = onnx.load(path)
-        onnx.checker.check_model(model)
+        return onnx.load(path)
     except Exception as error:  # protobuf's and onnx's errors have no base class below Exception
         raise UserError(f"{path}: onnx cannot read it: {' '.join(str(error).split())[:300]}") from None
-    return model
