@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint types unit tensorrt-lab clean
+.PHONY: demo test lint types unit audit tensorrt-lab clean
 
 $(READY): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,11 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# Licences and known vulnerabilities of what is installed, and ruff's security rules (which `make lint` has too).
+audit: $(READY)
+	$(BIN)/ruff check --select S .
+	$(BIN)/python tools/audit.py
 
 # TensorRT 8.5.3.1 and later releases' bindings, for tests/engine/test_tensorrt_lab.py; about 1 GB in .trt.
 PYTHON310 ?= python3.10

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qat.core.errors import UserError
+from qat.core.onnx_file import load_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -154,12 +155,19 @@ def count_graph(path: Path, float_precision: str = "fp32") -> Count:
     Raises:
         UserError: no ONNX file, or the shapes of a counted layer do not follow from it.
     """
+    model = load_graph(path)
+    try:
+        return _count(_Graph(model), path, float_precision)
+    except UserError:
+        raise
+    except Exception as error:  # of onnx's shape inference, and what a graph that it passes over can still lack
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path}: not a graph whose layers can be counted: {why}") from None
+
+
+def _count(graph: _Graph, path: Path, float_precision: str) -> Count:
     import onnx
 
-    try:
-        graph = _Graph(onnx.load(path, load_external_data=False))
-    except Exception as error:  # protobuf's and onnx's errors have no base class below Exception
-        raise UserError(f"{path}: onnx cannot read it: {' '.join(str(error).split())[:200]}") from None
     layers = []
     for node in graph.nodes:
         if node.op_type not in COUNTED:

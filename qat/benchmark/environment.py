@@ -27,7 +27,10 @@ def _nvidia_smi(*query: str) -> list[list[str]]:
     """Lines of nvidia-smi's CSV; none where there is no such program or no GPU."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", *query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20
+            ["nvidia-smi", *query, "--format=csv,noheader,nounits"],  # noqa: S607  # wherever the driver has put it
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return []

@@ -24,6 +24,7 @@ from qat.calibrate.ptq import run_frame
 from qat.core.config import is_camera_branch
 from qat.core.console import results_console
 from qat.core.manifest import load_manifest
+from qat.core.onnx_file import load_graph
 from qat.export.lookups import constants
 from qat.lean.quantizer import Quantizer
 from qat.runtime import Pipeline, SampleTensors
@@ -138,7 +139,7 @@ class _WatchedPart:
     """One exported graph with all of its tensors as outputs: a `qat.runtime.PartRunner`."""
 
     def __init__(self, path: Path, part: str, watch: _Watch) -> None:
-        model = onnx.load(path)
+        model = load_graph(path)
         self.part, self.watch = part, watch
         self.outputs = [output.name for output in model.graph.output]
         known = {value.name for value in model.graph.output}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -67,8 +68,26 @@ class _Checker:
     def numbers(self, path: str, count: int) -> list[float]:
         value = self.get(path)
         good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count
-        if not good or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
+        if not good or not all(_is_number(v) for v in value):
             raise self.fail(path, value, f"{count} numbers")
+        return list(value)
+
+    def size(self, path: str) -> tuple[int, int]:
+        height, width = self.numbers(path, 2)
+        if not (1 <= height == int(height) and 1 <= width == int(width)):
+            raise self.fail(path, [height, width], "[height, width], whole numbers of pixels or cells")
+        return int(height), int(width)
+
+    def section(self, path: str) -> Mapping[str, Any]:
+        value = self.get(path)
+        if not isinstance(value, Mapping):
+            raise self.fail(path, value, "a section")
+        return value
+
+    def names(self, path: str, value: Any = None) -> list[str]:
+        value = self.get(path) if value is None else value
+        if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+            raise self.fail(path, value, "a list of names")
         return list(value)
 
     def options(self, path: str, kind: str) -> None:
@@ -81,11 +100,17 @@ class _Checker:
         if not isinstance(value, list) or len(value) != tasks:
             raise self.fail(path, value, f"a list of {tasks}, one for each task")
 
-    def bound(self, path: str) -> None:
+    def bound(self, path: str) -> int:
         low, high, step = self.numbers(path, 3)
         cells = (high - low) / step if step > 0 else 0
-        if cells < 1 or abs(cells - round(cells)) > 1e-6:
+        if not 1 - 1e-6 <= cells <= LARGEST or abs(cells - round(cells)) > 1e-6:
             raise self.fail(path, [low, high, step], "[lower, upper, step] with a whole number of steps between")
+        return round(cells)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number of a size that configs have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _find_interpolation(value: Any, path: str = "") -> tuple[str, str] | None:
@@ -108,9 +133,9 @@ def check_config(config: Mapping[str, Any], source: str = "config", branch: Bran
     branch: "camera" checks what `camera_branch` takes out of a whole model's config and nothing else: another encoder,
     a fuser, decoder or heads may be anything, or absent. A config that is a camera branch alone needs no telling.
     """
-    check = _Checker(config, source)
     if not isinstance(config, Mapping):
-        raise UserError(f"{source}: found a {type(config).__name__}, expected a mapping with BEVFusion's keys")
+        raise UserError(f"{source}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
+    check = _Checker(config, source)
     alone = branch == "camera" or is_camera_branch(config)
     if has_steps(config) or alone:
         _check_resolved(check, "data.test.pipeline", test_pipeline(config, source))
@@ -124,13 +149,13 @@ def check_config(config: Mapping[str, Any], source: str = "config", branch: Bran
         return
     check.numbers("image_size", 2)
     check.numbers("point_cloud_range", 6)
-    model = check.get("model")
-    encoders = check.get("model.encoders")
+    model = check.section("model")
+    encoders = check.section("model.encoders")
     for sensor, encoder in encoders.items():
         if sensor != "camera" and encoder is not None:
             expected = f"null: only the camera branch is supported; {_TAKE_OUT}"
             raise check.fail(f"model.encoders.{sensor}", "an encoder", expected)
-    for head, value in check.get("model.heads").items():
+    for head, value in check.section("model.heads").items():
         if head != "object" and value is not None:
             raise check.fail(f"model.heads.{head}", "a head", "null: only object detection is supported")
     if model.get("fuser") is not None:
@@ -169,55 +194,67 @@ def _check_camera(check: _Checker) -> None:
         good = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
         if not good or len(set(names)) != len(names):
             raise check.fail("cameras", names, "a list of the cameras' channels, each once, such as [front, rear]")
-    height, width = (int(v) for v in check.numbers("image_size", 2))
+    height, width = check.size("image_size")
     _check_types(check, [path for path in TYPES if path.startswith(CAMERA_BRANCH)])
     vt = f"{CAMERA_BRANCH}.vtransform"
-    transform = check.get(vt)
+    transform = check.section(vt)
     for key in ("in_channels", "out_channels"):
         check.get(f"{vt}.{key}")
-    size = [int(v) for v in check.numbers(f"{vt}.image_size", 2)]
+    size = list(check.size(f"{vt}.image_size"))
     if size != [height, width]:
         raise check.fail(f"{vt}.image_size", size, f"the same as image_size, {[height, width]}")
-    fh, fw = (int(v) for v in check.numbers(f"{vt}.feature_size", 2))
+    fh, fw = check.size(f"{vt}.feature_size")
     if height % fh or width % fw or height // fh != width // fw:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"image_size {[height, width]} divided by one whole stride")
     if transform["type"] == "DepthLSSTransform" and height // fh != 8:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"stride 8, {[height // 8, width // 8]}: dtransform has it")
-    for key in ("xbound", "ybound", "zbound", "dbound"):
-        check.bound(f"{vt}.{key}")
+    cells = {key: check.bound(f"{vt}.{key}") for key in ("xbound", "ybound", "zbound", "dbound")}
+    if cells["dbound"] * fh * fw > MOST_POINTS or cells["xbound"] * cells["ybound"] * cells["zbound"] > MOST_POINTS:
+        raise check.fail(
+            vt, "xbound, ybound, zbound, dbound and feature_size", f"at most {MOST_POINTS:,} cells, and points"
+        )
 
 
 def _check_head(check: _Checker) -> None:
     """The head's tasks, and what decode reads of test_cfg and bbox_coder."""
     where = "model.heads.object"
-    classes = list(check.get("object_classes"))
+    classes = check.names("object_classes")
     tasks = check.get(f"{where}.tasks")
-    flat = [name for task in tasks for name in task]
+    if not isinstance(tasks, list | tuple):
+        raise check.fail(f"{where}.tasks", tasks, "a list of the classes' names for each task")
+    flat = [name for index, task in enumerate(tasks) for name in check.names(f"{where}.tasks.{index}", task)]
     if flat != classes:
         raise check.fail(f"{where}.tasks", flat, f"object_classes in their order, {classes}")
-    if separate := check.get(where).get("separate_head"):
+    if check.section(where).get("separate_head"):
+        separate = check.section(f"{where}.separate_head")
         kind = separate.get("type", "SeparateHead")
         if kind != "SeparateHead":
             raise check.fail(f"{where}.separate_head.type", kind, "SeparateHead")
         check.options(f"{where}.separate_head", kind)
-    maps = check.get(f"{where}.common_heads")
+    maps = check.section(f"{where}.common_heads")
     for name, shape in maps.items():
-        if name not in MAPS or shape[0] != MAPS[name]:
+        pair = isinstance(shape, list | tuple) and len(shape) == 2 and type(shape[1]) is int
+        if name not in MAPS or not pair or shape[0] != MAPS[name] or not 1 <= shape[1] <= MOST_LAYERS:
             wanted = ", ".join(f"{known} ({channels})" for known, channels in MAPS.items())
             raise check.fail(f"{where}.common_heads.{name}", shape, f"one of {wanted} channels")
     for name in ("height", "dim", "rot"):
         if name not in maps:
             raise check.fail(f"{where}.common_heads", list(maps), f"{name} among them: decode needs it")
 
-    kind = check.get(f"{where}.bbox_coder").get("type", "CenterPointBBoxCoder")
+    kind = check.section(f"{where}.bbox_coder").get("type", "CenterPointBBoxCoder")
     if kind != "CenterPointBBoxCoder":
         raise check.fail(f"{where}.bbox_coder.type", kind, "CenterPointBBoxCoder")
     check.options(f"{where}.bbox_coder", kind)
     check.numbers(f"{where}.bbox_coder.post_center_range", 6)
-    for key in ("max_num", "out_size_factor", "pc_range", "voxel_size"):
-        check.get(f"{where}.bbox_coder.{key}")
+    for key in ("max_num", "out_size_factor"):
+        if not _is_number(value := check.get(f"{where}.bbox_coder.{key}")) or value <= 0:
+            raise check.fail(f"{where}.bbox_coder.{key}", value, "a positive number")
+    for key in ("pc_range", "voxel_size"):
+        value = check.get(f"{where}.bbox_coder.{key}")
+        if not isinstance(value, list | tuple) or len(value) < 2 or not all(map(_is_number, value)):
+            raise check.fail(f"{where}.bbox_coder.{key}", value, "numbers, of x and y first")
 
-    test = check.get(f"{where}.test_cfg")
+    test = check.section(f"{where}.test_cfg")
     check.get(f"{where}.test_cfg.post_max_size")
     kinds = check.get(f"{where}.test_cfg.nms_type")
     if isinstance(kinds, list):
@@ -233,7 +270,7 @@ def _check_head(check: _Checker) -> None:
     if isinstance(test.get("nms_scale"), list):
         check.one_a_task(f"{where}.test_cfg.nms_scale", len(tasks))
         for task, scales in zip(tasks, test["nms_scale"], strict=True):
-            if len(scales) != len(task):
+            if not isinstance(scales, list | tuple) or len(scales) != len(task) or not all(map(_is_number, scales)):
                 raise check.fail(f"{where}.test_cfg.nms_scale", scales, f"a factor for each of {list(task)}")
 
 
@@ -317,6 +354,15 @@ def _check_size(value: Any, path: Path) -> None:
         )
 
 
+def _brackets(text: str) -> int:
+    """How deep brackets and braces are nested in a text, whatever they stand in."""
+    depth = deepest = 0
+    for match in re.finditer(r"[\[{\]}]", text):
+        depth = depth + 1 if match[0] in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _read(path: Path) -> Config:
     """A YAML file that holds a mapping.
 
@@ -326,7 +372,10 @@ def _read(path: Path) -> Config:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: found {path.stat().st_size:,} bytes, expected a config of at most {MOST_BYTES:,}")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if (deep := _brackets(text)) > MOST_NESTED:  # the time that PyYAML takes for them grows with their square
+            raise UserError(f"{path}: not valid YAML: found brackets {deep:,} deep, expected at most {MOST_NESTED}")
+        config = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:

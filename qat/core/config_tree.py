@@ -16,6 +16,7 @@ from typing import Any
 from qat.core.errors import UserError
 
 LONGEST = 1000  # characters of an expression; a config's are some dozens
+MOST_STEPS = 100_000  # values looked at; expressions that name each other twice, thirty of them, would take 2³⁰
 NUMERIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -83,12 +84,16 @@ class _Resolver:
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self.config, self.source = config, source
         self.active: list[str] = []
+        self.steps = 0
 
     def fail(self, path: str, text: str, why: str) -> UserError:
         return UserError(f"{self.source}: {path}: found {text!r}, expected {UNDERSTOOD}: {why}")
 
     def resolved(self, value: Any, path: str) -> Any:
         """The value with every expression inside it evaluated."""
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            raise self.fail(path, str(value)[:40], f"they take more than {MOST_STEPS:,} steps")
         if isinstance(value, Mapping):
             return {key: self.resolved(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, list):

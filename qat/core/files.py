@@ -18,7 +18,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from qat.core.errors import UserError
@@ -56,6 +56,37 @@ def flush(paths: Iterable[str | os.PathLike[str]]) -> None:
 
 def _refusal(target: Path, error: OSError) -> UserError:
     return UserError(f"{target}: cannot write here: {error.strerror or error}")
+
+
+def leads_down(name: object) -> bool:
+    """Whether a name that stands in a file from elsewhere is a relative one without `..`, as POSIX or Windows writes them."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return not (parts.is_absolute() or ".." in parts.parts or PureWindowsPath(name).drive)
+
+
+def data_path(root: str | os.PathLike[str], name: object, table: str) -> Path:
+    """The file of a data set that one of its tables names. Links are followed: a data set's folders often lie on another disk.
+
+    Raises:
+        UserError: the name leads out of the data set.
+    """
+    if not leads_down(name):
+        raise UserError(
+            f"{Path(root) / table}: found file {name!r}, expected the name of a file in the data set's folder"
+        )
+    return Path(root) / str(name)
+
+
+def is_inside(folder: str | os.PathLike[str], name: object) -> bool:
+    """Whether a name `leads_down` and is that of a file in this folder through whatever links there are."""
+    if not leads_down(name):
+        return False
+    try:
+        return (Path(folder) / str(name)).resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, ValueError, RuntimeError):  # a name too long or of no encoding, a circle of links
+        return False
 
 
 @contextmanager
@@ -236,7 +267,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.core.files import read_json, restore, sha256
+from qat.core.files import is_inside, read_json, restore, sha256
+from qat.core.manifest_schema import check_pipeline
 
 FORMAT, SCHEMA = "bevqat-parts", 1
 FILE = "manifest.json"
@@ -17,12 +18,13 @@ PARTS = ("camera.backbone", "camera.vtransform", "fuser", "head.bbox")
 
 
 def check_inside(path: str | Path, name: object) -> None:
-    """Raises `UserError` where a file's name in a manifest is none, or leads out of the manifest's folder."""
-    plain = isinstance(name, str) and bool(name) and "\0" not in name
-    if plain:
-        parts = PurePosixPath(str(name).replace("\\", "/"))
-        plain = not (parts.is_absolute() or ".." in parts.parts or PureWindowsPath(str(name)).drive)
-    if not plain:
+    """Raises `UserError` where a file's name in a manifest is none, or leads out of the manifest's folder, by itself or through
+    a link.
+
+    Args:
+        path: the manifest.
+    """
+    if not is_inside(Path(path).parent, name):
         raise UserError(f"{path}: found file {name!r}, expected the name of a file in the manifest's folder")
 
 
@@ -59,7 +61,7 @@ def _check_shape(path: Path, manifest: dict[str, Any], mend: str) -> None:
     if "e2e" in manifest:
         check_kind(path, manifest["e2e"], "sha256", str, mend, "e2e")
     if "pipeline" in manifest:
-        check_kind(path, manifest["pipeline"], "vtransform", dict, mend, "pipeline")
+        check_pipeline(path, manifest["pipeline"], mend)
 
 
 def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts: str = "onnx") -> dict[str, Any]:

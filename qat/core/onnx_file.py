@@ -7,11 +7,18 @@ field numbers of onnx.proto. Tensor data is skipped, never copied.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qat.core.errors import UserError
+from qat.core.files import is_inside
+
+if TYPE_CHECKING:
+    import onnx
 
 FLOAT16, INT8, UINT8 = 10, 3, 2  # of onnx.TensorProto.DataType
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -64,7 +71,10 @@ class Outline:
     @property
     def stores_int8(self) -> bool:
         """Whether weights are integers behind a DequantizeLinear, as the `tensorrt-strong` flavour has them."""
-        return any(node.kind == "DequantizeLinear" and self.types.get(node.inputs[0]) == INT8 for node in self.nodes)
+        return any(
+            node.kind == "DequantizeLinear" and node.inputs and self.types.get(node.inputs[0]) == INT8
+            for node in self.nodes
+        )
 
     @property
     def has_uint8(self) -> bool:
@@ -91,7 +101,9 @@ class Outline:
 
         def dequantized(name: str) -> bool:
             node = made_by.get(name)
-            while node is not None and node.kind in PASSES and node.inputs:
+            for _ in self.nodes:  # no way back is longer, unless it is a circle
+                if node is None or node.kind not in PASSES or not node.inputs:
+                    break
                 node = made_by.get(node.inputs[0])
             return node is not None and node.kind == "DequantizeLinear"
 
@@ -186,6 +198,8 @@ def _read(data: memoryview) -> Outline:
     graph: memoryview | None = None
     for number, value in _fields(data):
         if number == 7 and isinstance(value, memoryview):
+            if graph is not None:  # protobuf would read the two as one
+                raise ValueError("two graphs")
             graph = value
         elif (
             number == 8 and isinstance(value, memoryview) and not len(_message(value, 1))
@@ -238,3 +252,182 @@ def graph_opset(path: Path) -> int | None:
 def has_fp16(path: Path) -> bool:
     """Whether a graph computes in FP16 by its own types: `Outline.has_fp16`. Raises `UserError` as `read_outline`."""
     return read_outline(path).has_fp16
+
+
+MOST_NESTED = 32  # subgraphs in subgraphs
+
+
+def _tensors(graph: memoryview, depth: int = 0) -> Iterator[memoryview]:
+    """Every tensor that a graph holds: initializers, sparse ones, attributes, those of subgraphs."""
+    if depth > MOST_NESTED:
+        raise ValueError(f"graphs nested more than {MOST_NESTED} deep")
+    for number, value in _fields(graph):
+        if not isinstance(value, memoryview):
+            continue
+        if number == 5:
+            yield value
+        elif number == 15:
+            yield from (tensor for inner in (1, 2) for tensor in _messages(value, inner))
+        elif number == 1:
+            for attribute in _messages(value, 5):
+                for inner, content in _fields(attribute):
+                    if not isinstance(content, memoryview):
+                        continue
+                    if inner in (5, 10):
+                        yield content
+                    elif inner in (22, 23):
+                        yield from (tensor for part in (1, 2) for tensor in _messages(content, part))
+                    elif inner in (6, 11):
+                        yield from _tensors(content, depth + 1)
+
+
+# Bytes of an element; types that are stored otherwise (strings, 4 bits) are not looked at.
+_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
+MOST_AXES = 64
+
+
+def _integers(value: int | memoryview) -> Iterator[int]:
+    """Signed 64-bit numbers of a repeated field: one by itself, or packed ones."""
+    if isinstance(value, int):
+        yield value - (value >> 63 << 64)
+        return
+    at = 0
+    while at < len(value):
+        one, at = _varint(value, at)
+        yield one - (one >> 63 << 64)
+
+
+def _check_tensor(tensor: memoryview) -> None:
+    """Raises `ValueError` where a tensor's shape is none, or its data are of another size than its shape says: runtimes compute
+    addresses with these numbers, and not all of them look."""
+    dims: list[int] = []
+    kind, raw, outside = 0, None, False
+    for number, value in _fields(tensor):
+        if number == 1:
+            dims += _integers(value)
+        elif number == 2 and isinstance(value, int):
+            kind = value
+        elif number == 9 and isinstance(value, memoryview):
+            raw = value
+        elif number == 13:
+            outside = True
+    if len(dims) > MOST_AXES or any(size < 0 for size in dims) or math.prod(dims) >= 1 << 40:
+        raise ValueError(f"a tensor of shape {str(dims)[:80]}")
+    expected = math.prod(dims) * _BYTES.get(kind, 0)
+    if raw is not None and len(raw) and not outside and kind in _BYTES and len(raw) != expected:
+        raise ValueError(f"a tensor of shape {str(dims)[:80]} with {len(raw):,} bytes of data, not {expected:,}")
+
+
+def _check_place(tensor: memoryview, folder: Path) -> None:
+    """Raises `ValueError` where a tensor's data are not in the file that it names: beyond its end, or fewer than the shape's."""
+    place = {_text(_message(entry, 1)): _text(_message(entry, 2)) for entry in _messages(tensor, 13)}
+    numbers = {name: place.get(name, "") for name in ("offset", "length")}
+    if any(text and not re.fullmatch(r"[0-9]{1,18}", text) for text in numbers.values()):
+        raise ValueError(f"data at {numbers!r:.80}")
+    dims = [size for number, value in _fields(tensor) if number == 1 for size in _integers(value)]
+    size = math.prod(dims) * _BYTES.get(_number(tensor, 2), 0)
+    have = (folder / place["location"]).stat().st_size
+    begin = int(numbers["offset"] or 0)
+    length = int(numbers["length"]) if numbers["length"] else max(0, have - begin)
+    if begin + length > have or length < size:
+        raise ValueError(f"{size:,} bytes of data at {begin:,} of {place['location']}, which has {have:,}")
+
+
+def _check_order(graph: memoryview, outer: set[str], depth: int = 0) -> None:
+    """Raises `ValueError` where a node reads what no node before it, no input and no initializer gives (so that there is no
+    circle, over which OpenVINO 2026.4 dies of its stack), or where two tensors have one name."""
+    if depth > MOST_NESTED:
+        raise ValueError(f"graphs nested more than {MOST_NESTED} deep")
+    nodes, outputs = [], []
+    given: set[str] = set()
+    for number, value in _fields(graph):
+        if not isinstance(value, memoryview):
+            continue
+        if number == 1:
+            nodes.append(value)
+        elif number == 5:
+            given.add(_text(_message(value, 8)))
+        elif number == 15:
+            given.add(_text(_message(_message(value, 1), 8)))
+        elif number == 11:
+            given.add(_text(_message(value, 1)))
+        elif number == 12:
+            outputs.append(_text(_message(value, 1)))
+    made: set[str] = set()
+    known = outer | given
+    for data in nodes:
+        node, _ = _node(data)
+        if missing := [name for name in node.inputs if name and name not in known]:
+            raise ValueError(f"{node.kind[:40]} reads {missing[0][:80]!r}, which nothing before it gives")
+        for attribute in _messages(data, 5):
+            for inner in (6, 11):
+                for subgraph in _messages(attribute, inner):
+                    _check_order(subgraph, known, depth + 1)
+        for name in filter(None, node.outputs):
+            if name in made or name in given:
+                raise ValueError(f"two tensors named {name[:80]!r}")
+            made.add(name)
+            known.add(name)
+    if missing := [name for name in outputs if name not in known]:
+        raise ValueError(f"nothing gives its output {missing[0][:80]!r}")
+
+
+def check_graph(path: str | Path) -> list[str]:
+    """Looks over a graph from elsewhere before a runtime reads it, some of which compute addresses from whatever they find: the
+    shapes and sizes of tensors, the order of the nodes, and where data lie.
+
+    Returns:
+        the files beside the graph that hold its tensors' data, by the names that it gives them; most graphs hold all themselves.
+
+    Raises:
+        UserError: no such file, not a sound ONNX graph, a tensor's data are not there, or lie outside the graph's folder: a graph
+            could otherwise have any file of this machine read as weights.
+    """
+    path = Path(path)
+    read_outline(path)  # words what is wrong with the file as a whole
+    names: dict[str, list[memoryview]] = {}
+    try:
+        data = memoryview(path.read_bytes())
+        for graph in _messages(data, 7):
+            _check_order(graph, set())
+            for tensor in _tensors(graph):
+                _check_tensor(tensor)
+                entries = _messages(tensor, 13)
+                places = [_text(_message(e, 2)) for e in entries if _text(_message(e, 1)) == "location"]
+                if entries and len(places) != 1:
+                    raise ValueError(f"data in {len(places)} files")
+                for place in places:
+                    names.setdefault(place, []).append(tensor)
+        for function in _messages(data, 25):  # of the model's own; its nodes are field 7 there
+            for node in _messages(function, 7):
+                if any(_messages(tensor, 13) for a in _messages(node, 5) for tensor in _messages(a, 5)):
+                    raise ValueError("data in another file for a function's constant")
+    except (ValueError, IndexError, OSError) as error:
+        raise UserError(f"{path}: not an ONNX graph ({error}); expected a file written by export-camera") from None
+    for name, tensors in names.items():
+        if not is_inside(path.parent, name):
+            raise UserError(f"{path}: found its data in {name!r}, expected a file in the graph's folder")
+        if not (path.parent / name).is_file():
+            raise UserError(f"{path}: {name!r}: no such file, expected the graph's data there; copy it with the graph")
+        try:
+            for tensor in tensors:
+                _check_place(tensor, path.parent)
+        except (ValueError, IndexError, OSError) as error:
+            raise UserError(f"{path}: not an ONNX graph ({error}); export it again, or copy its data anew") from None
+    return list(names)
+
+
+def load_graph(path: str | Path) -> onnx.ModelProto:
+    """The whole graph, by the onnx package, after `check_graph`.
+
+    Raises:
+        UserError: no such file, not a sound ONNX graph, or its data lie outside its folder.
+    """
+    import onnx
+
+    path = Path(path)
+    check_graph(path)
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf's and onnx's errors have no base class below Exception
+        raise UserError(f"{path}: onnx cannot read it: {' '.join(str(error).split())[:300]}") from None

@@ -15,7 +15,7 @@ from pyquaternion import Quaternion
 
 from qat.core.config import camera_names
 from qat.core.errors import UserError
-from qat.core.files import read_json
+from qat.core.files import data_path, read_json
 from qat.core.geometry import box_yaw, within
 from qat.core.preprocess import load_image
 from qat.data.checks import (
@@ -54,8 +54,8 @@ def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
     """
     root = Path(root)
     if not root.is_dir():
-        found = "found a file" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {found}; expected the folder of a nuScenes-format data set; name it with --data")
+        there = "found a file" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {there}; expected the folder of a nuScenes-format data set; name it with --data")
     found = sorted(path.parent.name for path in root.glob("*/sample_data.json"))
     if version is None:
         if len(found) != 1:
@@ -233,7 +233,7 @@ class NuScenesDataset(Sequence[Sample]):
         images, intrinsics, camera2lidar = [], [], []
         for name in self.cameras:
             record, camera2ego, camera_ego2global, intrinsic = self._sensor(sample, name)
-            path = Path(self.nusc.dataroot) / record["filename"]
+            path = data_path(self.nusc.dataroot, record["filename"], "sample_data.json")
             image = load_image(path)
             height, width = image.shape[:2]
             if (said := (record.get("width"), record.get("height"))) != (width, height):
@@ -260,7 +260,8 @@ class NuScenesDataset(Sequence[Sample]):
         )
 
     def _read_points(self, record: Mapping[str, Any]) -> np.ndarray:
-        return read_points(Path(self.nusc.dataroot) / record["filename"], self.pipeline.load_dim)
+        path = data_path(self.nusc.dataroot, record["filename"], "sample_data.json")
+        return read_points(path, self.pipeline.load_dim)
 
     def _points(self, record: Mapping[str, Any], global2lidar: np.ndarray) -> np.ndarray:
         """Points of the keyframe and what the pipeline adds and filters, float32[M,5] in the keyframe's lidar frame."""

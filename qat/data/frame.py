@@ -10,7 +10,7 @@ import numpy as np
 
 from qat.core.config import camera_names
 from qat.core.errors import UserError
-from qat.core.files import read_json
+from qat.core.files import data_path, read_json
 from qat.core.geometry import box_yaw, within
 from qat.core.preprocess import load_image
 from qat.data.pipeline import read_pipeline
@@ -36,11 +36,11 @@ def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
         cameras = camera_names(config)
         for name in cameras:
             record = sample["images"][name]
-            images.append(load_image(folder / record["img_path"]))
+            images.append(load_image(data_path(folder, record["img_path"], "info.json")))
             intrinsics.append(np.asarray(record["cam2img"], np.float64))
             camera2lidar.append(np.linalg.inv(np.asarray(record["lidar2cam"], np.float64)))
         lidar = sample["lidar_points"]
-        points = read_points(folder / lidar["lidar_path"], pipeline.load_dim)
+        points = read_points(data_path(folder, lidar["lidar_path"], "info.json"), pipeline.load_dim)
         points[:, 4] = 0
         names = {index: name for name, index in categories.items()}
         classes = list(config.get("object_classes") or ())

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from qat.core.errors import UserError
+from qat.core.onnx_file import check_graph
 from qat.engine.base import (
     Device,
     Engine,
@@ -154,6 +155,7 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
     _check_precision(precision)
     if not path.is_file():
         raise UserError(f"{path}: no such file; write it with export-camera")
+    check_graph(path)
     engine: Engine = _module(backend).build(path, precision, options or Options(), BACKENDS[backend].device)
     return engine
 

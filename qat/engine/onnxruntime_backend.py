@@ -44,7 +44,13 @@ DTYPES = {
 INTEGER_PREFIXES = ("QLinear", "ConvInteger", "MatMulInteger", "QGemm", "DynamicQuantize")
 
 
-def _specs(arguments: Any) -> dict[str, TensorSpec]:
+def _specs(arguments: Any, source: object) -> dict[str, TensorSpec]:
+    """Raises `UserError` where an input or output is of a type that no part has: a sequence, a string."""
+    if unknown := [a for a in arguments if a.type not in DTYPES]:
+        raise UserError(
+            f"{source}: {unknown[0].name}: found an input or output of type {unknown[0].type}, expected one of "
+            f"{', '.join(DTYPES)}"
+        )
     return {
         a.name: TensorSpec(DTYPES[a.type], tuple(n if isinstance(n, int) else None for n in a.shape)) for a in arguments
     }
@@ -192,13 +198,13 @@ class PlainGraph:
         options = _plain_options(threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         source = graph if isinstance(graph, bytes) else str(graph)
+        name = "the graph" if isinstance(graph, bytes) else graph
         try:
             self._session = ort.InferenceSession(source, options, providers=[CPU])
         except Exception as error:  # onnxruntime's own exceptions have no base class below Exception
-            name = "the graph" if isinstance(graph, bytes) else graph
             raise UserError(f"{name}: ONNX Runtime cannot read it: {' '.join(str(error).split())}") from None
-        self.inputs = _specs(self._session.get_inputs())
-        self.outputs = _specs(self._session.get_outputs())
+        self.inputs = _specs(self._session.get_inputs(), name)
+        self.outputs = _specs(self._session.get_outputs(), name)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Arrays by input name → arrays by output name."""
@@ -308,7 +314,8 @@ class OnnxRuntimeEngine(Engine):
             raise
         except Exception as error:  # onnxruntime's own exceptions have no base class below Exception
             raise UserError(f"{source}: ONNX Runtime cannot read it: {' '.join(str(error).split())}") from None
-        super().__init__(source, precision, _specs(self._session.get_inputs()), _specs(self._session.get_outputs()))
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        super().__init__(source, precision, _specs(inputs, source), _specs(outputs, source))
         self._names = list(self.outputs)
         self._bound = None if device == CPU else DeviceRun(self._session, self.inputs, self.outputs)
 

@@ -112,9 +112,9 @@ class OpenVinoEngine(Engine):
     def _compile(self, source: Path, **more: Any) -> ov.CompiledModel:
         try:
             model = self._core.read_model(source)
+            shift_concatenated(model)  # it asks nodes for shapes, which those of a graph that is none may not have
         except RuntimeError as error:
             raise UserError(f"{source}: OpenVINO cannot read it as ONNX: {_last_line(error)}") from None
-        shift_concatenated(model)
         try:
             return self._core.compile_model(model, self._device, {**self._settings, **more})
         except RuntimeError as error:

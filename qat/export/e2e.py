@@ -42,6 +42,7 @@ from qat.core.geometry import (
 )
 from qat.core.locks import only_writer
 from qat.core.manifest import FILE, PARTS, load_manifest
+from qat.core.onnx_file import load_graph
 from qat.core.tensors import compare_tensors
 from qat.core.verification import judge, random_frame
 from qat.engine.onnxruntime_backend import PlainGraph
@@ -487,7 +488,7 @@ def export_e2e(folder: str | Path, out: str | Path | None = None, seed: int = 0)
 def _write_e2e(folder: Path, target: Path, here: bool, seed: int) -> dict[str, Any]:
     manifest = load_manifest(folder)
     settings = manifest["pipeline"]
-    parts = {name: onnx.load(folder / part["file"]) for name, part in manifest["parts"].items()}
+    parts = {name: load_graph(folder / part["file"]) for name, part in manifest["parts"].items()}
     model = merge_detector(parts, settings)
     verification = {"seed": seed, **verify_detector(model, parts, settings, random_frame(settings, seed))}
     takes, gives = tensor_specs(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,9 +34,18 @@ def build_backbone(config: Mapping[str, Any], image_size: Sequence[int] | None =
     kind = config["type"]
     if kind == "SwinTransformer":
         return _build_swin(config, image_size)
+    indices = config.get("out_indices")
+    if (
+        not isinstance(indices, list | tuple)
+        or not all(type(i) is int and 0 <= i < 1000 for i in indices)
+        or not indices
+    ):
+        raise UserError(
+            f"{WHERE}.out_indices: found {indices!r}, expected the numbers of the stages whose maps are taken"
+        )
     if kind == "ResNet":
-        return _build_timm(f"resnet{config['depth']}", tuple(i + 1 for i in config["out_indices"]), image_size)
-    return _build_timm(config["model_name"], tuple(config["out_indices"]), image_size)
+        return _build_timm(f"resnet{config.get('depth')}", tuple(i + 1 for i in indices), image_size)
+    return _build_timm(str(config.get("model_name")), tuple(indices), image_size)
 
 
 def _build_swin(config: Mapping[str, Any], image_size: Sequence[int] | None) -> nn.Module:
@@ -44,17 +54,21 @@ def _build_swin(config: Mapping[str, Any], image_size: Sequence[int] | None) -> 
     arguments = {key: value for key, value in config.items() if key != "type"}
     try:
         return SwinTransformer(image_size, **arguments)
-    except (TypeError, ValueError, AssertionError, IndexError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise UserError(f"{WHERE}: found values that make no SwinTransformer: {error}") from None
 
 
 def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] | None) -> nn.Module:
+    if not re.fullmatch(
+        r"[A-Za-z0-9_.-]+", name
+    ):  # timm also takes addresses and folders, from which it would fetch a config
+        raise UserError(f"{WHERE}: found {name!r}, expected the name of a timm model")
     options: dict[str, Any] = {"pretrained": False, "features_only": True, "out_indices": indices}
     try:
         network = _create(name, image_size, options)
         if _layout(network) != "NCHW":  # timm's getter turns channels-last maps, and tokens, into [B,C,H,W]
             network = _create(name, image_size, {**options, "feature_cls": "getter"})
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         raise UserError(
             f"{WHERE}: found {name!r} with out_indices {list(indices)}, expected a timm model that has them: {error}"
         ) from None

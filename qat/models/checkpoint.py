@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from qat.core.errors import UserError
 from qat.core.kinds import kind_of_file
 from qat.models.detector import CameraBEVDetector, build_model
-from qat.models.pickled import is_module, module_state, quantizer_settings, read_pickled
+from qat.models.pickled import is_module, is_plainly_saved, module_state, quantizer_settings, read_pickled
 from qat.models.unpickle import Record
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # where others keep what we call state_dict
@@ -143,18 +144,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        found = "found a folder, " if path.is_dir() else "no such file; "
-        raise UserError(f"{path}: {found}expected a checkpoint written by torch.save; name its file")
+        there = "found a folder, " if path.is_dir() else "no such file; "
+        raise UserError(f"{path}: {there}expected a checkpoint written by torch.save; name its file")
     quantizers: dict[str, dict[str, Any]] = {}
-    try:
-        with warnings.catch_warnings():
+    value: Any = None
+    if is_plainly_saved(path):
+        # It holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way.
+        with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol: nothing to act on
             value = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (
-        Exception
-    ):  # it holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way
+    if value is None:
         try:
             value, quantizers = _from_pickled(path)
         except UserError:

@@ -21,6 +21,10 @@ from qat.models.generalized_lssfpn import GeneralizedLSSFPN
 from qat.models.second import SECOND, SECONDFPN
 from qat.models.vtransform import DepthLSSTransform, LSSTransform
 
+# What a network of other values than its constructor knows can raise, apart from torch's RuntimeError.
+UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
+MOST_PARAMETERS = 4_000_000_000
+
 NETWORKS: dict[str, type[nn.Module]] = {
     "GeneralizedLSSFPN": GeneralizedLSSFPN,
     "SECONDFPN": SECONDFPN,
@@ -37,7 +41,7 @@ def _build(config: Mapping[str, Any], path: str) -> nn.Module:
     arguments = {key: value for key, value in config.items() if key != "type"}
     try:
         return NETWORKS[config["type"]](**arguments)
-    except (TypeError, ValueError) as error:
+    except (*UNBUILDABLE, RuntimeError) as error:  # RuntimeError: torch's, of sizes below 0 or beyond the memory
         raise UserError(f"config: {path}: found values that make no {config['type']}: {error}") from None
 
 
@@ -164,4 +168,10 @@ def build_model(config: Mapping[str, Any]) -> CameraBEVDetector:
         UserError: the config asks for something that is not supported, by name.
     """
     check_config(config)
+    with torch.device("meta"):  # sizes alone: where they are damaged, before the memory is asked for them
+        count = sum(parameter.numel() for parameter in CameraBEVDetector(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise UserError(
+            f"config: model: found {count:,} weights, expected at most {MOST_PARAMETERS:,}; look at its channels"
+        )
     return CameraBEVDetector(config)

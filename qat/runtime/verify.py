@@ -15,8 +15,9 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import sha256
-from qat.core.manifest import load_manifest
-from qat.core.onnx_file import graph_opset
+from qat.core.manifest import FILE, check_kind, load_manifest
+from qat.core.manifest_schema import check_verification
+from qat.core.onnx_file import check_graph, graph_opset
 from qat.core.verification import Summary, compare_summary
 from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
 
@@ -68,6 +69,7 @@ def _open(path: Path, precision: str, backend: str | None, options: Options) -> 
         if (error.name or "").split(".")[0] != "onnxruntime":
             raise
         raise UserError("the package onnxruntime is not installed; mend by: pip install onnxruntime") from None
+    check_graph(path)
     return PlainGraph(path, options.threads)
 
 
@@ -129,6 +131,9 @@ def verify_folder(
     for name in names:
         if name not in manifest["parts"]:
             raise UserError(f"part: found {name!r}, expected one of {', '.join(manifest['parts'])}")
+    if "file" in manifest.get("verification", {}):
+        check_verification(folder / FILE, manifest, "export again")
+    check_kind(folder / FILE, manifest, "pipeline", dict, "export again")
     summary = Summary(folder, manifest)
     tokens = list(manifest["verification"]["frames"])
     options = options or Options()
@@ -155,7 +160,7 @@ def verify_folder(
         report[name] = entry
     return {
         "folder": str(folder),
-        "model": manifest["model"],
+        "model": manifest.get("model"),
         "precision": manifest["precision"],
         "flavour": manifest["flavour"],
         "backend": backend or AS_IT_IS,

@@ -1,0 +1,69 @@
+"""Thousands of frames in one process leave its memory, threads and files as they were, and change no result."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOAK = ROOT / "benchmarks" / "soak.py"
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory, make_detector, fresh_config, small_cameras):
+    """A folder of the small detector's INT8 parts for ONNX Runtime."""
+    from qat.export import export_parts
+    from qat.lean import quantize_detector
+
+    quantized = quantize_detector(make_detector(fresh_config()))
+    for module in quantized.activation_quantizers().values():
+        module.set_range(torch.tensor(4.0))
+    folder = tmp_path_factory.mktemp("soak") / "int8"
+    export_parts(quantized, folder, "int8", flavour="onnxruntime", cameras=small_cameras)
+    return folder
+
+
+def soak(tmp_path, folder, backend, frames):
+    out = tmp_path / "soak.json"
+    command = [sys.executable, str(SOAK), "--onnx", str(folder), "--backend", backend, "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--frames", str(frames), "--json", str(out)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())[0]
+
+
+def check(run, frames):
+    assert run["frames"] == frames and run["differing"] == 0
+    assert run["growth_mb"] <= 20
+    assert run["threads"][1] <= run["threads"][0] and run["files"][1] <= run["files"][0]
+    assert run["boxes"] > 20  # or equal results would say nothing
+    assert run["patterns"] > frames / 2  # the cache of patterns turned over all the time
+
+
+def test_two_thousand_int8_frames_on_onnx_runtime_leave_memory_and_results_as_they_were(tmp_path, int8):
+    check(soak(tmp_path, int8, "onnxruntime", 2000), 2000)
+
+
+def test_fp32_frames_on_openvino_leave_memory_and_results_as_they_were(tmp_path, exported_fp32):
+    check(soak(tmp_path, exported_fp32, "openvino", 500), 500)
+
+
+def test_what_grows_or_differs_is_said():
+    sys.path.insert(0, str(SOAK.parent))
+    try:
+        from soak import Soak
+    finally:
+        sys.path.remove(str(SOAK.parent))
+    fine = Soak("f", "openvino", "fp32", 2000, 200.0, 20.0, (2, 2), (5, 5), 0, 40, 2000, 9.0)
+    assert fine.problems(20.0) == []
+    bad = Soak("f", "openvino", "fp32", 2000, 200.0, 20.5, (2, 3), (5, 9), 7, 40, 2000, 9.0)
+    assert bad.problems(20.0) == [
+        "memory rose by 20.5 MB, expected at most 20",
+        "threads rose from 2 to 3",
+        "open files rose from 5 to 9",
+        "7 results differ from those of the first time",
+    ]
