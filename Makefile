@@ -29,7 +29,7 @@ unit: $(READY)
 
 # Licences and known vulnerabilities of what is installed, and ruff's security rules (which `make lint` has too).
 audit: $(READY)
-	$(BIN)/ruff check --select S .
+	$(BIN)/ruff check .
 	$(BIN)/python tools/audit.py
 
 # TensorRT 8.5.3.1 and later releases' bindings, for tests/engine/test_tensorrt_lab.py; about 1 GB in .trt.
