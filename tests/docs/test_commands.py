@@ -47,6 +47,8 @@ ONLY_PARSED = {
     "peers_accuracy.py": "needs the peers (pip install -e '.[peers]') and hours",
     "peers_latency.py": "needs the peers, and minutes of an idle machine",
     "pooling.py": "full size, minutes of an idle machine",
+    "soak.py": "minutes; tests/reliability/test_soak.py runs it on a tiny detector",
+    "tests.reliability.fuzz": "minutes; tests/reliability/test_fuzz.py runs its campaigns",
 }
 # What the pages assume to be there from an earlier page, and how it was made.
 EARLIER = """
@@ -166,6 +168,8 @@ def run_python(command: Command, words: list[str], capsys: pytest.CaptureFixture
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [words[0], *smaller(Path(words[0]).name, words[1:])])
             runpy.run_path(words[0], run_name="__main__")
+    elif words[0] == "-m" and words[1] in ONLY_PARSED:
+        read_arguments(ROOT / words[1].replace(".", "/") / "__main__.py", words[2:])
     elif words[0].startswith("benchmarks/") and Path(words[0]).name in ONLY_PARSED:
         read_arguments(ROOT / words[0], words[1:])
     else:

@@ -40,9 +40,17 @@ def flags() -> set[str]:
             return real(self, args, namespace)
 
         patch.setattr(argparse.ArgumentParser, "parse_args", parse)
-        for path in sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("**/*.py")]):
+        for path in sorted(
+            [
+                *(ROOT / "benchmarks").glob("*.py"),
+                *(ROOT / "tools").glob("*.py"),
+                *(ROOT / "tests").glob("**/__main__.py"),
+                *(ROOT / "examples").glob("**/*.py"),
+            ]
+        ):
             if "parse_args(" in path.read_text():
-                read_arguments(path, [])
+                with contextlib.suppress(SystemExit):  # of one that needs arguments; its parser is seen before
+                    read_arguments(path, [])
     from qat.engine.__main__ import _parser
 
     for parser in [*seen, _parser()]:
