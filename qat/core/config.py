@@ -12,7 +12,15 @@ from typing import Any, Literal
 import yaml
 
 from qat.core.config_tree import defaults_above, has_expressions, inherit, resolve
-from qat.core.config_values import check_sections, check_sizes, check_steps, check_training, check_values
+from qat.core.config_values import (
+    LARGEST,
+    MOST_LAYERS,
+    check_sections,
+    check_sizes,
+    check_steps,
+    check_training,
+    check_values,
+)
 from qat.core.errors import UserError
 from qat.core.schema import MAPS, problems
 
@@ -24,7 +32,7 @@ Branch = Literal["camera"]
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 
 # Far above any config's; what is beyond them is damaged, or meant to fill the memory.
-MOST_BYTES, MOST_VALUES, MOST_NESTED, LARGEST, MOST_LAYERS = 1 << 20, 100_000, 100, 1e6, 1000
+MOST_BYTES, MOST_VALUES, MOST_NESTED = 1 << 20, 100_000, 100
 MOST_POINTS = 1 << 28
 
 WHOLE = ("model", "image_size", "object_classes")  # a config that is no part of a tree has them
@@ -137,7 +145,7 @@ def check_config(config: Mapping[str, Any], source: str = "config", branch: Bran
         raise UserError(f"{source}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
     check = _Checker(config, source)
     alone = branch == "camera" or is_camera_branch(config)
-    if has_steps(config) or alone:
+    if has_steps(config, source) or alone:
         _check_resolved(check, "data.test.pipeline", test_pipeline(config, source))
     _check_resolved(check, CAMERA_BRANCH if alone else "model", _branch_of(config) if alone else config.get("model"))
     check_sections(config, check.fail, alone)
@@ -439,6 +447,6 @@ def _steps(config: Mapping[str, Any], check: _Checker) -> Any:
     return value or config.get("test_pipeline")
 
 
-def has_steps(config: Mapping[str, Any]) -> bool:
+def has_steps(config: Mapping[str, Any], source: str = "config") -> bool:
     """Whether a config says how test data is read; one that builds a network alone need not."""
-    return bool(_steps(config, _Checker(config, "config")))
+    return bool(_steps(config, _Checker(config, source)))

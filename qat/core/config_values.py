@@ -17,6 +17,7 @@ Rule = tuple[Callable[[Any], bool], str]
 CAMERA = "model.encoders.camera"
 HEAD = "model.heads.object"
 # Far above any network's: beyond them a frustum or a grid fills the memory before anything else is noticed.
+LARGEST = 1e6
 MOST_PIXELS, MOST_CELLS, MOST_CHANNELS, MOST_LAYERS = 16_384, 4_096, 65_536, 1_000
 
 
@@ -25,7 +26,7 @@ def _is_whole(value: Any, low: int = 1, high: int = MOST_CHANNELS) -> bool:
 
 
 def _is_number(value: Any, low: float = -math.inf) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= low
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST and value >= low
 
 
 def whole(low: int = 1, high: int = MOST_CHANNELS) -> Rule:
@@ -51,9 +52,14 @@ def several(one: Rule, count: int | None = None, least: int = 1, most: int = MOS
         return fits and all(one[0](item) for item in value)
 
     how_many = f"{count}" if count is not None else f"a list of {least} or more"
-    first, _, rest = one[1].removeprefix("a ").partition("number")
-    many = f"{first}numbers{rest}" if _ else f"values, each {one[1]}"
-    return accepts, f"{how_many} {many}"
+    if one[1].startswith(("a number", "a whole number")):
+        return accepts, f"{how_many} {one[1].removeprefix('a ').replace('number', 'numbers', 1)}"
+    return accepts, f"{how_many} values, each {one[1]}"
+
+
+def worded(rule: Rule, words: str) -> Rule:
+    """The same rule in the words of what it is for."""
+    return rule[0], words
 
 
 def one_of(*values: object) -> Rule:
@@ -79,6 +85,12 @@ RANGE: Rule = (
     "6 numbers, the lowest x, y, z and then the highest",
 )
 FEW = whole(high=MOST_LAYERS)
+BLOCKS: Rule = (
+    lambda value: (
+        several(several(CHANNELS, 3))[0](value) and all(max(block[0], block[2]) <= MOST_LAYERS for block in value)
+    ),
+    f"a list of [layers up to {MOST_LAYERS:,}, channels up to {MOST_CHANNELS:,}, stride]",
+)
 
 _TRANSFORM: dict[str, Rule] = {
     "in_channels": CHANNELS,
@@ -96,7 +108,7 @@ NEEDED: dict[str, dict[str, Rule]] = {
     "SECONDFPN": {"in_channels": WIDTHS, "out_channels": WIDTHS, "upsample_strides": several(number(above=0))},
     "LSSTransform": _TRANSFORM,
     "DepthLSSTransform": _TRANSFORM,
-    "GeneralizedResNet": {"in_channels": CHANNELS, "blocks": several(several(FEW, 3))},
+    "GeneralizedResNet": {"in_channels": CHANNELS, "blocks": BLOCKS},
     "SECOND": {
         "in_channels": CHANNELS,
         "out_channels": WIDTHS,
@@ -110,7 +122,7 @@ NEEDED: dict[str, dict[str, Rule]] = {
     },
     "CenterHead": {
         "in_channels": CHANNELS,
-        "tasks": several(several(TEXT)),
+        "tasks": worded(several(several(TEXT)), "a list of the classes' names for each task"),
         "common_heads": SECTION,
         "bbox_coder": SECTION,
         "test_cfg": SECTION,

@@ -230,6 +230,7 @@ def test_stacked_cells_and_no_depth_input_and_no_downsampling(tmp_path, make_det
     vtransform = config["model"]["encoders"]["camera"]["vtransform"]
     vtransform.update(type="LSSTransform", downsample=1, zbound=[-10.0, 10.0, 10.0])
     config["model"]["decoder"]["backbone"]["in_channels"] = 20
+    config["model"]["heads"]["object"]["bbox_coder"]["out_size_factor"] = 4
     export_parts(lively(make_detector(config)), tmp_path / "parts", "fp32", cameras=small_cameras)
     entry = export_e2e(tmp_path / "parts")
     assert entry["verification"]["passed"]

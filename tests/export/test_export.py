@@ -82,6 +82,7 @@ def test_lss_transform_has_no_depth_input_and_no_downsampling_no_vtransform(
 ):
     transform = small_config["model"]["encoders"]["camera"]["vtransform"]
     transform |= {"type": "LSSTransform", "downsample": 1}
+    small_config["model"]["heads"]["object"]["bbox_coder"]["out_size_factor"] = 4
     manifest = export_parts(make_detector(small_config), tmp_path / "out", "fp32", cameras=small_cameras)
     assert list(manifest["parts"]) == ["camera.backbone", "fuser", "head.bbox"]
     assert list(manifest["parts"]["camera.backbone"]["inputs"]) == ["img"]

@@ -89,14 +89,22 @@ def test_yaml_that_stands_for_endless_values_is_refused_in_little_time(tmp_path,
     [
         ("model.heads", 3, "model.heads: found 3, expected a section"),
         ("model.heads.object.tasks", 5, "model.heads.object.tasks: found 5, expected a list of the classes"),
-        ("model.heads.object.tasks.0", [3], "model.heads.object.tasks.0: found [3], expected a list of names"),
-        ("model.heads.object.common_heads.dim", [], "common_heads.dim: found [], expected one of"),
-        ("model.encoders.camera.vtransform.feature_size", [0, 12], "expected [height, width], whole numbers"),
-        ("model.encoders.camera.vtransform.xbound", [0, 10**400, 1], "expected a number up to 1,000,000"),
-        ("model.encoders.camera.vtransform.xbound", [0.0, float("nan"), 1.0], "found nan, expected a number"),
+        (
+            "model.heads.object.tasks.0",
+            [3],
+            "model.heads.object.tasks: found [[3], ['pedestrian']], expected a list of the classes",
+        ),
+        ("model.heads.object.common_heads.dim", [], "common_heads.dim: found [], expected [channels, convolutions]"),
+        ("model.encoders.camera.vtransform.feature_size", [0, 12], "found [0, 12], expected 2 whole numbers from 1"),
+        ("model.encoders.camera.vtransform.xbound", [0, 10**400, 1], "expected 3 numbers"),
+        ("model.encoders.camera.vtransform.xbound", [0.0, float("nan"), 1.0], "nan, 1.0], expected 3 numbers"),
         ("model.encoders.camera.vtransform.dbound", [0.0, 1e6, 0.1], "with a whole number of steps"),
-        ("model.decoder.backbone.blocks", [[10**9, 12, 1]], "expected numbers of layers up to 1000"),
-        ("model.encoders.camera.neck.out_channels", 10**12, "expected a number up to 1,000,000"),
+        (
+            "model.decoder.backbone.blocks",
+            [[10**9, 12, 1]],
+            "expected a list of [layers up to 1,000, channels up to 65,536, stride]",
+        ),
+        ("model.encoders.camera.neck.out_channels", 10**12, "expected a whole number from 1 to 65,536"),
     ],
 )
 def test_a_config_of_wrong_kinds_and_sizes_is_refused_by_its_key(tmp_path, small_config, path, value, found):
@@ -110,6 +118,7 @@ def test_a_config_of_wrong_kinds_and_sizes_is_refused_by_its_key(tmp_path, small
 
 def test_a_network_beyond_any_memory_is_refused_before_it_is_built(small_config):
     small_config["model"]["decoder"]["backbone"]["blocks"] = [[100, 20_000, 1], [1, 24, 2]]
+    small_config["model"]["decoder"]["neck"]["in_channels"] = [24, 20_000]
     assert "expected at most 4,000,000,000" in refused(build_model, small_config, seconds=5)
 
 

@@ -121,6 +121,7 @@ def test_a_moved_camera_rebuilds_the_pattern_and_a_still_one_does_not(folder, sa
 
 def test_a_detector_without_depth_and_downsampling_runs(tmp_path, sample, small_config, small_cameras, make_detector):
     small_config["model"]["encoders"]["camera"]["vtransform"] |= {"type": "LSSTransform", "downsample": 1}
+    small_config["model"]["heads"]["object"]["bbox_coder"]["out_size_factor"] = 4
     detector = make_detector(small_config)
     pipeline = Pipeline(torch_parts(detector), pipeline_settings(small_config, small_cameras))
     maps = pytorch_maps(detector, sample)
