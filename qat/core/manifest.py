@@ -45,6 +45,21 @@ def check_kind(path: Path, values: object, key: str, kind: type, mend: str, wher
     return value
 
 
+def pipeline_of(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The `pipeline` section of a manifest that `load_manifest` gave (which reads a folder without one too: parts alone).
+
+    Raises:
+        UserError: it has none.
+    """
+    mend = _again(manifest)
+    section: dict[str, Any] = check_kind(Path(folder) / FILE, manifest, "pipeline", dict, mend)
+    return section
+
+
+def _again(manifest: dict[str, Any]) -> str:
+    return "run `bevqat build` again" if manifest.get("format_of_parts") == "engine" else "export again"
+
+
 def _check_shape(path: Path, manifest: dict[str, Any], mend: str) -> None:
     """Raises `UserError` where what everybody reads is missing or of another kind, as in a file that was cut or edited."""
     check_kind(path, manifest, "precision", str, mend)
@@ -92,7 +107,7 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
             "engine": "those are built (docs/engines.md); name the folder that they were built from",
         }.get(str(found), "export again")
         raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {mend}")
-    again = "run `bevqat build` again" if format_of_parts == "engine" else "export again"
+    again = _again(manifest)
     _check_shape(path, manifest, again)
     files = {f"part {name}": part for name, part in manifest["parts"].items()}
     if "e2e" in manifest:

@@ -41,7 +41,7 @@ from qat.core.geometry import (
     pooling_pattern,
 )
 from qat.core.locks import only_writer
-from qat.core.manifest import FILE, PARTS, load_manifest
+from qat.core.manifest import FILE, PARTS, load_manifest, pipeline_of
 from qat.core.onnx_file import load_graph
 from qat.core.tensors import compare_tensors
 from qat.core.verification import judge, random_frame
@@ -487,7 +487,7 @@ def export_e2e(folder: str | Path, out: str | Path | None = None, seed: int = 0)
 
 def _write_e2e(folder: Path, target: Path, here: bool, seed: int) -> dict[str, Any]:
     manifest = load_manifest(folder)
-    settings = manifest["pipeline"]
+    settings = pipeline_of(folder, manifest)
     parts = {name: load_graph(folder / part["file"]) for name, part in manifest["parts"].items()}
     model = merge_detector(parts, settings)
     verification = {"seed": seed, **verify_detector(model, parts, settings, random_frame(settings, seed))}

@@ -148,6 +148,8 @@ def test_a_quantized_checkpoint_for_a_float_one(verbs, refused):
     for verb in ("calibrate", "train"):
         refused(verbs.floats("ptq.pth")[verb], "ptq.pth: found a quantized checkpoint, expected", "float")
     refused(verbs.floats("ptq.pth")["import-ptq"], "ptq.pth: found no quantizers of another tool")
+    words = "--ckpt: found ptq.pth, a quantized checkpoint, expected the float one"
+    refused(verbs.floats("ptq.pth")["compare"], words, "--ckpt names the float checkpoint, --ptq the quantized one")
 
 
 RANGE = "camera.encoders.camera.backbone.layer1.0.conv1.weight_quantizer"
