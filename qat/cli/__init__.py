@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qat.cli.failures import one_line_of
+from qat.cli.failures import health_of, one_line_of
 from qat.cli.json_output import json_output
 from qat.cli.parser import VERBS, make_parser, nearest, verb_of
 from qat.cli.pipes import reader_gone
@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{health_of(error, args)}", file=sys.stderr)
         return BAD_USE
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)

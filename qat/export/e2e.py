@@ -439,8 +439,12 @@ def verify_detector(
         own_cells = pipeline.forward(frame)
     tensors: dict[str, dict[str, Any]] = {}
     for name, value in found.items():
-        rounding_db = None if unrounded is None else compare_tensors(unrounded[name], value)["sqnr_db"]
-        tensors[name] = judge(compare_tensors(own_cells[name], value), rounding_db)
+        rounding_db = (
+            None
+            if unrounded is None
+            else compare_tensors(unrounded[name], value, f"the whole detector: {name}")["sqnr_db"]
+        )
+        tensors[name] = judge(compare_tensors(own_cells[name], value, f"the whole detector: {name}"), rounding_db)
         tensors[name]["pipeline_db"] = compare_tensors(reference[name], value)["sqnr_db"]
     passed = geometry["passed"] and all(entry["passed"] for entry in tensors.values())
     return {"runtime": "onnxruntime, optimizer off", "passed": passed, "geometry": geometry, "tensors": tensors}

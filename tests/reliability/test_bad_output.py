@@ -90,6 +90,27 @@ def test_a_disk_that_is_full(arguments, work):
     assert sorted(path.name for path in work.iterdir()) == before
 
 
+TRAINED = ["--data", "data:calib", "--steps", "1", "--batch", "1", "--save-seconds", "0", "--out", "out"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    "arguments", [["train", "--config", "config.yaml", *TRAINED], ["finetune", "--ckpt", "ptq.pth", "--no-augment", *TRAINED]],
+    ids=["train", "finetune"],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [200, 60_000])
+def test_a_run_on_a_disk_that_gets_full(arguments, size, work):
+    """At the first bytes of a checkpoint or in the middle of one, of which nothing stays."""
+    done = _limited(work, arguments, size)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: out/") and ": cannot write here: " in line and "Traceback" not in done.stderr, (
+        done.stderr
+    )
+    assert os.strerror(errno.EFBIG) in line
+    assert not [path.name for path in (work / "out").iterdir() if path.suffix in (".tmp", ".pth")]
+
+
 def test_a_checkpoint_on_a_full_disk(work):
     """torch tells it as a RuntimeError of its own; what the system said is told instead."""
     from qat.models.checkpoint import save_plain
