@@ -101,6 +101,7 @@ TRAINED = ["--data", "data:calib", "--steps", "1", "--batch", "1", "--save-secon
 @pytest.mark.parametrize("size", [200, 60_000])
 def test_a_run_on_a_disk_that_gets_full(arguments, size, work):
     """At the first bytes of a checkpoint or in the middle of one, of which nothing stays."""
+    (work / "out").mkdir()
     done = _limited(work, arguments, size)
     assert done.returncode == 2, done.stderr
     line = done.stderr.splitlines()[-1]
