@@ -235,45 +235,5 @@ def test_results_that_no_report_can_be_made_of(kind, work, refused):
     refused(["report", "results.json"], "results.json", words)
 
 
-INTERRUPTED = """
-import os, signal, sys
-import {module} as owner
-from qat.cli import main
-real = owner.{name}
-def interrupted(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGINT)
-    return real(*args, **kwargs)
-owner.{name} = interrupted
-sys.exit(main(sys.argv[1:]))
-"""
-WITHIN = {
-    "calibrate": (CALIBRATE + ["--out", "ptq_new.pth"], "qat.calibrate.ptq", "run_frame"),
-    "build": (
-        ["build", "--onnx", "fp32", "--backend", "onnxruntime", "--out", "built"],
-        "qat.runtime.engines",
-        "build",
-    ),
-}
-
-
-@pytest.mark.parametrize("verb", WITHIN)
-def test_ctrl_c_is_one_line_and_status_130(verb, work):
-    """In a process of its own: a Ctrl-C is for the whole of it. Nothing half-written stays."""
-    arguments, module, name = WITHIN[verb]
-    before = sorted(path.name for path in work.iterdir())
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED.format(module=module, name=name), *arguments],
-        cwd=work,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "interrupted; what was finished is kept"
-    assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in work.iterdir()) == before
-
-
 def test_errors_are_one_line_whatever_they_quote():
     assert one_line_of(UserError("a\nb")) == "a b"
