@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def check_kind(path: Path, values: object, key: str, kind: type, mend: str, wher
     return value
 
 
-def pipeline_of(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def pipeline_of(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The `pipeline` section of a manifest that `load_manifest` gave (which reads a folder without one too: parts alone).
 
     Raises:
@@ -56,7 +57,7 @@ def pipeline_of(folder: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return section
 
 
-def _again(manifest: dict[str, Any]) -> str:
+def _again(manifest: Mapping[str, Any]) -> str:
     return "run `bevqat build` again" if manifest.get("format_of_parts") == "engine" else "export again"
 
 
