@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest
+from qat.core.manifest import load_manifest, pipeline_of
 from qat.engine import CPU_BACKENDS, find_backend, passed_over
 from qat.runtime.engines import FORMAT_OF_PARTS, engine_section, is_engines
 
@@ -49,10 +49,12 @@ def _own_backend(manifest: dict[str, Any]) -> str | None:
 
 def _load(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of graphs or of built engines."""
-    if not is_engines(folder):
-        return load_manifest(folder)
-    manifest = load_manifest(folder, format_of_parts=FORMAT_OF_PARTS)
-    engine_section(folder, manifest)
+    if is_engines(folder):
+        manifest = load_manifest(folder, format_of_parts=FORMAT_OF_PARTS)
+        engine_section(folder, manifest)
+    else:
+        manifest = load_manifest(folder)
+    pipeline_of(folder, manifest)
     return manifest
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.machine import field, read_text
+from qat.core.processes import leaving_interrupts_to_us
 from qat.core.rounds import no_collection
 from qat.engine.base import Options
 
@@ -140,7 +141,9 @@ def stored_mb(file: Path) -> float:
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """The process: makes its object, then calls the methods that are asked for, until told to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # where it is not blocked; the parent is told too, and ends this process
     target: Any = None
     try:
         target = make(*arguments)
@@ -176,7 +179,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a fork would share the parent's memory and its thread pools
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        with _no_main():
+        with _no_main(), leaving_interrupts_to_us():
             self._process.start()
         theirs.close()
 

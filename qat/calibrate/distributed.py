@@ -61,12 +61,13 @@ def agree(error: UserError | None) -> None:
         if error is not None:
             raise error
         return
-    found: list[str | None] = [None] * size
-    distributed.all_gather_object(found, None if error is None else str(error))
-    first = next((text for text in found if text is not None), None)
+    found: list[tuple[type[UserError], str] | None] = [None] * size
+    distributed.all_gather_object(found, None if error is None else (type(error), str(error)))
+    first = next((one for one in found if one is not None), None)
     if first is not None:
         if rank == 0:
-            raise UserError(first)
+            kind, text = first
+            raise kind(text)
         raise SystemExit(2)
 
 

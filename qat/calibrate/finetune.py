@@ -24,7 +24,7 @@ import qat
 from qat.calibrate.checkpoint import load_float_reference, load_ptq, save_ptq
 from qat.calibrate.distill import Outputs, distillation_losses, run_network
 from qat.calibrate.distributed import agree, device, only_writers, place
-from qat.core.errors import UserError
+from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import atomic_path, atomic_set, check_same_run, sha256, write_json
 from qat.core.geometry import PoolPattern
 from qat.core.locks import one_writer
@@ -33,6 +33,7 @@ from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, images_digest, version_in
 from qat.data.augment import AugmentedSet
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
+from qat.models.checkpoint import save_plain
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class _State:
 
     def save(self, path: Path, run: Mapping[str, Any]) -> None:
         with atomic_path(path) as temporary:
-            torch.save(
+            save_plain(
                 {
                     "run": dict(run),
                     "step": self.step,
@@ -267,9 +268,8 @@ def _check_teacher(outputs: Outputs, tokens: Sequence[str]) -> None:
     finite = outputs.bev.flatten(1).isfinite().all(1)
     if not bool(finite.all()):
         token = tokens[int((~finite).nonzero()[0])]
-        raise UserError(
-            f"frame {token}: the float network gives values that are not finite; run `bevqat health` on the checkpoint, "
-            "or leave the frame out"
+        raise NotFiniteError(
+            f"frame {token}: the float network gives values that are not finite; leave the frame out, or mend the checkpoint"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qat.calibrate.distributed import agree, merge_calibrators, total
-from qat.core.errors import UserError
+from qat.core.errors import NotFiniteError, UserError
 from qat.core.frame import Frame
 from qat.lean import METHODS, QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
@@ -139,7 +139,7 @@ def calibrate(
     Under torchrun each process passes its own share of the frames, and all end with the same ranges.
 
     Raises:
-        UserError: no frames, a frame with NaN or without content, NaN in an activation (the layer is named).
+        UserError: no frames, a frame with NaN or without content, NaN in an activation (the frame and the quantizer are named).
     """
     if method not in METHODS:
         raise UserError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
@@ -151,7 +151,10 @@ def calibrate(
         try:
             for frame in frames:
                 check_frame(frame)
-                run_frame(quantized, frame)
+                try:
+                    run_frame(quantized, frame)
+                except NotFiniteError as found:
+                    raise NotFiniteError(f"frame {frame.token}: {found}") from None
                 report.frames += 1
                 if progress:
                     progress(report.frames)

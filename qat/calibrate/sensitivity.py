@@ -25,7 +25,7 @@ from qat.calibrate.ptq import check_frame, counting_macs
 from qat.core.centerhead import Detections
 from qat.core.config import is_camera_branch, need_boxes
 from qat.core.console import results_console
-from qat.core.errors import UserError
+from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import read_arrays, read_json, sha256, write_arrays, write_figure, write_json
 from qat.core.frame import Frame
 from qat.core.progress import progress_bar
@@ -184,7 +184,8 @@ def _one_frame(
         tensors = _FloatTensors(model, frame)
         bev, maps = tensors.bev.double().flatten().cpu().numpy(), _flat(tensors.maps)
         if not (np.isfinite(bev).all() and np.isfinite(maps).all()):
-            raise UserError(f"frame {frame.token}: the float network gives values that are not finite")
+            tensor = TENSORS[0 if not np.isfinite(bev).all() else 1]
+            raise NotFiniteError(f"frame {frame.token}: {tensor}: the float network gives values that are not finite")
         objects = _objects(tensors.maps) if tensors.maps else None
         rows = [([unit], unit.part) for unit in every] + [(list(every), "camera")]
         energies = np.zeros((len(rows), len(tensors_of(model)), 2))

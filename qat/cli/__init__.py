@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qat.cli.failures import one_line_of
+from qat.cli import interrupts  # before what takes time to import
+from qat.cli.failures import health_of, one_line_of
 from qat.cli.json_output import json_output
 from qat.cli.parser import VERBS, make_parser, nearest, verb_of
 from qat.cli.pipes import reader_gone
@@ -28,8 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: of status 0 after --help and --version, of status 2 for words that are not understood.
     """
+    program = argv is None  # and not a call of a program that goes on
+    if program:
+        interrupts.show_one_line(True)
     try:
         return _run(argv)
+    except KeyboardInterrupt:
+        if program:
+            interrupts.take_no_more()
+        print(interrupts.LINE, file=sys.stderr)
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         package = (error.name or "qat").partition(".")[0]
         if package == "qat":
@@ -59,11 +68,8 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{health_of(error, args)}", file=sys.stderr)
         return BAD_USE
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         if not reader_gone():
             raise
@@ -74,3 +80,6 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         print(f"error: {line}", file=sys.stderr)
         return BAD_USE
+
+
+interrupts.show_one_line(False)

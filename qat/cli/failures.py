@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import re
+import shlex
 
-from qat.core.errors import UserError
+from qat.core.errors import NotFiniteError, UserError
 
 _MEND = {
     errno.ENOSPC: "free some space, or write to another disk",
@@ -61,3 +63,25 @@ def one_line_of(error: BaseException) -> str | None:
         return None
     file = next((str(name) for name in (refusal.filename2, refusal.filename) if name is not None), "the output")
     return f"{file}: found {os.strerror(refusal.errno).lower()}, expected to read or write it; {_MEND[refusal.errno]}"
+
+
+def health_of(error: UserError, args: argparse.Namespace) -> str:
+    """What ends the line of a `NotFiniteError`: the command, ready to be pasted, that finds the layer. "" for other errors, and
+    where a verb's flags name no checkpoint."""
+    source = next((found for name in ("source", "ckpt") if (found := getattr(args, name, None)) is not None), None)
+    if not isinstance(error, NotFiniteError) or source is None:
+        return ""
+    words = ["bevqat", "health", str(source)]
+    data, split = getattr(args, "data", None), getattr(args, "split", None)
+    if isinstance(data, list):  # of training: ROOT or ROOT:SPLIT, each
+        first = str(data[0]) if data else ""
+        root, colon, named = first.rpartition(":")
+        data, split = (root, named) if colon and not os.path.isdir(first) else (first, split)
+    given = {
+        "--config": getattr(args, "config", None), "--prefix": getattr(args, "prefix", None), "--data": data,
+        "--version": getattr(args, "version", None), "--split": split or (data and "all"),
+    }  # fmt: skip
+    for flag, value in given.items():
+        if value:
+            words += [flag, str(value)]
+    return f"; {shlex.join(words)} finds the layer"

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.compare.health import check_detector, check_parts, print_health, saturated
     from qat.core.config import load_config
     from qat.core.errors import UserError
-    from qat.core.manifest import load_manifest
+    from qat.core.manifest import load_manifest, pipeline_of
     from qat.core.progress import counted
     from qat.data import NuScenesDataset
     from qat.export.checkpoint import config_of
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         what = "a folder of exported parts" if folder else "a PTQ checkpoint"
         raise UserError(f"{source}: {what} knows whether it is a camera branch alone; leave --prefix out")
     if folder:
-        branch = load_manifest(source, check_files=False)["pipeline"].get("branch")
+        branch = pipeline_of(source, load_manifest(source, check_files=False)).get("branch")
         config = load_config(args.config or MODEL / "config.yaml", branch)
         frames = NuScenesDataset(args.data, args.split, config, args.version, args.frames)
         found = check_parts(source, counted("check", frames, len(frames)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from qat.compare.rows import Row
 from qat.core.centerhead import Detections
-from qat.core.errors import UserError
+from qat.core.errors import NotFiniteError
 from qat.core.files import read_arrays, write_arrays
 from qat.core.tensors import decibels, frame_digest
 from qat.data import NuScenesDataset, Sample
@@ -82,7 +82,7 @@ def run_accuracy(
         each row's boxes and energies; milliseconds that each newly run keyframe's pooling pattern took to compute.
 
     Raises:
-        UserError: a row gave a value that is not finite.
+        NotFiniteError: a row gave a value that is not finite.
     """
     store = _Cache(cache)
     reference = rows[0]
@@ -109,7 +109,7 @@ def run_accuracy(
                 energies = _energies(expected, tensors, row.pipeline.settings["head_maps"])
                 if not np.isfinite(energies).all():
                     where = TENSORS[int(np.argmax(~np.isfinite(energies).all(1)))]
-                    raise UserError(f"{row.name}: sample {sample.token}: {where} has values that are not finite")
+                    raise NotFiniteError(f"{row.name}: sample {sample.token}: {where} has values that are not finite")
                 found = row.pipeline.decode(tensors)
                 for what, array in (("boxes", found.boxes), ("scores", found.scores), ("labels", found.labels)):
                     known[f"{key}.{what}"] = array

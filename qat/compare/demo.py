@@ -14,6 +14,8 @@ from qat.calibrate.job import calibrate_checkpoint
 from qat.calibrate.sensitivity import WORST, measure_sensitivity, write_sensitivity
 from qat.compare.rows import Sources
 from qat.compare.run import CACHE, CompareOptions, Comparison, compare
+from qat.core.config import load_config
+from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.locks import one_writer
 from qat.data import NuScenesDataset
@@ -71,6 +73,12 @@ def demo(
     def step(what: str) -> None:
         say(f"[{time.monotonic() - started:4.0f} s] {what}")
 
+    if rounds < 1:
+        raise UserError(f"--rounds: found {rounds}, expected at least 1")
+    if frames is not None:  # said now, and not after the calibration and the exports
+        if frames < 1:
+            raise UserError(f"--frames: found {frames}, expected at least 1")
+        NuScenesDataset(data, "eval", load_config(model / "config.yaml"), frames=frames)
     checkpoint, ptq = model / f"{model.name}.pth", out / "ptq.pth"
     step(f"calibrate {checkpoint} over the calibration frames of {data}")
     calibrate_checkpoint(config=model / "config.yaml", checkpoint=checkpoint, data=data, split="calib", out=ptq)

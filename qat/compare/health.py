@@ -23,7 +23,7 @@ from torch import nn
 from qat.calibrate.ptq import run_frame
 from qat.core.config import is_camera_branch
 from qat.core.console import results_console
-from qat.core.manifest import load_manifest
+from qat.core.manifest import load_manifest, pipeline_of
 from qat.core.onnx_file import load_graph
 from qat.export.lookups import constants
 from qat.lean.quantizer import Quantizer
@@ -195,7 +195,7 @@ def check_parts(folder: str | Path, frames: Iterable[SampleTensors]) -> Health:
     manifest = load_manifest(folder)
     watch = _Watch()
     runners = {name: _WatchedPart(folder / part["file"], name, watch) for name, part in manifest["parts"].items()}
-    pipeline = Pipeline(runners, manifest["pipeline"])
+    pipeline = Pipeline(runners, pipeline_of(folder, manifest))
     for frame in frames:
         watch.begin(str(getattr(frame, "token", hashlib.sha1(frame.img.tobytes(), usedforsecurity=False).hexdigest())))
         pipeline.forward(frame)

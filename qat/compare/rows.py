@@ -17,7 +17,7 @@ from qat.calibrate import load_ptq
 from qat.core.config import need_boxes
 from qat.core.errors import UserError
 from qat.core.files import sha256
-from qat.core.manifest import load_manifest
+from qat.core.manifest import load_manifest, pipeline_of
 from qat.engine import Options, find_backend, passed_over, takes_bfloat16
 from qat.export import pipeline_settings, torch_parts
 from qat.export.checkpoint import config_of
@@ -91,7 +91,7 @@ def _check_whole(sources: Sources, quantized: QuantizedDetector | None) -> None:
     if quantized is not None:
         need_boxes(quantized.config, str(sources.ptq), mend)
     for folder in (*sources.fp32, *sources.int8):
-        if load_manifest(folder, check_files=False)["pipeline"].get("branch") is not None:
+        if pipeline_of(folder, load_manifest(folder, check_files=False)).get("branch") is not None:
             raise UserError(
                 f"{folder}: found the camera branch's parts alone, which give no boxes, expected a whole detector's; {mend}"
             )
@@ -108,6 +108,11 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
         UserError: a file is missing, damaged or not of the same weights; a backend is unknown or not installed.
     """
     checkpoint = load_checkpoint(sources.ckpt)
+    if checkpoint.get("format") == "bevqat-ptq":
+        raise UserError(
+            f"--ckpt: found {sources.ckpt}, a quantized checkpoint, expected the float one that it was calibrated from; "
+            "--ckpt names the float checkpoint, --ptq the quantized one"
+        )
     float_hash, ptq_hash = sha256(sources.ckpt), None
     files = [{"what": "float checkpoint", "file": sources.ckpt.name, "sha256": float_hash}]
     recipe: dict[str, Any] = {}

@@ -26,7 +26,7 @@ from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import command_line, tables_sha256
 from qat.core.versions import versions
-from qat.data import NuScenesDataset, Sample
+from qat.data import NuScenesDataset, Sample, check_annotated
 from qat.engine import BACKENDS, CPU_BACKENDS, Options, described
 from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.evaluate.bootstrap import MIN_SCENES
@@ -205,6 +205,7 @@ def compare(options: CompareOptions) -> Comparison:
     with progress_bar("build engines"):
         rows, facts = load_rows(options.sources, options.backends, options.engines)
     dataset = NuScenesDataset(options.data, options.split, facts["config"], options.version, options.frames)
+    check_annotated(dataset)
     timed = set(
         np.linspace(0, len(dataset) - 1, min(options.latency_frames, len(dataset))).round().astype(int).tolist()
     )

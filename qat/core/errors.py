@@ -17,6 +17,11 @@ class UserError(Exception):
         super().__init__(one_line(str(message)))
 
 
+class NotFiniteError(UserError):
+    """NaN or infinity that came out of a network, not of a file. The commands end its line with the `bevqat health` that finds
+    the first layer that gave it."""
+
+
 def one_line(text: str, longest: int = LONGEST) -> str:
     """The text as one line of at most `longest` printable characters."""
     if len(text) > longest:

@@ -98,7 +98,9 @@ def _told(target: Path) -> Iterator[None]:
         if error.errno not in _PLACE:
             raise
         raise _refusal(target, error) from None
-    except RuntimeError:  # which torch.save raises for whatever keeps it from writing
+    except (
+        RuntimeError
+    ):  # native code that opens the file itself; torch writes through files of Python's instead (qat.models.checkpoint)
         try:
             full = shutil.disk_usage(target.parent).free < _ALMOST_FULL
         except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,21 @@ def check_kind(path: Path, values: object, key: str, kind: type, mend: str, wher
         found = "none" if value is None else f"{str(value)[:40]!r}"
         raise UserError(f"{path}: {where and where + ': '}{key}: found {found}, expected {name}: damaged; {mend}")
     return value
+
+
+def pipeline_of(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The `pipeline` section of a manifest that `load_manifest` gave (which reads a folder without one too: parts alone).
+
+    Raises:
+        UserError: it has none.
+    """
+    mend = _again(manifest)
+    section: dict[str, Any] = check_kind(Path(folder) / FILE, manifest, "pipeline", dict, mend)
+    return section
+
+
+def _again(manifest: Mapping[str, Any]) -> str:
+    return "run `bevqat build` again" if manifest.get("format_of_parts") == "engine" else "export again"
 
 
 def _check_shape(path: Path, manifest: dict[str, Any], mend: str) -> None:
@@ -92,7 +108,7 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
             "engine": "those are built (docs/engines.md); name the folder that they were built from",
         }.get(str(found), "export again")
         raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {mend}")
-    again = "run `bevqat build` again" if format_of_parts == "engine" else "export again"
+    again = _again(manifest)
     _check_shape(path, manifest, again)
     files = {f"part {name}": part for name, part in manifest["parts"].items()}
     if "e2e" in manifest:

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""Processes that end with the one that started them, and leave Ctrl-C to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
@@ -25,3 +28,21 @@ def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it was killed before
         os._exit(1)
+
+
+@contextmanager
+def leaving_interrupts_to_us() -> Iterator[None]:
+    """Processes that are started inside the block never get a Ctrl-C, from their first moment on.
+
+    A terminal sends it to all of them: each would print a traceback, most of all while it still imports. One that comes inside
+    the block reaches this process at its end. On Windows it does nothing.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # which multiprocessing starts first, and which unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

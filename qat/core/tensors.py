@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from qat.core.errors import UserError
+from qat.core.errors import NotFiniteError, UserError
 
 # Reported for equal tensors, whose ratio is infinite: JSON has no infinity. Above what float32 can reach (2^-24 → 150).
 EQUAL_DB = 200.0
@@ -41,18 +41,25 @@ def decibels(signal: float, noise: float) -> float:
     return min(EQUAL_DB, 10 * math.log10(max(signal, sys.float_info.min) / noise))
 
 
-def compare_tensors(reference: np.ndarray, candidate: np.ndarray) -> TensorDifference:
+def compare_tensors(reference: np.ndarray, candidate: np.ndarray, what: str = "compare") -> TensorDifference:
     """Compares a candidate with its reference, in double precision.
 
+    Args:
+        what: is compared, for messages.
+
     Raises:
-        UserError: different shapes, or a value that is not finite.
+        UserError: different shapes. NotFiniteError: a value that is not finite.
     """
     if reference.shape != candidate.shape:
-        raise UserError(f"compare: found shape {list(candidate.shape)}, expected {list(reference.shape)}")
+        raise UserError(f"{what}: found shape {list(candidate.shape)}, expected {list(reference.shape)}")
     a, b = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
     difference = a - b
     if not np.isfinite(difference).all():
-        raise UserError("compare: found NaN or infinite values, expected finite tensors")
+        bad = int((~np.isfinite(difference)).sum())
+        whose = "the reference" if not np.isfinite(a).all() else "what is compared with it"
+        raise NotFiniteError(
+            f"{what}: found NaN or infinite values in {bad} of {a.size} values of {whose}, expected finite tensors"
+        )
     signal, noise = float(a @ a), float(difference @ difference)
     norms = math.sqrt(signal * float(b @ b))
     cosine = 1.0 if noise == 0 else float(a @ b) / norms if norms else 0.0

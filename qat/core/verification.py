@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.core.errors import UserError
+from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import sha256
 from qat.core.frame import FrameArrays
 from qat.core.geometry import camera_ring
@@ -238,7 +238,7 @@ def compare_summary(summary: Mapping[str, np.ndarray], candidate: np.ndarray) ->
         return compare_tensors(summary["whole"].reshape(candidate.shape), candidate), 0.0
     flat = candidate.astype(np.float64).ravel()
     if not np.isfinite(flat).all():
-        raise UserError("compare: found NaN or infinite values, expected finite tensors")
+        raise NotFiniteError("compare: found NaN or infinite values, expected finite tensors")
     difference = _sums(flat).astype(np.float64) - summary["sums"]
     noise, signal, energy = float(difference @ difference), float(summary["energy"]), float(flat @ flat)
     norms = math.sqrt(signal * energy)

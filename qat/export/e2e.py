@@ -41,7 +41,7 @@ from qat.core.geometry import (
     pooling_pattern,
 )
 from qat.core.locks import only_writer
-from qat.core.manifest import FILE, PARTS, load_manifest
+from qat.core.manifest import FILE, PARTS, load_manifest, pipeline_of
 from qat.core.onnx_file import load_graph
 from qat.core.tensors import compare_tensors
 from qat.core.verification import judge, random_frame
@@ -439,8 +439,12 @@ def verify_detector(
         own_cells = pipeline.forward(frame)
     tensors: dict[str, dict[str, Any]] = {}
     for name, value in found.items():
-        rounding_db = None if unrounded is None else compare_tensors(unrounded[name], value)["sqnr_db"]
-        tensors[name] = judge(compare_tensors(own_cells[name], value), rounding_db)
+        rounding_db = (
+            None
+            if unrounded is None
+            else compare_tensors(unrounded[name], value, f"the whole detector: {name}")["sqnr_db"]
+        )
+        tensors[name] = judge(compare_tensors(own_cells[name], value, f"the whole detector: {name}"), rounding_db)
         tensors[name]["pipeline_db"] = compare_tensors(reference[name], value)["sqnr_db"]
     passed = geometry["passed"] and all(entry["passed"] for entry in tensors.values())
     return {"runtime": "onnxruntime, optimizer off", "passed": passed, "geometry": geometry, "tensors": tensors}
@@ -487,7 +491,7 @@ def export_e2e(folder: str | Path, out: str | Path | None = None, seed: int = 0)
 
 def _write_e2e(folder: Path, target: Path, here: bool, seed: int) -> dict[str, Any]:
     manifest = load_manifest(folder)
-    settings = manifest["pipeline"]
+    settings = pipeline_of(folder, manifest)
     parts = {name: load_graph(folder / part["file"]) for name, part in manifest["parts"].items()}
     model = merge_detector(parts, settings)
     verification = {"seed": seed, **verify_detector(model, parts, settings, random_frame(settings, seed))}

@@ -254,6 +254,7 @@ def verify_strong(
     reference: Mapping[str, np.ndarray],
     feeds: Mapping[str, np.ndarray],
     unquantized: Mapping[str, np.ndarray] | None = None,
+    where: str = "compare",
 ) -> dict[str, dict[str, Any]]:
     """Compares a strongly typed graph with what its module or FP32-typed graph gave, as `qat.export.verify.verify_part` does.
 
@@ -262,6 +263,7 @@ def verify_strong(
         reference: the outputs to compare with, fake-quantized for a graph with Q/DQ.
         feeds: the inputs of both, in FP32.
         unquantized: for a graph with Q/DQ, the outputs without it.
+        where: the frame and the part, for messages.
 
     Returns:
         for each output: max_abs, cosine, sqnr_db of the graph with every rounding written out (`rounded`); runtime_db, the
@@ -273,11 +275,13 @@ def verify_strong(
     simulated, direct = _run(rounded(model), feeds), _run(model, feeds)
     entries: dict[str, dict[str, Any]] = {}
     for name, expected in reference.items():
-        entry: dict[str, Any] = dict(compare_tensors(expected, simulated[name]))
-        entry["runtime_db"] = compare_tensors(expected, direct[name])["sqnr_db"]
+        entry: dict[str, Any] = dict(compare_tensors(expected, simulated[name], f"{where}: {name}"))
+        entry["runtime_db"] = compare_tensors(expected, direct[name], f"{where}: {name}")["sqnr_db"]
         lost = None
         if unquantized is not None:
-            lost = entry["quantization_db"] = compare_tensors(unquantized[name], expected)["sqnr_db"]
+            lost = entry["quantization_db"] = compare_tensors(
+                unquantized[name], expected, f"{where}: {name} quantized"
+            )["sqnr_db"]
         entry["tolerance_db"] = tolerance_db(str(report["precision"]), int(report["roundings"]), lost)
         entry["passed"] = min(entry["sqnr_db"], entry["runtime_db"]) >= entry["tolerance_db"]
         entries[name] = entry

@@ -30,6 +30,7 @@ from qat.export.torch_parts import torch_parts
 from qat.export.verify import random_frame
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import BOUND
+from qat.models.checkpoint import saving
 from qat.runtime import Pipeline
 
 PRECISIONS = ("fp32", "int8")
@@ -166,7 +167,8 @@ def export_pt2(
             program = trace_program(wrapper, inputs)
             operators = _operators(program)
             file = folder / f"{name}.pt2"
-            torch.export.save(program, file)
+            with saving(file) as stream:
+                torch.export.save(program, stream)
             # Run anew, right before the program: on another number of threads (pooling sets the process's) sums differ.
             reference = runners[name].run({tensor: tensors[tensor] for tensor in wrapper.inputs})
             with torch.inference_mode():
@@ -175,7 +177,10 @@ def export_pt2(
             for tensor, value in zip(wrapper.outputs, found if isinstance(found, tuple) else (found,), strict=True):
                 candidate = value.numpy()
                 identical = bool(np.array_equal(reference[tensor], candidate))
-                report[tensor] = {**compare_tensors(reference[tensor], candidate), "passed": identical}
+                report[tensor] = {
+                    **compare_tensors(reference[tensor], candidate, f"{name}: {tensor}"),
+                    "passed": identical,
+                }
                 passed &= identical
             rounded = any("fake_quantize" in operator for operator in operators)
             manifest["parts"][name] = {

@@ -63,6 +63,7 @@ def verify_part(
     reference: Mapping[str, np.ndarray],
     feeds: Mapping[str, np.ndarray],
     unquantized: Mapping[str, np.ndarray] | None = None,
+    where: str = "compare",
 ) -> dict[str, dict[str, Any]]:
     """Compares what one graph computes with what its module did.
 
@@ -71,6 +72,7 @@ def verify_part(
         reference: the module's outputs, fake-quantized for an INT8 graph.
         feeds: the inputs of both.
         unquantized: for an INT8 graph, the module's outputs with its quantizers off; None for a graph without QDQ.
+        where: the frame and the part, for messages.
 
     Returns:
         for each output: max_abs, cosine, sqnr_db, tolerance_db, passed, and for INT8 quantization_db, the SQNR of the
@@ -80,8 +82,10 @@ def verify_part(
     candidate = opened.run(feeds)
     return {
         name: judge(
-            compare_tensors(value, candidate[name]),
-            None if unquantized is None else compare_tensors(unquantized[name], value)["sqnr_db"],
+            compare_tensors(value, candidate[name], f"{where}: {name}"),
+            None
+            if unquantized is None
+            else compare_tensors(unquantized[name], value, f"{where}: {name} quantized")["sqnr_db"],
         )
         for name, value in reference.items()
     }
@@ -216,6 +220,7 @@ class Verification:
         scales: list[np.ndarray] = []
         outputs = []
         for index, running in enumerate(self.running):
+            where = f"frame {running.token}: {name}"
             exact = None
             if rounds:
                 with quantizers_off(self.detector):
@@ -224,9 +229,9 @@ class Verification:
                 reference = part.run(running.feeds)
             scales = scales or seen
             if typed is None:
-                compared = verify_part(opened, reference, running.feeds, exact)
+                compared = verify_part(opened, reference, running.feeds, exact, where)
             else:
-                compared = verify_strong(onnx.load_from_string(graph), typed, reference, running.feeds, exact)
+                compared = verify_strong(onnx.load_from_string(graph), typed, reference, running.feeds, exact, where)
             for output, entry in compared.items():
                 entries.setdefault(output, []).append(entry)
             if index in self.stored[name]:

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from qat.core.errors import UserError
+from qat.core.errors import NotFiniteError
 
 LOG2_BINS = 12
 BINS = 2**LOG2_BINS
@@ -46,7 +46,7 @@ class HistogramCalibrator:
         """Adds a tensor of any shape, layout and floating type.
 
         Raises:
-            UserError: it holds NaN or infinity.
+            NotFiniteError: it holds NaN or infinity.
         """
         values = _flat(x.detach().float())
         if self.counts is None and len(values):
@@ -56,8 +56,9 @@ class HistogramCalibrator:
         count = count_on_cpu if x.device.type == "cpu" else count_with_torch
         counts, largest = count(values, self.log2_range)
         if not math.isfinite(largest):
-            raise UserError(
-                f"calibration: {self.name}: found NaN or infinity in its values; look at the layers before it and at the input frame"
+            bad = len(values) - int(values.isfinite().sum())
+            raise NotFiniteError(
+                f"calibration: {self.name}: found NaN or infinity in {bad} of {len(values)} values, expected finite ones"
             )
         if self.counts is None:
             self.counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -199,19 +199,27 @@ def _short(value: torch.Tensor) -> str:
     return f"[{', '.join(numbers)}{', …' if value.numel() > 3 else ''}]"
 
 
-def save_plain(value: Any, path: str | Path) -> None:
-    """`torch.save` through a file of Python's.
+@contextmanager
+def saving(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file of Python's for torch to write to: what the system refuses is then an OSError, which torch makes a RuntimeError
+    of its own and, where it opens the file itself, says nothing of.
 
     Raises:
-        OSError: the disk is full, or another refusal of the system, which torch itself tells as a RuntimeError.
+        OSError: the disk is full, a quota or a limit is reached, or another refusal of the system.
     """
     with open(path, "wb") as stream:
         try:
-            torch.save(value, stream)
+            yield stream
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def save_plain(value: Any, path: str | Path) -> None:
+    """`torch.save`, with errors as of `saving`."""
+    with saving(path) as stream:
+        torch.save(value, stream)
 
 
 BRANCH = "encoders.camera."

@@ -13,7 +13,7 @@ from typing import Any
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, read_json, sha256, write_json
-from qat.core.manifest import FILE, PARTS, check_kind, load_manifest
+from qat.core.manifest import FILE, PARTS, check_kind, load_manifest, pipeline_of
 from qat.engine import (
     CPU_BACKENDS,
     PRECISIONS,
@@ -68,7 +68,7 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
     if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
         raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
     path, mend = folder / FILE, "export again"
-    pipeline = check_kind(path, manifest, "pipeline", dict, mend)
+    pipeline = pipeline_of(folder, manifest)
     downsample = check_kind(path, pipeline["vtransform"], "downsample", int, mend, "pipeline: vtransform")
     needed = [PARTS[0], *(PARTS[1:2] if downsample > 1 else ())]
     if pipeline.get("head") is not None:  # else the camera branch alone

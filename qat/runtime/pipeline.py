@@ -15,7 +15,7 @@ from qat.core.centerhead import Detections, decode, maps_from_tensors
 from qat.core.errors import UserError
 from qat.core.frame import FrameArrays, SampleTensors
 from qat.core.geometry import rasterize_depth, within
-from qat.core.manifest import load_manifest
+from qat.core.manifest import load_manifest, pipeline_of
 from qat.core.preprocess import ResizeCrop, normalize
 from qat.engine import BACKENDS, Options, build
 from qat.runtime.engines import check_tensors, is_engines, load_engines, part_precisions
@@ -104,7 +104,7 @@ class Pipeline:
         folder = Path(folder)
         if is_engines(folder):
             engines, manifest, options = load_engines(folder, backend, precision, options)
-            return cls(engines, manifest["pipeline"], options.threads, str(folder))
+            return cls(engines, pipeline_of(folder, manifest), options.threads, str(folder))
         manifest = load_manifest(folder)
         if backend is None:
             raise UserError(

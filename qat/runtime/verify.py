@@ -15,7 +15,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import sha256
-from qat.core.manifest import FILE, check_kind, load_manifest
+from qat.core.manifest import FILE, load_manifest, pipeline_of
 from qat.core.manifest_schema import check_verification
 from qat.core.onnx_file import check_graph, graph_opset
 from qat.core.verification import Summary, compare_summary
@@ -133,7 +133,7 @@ def verify_folder(
             raise UserError(f"part: found {name!r}, expected one of {', '.join(manifest['parts'])}")
     if "file" in manifest.get("verification", {}):
         check_verification(folder / FILE, manifest, "export again")
-    check_kind(folder / FILE, manifest, "pipeline", dict, "export again")
+    pipeline_of(folder, manifest)
     summary = Summary(folder, manifest)
     tokens = list(manifest["verification"]["frames"])
     options = options or Options()

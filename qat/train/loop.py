@@ -24,6 +24,7 @@ from qat.core.progress import StepLog, counted, drawn_ahead, progress_bar
 from qat.data import NuScenesDataset, images_digest
 from qat.evaluate import evaluate_detections
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
+from qat.models.checkpoint import save_plain
 from qat.models.run import boxes_of, run_frame
 from qat.train.augment import TrainSet
 from qat.train.auxiliary import PixelHead, pixel_loss, to_tensors
@@ -77,7 +78,7 @@ def save_float_checkpoint(
 
     further = {name: state(module) for name, module in modules.items()}
     with atomic_path(path) as temporary:
-        torch.save({"state_dict": state(model), "config": model.config, "meta": dict(meta), **further}, temporary)
+        save_plain({"state_dict": state(model), "config": model.config, "meta": dict(meta), **further}, temporary)
 
 
 def detect(
@@ -122,7 +123,7 @@ class _State:
 
     def save(self, path: Path, run: Mapping[str, Any]) -> None:
         with atomic_path(path) as temporary:
-            torch.save(
+            save_plain(
                 {
                     "run": dict(run),
                     "model": self.model.state_dict(),

@@ -7,7 +7,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from qat.cli import main
 from qat.data.synth import SynthOptions, generate
 from qat.runtime import build_engines
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 TRAINING = {
     "point_cloud_range": [-16.0, -12.0, -5.0, 16.0, 12.0, 3.0],
     "grid_size": [128, 96, 1],
@@ -91,6 +93,26 @@ def own(work) -> Callable[[str], Path]:
     return take
 
 
+@cache
+def table() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Rows of docs/reliability.md's table of bad input: the line, and (file, test with its case) of each test that holds it."""
+    section = PAGE.read_text().partition("## Bad input")[2].partition("\n## ")[0]
+    cells = [row.split(" | ") for row in section.splitlines() if row.startswith("| ")][1:]
+    return [
+        (line.strip("`"), re.findall(r"`(test_\w+\.py)::(test_\w+(?:\[[^`]*\])?)`", tests)) for _, line, tests in cells
+    ]
+
+
+def rows_of(file: str, name: str) -> list[str]:
+    """The lines that rows say of a test's case; a row that names the test without a case says it of each."""
+    return [line for line, tests in table() if {(file, name), (file, name.partition("[")[0])} & set(tests)]
+
+
+def matches(row: str, line: str) -> bool:
+    """Whether a row's line is the beginning of a command's; `…` stands for anything."""
+    return re.match(".*".join(map(re.escape, row.split("…"))), line) is not None
+
+
 def contents(folder: Path) -> dict[str, str]:
     """What every file of a folder holds, and every folder in it; what links lead to is not looked at."""
     found = {}
@@ -103,9 +125,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def refused(work, capsys) -> Callable[..., str]:
+def refused(request, work, capsys) -> Iterator[Callable[..., str]]:
     """(arguments, words…) → the line, after checking that the command ends with status 2 and this one line on stderr, which
-    has the words in it, and that it left everything in `work` as it was: nothing new, and earlier results byte for byte."""
+    has the words in it, and that it left everything in `work` as it was: nothing new, and earlier results byte for byte.
+
+    At the end, what docs/reliability.md says that this test sees must be among the lines that it saw."""
+    lines: list[str] = []
 
     def check(arguments: list[object], *words: str) -> str:
         before = contents(work)
@@ -118,9 +143,12 @@ def refused(work, capsys) -> Callable[..., str]:
         for word in words:
             assert word in said, said
         assert contents(work) == before
+        lines.append(said.strip().removeprefix("error: ").replace("`", ""))
         return said
 
-    return check
+    yield check
+    for row in rows_of(request.node.path.name, request.node.name) if lines else ():
+        assert any(matches(row, line) for line in lines), f"docs/reliability.md has {row!r}, found {lines}"
 
 
 @pytest.fixture

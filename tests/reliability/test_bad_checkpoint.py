@@ -148,6 +148,8 @@ def test_a_quantized_checkpoint_for_a_float_one(verbs, refused):
     for verb in ("calibrate", "train"):
         refused(verbs.floats("ptq.pth")[verb], "ptq.pth: found a quantized checkpoint, expected", "float")
     refused(verbs.floats("ptq.pth")["import-ptq"], "ptq.pth: found no quantizers of another tool")
+    words = "--ckpt: found ptq.pth, a quantized checkpoint, expected the float one"
+    refused(verbs.floats("ptq.pth")["compare"], words, "--ckpt names the float checkpoint, --ptq the quantized one")
 
 
 RANGE = "camera.encoders.camera.backbone.layer1.0.conv1.weight_quantizer"
@@ -218,3 +220,32 @@ def test_the_state_of_a_run_that_is_damaged(work, refused):
     mend = "remove it or choose another --out"
     refused(["train", "--config", "config.yaml", *common, "--out", "trained"], "trained/resume.pth", mend)
     refused(["finetune", "--ckpt", "ptq.pth", *common, "--no-augment", "--out", "tuned"], "tuned/resume.pth", mend)
+
+
+def test_a_network_whose_values_are_not_finite(work, refused):
+    """Its weights are finite and what it computes is not: the line names the frame and the tensor, and ends with the command
+    that finds the layer, which can be pasted."""
+    import shlex
+
+    from qat.cli import main
+
+    wide = torch.full_like(torch.load("float.pth", weights_only=True)["state_dict"][FUSE], 3e38)
+    torch.save(_state(**{FUSE: wide}), work / "bad.pth")
+    ptq = torch.load("ptq.pth", weights_only=True)
+    torch.save({**ptq, "state_dict": {**ptq["state_dict"], FUSE: wide}}, work / "wide.pth")
+    common = ["--config", "config.yaml", "--data", "data", "--split", "calib"]
+    finds = "finds the layer"
+    line = refused(["calibrate", "--ckpt", "bad.pth", *common], "frame ", "quant", "found NaN or infinity in", finds)
+    command = shlex.split(line.strip().rpartition("; ")[2].removesuffix(finds))
+    assert command == ["bevqat", "health", "bad.pth", *common] and main(command[1:]) == 1
+    line = refused(
+        ["export-camera", "--ckpt", "bad.pth", *common, "--out", "onnx"], "frame ", "fuser: ", "values of the ref"
+    )
+    assert f"; bevqat health bad.pth --config config.yaml --data data --split calib {finds}" in line
+    line = refused(
+        ["sensitivity", "wide.pth", "--data", "data"], "frame ", ": the float network gives values that are not"
+    )
+    assert f"; bevqat health wide.pth --data data --split calib {finds}" in line
+    tune = ["finetune", "--ckpt", "wide.pth", "--data", "data:calib", "--steps", "1", "--batch", "1", "--no-augment"]
+    line = refused([*tune, "--out", "tuned"], "frame ", "the float network gives values that are not")
+    assert f"; bevqat health wide.pth --data data --split calib {finds}" in line

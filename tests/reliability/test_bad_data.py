@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,13 @@ def _twice(data: Path) -> None:
     path.write_text(json.dumps([*rows, rows[0]]))
 
 
+def _bomb(path: Path) -> None:
+    """A picture of a few bytes that says that it has 60,000×60,000 pixels."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 100)))
+    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
 PICTURE, TABLES = f"data/{FRONT}/", "v1.0-synth"
 BROKEN = {
     "missing": (shutil.rmtree, "data: no such folder; expected the folder of a nuScenes-format data set"),
@@ -86,6 +95,7 @@ BROKEN = {
         lambda data: _each(data / FRONT, lambda path: path.write_text("not found")),
         "not a readable picture (a text file); fetch it again",
     ),
+    "a picture bomb": (lambda data: _each(data / FRONT, _bomb), "not a readable picture ("),
     "a picture of another size": (
         lambda data: _each(data / FRONT, lambda path: Image.new("RGB", (50, 30)).save(path)),
         "found 50×30 pixels, expected 96×64 as sample_data.json says; fetch the picture again",
@@ -187,6 +197,7 @@ def test_every_verb_that_reads_data_says_so(kind, work, own, verbs, refused):
         (["--frames", "0"], "--frames: found 0, split 'calib' of data has 1 keyframes, expected 1 to 1"),
         (["--frames", "9"], "--frames: found 9"),
     ],
+    ids=["split", "version", "no frames", "too many frames"],
 )
 def test_a_split_a_version_or_frames_that_are_not_there(flags, words, refused):
     refused(["calibrate", "--config", "config.yaml", "--ckpt", "float.pth", "--data", "data", *flags], words)
@@ -230,6 +241,6 @@ def test_frames_without_boxes_calibrate_and_are_not_scored(what, work, own, refu
         _edit(data, "category", lambda row: row.update(name="vehicle.spaceship"))
         words = "objects of vehicle.spaceship alone in 1 keyframes, expected some of car, truck, pedestrian"
     assert _calibrated(work) == 0
-    refused(verbs.floats("float.pth")["compare"], "data: found no annotated objects", "choose an annotated split")
+    refused(verbs.floats("float.pth")["compare"], "data: split 'eval' has ", words, "choose an annotated split")
     budget = [*verbs.floats("float.pth")["calibrate"], "--budget", "0.1"]
     refused(budget, f"data: split 'calib' has {words}", "choose an annotated split")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tests.reliability.conftest import PAGE, table
+
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parents[1] / "docs" / "reliability.md"
 
 
 def _named() -> set[tuple[str, str]]:
-    return set(re.findall(r"`(?:tests/reliability/)?(test_\w+\.py)::(test_\w+)`", PAGE.read_text()))
+    return set(re.findall(r"`(?:tests/reliability/)?(test_\w+\.py)::(test_\w+)(?:\[[^`]*\])?`", PAGE.read_text()))
 
 
 def test_every_test_that_the_page_names_exists():
@@ -21,6 +22,4 @@ def test_every_test_that_the_page_names_exists():
 
 
 def test_every_row_of_bad_input_names_a_test():
-    section = PAGE.read_text().partition("## Bad input")[2]
-    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
-    assert rows and all(re.search(r"`test_\w+\.py::test_\w+`", row) for row in rows)
+    assert table() and all(tests for _, tests in table())

@@ -42,7 +42,10 @@ def test_a_place_that_cannot_be_written(verb, where, work, refused):
 def test_a_folder_where_a_file_is_written(verb, work, refused):
     (work / "folder").mkdir()
     (work / "folder" / "earlier").write_text("earlier")
-    refused([*WRITING[verb], "folder"], "folder: ", "directory")
+    refused(
+        [*WRITING[verb], "folder"],
+        *(("folder: ", "directory") if WRITING[verb][-1] == "--out" else ("the folder folder",)),
+    )
 
 
 def test_a_file_where_a_folder_is_written(work, refused):
@@ -50,15 +53,16 @@ def test_a_file_where_a_folder_is_written(work, refused):
     refused([*WRITING["build"], "file"], "file: found something else than built engines there, expected a new folder")
 
 
-def _limited(work: Path, arguments: list[str], size: int) -> subprocess.CompletedProcess[str]:
-    """A verb in a forked child whose files cannot grow beyond `size` bytes, as on a full disk: a write gives EFBIG."""
+def _limited(arguments: list[str], size: int, limit: int = resource.RLIMIT_FSIZE) -> subprocess.CompletedProcess[str]:
+    """A verb in a forked child whose files cannot grow beyond `size` bytes, as on a full disk: a write gives EFBIG. Or with
+    another limit."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(writing, 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        resource.setrlimit(limit, (size, size))
         try:
             status = main(arguments)
         except BaseException as error:
@@ -82,12 +86,67 @@ def test_a_disk_that_is_full(arguments, work):
     earlier = work / arguments[-1]
     earlier.write_text("earlier")
     before = sorted(path.name for path in work.iterdir())
-    done = _limited(work, arguments, 200)
+    done = _limited(arguments, 200)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert os.strerror(errno.EFBIG).lower() in done.stderr.lower()
     assert earlier.read_text() == "earlier"
     assert sorted(path.name for path in work.iterdir()) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("verb", ["calibrate"])
+def test_too_few_open_files(verb, work):
+    before = sorted(path.name for path in work.iterdir())
+    done = _limited([*WRITING[verb], "out"], len(os.listdir("/proc/self/fd")) + 1, resource.RLIMIT_NOFILE)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and os.strerror(errno.EMFILE).lower() in line.lower(), done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in work.iterdir()) == before
+
+
+SENSITIVITIES = {
+    "cut": ('{"format": ', "not valid JSON"),
+    "another file": (
+        '{"schema": 1}',
+        "not a sensitivity of format 'bevqat-sensitivity'; write it with bevqat sensitivity",
+    ),
+    "of another checkpoint": (
+        '{"format": "bevqat-sensitivity", "schema": 1, "checkpoint": {"sha256": "0123456789ab"}}',
+        "measured on a checkpoint with sha256 0123456789ab…, ptq.pth has",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SENSITIVITIES)
+def test_a_sensitivity_that_compare_cannot_use(kind, work, refused):
+    content, words = SENSITIVITIES[kind]
+    (work / "sensitivity.json").write_text(content)
+    line = refused([*COMPARE, "--ptq", "ptq.pth", "--sensitivity", "sensitivity.json"], "sensitivity.json: ")
+    assert words in line.replace("`", "")
+
+
+TRAINED = ["--data", "data:calib", "--steps", "1", "--batch", "1", "--save-seconds", "0", "--out", "out"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(
+    "arguments", [["train", "--config", "config.yaml", *TRAINED], ["finetune", "--ckpt", "ptq.pth", "--no-augment", *TRAINED]],
+    ids=["train", "finetune"],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [200, 60_000])
+def test_a_run_on_a_disk_that_gets_full(arguments, size, work):
+    """At the first bytes of a checkpoint or in the middle of one, of which nothing stays."""
+    (work / "out").mkdir()
+    done = _limited(arguments, size)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: out/") and ": cannot write here: " in line and "Traceback" not in done.stderr, (
+        done.stderr
+    )
+    assert os.strerror(errno.EFBIG) in line
+    assert not [path.name for path in (work / "out").iterdir() if path.suffix in (".tmp", ".pth")]
 
 
 def test_a_checkpoint_on_a_full_disk(work):
@@ -149,6 +208,7 @@ COMPARE = ["compare", *MODEL, "--fp32", "fp32", *DATA, "--out", "compared"]
 BENCHMARK = ["benchmark", "--onnx", "fp32", "--backends", "onnxruntime", "--no-roofline", "--out", "timed"]
 TRAIN = ["train", "--config", "config.yaml", "--data", "data:calib", "--out", "trained"]
 FINETUNE = ["finetune", "--ckpt", "ptq.pth", "--data", "data:calib", "--out", "tuned"]
+DEMO = ["demo", "--model", "model", "--data", "data", "--out", "shown"]
 NUMBERS = [
     (CALIBRATE, "--percentile", ("200", "nan", "50")),
     (CALIBRATE, "--budget", ("nan", "-1", "inf")),
@@ -170,6 +230,8 @@ NUMBERS = [
     (["export-camera", *MODEL, *DATA], "--batch", ("0", "-1")),
     (["export-camera", *MODEL, *DATA], "--opset", ("7", "99")),
     (["export-camera", *MODEL, *DATA], "--frames", ("-1",)),
+    (DEMO, "--rounds", ("0",)),
+    (DEMO, "--frames", ("0", "-1")),
     (TRAIN, "--steps", ("0", "-1")),
     (TRAIN, "--batch", ("0",)),
     (TRAIN, "--lr", ("nan", "-1", "inf")),
@@ -213,45 +275,5 @@ def test_results_that_no_report_can_be_made_of(kind, work, refused):
     refused(["report", "results.json"], "results.json", words)
 
 
-INTERRUPTED = """
-import os, signal, sys
-import {module} as owner
-from qat.cli import main
-real = owner.{name}
-def interrupted(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGINT)
-    return real(*args, **kwargs)
-owner.{name} = interrupted
-sys.exit(main(sys.argv[1:]))
-"""
-WITHIN = {
-    "calibrate": (CALIBRATE + ["--out", "ptq_new.pth"], "qat.calibrate.ptq", "run_frame"),
-    "build": (
-        ["build", "--onnx", "fp32", "--backend", "onnxruntime", "--out", "built"],
-        "qat.runtime.engines",
-        "build",
-    ),
-}
-
-
-@pytest.mark.parametrize("verb", WITHIN)
-def test_ctrl_c_is_one_line_and_status_130(verb, work):
-    """In a process of its own: a Ctrl-C is for the whole of it. Nothing half-written stays."""
-    arguments, module, name = WITHIN[verb]
-    before = sorted(path.name for path in work.iterdir())
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED.format(module=module, name=name), *arguments],
-        cwd=work,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "interrupted; what was finished is kept"
-    assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in work.iterdir()) == before
-
-
 def test_errors_are_one_line_whatever_they_quote():
-    assert one_line_of(UserError("a\nb")) == "a b"
+    assert one_line_of(UserError("a\nb")) == "a\\nb"

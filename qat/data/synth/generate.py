@@ -21,7 +21,7 @@ from qat import __version__
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, flush, read_json, write_json
 from qat.core.locks import one_writer
-from qat.core.processes import die_with_parent
+from qat.core.processes import die_with_parent, leaving_interrupts_to_us
 from qat.core.progress import progress_bar
 from qat.data.synth.cast import Caster
 from qat.data.synth.catalogue import GROUND, LAMP
@@ -131,7 +131,8 @@ def _work(out: Path, options: SynthOptions, waiting: list[int], workers: int) ->
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
-        futures = [pool.submit(write_scene, out, options, index) for index in waiting]
+        with leaving_interrupts_to_us():
+            futures = [pool.submit(write_scene, out, options, index) for index in waiting]
         try:
             for future in as_completed(futures):
                 future.result()
