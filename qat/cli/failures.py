@@ -9,6 +9,7 @@ import re
 import shlex
 
 from qat.core.errors import NotFiniteError, UserError
+from qat.core.locks import meant
 
 _MEND = {
     errno.ENOSPC: "free some space, or write to another disk",
@@ -45,6 +46,10 @@ def _cause(error: BaseException) -> OSError | None:
     return None
 
 
+def _name(file: object) -> str:
+    return str(meant(os.fsdecode(file))) if isinstance(file, str | bytes | os.PathLike) else str(file)
+
+
 def one_line_of(error: BaseException) -> str | None:
     """The line for an error that is the machine's refusal; None for any other, which is a mistake of ours and keeps its
     traceback."""
@@ -61,7 +66,7 @@ def one_line_of(error: BaseException) -> str | None:
     refusal = _cause(error)
     if refusal is None or refusal.errno is None:
         return None
-    file = next((str(name) for name in (refusal.filename2, refusal.filename) if name is not None), "the output")
+    file = next((_name(name) for name in (refusal.filename2, refusal.filename) if name is not None), "the output")
     return f"{file}: found {os.strerror(refusal.errno).lower()}, expected to read or write it; {_MEND[refusal.errno]}"
 
 

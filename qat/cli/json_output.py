@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -25,6 +26,13 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the result there as JSON; - for stdout, and what people read goes to stderr",
     )
+
+
+def _flush_c() -> None:
+    """Writes what libraries in C have printed and keep in their own buffer of stdout: where that is no terminal, it would come
+    at the end of the process, behind the JSON."""
+    if os.name == "posix":  # elsewhere libraries have such buffers each
+        ctypes.CDLL(None).fflush(None)
 
 
 @contextmanager
@@ -59,6 +67,7 @@ def json_output(target: str | None) -> Iterator[None]:
                 yield
         finally:
             _results.pop()
+            _flush_c()
             os.dup2(kept, number)
             os.close(kept)
 

@@ -14,6 +14,8 @@ def reader_gone() -> bool:
         number = sys.stdout.fileno()
     except (OSError, ValueError, AttributeError):
         return False
+    if not hasattr(select, "poll"):  # Windows
+        return False
     poll = select.poll()
     poll.register(number, 0)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):

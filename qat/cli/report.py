@@ -1,7 +1,10 @@
 """Make report.html, one self-contained page, from results.json; of two, a page that sets the runs side by side.
 
 example:
+  bevqat demo --out runs/demo
   bevqat report runs/demo/results.json
+
+Of two runs, the second that of `bevqat compare --help`:
   bevqat report runs/demo/results.json runs/tiny/results.json --out runs/comparison.html
 """
 

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from qat.core.errors import UserError
-from qat.core.locks import clear_leftovers, in_use, make_temporary, only_writer
+from qat.core.locks import clear_leftovers, in_use, make_temporary, meant, only_writer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +55,7 @@ def flush(paths: Iterable[str | os.PathLike[str]]) -> None:
 
 
 def _refusal(target: Path, error: OSError) -> UserError:
-    return UserError(f"{target}: cannot write here: {error.strerror or error}")
+    return UserError(f"{meant(target)}: cannot write here: {error.strerror or error}")
 
 
 def leads_down(name: object) -> bool:
@@ -107,7 +107,7 @@ def _told(target: Path) -> Iterator[None]:
             full = False
         if not full:
             raise
-        raise UserError(f"{target}: cannot write here: {os.strerror(errno.ENOSPC)}") from None
+        raise UserError(f"{meant(target)}: cannot write here: {os.strerror(errno.ENOSPC)}") from None
 
 
 def _temporary(target: Path, folder: bool = False) -> tuple[Path, int]:

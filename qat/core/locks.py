@@ -109,6 +109,15 @@ def make_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
         os.close(descriptor)  # another process took it for one that was left behind
 
 
+def meant(path: str | os.PathLike[str]) -> Path:
+    """What a path stands for that is `make_temporary`'s, or lies in such a folder: the output that it is made for."""
+    path = Path(path)
+    for place in reversed((path, *path.parents)):
+        if left := _LEFT.fullmatch(place.name):
+            return place.with_name(left["name"])
+    return path
+
+
 def clear_leftovers(folder: Path, again: bool = False) -> None:
     """Removes the temporary files and folders that killed processes left in `folder`, and no others: those of living ones are
     locked. A folder that was moved aside and never replaced comes back under its name.

@@ -269,16 +269,21 @@ def _tensors(graph: memoryview, depth: int = 0) -> Iterator[memoryview]:
         elif number == 15:
             yield from (tensor for inner in (1, 2) for tensor in _messages(value, inner))
         elif number == 1:
-            for attribute in _messages(value, 5):
-                for inner, content in _fields(attribute):
-                    if not isinstance(content, memoryview):
-                        continue
-                    if inner in (5, 10):
-                        yield content
-                    elif inner in (22, 23):
-                        yield from (tensor for part in (1, 2) for tensor in _messages(content, part))
-                    elif inner in (6, 11):
-                        yield from _tensors(content, depth + 1)
+            yield from _tensors_of_node(value, depth)
+
+
+def _tensors_of_node(node: memoryview, depth: int = 0) -> Iterator[memoryview]:
+    """Every tensor in a node's attributes."""
+    for attribute in _messages(node, 5):
+        for number, content in _fields(attribute):
+            if not isinstance(content, memoryview):
+                continue
+            if number in (5, 10):
+                yield content
+            elif number in (22, 23):
+                yield from (tensor for part in (1, 2) for tensor in _messages(content, part))
+            elif number in (6, 11):
+                yield from _tensors(content, depth + 1)
 
 
 # Bytes of an element; types that are stored otherwise (strings, 4 bits) are not looked at.
@@ -400,8 +405,10 @@ def check_graph(path: str | Path) -> list[str]:
                     names.setdefault(place, []).append(tensor)
         for function in _messages(data, 25):  # of the model's own; its nodes are field 7 there
             for node in _messages(function, 7):
-                if any(_messages(tensor, 13) for a in _messages(node, 5) for tensor in _messages(a, 5)):
-                    raise ValueError("data in another file for a function's constant")
+                for tensor in _tensors_of_node(node):
+                    _check_tensor(tensor)
+                    if _messages(tensor, 13):
+                        raise ValueError("data in another file for a function's constant")
     except (ValueError, IndexError, OSError) as error:
         raise UserError(f"{path}: not an ONNX graph ({error}); expected a file written by export-camera") from None
     for name, tensors in names.items():

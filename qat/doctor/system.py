@@ -142,7 +142,7 @@ def system_findings(facts: dict[str, Any]) -> list[Finding]:
 def disk_finding(name: str, folder: Path) -> Finding:
     """Whether a folder, which need not exist yet, can be written, and how much fits in."""
     place = folder.absolute()
-    while not place.exists() and place != place.parent:
+    while not os.path.exists(place) and place != place.parent:  # Path.exists raises where it may not look
         place = place.parent
     mend = "name another with --out" if name == "runs" else "name another: export BEVQAT_CACHE=DIR"
     try:

@@ -52,9 +52,9 @@ def latency_bars(rows: Sequence[Row]) -> str:
 def class_bars(reference: Row, candidate: Row, objects: dict[str, int]) -> str:
     """Each class's AP in two rows, as a pair of bars; classes by their AP in the reference."""
     parts = []
-    aps = reference["per_class_ap"]
+    aps = {name: ap or 0.0 for name, ap in reference["per_class_ap"].items()}
     for name in sorted(aps, key=lambda name: (-aps[name], name)):
-        pair = (aps[name], candidate["per_class_ap"].get(name, 0.0))
+        pair = (aps[name], candidate["per_class_ap"].get(name) or 0.0)
         bars = "".join(
             f'<div class="track {precision_class(row)}"><div class="fill" style="width:{100 * ap:.2f}%"></div></div>'
             for row, ap in zip((reference, candidate), pair, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -30,8 +32,8 @@ from qat.report.verdict import (
 
 # The camera images as a driver sees the world: front row, back row.
 _PLACES = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
-# Nothing is fetched, whatever the results hold.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# Nothing is fetched and no script runs but the page's own, whatever the results hold.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
 _TENSORS = {
     "camera_depth_weights": "depth weights",
     "feat_in": "BEV, pooled",
@@ -341,10 +343,11 @@ def document(title: str, content: str) -> str:
     """A whole page around `content` (HTML): styles, the sorting of tables, and a policy that lets nothing be fetched."""
     files = resources.files("qat.report")
     style, script = files.joinpath("page.css").read_text("utf-8"), files.joinpath("page.js").read_text("utf-8")
+    policy = _POLICY.format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{escape(title)}</title><style>{style}</style></head>"
         f"<body><main>{content}</main><script>{script}</script></body></html>\n"
     )

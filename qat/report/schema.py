@@ -16,6 +16,8 @@ Results = dict[str, Any]
 
 EXACT_DB = 200  # what compare and sensitivity write for equal tensors
 MOST_BINS = 512  # of a histogram
+MOST = 1e15  # far above any figure; Python's own whole numbers have no end, and drawings compute with floats
+MOST_METRES = 10_000  # around the car: a ring is drawn every ten
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}\Z")
 _BOX_KINDS = ("truth", "reference", "candidate")
@@ -48,7 +50,7 @@ class _Checker:
         return value
 
     def number(self, value: Any, path: str, low: float = -math.inf, high: float = math.inf) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST <= value <= MOST:
             raise self.fail(path, value, "a finite number")
         if not low <= value <= high:
             raise self.fail(path, value, f"a number from {low:g} to {high:g}")
@@ -63,6 +65,8 @@ class _Checker:
         self.mapping(row, path)
         for key in ("backend", "precision"):
             self.text(row.get(key), f"{path}.{key}")
+        if row.get("flavour") is not None:
+            self.text(row["flavour"], f"{path}.flavour")
         for key in ("map", "nds"):
             self.number(row.get(key), f"{path}.{key}", 0, 1)
         self.numbers(row.get("per_class_ap"), f"{path}.per_class_ap", 0, 1)
@@ -154,7 +158,9 @@ class _Checker:
         self.mapping(frame, path)
         for key in ("reference", "candidate"):
             self.number(frame.get(key), f"{path}.{key}", 0, rows - 1)
-        self.number(frame.get("range"), f"{path}.range", 1)
+        self.number(frame.get("range"), f"{path}.range", 1, MOST_METRES)
+        if frame.get("min_score") is not None:
+            self.number(frame["min_score"], f"{path}.min_score", 0, 1)
         size = self.items(frame.get("image_size"), f"{path}.image_size")
         if len(size) != 2:
             raise self.fail(f"{path}.image_size", size, "[width, height]")
@@ -170,6 +176,8 @@ class _Checker:
             for n, box in enumerate(self.items(boxes.get(kind), f"{path}.boxes.{kind}")):
                 where = f"{path}.boxes.{kind}[{n}]"
                 self.text(self.mapping(box, where).get("label"), f"{where}.label")
+                if box.get("score") is not None:
+                    self.number(box["score"], f"{where}.score", 0, 1)
                 outlines = self.mapping(box.get("outlines"), f"{where}.outlines")
                 for corners, width in ((box.get("corners"), 2), *((lines, 4) for lines in outlines.values())):
                     for point in self.items(corners, where):
@@ -196,7 +204,10 @@ def check_results(results: Any, source: str = "results") -> Results:
             f"{source}: schema: found {results.get('schema')!r}, expected {SCHEMA}; write it again with compare"
         )
     checker.text(results.get("model"), "model")
-    checker.number(checker.mapping(results.get("dataset"), "dataset").get("samples"), "dataset.samples", 1)
+    dataset = checker.mapping(results.get("dataset"), "dataset")
+    checker.number(dataset.get("samples"), "dataset.samples", 1)
+    if dataset.get("objects") is not None:
+        checker.numbers(dataset["objects"], "dataset.objects", 0)
     checker.mapping(results.get("machine"), "machine")
     rows = checker.items(results.get("rows"), "rows")
     if not rows:
@@ -205,6 +216,9 @@ def check_results(results: Any, source: str = "results") -> Results:
         checker.row(row, f"rows[{n}]")
     for key in ("measurement", "provenance"):
         checker.mapping(results.get(key, {}), key)
+    if "pattern_rebuild_ms" in results.get("measurement", {}):
+        checker.number(results["measurement"]["pattern_rebuild_ms"], "measurement.pattern_rebuild_ms", 0)
+    checker.items(results.get("provenance", {}).get("files", []), "provenance.files")
     checker.commands(results.get("provenance", {}).get("commands", []), "provenance.commands")
     if results.get("sensitivity") is not None:
         checker.sensitivity(results["sensitivity"], "sensitivity")

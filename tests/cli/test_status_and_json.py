@@ -54,19 +54,21 @@ def test_json_in_the_place_of_a_folder_is_told_before_the_work(tmp_path, capsys)
 
 def test_json_on_stdout_is_alone_though_libraries_and_child_processes_print_there():
     script = """
-import argparse, os, subprocess
+import argparse, ctypes, os, subprocess
 from qat.cli.json_output import emit_json, json_output
 with json_output("-"):
     print("for people")
     os.write(1, b"from C\\n")
+    ctypes.CDLL(None).printf(b"from C's buffer\\n")
     subprocess.run(["echo", "from a child"])
     emit_json(argparse.Namespace(json="-"), {"a": 1})
 print("after")
 """
-    done = python(script, capture_output=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = python(script, capture_output=True, env=buffered)
     body, after, rest = done.stdout.partition("after\n")
     assert json.loads(body) == {"a": 1} and after and not rest, done
-    assert all(line in done.stderr for line in ("for people", "from C", "from a child"))
+    assert all(line in done.stderr for line in ("for people", "from C", "from C's buffer", "from a child"))
 
 
 def test_json_values_are_plain_and_what_is_not_finite_is_null():

@@ -1,5 +1,6 @@
 """Writes are whole or not at all, whoever else writes and whatever killed processes left; an output has one writer."""
 
+import errno
 import json
 import os
 import select
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qat.cli.failures import one_line_of
 from qat.core import files
 from qat.core.errors import UserError
 from qat.core.files import (
@@ -217,6 +219,20 @@ def test_a_full_disk_is_named_and_the_earlier_file_stays(tmp_path):
     said, problem = script(code, tmp_path / "a.txt").communicate()
     assert said == f"{tmp_path / 'a.txt'}: cannot write here: File too large\n", problem
     assert (tmp_path / "a.txt").read_text() == "before" and names(tmp_path) == ["a.txt"]
+
+
+def test_what_cannot_be_written_is_named_by_its_output_and_not_by_a_temporary_name(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for what in (
+        lambda: atomic_set(tmp_path / "a.json", tmp_path / "a.csv"),
+        lambda: atomic_directory(tmp_path / "a.json"),
+    ):
+        with pytest.raises(UserError) as caught, what() as stage, atomic_path(stage / "a.csv"):
+            raise full
+        assert str(caught.value) == f"{tmp_path / 'a.json'}: cannot write here: {os.strerror(errno.ENOSPC)}"
+    with atomic_directory(tmp_path / "a.json") as temporary:
+        line = one_line_of(OSError(errno.ENOSPC, "full", str(temporary / "x.onnx")))
+    assert line is not None and line.startswith(f"{tmp_path / 'a.json'}: found ")
 
 
 HOLD = """

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
-from qat.core.onnx_file import has_fp16
+from qat.core.onnx_file import check_graph, has_fp16
 
 
 def save(path: Path, dtype: type, cast: int | None = None) -> Path:
@@ -52,3 +52,25 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path):
     (tmp_path / "g.onnx").write_bytes(b"\x3a\xff\xff")
     with pytest.raises(UserError, match=r"g\.onnx: not an ONNX graph"):
         has_fp16(tmp_path / "g.onnx")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_data_outside_are_found_in_functions_too_and_in_the_graphs_in_their_nodes(tmp_path, nested):
+    weight = TensorProto(dims=[3], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="/etc/passwd")
+    node = helper.make_node("Constant", [], ["w"], value=weight)
+    if nested:
+        made = [helper.make_tensor_value_info("w", TensorProto.FLOAT, [3])]
+        graphs = {name: helper.make_graph([node], name, [], made) for name in ("then_branch", "else_branch")}
+        node = helper.make_node("If", ["c"], ["w"], **graphs)
+    opset = helper.make_opsetid("", 13)
+    function = helper.make_function("own", "F", ["c"], ["w"], [node], [opset])
+    given = [
+        helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, [3]),
+    ]
+    graph = helper.make_graph([helper.make_node("F", ["c"], ["y"], domain="own")], "g", given[:1], given[1:])
+    model = helper.make_model(graph, opset_imports=[opset, helper.make_opsetid("own", 1)], functions=[function])
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"g\.onnx: .*data in another file for a function"):
+        check_graph(tmp_path / "g.onnx")

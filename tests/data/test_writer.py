@@ -1,5 +1,7 @@
 """Recordings that a user writes: what is read back is what was given, and what cannot be right is refused in one line."""
 
+import resource
+
 import numpy as np
 import pytest
 import yaml
@@ -250,3 +252,16 @@ def test_cameras_of_other_names_than_the_configs_are_told(tmp_path, small_config
         UserError, match=r"has no CAM_FRONT, but LIDAR_TOP, eye, tail; .* list them in the config's `cameras`"
     ):
         NuScenesDataset(tmp_path / "robot", "calib", small_config)[0]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    """A limit on the size of a file stands for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match="robot: cannot write here: "), writer(tmp_path) as out:
+            made = scene(out)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+            made.add_keyframe(**keyframe())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []

@@ -216,6 +216,9 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
     assert system.disk_finding("runs", tmp_path / "new" / "runs").state == OK
     found = system.disk_finding("runs", tmp_path / "file" / "runs")
     assert found.state == PROBLEM and found.needed and "--out" in found.mend
+    system.disk_finding(
+        "runs", tmp_path / ("x" * 300)
+    )  # which pathlib cannot look at, as a folder that is somebody else's
 
 
 def test_a_processor_without_dot_products_is_told_what_that_means():

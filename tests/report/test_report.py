@@ -177,6 +177,15 @@ def test_a_minimal_document_of_the_issue_makes_a_page(results: dict, tmp_path: P
             lambda r: r["frames"][0]["boxes"]["truth"][0].update(corners=[[1, "2"]]),
             r"found '2', expected a finite number",
         ),
+        # Numbers are written into the page as they are, so none of these may be a text.
+        (lambda r: r["dataset"]["objects"].update(car="<script>"), r"dataset\.objects\.car: found '<script>'"),
+        (lambda r: r["dataset"].update(objects=[1]), r"dataset\.objects: found \[1\], expected an object"),
+        (lambda r: r["measurement"].update(pattern_rebuild_ms="1"), r"measurement\.pattern_rebuild_ms: found '1'"),
+        (lambda r: r["provenance"].update(files=3), r"provenance\.files: found 3, expected a list"),
+        (lambda r: r["rows"][0].update(flavour=[]), r"rows\[0\]\.flavour: found \[\], expected text"),
+        (lambda r: r["rows"][0]["latency_ms"].update(median=10**400), r"latency_ms\.median: found 1000"),
+        (lambda r: r["frames"][0].update(range=1e12), r"frames\[0\]\.range: found 1000000000000\.0, expected a number"),
+        (lambda r: r["frames"][0]["boxes"]["truth"][0].update(score="1"), r"truth\[0\]\.score: found '1'"),
     ],
 )
 def test_impossible_results_are_refused_by_path(results: dict, change, message: str) -> None:

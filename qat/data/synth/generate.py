@@ -271,7 +271,7 @@ class _Scene:
         )[kept]
         name = self._file(LIDAR, time, key, ".pcd.bin")
         with self._writing(name) as temporary:
-            points.tofile(temporary)
+            temporary.write_bytes(points.tobytes())  # tofile's error on a full disk does not say what the system said
         self._sample_data(LIDAR, time, frame if key else frame + 1, key, name, moment.ego2street, (0, 0))
         owners = moment.owners(hit)[kept]
         return np.bincount(owners[owners >= 0], minlength=len(self.world.things))
