@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +27,25 @@ FLOAT_TYPE = {
     "NPU": {"int8": "f16", "fp16": "f16"},
 }
 
+_making_core = threading.Lock()
+
 PASSES_VERSION = "1"  # of what is done to a graph before it is compiled; engines built otherwise are not reused
+
+
+@functools.cache
+def _only_core() -> ov.Core:
+    return ov.Core()
+
+
+def _core() -> ov.Core:
+    """The process's one `ov.Core`, which lives as long as the process.
+
+    Where a processor has AMX, the CPU plugin of each Core gives the calling thread a stack of its own for signals. A Core that goes
+    unmaps its stack; when a later one goes, it sets the thread back to that one's. The next signal with a Python handler, such as
+    Ctrl-C, then ends the process with a segmentation fault (seen with OpenVINO 2026.4.1).
+    """
+    with _making_core:  # the cache alone lets two threads make one each
+        return _only_core()
 
 
 def _specs(ports: Any) -> dict[str, TensorSpec]:
@@ -95,7 +115,7 @@ class OpenVinoEngine(Engine):
     ) -> None:
         """source: the graph, or the built file itself. built: a file that `save` wrote; None to build, or to take one of
         the cache."""
-        self._core = ov.Core()
+        self._core = _core()
         self._device = device
         _check(self._core, source, precision, options, device)
         self._settings = settings(precision, options, device)
@@ -208,7 +228,7 @@ def identify(device: str) -> Device:
     """
     if device == "CPU":
         return this_cpu()
-    core = ov.Core()
+    core = _core()
     _check_device(core, device)
     name = str(core.get_property(device, "FULL_DEVICE_NAME"))
     return Device(name, text_digest(f"{name} {core.get_property(device, 'DEVICE_ARCHITECTURE')}"))

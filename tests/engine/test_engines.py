@@ -160,6 +160,20 @@ def test_no_cache_builds_the_same_engine(tmp_path, options, x, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_ctrl_c_is_heard_after_engines_came_and_went(tmp_path, backend):
+    """In a process of its own: it was a segmentation fault, on processors with AMX."""
+    linear_relu(tmp_path / "g.onnx")
+    code = (
+        "import os, signal\nfrom qat import engine\n"
+        f"build = lambda: engine.build({str(tmp_path / 'g.onnx')!r}, {backend!r}, 'fp32', engine.Options(cache=None))\n"
+        "built = build()\nbuilt = build()\ndel built\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('heard'))\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_belong_to_the_caller(tmp_path, options, x, backend):
     linear_relu(tmp_path / "g.onnx")
     built = engine.build(tmp_path / "g.onnx", backend, "fp32", options)

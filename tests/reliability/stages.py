@@ -106,7 +106,7 @@ STAGES = {
         out="result.pth",
     ),
     "sensitivity": Stage(
-        lambda i, out: _words("sensitivity", i.ptq, "--data", i.data, "--frames", 1, "--out", out), "sensitivity.json"
+        lambda i, out: _words("sensitivity", i.ptq, "--data", i.data, "--frames", 2, "--out", out), "sensitivity.json"
     ),
     "finetune": Stage(
         lambda i, out: _words(
