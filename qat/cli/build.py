@@ -10,6 +10,8 @@ example:
   bevqat build --onnx runs/onnx_int8_openvino --backend openvino --threads 2 --pinning --out runs/robot
 
 On a machine with an NVIDIA GPU:
+  bevqat export-camera --ckpt runs/ptq.pth --fp16
+  bevqat export-camera --ckpt runs/ptq.pth
   bevqat build --onnx runs/onnx_fp16 --backend onnxruntime-tensorrt
   bevqat build --onnx runs/onnx_int8 --backend tensorrt --timing-cache runs/timing.cache --workspace 1024
 """

@@ -6,7 +6,7 @@ example:
   bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime          # INT8 into runs/onnx_int8_onnxruntime
   bevqat export-camera --ckpt runs/ptq.pth --fp16                         # for a builder's FP16 flag, into runs/onnx_fp16
   bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong      # for TensorRT 10 and 11
-  bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform
+  bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform --out runs/two_parts
   bevqat export-camera --ckpt runs/ptq.pth --format onnx-e2e              # the whole detector as one file besides
 
 A float checkpoint, and random weights to measure latency with:
