@@ -8,4 +8,5 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not qat/, whose names 
 if __name__ == "__main__":
     from qat.cli import main
 
-    sys.exit(main(["calibrate", *sys.argv[1:]]))
+    sys.argv.insert(1, "calibrate")
+    sys.exit(main())

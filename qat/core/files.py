@@ -204,7 +204,7 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             with _told(named):
                 yield temporary
-                temporary.chmod(0o755)
+                temporary.chmod(_mode(0o777))
                 flush(Path(folder) / name for folder, _, names in os.walk(temporary) for name in names)
                 flush(folder for folder, _, _ in os.walk(temporary))
             try:
@@ -266,7 +266,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file; a missing or damaged one is a `UserError`."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -32,7 +32,7 @@ class Wanted:
 def wanted(root: Path = ROOT) -> Wanted:
     """From the checkout's setup.py, else from what was installed. Nothing of either where neither can be read."""
     try:
-        tree = ast.parse((root / "setup.py").read_text())
+        tree = ast.parse((root / "setup.py").read_text(encoding="utf-8"))
         words: dict[str, Any] = {
             word.arg: ast.literal_eval(word.value)
             for node in ast.walk(tree)
@@ -133,5 +133,9 @@ def package_findings(want: Wanted) -> list[Finding]:
         all_missing = len(bad) == len(requirements) and all(line.endswith("not installed") for line in bad)
         state = OK if not bad else MISSING if all_missing or "expected" not in "".join(bad) else PROBLEM
         words = "; ".join(bad) if bad else ", ".join(f"{name_of(r)} {installed(name_of(r))}" for r in requirements)
-        found.append(Finding(EXTRAS, f"[{extra}]", state, words, pip_line(extra=extra) if bad else ""))
+        names = {name_of(requirement) for requirement in requirements}
+        first = [f"pip uninstall {old} && " for old, new in STANDS_FOR.items() if new in names and installed(old)]
+        found.append(
+            Finding(EXTRAS, f"[{extra}]", state, words, "".join([*first, pip_line(extra=extra)]) if bad else "")
+        )
     return found

@@ -162,8 +162,10 @@ class Pipeline:
         self._need_boxes()
         with self._timed("decode"):
             maps = {name: tensors[name] for name in self.settings["head_maps"]}
-            # A sum is finite where all its terms are, but for terms whose sum is beyond float32.
-            if not all(np.isfinite(values.sum()) or np.isfinite(values).all() for values in maps.values()):
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told below, in one line
+                # A sum is finite where all its terms are, but for terms whose sum is beyond float32.
+                finite = all(np.isfinite(values.sum()) or np.isfinite(values).all() for values in maps.values())
+            if not finite:
                 first = next(name for name, values in tensors.items() if not np.isfinite(values).all())
                 raise UserError(
                     f"{self._source}: {first}: found NaN or infinity, expected finite values; run `bevqat health` on the "
