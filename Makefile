@@ -24,8 +24,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# One thread in each of the two processes: they share the cores.
 unit: $(READY)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Licences and known vulnerabilities of what is installed, and ruff's security rules (which `make lint` has too).
 audit: $(READY)
