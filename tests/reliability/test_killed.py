@@ -76,7 +76,7 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
     out = runs.folder / runs.stage.out
     result = out / runs.stage.result
     rng = random.Random(request.node.name)
-    moments = ["event", "cpu", "tear", "cpu" if first.cpu > SHORT else "event"] * (KILLS // 4)
+    moments = ["event", "tear", "tear", "cpu" if first.cpu > SHORT else "event"] * (KILLS // 4)
     rng.shuffle(moments)
     length, hits = first, 0
     shutil.rmtree(out) if out.is_dir() else out.unlink()
