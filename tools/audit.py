@@ -20,10 +20,11 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import operator
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,23 +157,19 @@ def is_permissive(expression: str) -> bool:
     tokens = re.findall(r"\(|\)|[A-Za-z0-9.+-]+", expression)
     at = 0
 
-    def either() -> bool:
+    def joined(word: str, part: Callable[[], bool], join: Callable[[bool, bool], bool]) -> bool:
         nonlocal at
-        value = both()
-        while at < len(tokens) and tokens[at] == "OR":
+        value = part()
+        while at < len(tokens) and tokens[at] == word:
             at += 1
-            other = both()
-            value = value or other
+            value = join(value, part())
         return value
 
+    def either() -> bool:
+        return joined("OR", both, operator.or_)
+
     def both() -> bool:
-        nonlocal at
-        value = one()
-        while at < len(tokens) and tokens[at] == "AND":
-            at += 1
-            other = one()
-            value = value and other
-        return value
+        return joined("AND", one, operator.and_)
 
     def one() -> bool:
         nonlocal at

@@ -25,7 +25,7 @@ from qat.calibrate.checkpoint import load_float_reference, load_ptq, save_ptq
 from qat.calibrate.distill import Outputs, distillation_losses, run_network
 from qat.calibrate.distributed import agree, device, only_writers, place
 from qat.core.errors import NotFiniteError, UserError
-from qat.core.files import atomic_path, atomic_set, check_same_run, sha256, write_json
+from qat.core.files import atomic_path, atomic_set, check_same_run, reading_left, sha256, write_json
 from qat.core.geometry import PoolPattern
 from qat.core.locks import one_writer
 from qat.core.progress import StepLog, drawn_ahead, progress_bar
@@ -190,7 +190,7 @@ class _State:
 
     def load(self, path: Path, run: Mapping[str, Any]) -> None:
         mend = "remove it or choose another --out"
-        try:
+        with reading_left(path, "damaged, or of another version", mend):
             saved = torch.load(path, map_location="cpu", weights_only=True)
             check_same_run(path, saved["run"], run, mend)
             with torch.no_grad():
@@ -200,11 +200,6 @@ class _State:
                         self.ema[name].copy_(saved["ema"][name])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
-        except UserError:
-            raise
-        except Exception as error:  # torch.load of a damaged file raises almost anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: damaged, or of another version ({reason}); {mend}") from None
 
     def update_ema(self, decay: float) -> None:
         """Early on the average follows faster, so that it does not remember the first step."""

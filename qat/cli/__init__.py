@@ -14,8 +14,8 @@ from qat.cli.failures import health_of, one_line_of
 from qat.cli.json_output import json_output
 from qat.cli.parser import VERBS, make_parser, nearest, verb_of
 from qat.cli.pipes import reader_gone
+from qat.core.command import running
 from qat.core.errors import UserError
-from qat.core.provenance import running
 
 __all__ = ["BAD_USE", "FAILED", "INTERRUPTED", "OK", "PIPE_CLOSED", "VERBS", "main"]
 

@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from qat.benchmark.run import NAME, BenchmarkOptions, benchmark, csv_text
     from qat.benchmark.table import print_files, print_results
     from qat.cli import INTERRUPTED
+    from qat.core.command import command_line
     from qat.core.errors import UserError
     from qat.core.files import write_text
-    from qat.core.provenance import command_line
 
     written = args.out / f"{NAME}.json"
     if args.data is None and (args.split or args.version):

@@ -19,12 +19,13 @@ from qat.compare.latency import measure
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
 from qat.compare.sensitivity import sensitivity_section
+from qat.core.command import command_line
 from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import atomic_set, write_json
 from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
-from qat.core.provenance import command_line, tables_sha256
+from qat.core.provenance import tables_sha256
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample, check_annotated
 from qat.engine import BACKENDS, CPU_BACKENDS, Options, described

@@ -110,13 +110,23 @@ def _told(target: Path) -> Iterator[None]:
         raise UserError(f"{meant(target)}: cannot write here: {os.strerror(errno.ENOSPC)}") from None
 
 
-def _temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
+@contextmanager
+def _temporary(target: Path, folder: bool = False) -> Iterator[Path]:
+    """A new empty file, or folder, beside `target`; what of it is still there after the block is removed."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(target.parent)
-        return make_temporary(target, folder)
+        path, descriptor = make_temporary(target, folder)
     except OSError as error:
         raise _refusal(target, error) from None
+    try:
+        yield path
+    finally:
+        if folder:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 @contextmanager
@@ -132,8 +142,7 @@ def atomic_path(target: str | os.PathLike[str], durable: bool = True) -> Iterato
         UserError: nothing can be written there, or the disk is full.
     """
     target = Path(target)
-    temporary, descriptor = _temporary(target)
-    try:
+    with _temporary(target) as temporary:
         with _told(target):
             yield temporary
             temporary.chmod(_mode(0o666))
@@ -145,9 +154,6 @@ def atomic_path(target: str | os.PathLike[str], durable: bool = True) -> Iterato
             raise _refusal(target, error) from None
         if durable:
             flush([target.parent])
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -199,22 +205,17 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     named, target = Path(target), Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise UserError(f"{named}: found a file, expected a folder or nothing; choose another --out")
-    with only_writer(target):
-        temporary, descriptor = _temporary(target, folder=True)
+    with only_writer(target), _temporary(target, folder=True) as temporary:
+        with _told(named):
+            yield temporary
+            temporary.chmod(_mode(0o777))
+            flush(Path(folder) / name for folder, _, names in os.walk(temporary) for name in names)
+            flush(folder for folder, _, _ in os.walk(temporary))
         try:
-            with _told(named):
-                yield temporary
-                temporary.chmod(_mode(0o777))
-                flush(Path(folder) / name for folder, _, names in os.walk(temporary) for name in names)
-                flush(folder for folder, _, _ in os.walk(temporary))
-            try:
-                _put_in_place(temporary, target)
-            except OSError as error:
-                raise _refusal(named, error) from None
-            flush([target.parent])
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.close(descriptor)
+            _put_in_place(temporary, target)
+        except OSError as error:
+            raise _refusal(named, error) from None
+        flush([target.parent])
 
 
 @contextmanager
@@ -232,8 +233,7 @@ def atomic_set(*targets: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: nothing can be written there, or the disk is full.
     """
     first, *others = (Path(target) for target in targets)
-    stage, descriptor = _temporary(first, folder=True)
-    try:
+    with _temporary(first, folder=True) as stage:
         with _told(first):
             yield stage
             written = [path for path in (first, *others) if (stage / path.name).exists()]
@@ -246,9 +246,6 @@ def atomic_set(*targets: str | os.PathLike[str]) -> Iterator[Path]:
         except OSError as error:
             raise _refusal(first, error) from None
         flush([first.parent])
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -308,6 +305,18 @@ def check_same_run(path: str | os.PathLike[str], found: Mapping[str, Any], run: 
             raise UserError(
                 f"{path}: left by a run with another {name}: found {found.get(name)}, expected {value}; {mend}"
             )
+
+
+@contextmanager
+def reading_left(path: str | os.PathLike[str], what: str, mend: str) -> Iterator[None]:
+    """Whatever goes wrong inside, while what a killed run left is read, is a `UserError`: `path: what (reason); mend`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch.load of a damaged file raises almost anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: {what} ({reason}); {mend}") from None
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any) -> None:

@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from qat.core.command import command_line
 from qat.core.errors import UserError
 
 try:
@@ -181,8 +182,8 @@ def _holder(descriptor: int) -> str:
 
 
 def _command() -> str:
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else ["python"]
-    text = " ".join(shlex.join(words).split())
+    text = command_line() or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else ["python"])
+    text = " ".join(text.split())
     return text if len(text) <= 160 else f"{text[:159]}…"
 
 

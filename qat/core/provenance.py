@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from qat.core.command import command_line
 from qat.core.files import sha256
 from qat.core.versions import versions
-
-_COMMAND: ContextVar[str] = ContextVar("bevqat_command", default="")
-
-
-@contextmanager
-def running(arguments: Sequence[str]) -> Iterator[None]:
-    """Inside the block, `command_line` is `bevqat` with these arguments."""
-    before = _COMMAND.set(shlex.join(["bevqat", *arguments]))
-    try:
-        yield
-    finally:
-        _COMMAND.reset(before)
-
-
-def command_line() -> str:
-    """The verb that runs, as it can be pasted into a shell; "" where a library's user called the function himself."""
-    return _COMMAND.get()
 
 
 def made_by() -> dict[str, Any]:

@@ -18,7 +18,7 @@ import qat
 from qat.core.centerhead import Detections
 from qat.core.config import need_boxes
 from qat.core.errors import UserError
-from qat.core.files import atomic_path, atomic_set, check_same_run, sha256, write_json
+from qat.core.files import atomic_path, atomic_set, check_same_run, reading_left, sha256, write_json
 from qat.core.locks import one_writer
 from qat.core.progress import StepLog, counted, drawn_ahead, progress_bar
 from qat.data import NuScenesDataset, images_digest
@@ -137,18 +137,14 @@ class _State:
             )
 
     def load(self, path: Path, run: Mapping[str, Any]) -> None:
-        try:
+        mend = "remove it or choose another --out"
+        with reading_left(path, "does not fit this run", mend):
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            check_same_run(path, saved.get("run", {}), run, "remove it or choose another --out")
+            check_same_run(path, saved.get("run", {}), run, mend)
             self.model.load_state_dict(saved["model"])
             self.pixels.load_state_dict(saved["pixel_head"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
-        except UserError:
-            raise
-        except Exception as error:  # torch.load of a damaged file raises almost anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: does not fit this run ({reason}); remove it or choose another --out") from None
 
 
 def _run_of(

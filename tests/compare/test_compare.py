@@ -16,9 +16,9 @@ import yaml
 from qat.cli import main
 from qat.compare import CompareOptions, Sources, compare
 from qat.compare.demo import demo
+from qat.core.command import running
 from qat.core.errors import UserError
 from qat.core.files import sha256
-from qat.core.provenance import running
 from qat.core.tensors import compare_tensors
 from qat.data import NuScenesDataset
 from qat.data.synth import SynthOptions, generate

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qat.core.provenance import command_line, made_by, running
+from qat.core.command import command_line, running
+from qat.core.provenance import made_by
 
 
 def test_the_command_can_be_pasted_and_ends_with_its_verb() -> None:

@@ -1,0 +1,25 @@
+"""Which command runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_COMMAND: ContextVar[str] = ContextVar("bevqat_command", default="")
+
+
+@contextmanager
+def running(arguments: Sequence[str]) -> Iterator[None]:
+    """Inside the block, `command_line` is `bevqat` with these arguments."""
+    before = _COMMAND.set(shlex.join(["bevqat", *arguments]))
+    try:
+        yield
+    finally:
+        _COMMAND.reset(before)
+
+
+def command_line() -> str:
+    """The verb that runs, as it can be pasted into a shell; "" where a library's user called the function himself."""
+    return _COMMAND.get()
