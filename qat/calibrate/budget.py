@@ -170,7 +170,7 @@ def keep_within_budget(
     for unit in trials.every:
         if unit.name in chosen.floats:
             for name in unit.quantizers:
-                own[name].disable()
+                own[name].off = own[name]._disabled = True
     points = sorted(trials.points.values(), key=lambda point: -point.int8_share)
     return Budget(budget, trials.of, len(frames), trials.reference, points, chosen)
 

@@ -1,10 +1,11 @@
 """The PTQ checkpoint: plain tensors and containers, from which a new process rebuilds the same quantized network.
 
-    {"format": "bevqat-ptq", "schema": 2,
+    {"format": "bevqat-ptq", "schema": 3,
      "config":     the model's config,
      "state_dict": the float weights by BEVFusion's names, batch norm not folded,
      "amax":       {quantizer path: range},
-     "disabled":   [quantizer paths that are off],
+     "ends":       {quantizer path: the smallest and the largest value seen},
+     "disabled":   [quantizer paths that are off in every flavour],
      "equalized":  {part.quantizer: what the channels that it rounds are divided by},
      "recipe":     how it was calibrated; keep_float and parts_off decide the placement, background whether biases are
                    "corrected" for the depth map's background (`qat.lean.background`) or have "absorbed" corrections,
@@ -12,8 +13,10 @@
 
 Folding, placement, equalization and corrections are functions of these alone, so a reload gives bit-identical outputs. A network that
 was trained after folding (`finetune`) has weights that no float state dict with batch norms gives: they are kept apart.
-The float weights stay: training goes on from them as the teacher. Schema 1, which is still read, knew neither equalized
-channels nor trained weights.
+The float weights stay: training goes on from them as the teacher.
+
+Schemas 1 and 2 are still read: 1 knew neither equalized channels nor trained weights; both listed what the default flavour does
+not round among what is off, and named some quantizers by the number of an operation in the graph (`quant_add_3`).
 """
 
 from __future__ import annotations
@@ -27,14 +30,16 @@ import torch
 from qat.core.config import check_config
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
+from qat.calibrate.old_names import absorbed_layers, old_names, really_off
 from qat.lean import QuantizedDetector
+from qat.lean.flavours import FLAVOURS
 from qat.lean.modes import quantizers
 from qat.lean.placement import FloatRule
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
 from qat.models.checkpoint import save_plain
 
 FORMAT = "bevqat-ptq"
-SCHEMA, READ = 2, (1, 2)
+SCHEMA, READ = 3, (1, 2, 3)
 
 
 def save_ptq(
@@ -50,11 +55,11 @@ def save_ptq(
         float_model: the one that `model` was made from.
         trained: `model`'s weights are others than folding `float_model` gives; they are written too.
     """
-    disabled = [name for name, quantizer in quantizers(model.parts).items() if quantizer._disabled]
     placement = {
-        "keep_float": [[rule.pattern, rule.reason] for rule in model.keep_float],
-        "parts_off": list(model.parts_off),
+        "keep_float": [[rule.pattern, rule.reason, *([list(rule.flavours)] if rule.flavours else [])] for rule in model.keep_float],
+        "parts_off": {name: list(flavours) for name, flavours in model.off_in.items()},
         "background": model.background,
+        "absorbed": sorted(model.absorbed),
     }
     checkpoint = {
         "format": FORMAT,
@@ -62,7 +67,8 @@ def save_ptq(
         "config": model.config,
         "state_dict": {name: tensor.detach().cpu() for name, tensor in float_model.state_dict().items()},
         "amax": {name: tensor.cpu() for name, tensor in model.amax().items()},
-        "disabled": disabled,
+        "ends": {name: ends.cpu() for name, ends in model.ends().items()},
+        "disabled": model.float_names(),
         "equalized": {name: scales.cpu() for name, scales in model.equalized.items()},
         "recipe": {**recipe, **placement},
     }
@@ -101,7 +107,7 @@ def _check_sections(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     for section in ("config", "recipe"):
         if not isinstance(checkpoint.get(section), Mapping):
             raise fail(section, checkpoint.get(section), "a section")
-    for section in ("amax", *(name for name in ("equalized", "weights") if name in checkpoint)):
+    for section in ("amax", *(name for name in ("equalized", "weights", "ends") if name in checkpoint)):
         found = checkpoint.get(section)
         if not isinstance(found, Mapping):
             raise fail(section, found, "a tensor for each name")
@@ -117,14 +123,22 @@ def _check_sections(checkpoint: Mapping[str, Any], path: str | Path) -> None:
                 raise UserError(f"{path}: {section}: {name}: found {found}, expected values above 0; calibrate again")
     texts("disabled", checkpoint.get("disabled"))
     recipe = checkpoint["recipe"]
-    texts("recipe: parts_off", recipe.get("parts_off"))
+    parts = recipe.get("parts_off")
+    if isinstance(parts, Mapping):
+        for name, flavours in parts.items():
+            texts("recipe: parts_off", [name])
+            texts(f"recipe: parts_off: {name}", flavours)
+    else:
+        texts("recipe: parts_off", parts)
+    texts("recipe: absorbed", recipe.get("absorbed", []))
     rules = recipe.get("keep_float")
     if not isinstance(rules, list | tuple):
         raise fail("recipe: keep_float", rules, "a list of patterns with reasons")
     for rule in rules:
-        texts("recipe: keep_float", rule)
-        if len(rule) != 2:
+        if not isinstance(rule, list | tuple) or len(rule) not in (2, 3):
             raise fail("recipe: keep_float", rule, "a pattern and a reason")
+        texts("recipe: keep_float", rule[:2])
+        texts("recipe: keep_float", rule[2] if len(rule) == 3 else [])
     if (background := recipe.get("background")) not in (None, "corrected", "absorbed"):
         raise UserError(
             f"{path}: recipe: background: found {background!r}, expected corrected or absorbed; calibrate again"
@@ -141,18 +155,27 @@ def _build(
         recipe = checkpoint["recipe"]
         model = build_model(checkpoint["config"])
         load_state(model, checkpoint["state_dict"], str(path), finite=finite)
-        rules = [FloatRule(pattern, reason) for pattern, reason in recipe["keep_float"]]
-        quantized = QuantizedDetector(model.eval(), rules, recipe["parts_off"])
+        rules = [FloatRule(pattern, reason, tuple(*flavours)) for pattern, reason, *flavours in recipe["keep_float"]]
+        parts = recipe["parts_off"]
+        off = parts if isinstance(parts, Mapping) else dict.fromkeys(parts, tuple(FLAVOURS))
+        quantized = QuantizedDetector(model.eval(), rules, off)
+        names = (lambda name: name) if checkpoint["schema"] >= 3 else old_names(quantized, checkpoint)
         if as_saved:
             for name, scales in checkpoint.get("equalized", {}).items():
-                quantized.equalize(name, scales)
+                quantized.equalize(names(name), scales)
             if "weights" in checkpoint:
                 quantized.load_weights(checkpoint["weights"])
-        quantized.load_amax(checkpoint["amax"], checkpoint["disabled"])
-        if as_saved and recipe.get("background") == "corrected":  # checkpoints of before it was done lack it
+        amax = {names(name): value for name, value in checkpoint["amax"].items()}
+        disabled = [names(name) for name in checkpoint["disabled"]]
+        if checkpoint["schema"] < 3:
+            disabled = really_off(quantized, amax, disabled)
+        quantized.load_amax(amax, disabled, checkpoint.get("ends"))
+        if as_saved and recipe.get("background") == "absorbed":
+            quantized.background = "absorbed"
+            quantized.absorbed = absorbed_layers(quantized, recipe)
+            quantized.use(quantized.flavour)
+        elif as_saved and recipe.get("background") == "corrected":  # checkpoints of before it was done lack it
             quantized.keep_background()
-        elif as_saved:
-            quantized.background = recipe.get("background")
     except (KeyError, TypeError, ValueError) as error:
         found = error.args[0] if error.args else type(error).__name__  # str() of a KeyError has quotes around it
         raise UserError(f"{path}: damaged, or made by another version: {found}; calibrate again") from None
@@ -178,5 +201,5 @@ def load_float_reference(path: str | Path) -> tuple[QuantizedDetector, CameraBEV
     """
     reference, model = _build(_read(path), path, as_saved=False)
     for quantizer in quantizers(reference.parts).values():
-        quantizer.disable()
+        quantizer.off = quantizer._disabled = True
     return reference, model

@@ -97,7 +97,7 @@ def merge_calibrators(calibrators: dict[str, HistogramCalibrator]) -> None:
     own = {
         name: (
             *(None if x is None else x.cpu() for x in (c.counts, c.channels, c.squares)),
-            *(c.values, c.log2_range, c.largest),
+            *(c.values, c.log2_range, c.largest, c.least, c.most),
         )
         for name, c in calibrators.items()
     }
@@ -106,8 +106,9 @@ def merge_calibrators(calibrators: dict[str, HistogramCalibrator]) -> None:
     for other_rank, others in enumerate(gathered):
         if other_rank == rank:
             continue
-        for name, (counts, channels, squares, values, log2_range, largest) in others.items():
+        for name, (counts, channels, squares, values, log2_range, largest, least, most) in others.items():
             other = HistogramCalibrator(name)
+            other.least, other.most = least, most
             other.counts, other.log2_range, other.largest = counts, log2_range, largest
             other.channels, other.squares, other.values = channels, squares, values
             if counts is not None:

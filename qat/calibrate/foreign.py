@@ -28,11 +28,12 @@ from qat.core.files import atomic_set, sha256
 from qat.core.locks import one_writer
 from qat.core.provenance import made_by
 from qat.lean import QuantizedDetector
-from qat.lean.detector import PARTS, PARTS_OFF
-from qat.lean.fold import CONVOLUTIONS
-from qat.lean.placement import FloatRule, is_add, is_concat
+from qat.lean.detector import PARTS_OFF, trace_parts
+from qat.lean.layers import CONVOLUTIONS, ScaleShift
+from qat.lean.ops import is_add, is_concat
+from qat.lean.placement import FloatRule
 from qat.lean.quantizer import Quantizer, weight_axis
-from qat.lean.trace import submodule, trace
+from qat.lean.trace import submodule
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
 from qat.models.checkpoint import take_branch, under_prefix
 
@@ -104,17 +105,18 @@ class _Theirs:
         return float(self.all[name]["amax"])
 
 
-def _norms(model: CameraBEVDetector, parts: Sequence[str]) -> Iterator[tuple[str, nn.Module, str, nn.BatchNorm2d]]:
+def _norms(model: CameraBEVDetector) -> Iterator[tuple[str, nn.Module, str, nn.BatchNorm2d]]:
     """Convolutions whose only consumer is a batch norm, and these: path, module, path, module."""
-    for part in parts:
-        graph = trace(model, PARTS[part])
+    for graph in trace_parts(model).values():
         for node in graph.graph.nodes:
-            norm = submodule(graph, node)
             source = node.args[0] if node.args else None
-            if isinstance(norm, nn.BatchNorm2d) and isinstance(source, fx.Node):
-                conv = submodule(graph, source)
-                if isinstance(conv, CONVOLUTIONS) and len(source.users) == 1:
-                    yield str(source.target), conv, str(node.target), norm
+            if not isinstance(submodule(graph, node), ScaleShift) or not isinstance(source, fx.Node):
+                continue
+            conv = submodule(graph, source)
+            if isinstance(conv, CONVOLUTIONS) and len(source.users) == 1:
+                norm = model.get_submodule(str(node.target))
+                assert isinstance(norm, nn.BatchNorm2d)
+                yield str(source.target), conv, str(node.target), norm
 
 
 def _neutral_norms(
@@ -203,7 +205,7 @@ def _decide(
 def _owner(node: fx.Node) -> str:
     """The path of the module whose forward made a node."""
     stack = node.meta.get("nn_module_stack") or {}
-    return str(next(reversed(stack.values()))[0]) if stack else ""
+    return str(next(reversed(stack.values()))[0]).removeprefix("net").lstrip(".") if stack else ""
 
 
 def _concats(theirs: _Theirs, graph: fx.GraphModule) -> dict[fx.Node, str]:
@@ -233,7 +235,8 @@ def _set_activations(
     values: dict[str, dict[str, float]] = {name: {} for name in inventory.quantizers}
     silent: dict[str, list[str]] = {name: [] for name in inventory.quantizers}
     for node in graph.graph.nodes:
-        if node.op != "call_module" or node.target not in values or node.target in inventory.watched:
+        quantizer = submodule(graph, node)
+        if not isinstance(quantizer, Quantizer) or node.target not in values or quantizer.role == "output":
             continue
         for user in node.users:
             path = str(user.target)
@@ -253,8 +256,8 @@ def _set_activations(
         assert isinstance(quantizer, Quantizer)
         full = f"{part}.{name}"
         if not found:
-            quantizer.disable()
-            if name not in inventory.watched:
+            quantizer.off = quantizer._disabled = True
+            if quantizer.role != "output":
                 report.without_range.append(full)
             continue
         quantizer.set_range(torch.tensor(max(found.values())))
@@ -270,7 +273,7 @@ def load_foreign(
     source: str | Path,
     ignore_prefixes: Sequence[str] = (),
     keep_float: Sequence[FloatRule] = (),
-    parts_off: Sequence[str] = PARTS_OFF,
+    parts_off: Mapping[str, Sequence[str]] = PARTS_OFF,
 ) -> tuple[QuantizedDetector, CameraBEVDetector, dict[str, Any]]:
     """The quantized detector that a checkpoint of another tool describes.
 
@@ -281,7 +284,7 @@ def load_foreign(
         source: the file, for messages.
         ignore_prefixes: names in the checkpoint that begin so are no concern of this model ("encoders.lidar.", "fuser.").
         keep_float: layers to leave float besides those that the checkpoint does.
-        parts_off: parts whose quantizers are placed but off, as for `QuantizedDetector`.
+        parts_off: parts whose quantizers are placed but off, and in which flavours, as for `QuantizedDetector`.
 
     Returns:
         the quantized detector and `model` in eval mode, as `qat.calibrate.save_ptq` takes them; and a report:
@@ -308,8 +311,8 @@ def load_foreign(
     theirs = _Theirs({name: value for name, value in given.items() if not name.startswith(prefixes)})
     report = _Report(source, ignored=len(tensors) + len(given) - len(state) - len(theirs.all))
 
-    blank = QuantizedDetector(model.eval(), keep_float, ())  # where ours can be, whatever the weights
-    pairs = list(_norms(model, list(blank.parts)))
+    blank = QuantizedDetector(model.eval(), keep_float, {})  # where ours can be, whatever the weights
+    pairs = list(_norms(model))
     report.folded = _neutral_norms(pairs, state)
     load_state(model, state, source)
 

@@ -12,17 +12,17 @@ from torch import fx
 from qat.calibrate.checkpoint import load_ptq
 from qat.core.console import results_console
 from qat.lean import QuantizedDetector
-from qat.lean.quantizer import BOUND, QuantizedConv2d, QuantizedConvTranspose2d, QuantizedLinear, Quantizer
+from qat.lean.quantizer import BOUND, QUANTIZED, Quantizer
 
-LAYERS = QuantizedConv2d | QuantizedConvTranspose2d | QuantizedLinear
+LAYERS = tuple(quantized for _, quantized in QUANTIZED)
 
 
 @dataclass(frozen=True)
 class Group:
     """The tensors that share one activation quantizer. feeds: layers and operations that take one of them. channels: the
-    smallest and the largest of what its channels are divided by before it; None where they are not. state: "on",
-    "watched" (for the onnxruntime flavour alone) or "off" (float: its whole part is, or it was left so for a budget, or a
-    checkpoint from elsewhere has no range for it: amax and scale are None then)."""
+    smallest and the largest of what its channels are divided by before it; None where they are not. state: "on" in the default
+    flavour, "watched" (calibrated for the flavours that round it) or "off" (float: its whole part is, or it was left so for a
+    budget, or a checkpoint from elsewhere has no range for it: amax and scale are None then)."""
 
     part: str
     quantizer: str
@@ -49,12 +49,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class FloatLayer:
-    """What stays float, by which rule and why."""
+    """What stays float, by which rule and why, and in which flavours; none for all."""
 
     part: str
     name: str
     rule: str
     reason: str
+    flavours: tuple[str, ...] = ()
 
 
 @dataclass
@@ -90,7 +91,7 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
             quantizer = graph.get_submodule(name)
             assert isinstance(quantizer, Quantizer)
             amax = None if quantizer.amax is None else float(quantizer.amax)
-            state = "watched" if name in inventory.watched and not off else "off" if quantizer._disabled else "on"
+            state = "off" if off or quantizer.off else "watched" if quantizer._disabled else "on"
             state = "off" if amax is None else state
             taking = [f for f in dict.fromkeys(feeds[name]) if f not in inventory.quantizers]
             divisors = model.equalized.get(f"{part}.{name}")
@@ -109,12 +110,14 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
                     layer.weight.numel(),
                     scales.numel(),
                     (float(scales.min()), float(scales.max())),
-                    "off" if layer.weight_quantizer._disabled else "on",
+                    "off" if off or layer.weight_quantizer.off else "watched" if layer.weight_quantizer._disabled else "on",
                 )
             )
-            if layer.weight_quantizer._disabled and not off:
+            if layer.weight_quantizer.off and not off:
                 found.floats.append(FloatLayer(part, path, "budget", "its INT8 costs more mAP than the budget allows"))
-        found.floats += [FloatLayer(part, name, kept.rule, kept.reason) for name, kept in inventory.kept.items()]
+        found.floats += [
+            FloatLayer(part, name, kept.rule, kept.reason, kept.flavours) for name, kept in inventory.kept.items()
+        ]
         if off:
             reason = "all of the part: CUDA-BEVFusion builds it without QDQ"
             found.floats.append(FloatLayer(part, "*", "parts_off", reason))

@@ -207,7 +207,10 @@ def _part_figures(result: CalibrationResult) -> dict[str, dict[str, Any]]:
         total = sum(count for name, count in report.macs.items() if name.startswith(part + "."))
         graph = model.parts[part]
         found[part] = {
-            "quantizers": sum(not graph.get_submodule(name)._disabled for name in inventory.quantizers),
+            "quantizers": sum(
+                not graph.get_submodule(name)._disabled and graph.get_submodule(name).role != "output"
+                for name in inventory.quantizers
+            ),
             "int8_layers": len(layers),
             "int8_share_of_macs": sum(report.macs[name] for name in layers) / total if total else 0.0,
             "off": part in model.parts_off,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
 
 from qat.calibrate.distributed import agree, merge_calibrators, total
 from qat.core.errors import NotFiniteError, UserError
@@ -18,18 +16,18 @@ from qat.lean import METHODS, QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.equalize import channel_scales
 from qat.lean.modes import quantizers
-from qat.lean.placement import WEIGHTED
+from qat.lean.observe import counting_macs, observing, set_ranges
 from qat.lean.quantizer import Quantizer
 from qat.models import CameraBEVDetector
 from qat.models.run import run_frame
 
-UNEXCITED = 1e-6  # amax of a tensor that was zero on every frame: any positive scale serves
+FEW_FRAMES = 3  # channels are not equalized on fewer: what one or two frames leave small may be large on the next
 
 
 @dataclass
 class CalibrationReport:
-    """What calibration saw. macs: multiply-accumulates of each weighted layer for one frame, by `part.path`; int8: the
-    layers with INT8 weights that are on; unexcited: quantizers whose tensor was zero on every frame."""
+    """What calibration saw. macs: multiply-accumulates of everything that multiplies, layers and products of activations, for
+    one frame, by `part.path`; int8: the layers with INT8 weights that are on; unexcited: quantizers whose tensor was zero on every frame."""
 
     frames: int = 0
     macs: dict[str, int] = field(default_factory=dict)
@@ -54,53 +52,9 @@ def check_frame(frame: Frame) -> None:
         raise UserError(f"calibration frame {frame.token}: camera {constant[0]} is one colour; leave the frame out")
 
 
-@contextmanager
-def _collecting(model: QuantizedDetector) -> Iterator[dict[str, HistogramCalibrator]]:
-    """Inside the block the network computes in float and every activation quantizer records."""
-    own = quantizers(model.parts)
-    before = {name: quantizer._disabled for name, quantizer in own.items()}
-    calibrators = {}
-    inputs = model.equalizable()
-    for name, quantizer in own.items():
-        records = name in model.activation_quantizers()
-        quantizer._disabled = not records
-        quantizer._if_quant = False
-        if records:
-            calibrators[name] = quantizer._calibrator = HistogramCalibrator(name, name in inputs)
-            quantizer._if_calib = True
-    try:
-        yield calibrators
-    finally:
-        for name, quantizer in own.items():
-            quantizer._disabled = before[name]
-            quantizer._if_quant, quantizer._if_calib, quantizer._calibrator = True, False, None
-
-
-@contextmanager
-def counting_macs(model: QuantizedDetector, macs: dict[str, int]) -> Iterator[None]:
-    """Inside the block, notes the multiply-accumulates of each weighted layer that runs, by `part.path`."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            weight = module.weight
-            assert isinstance(weight, torch.Tensor)
-            sites = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-            channels = weight.shape[0]
-            macs[name] = sites.numel() // channels * weight.numel()
-
-        return count
-
-    handles = [m.register_forward_hook(hook(n)) for n, m in model.parts.named_modules() if isinstance(m, WEIGHTED)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _methods(model: QuantizedDetector, method: str, by_layer: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The method of each activation quantizer."""
-    names = list(model.activation_quantizers())
+    names = [name for name, quantizer in model.activation_quantizers().items() if quantizer.shares is None]
     for pattern, other in by_layer:
         if other not in METHODS:
             raise UserError(f"--method-for {pattern}={other}: expected a method of {', '.join(METHODS)}")
@@ -147,7 +101,8 @@ def calibrate(
     report = CalibrationReport()
     choice = _methods(quantized, method, by_layer) | dict.fromkeys(quantized.equalized, "max")
     error = None
-    with torch.inference_mode(), _collecting(quantized) as calibrators, counting_macs(quantized, report.macs):
+    observed = observing(quantized.parts, quantized.equalizable())
+    with torch.inference_mode(), observed as calibrators, counting_macs(quantized.parts, report.macs):
         try:
             for frame in frames:
                 check_frame(frame)
@@ -165,15 +120,8 @@ def calibrate(
     agree(error)
     report.frames = total(report.frames)
     merge_calibrators(calibrators)
-    own = quantizers(quantized.parts)
-    for name, calibrator in calibrators.items():
-        amax = calibrator.compute_amax(choice[name], percentile)
-        if amax < UNEXCITED:
-            report.unexcited.append(name)
-        quantizer = own[name]
-        assert isinstance(quantizer, Quantizer)
-        quantizer.set_range(torch.tensor(max(amax, UNEXCITED)))
-    if equalize:
+    report.unexcited = set_ranges(quantizers(quantized.parts), calibrators, choice, percentile)
+    if equalize and report.frames >= FEW_FRAMES:
         _equalize(quantized, calibrators, by_layer)
     quantized.keep_background()
     report.int8 = int8_layers(quantized)

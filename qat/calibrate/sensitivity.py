@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from qat import __version__
-from qat.calibrate.ptq import check_frame, counting_macs
+from qat.calibrate.ptq import check_frame
 from qat.core.centerhead import Detections
 from qat.core.config import is_camera_branch, need_boxes
 from qat.core.console import results_console
@@ -34,6 +34,7 @@ from qat.core.tensors import decibels, frame_digest
 from qat.lean import QuantizedDetector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.modes import quantizers, quantizers_off
+from qat.lean.observe import counting_macs
 from qat.lean.quantizer import BOUND
 from qat.lean.units import Unit, only_on, units
 from qat.models.run import boxes_of, frame_tensors
@@ -127,7 +128,7 @@ class _FloatTensors:
     def __init__(self, model: QuantizedDetector, frame: Frame, macs: dict[str, int] | None = None) -> None:
         self.model = model
         self.img, self.depth, self.patterns = frame_tensors(model, frame)
-        with quantizers_off(model), nullcontext() if macs is None else counting_macs(model, macs):
+        with quantizers_off(model), nullcontext() if macs is None else counting_macs(model.parts, macs):
             self.pooled = model.pool(*model.lift(self.img, self.depth), self.patterns)
             self.lowered = model.downsample(self.pooled)
             self.bev, self.maps = self._behind(self.lowered)
@@ -319,9 +320,11 @@ def kept_in_float(model: QuantizedDetector, macs: Mapping[str, int], recipe: Map
             groups[part, "parts_off", reason] = [name for name in macs if name.startswith(f"{part}.")]
             continue
         for name, kept in inventory.kept.items():
+            if kept.flavours and model.flavour not in kept.flavours:
+                continue
             groups.setdefault((part, kept.rule, kept.reason), []).append(f"{part}.{name}")
         for path in inventory.quantized:
-            if own[f"{part}.{path}.weight_quantizer"]._disabled:
+            if own[f"{part}.{path}.weight_quantizer"].off:
                 groups.setdefault((part, *off), []).append(f"{part}.{path}")
     total = sum(macs.values())
     found = [

@@ -19,25 +19,17 @@ from qat.core.manifest import FILE
 from qat.core.progress import progress_bar
 from qat.engine import CPU_FLAVOURS
 from qat.export.calibration_cache import strip_qdq, write_calibration_cache
-from qat.export.flavour_cpu import to_cpu
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.lookups import opset_of
+from qat.export.passes import in_flavour
 from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
-from qat.export.unsigned import never_negative_outputs
 from qat.export.verify import Verification
-from qat.lean.modes import (
-    parts_on,
-    qdq_tracing,
-    quantizers_off,
-    seven_bit_weights,
-    unsigned_background,
-    watched_on,
-)
+from qat.lean.flavours import FLAVOURS, flavour_of
+from qat.lean.modes import qdq_tracing, quantizers_off, seven_bit_weights
 
 PRECISIONS = ("fp32", "fp16", "int8")
-FLAVOURS = ("tensorrt", "tensorrt-strong", "onnxruntime", "openvino")
 IO = ("fp32", "fp16")
 OPSET, OPSETS = 13, range(13, 21)  # per-channel Q/DQ begins with 13; torch's TorchScript exporter ends with 20
 
@@ -67,8 +59,7 @@ class Form:
         if self.precision not in PRECISIONS:
             raise UserError(f"precision: found {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
         check_calibrated(detector, self.precision)
-        if self.flavour not in FLAVOURS:
-            raise UserError(f"flavour: found {self.flavour!r}, expected one of {', '.join(FLAVOURS)}")
+        flavour_of(self.flavour)
         if self.flavour in CPU_FLAVOURS and self.precision != "int8":
             raise UserError(
                 f"flavour {self.flavour}: found precision {self.precision}, expected int8; leave --flavour out"
@@ -94,13 +85,14 @@ class Form:
                 f"calibration-cache: found flavour {self.flavour} in {self.precision}, expected tensorrt in int8, whose scales "
                 "are s8's"
             )
-        if self.parts_int8:
-            if self.precision != "int8":
-                raise UserError(f"parts-int8: found precision {self.precision}, expected int8")
-            for name in self.parts_int8:
-                if name not in detector.parts_off:
-                    off = ", ".join(detector.parts_off) or "none"
-                    raise UserError(f"parts-int8: found {name!r}, expected a part that calibrate left off: {off}")
+        if self.parts_int8 and self.precision != "int8":
+            raise UserError(f"parts-int8: found precision {self.precision}, expected int8")
+        fixed = getattr(detector, "fixed_views", None)
+        if self.precision == "int8" and fixed is not None and (self.batch > 1 or self.dynamic_batch):
+            raise UserError(
+                f"batch: found a backbone that fixes the number of images when it is traced, at {fixed}, expected one that "
+                "takes any; export it for one sample"
+            )
 
     @contextmanager
     def applied(self, detector: Any) -> Iterator[None]:
@@ -109,17 +101,10 @@ class Form:
             if self.precision != "int8":
                 stack.enter_context(quantizers_off(detector))
             else:
-                stack.enter_context(parts_on(detector, self.parts_int8))
-                corrected = self.flavour in CPU_FLAVOURS and detector.background == "corrected"
-                if corrected:  # anew at the end, for weights and steps as they were
-                    stack.callback(detector.keep_background)
-                if self.flavour in CPU_FLAVOURS:
-                    stack.enter_context(watched_on(detector))
-                    stack.enter_context(unsigned_background(detector))
+                stack.enter_context(detector.in_flavour(self.flavour, self.parts_int8))
                 if self.reduce_range:
                     stack.enter_context(seven_bit_weights(detector))
-                if corrected:
-                    detector.keep_background()
+                    detector.correct_background()
             yield
 
     def chosen(self, parts: Mapping[str, TorchPart]) -> list[str]:
@@ -165,7 +150,7 @@ def export_parts(
             for a builder that is told by a flag to run it in FP16.
         flavour: "tensorrt" for symmetric s8 Q/DQ on float weights; "tensorrt-strong" for strongly typed networks, with
             precision in the graph's types (`qat.export.flavour_tensorrt_strong`); "onnxruntime" and "openvino" for what
-            these fuse on a CPU, INT8 only (`qat.export.flavour_cpu`).
+            these fuse on a CPU, INT8 only (`qat.lean.flavours`).
         checkpoint: where the weights came from; its name and sha256 go into the manifest.
         recipe: how the quantizers were calibrated, for the manifest.
         cameras: names in the order of the inputs; None for those of the detector's config.
@@ -245,16 +230,13 @@ def _export(
         "batch": None if form.dynamic_batch else form.batch,
         "reduce_range": form.reduce_range,
     }
-    # Of the tensor before the next part, for what is behind a part's last ReLU is u8 in the next one too. Pooled features
-    # have a sign: the context of a pixel has.
-    positive = False
     total = len(left)
     with atomic_directory(out) as folder, progress_bar("export", total) as done:
         for name, part in parts.items():
             if not left:
                 break  # what comes behind the last part that is asked for
             done(total - len(left), name)
-            if name not in left and form.flavour not in CPU_FLAVOURS:  # these want to know the next part's signs
+            if name not in left:
                 verification.skip(name)
                 continue
             model = source = _graph(part, name, verification.feeds, form)
@@ -264,13 +246,8 @@ def _export(
                     source, form.precision, verification.all_feeds, form.opset, keep_io=form.io == "fp32"
                 )
                 manifest["opset"] = max(manifest["opset"], opset_of(model))
-            if form.flavour in CPU_FLAVOURS:
-                known = part.wrapper.inputs if positive else ()
-                model = to_cpu(model, known)
-                positive = name != "camera.backbone" and bool(never_negative_outputs(model, known))
-            if name not in left:
-                verification.skip(name)
-                continue
+            if form.precision == "int8":
+                model = in_flavour(model, flavour_of(form.flavour))
             left.remove(name)
             counts = op_counts(model)
             graph = model.SerializeToString(deterministic=True)

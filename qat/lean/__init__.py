@@ -1,8 +1,10 @@
-"""What a quantized network is: traced with torch.fx, BN folded, TensorQuantizers placed by rules, calibrated.
+"""What a quantized network is: traced, BN folded, TensorQuantizers placed by rules, calibrated.
 
-trace        a detector's parts as fx graphs that keep the module paths
-fold         batch norm into the convolution before it
+module       `quantize`: any module in, its calibrated simulation out
+trace        a network as a graph that keeps the module paths; `canonical` gives each operation one spelling
+fold         batch norm into the layer before it
 rules/       where quantizers go, one rule a file; `placement` is what they speak to
+flavours/    what each backend wants rounded, and how; one flavour a file
 insert       quantizers into the graph, weights' quantizers into the layers
 calibrators  histograms and the searches for a range
 detector     the quantized detector, with the float one's interface
@@ -11,5 +13,16 @@ detector     the quantized detector, with the float one's interface
 from qat.lean.calibrators import METHODS
 from qat.lean.detector import AUTO, QuantizedDetector, auto_methods, quantize_detector
 from qat.lean.insert import Inventory, quantize_graph
+from qat.lean.module import QuantizedModule, quantize
 
-__all__ = ["AUTO", "METHODS", "Inventory", "QuantizedDetector", "auto_methods", "quantize_detector", "quantize_graph"]
+__all__ = [
+    "AUTO",
+    "METHODS",
+    "Inventory",
+    "QuantizedDetector",
+    "QuantizedModule",
+    "auto_methods",
+    "quantize",
+    "quantize_detector",
+    "quantize_graph",
+]

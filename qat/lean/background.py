@@ -9,24 +9,24 @@ every pixel, and a 5×5 convolution adds 25 times as much: not noise, which woul
 β being the background of x and the sums over input channels and taps: the convolution's output has the float
 network's background exactly, and so has the input of the next one. (Bias correction, Nagel et al., ICCV 2019, §4.2, with an
 expectation that is known without data.) Within reach of the image's border, where padding replaces some of the taps, e is too
-large by their share. It holds for one grid: `on_unsigned` is for export flavours that round these tensors to u8.
+large by their share. It holds for one flavour's steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from qat.lean.layers import ScaleShift
+from qat.lean.ops import MAX_POOLS
 from qat.lean.quantizer import QuantizedConv2d, Quantizer
 from qat.lean.trace import submodule
 
 SOURCE = "depth"  # the input that is zero nearly everywhere
-KEEPS_CONSTANTS = (nn.Identity, nn.Dropout, nn.MaxPool2d)
 ELEMENTWISE = (
     nn.ReLU,
     nn.ReLU6,
@@ -36,16 +36,16 @@ ELEMENTWISE = (
     nn.Hardswish,
     nn.Hardsigmoid,
     nn.Sigmoid,
-    nn.BatchNorm2d,
+    ScaleShift,
 )
 
 
 def _through(layer: nn.Module | None, value: torch.Tensor) -> torch.Tensor | None:
     """What a module makes of a map that holds `value`, float64[C], everywhere; None where that is not known."""
-    if isinstance(layer, (Quantizer, *KEEPS_CONSTANTS)):
+    if isinstance(layer, Quantizer):
         return value
     if isinstance(layer, ELEMENTWISE):
-        norm = isinstance(layer, nn.BatchNorm2d)  # which computes in its own type
+        norm = isinstance(layer, ScaleShift)  # which computes in its own type
         found = layer((value.float() if norm else value).reshape(1, -1, 1, 1))
         return found.double().flatten()
     if isinstance(layer, nn.Conv2d):
@@ -78,9 +78,13 @@ def backgrounds(graph: fx.GraphModule) -> dict[str, BackgroundInput]:
         if node.op == "placeholder" and node.target == SOURCE:
             values[node] = torch.zeros(1, dtype=torch.float64)
             continue
-        source = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
+        single = (node.op == "call_module" and len(node.args) == 1) or node.target in MAX_POOLS
+        source = node.args[0] if single else None
         value = values.get(source) if isinstance(source, fx.Node) else None
         if value is None or not isinstance(source, fx.Node):
+            continue
+        if node.target in MAX_POOLS:
+            values[node] = value
             continue
         layer, before = submodule(graph, node), submodule(graph, source)
         value = value.to(_device(layer))
@@ -99,16 +103,21 @@ def _device(layer: nn.Module | None) -> torch.device:
 
 
 @torch.no_grad()
-def correct_backgrounds(graph: fx.GraphModule) -> list[str]:
-    """Sets the `background_shift` of every layer that `backgrounds` lists from weights and ranges as they are now.
+def correct_backgrounds(graph: fx.GraphModule, absorbed: Collection[str] = ()) -> list[str]:
+    """Sets the `background_shift` of every layer that `backgrounds` lists from weights, ranges and steps as they are now.
+
+    Args:
+        absorbed: paths of layers whose bias holds its correction.
 
     Returns:
         the layers' paths.
     """
-    layers = backgrounds(graph)
+    layers = {path: taken for path, taken in backgrounds(graph).items() if path not in absorbed}
     for path, taken in layers.items():
         layer = graph.get_submodule(path)
         assert isinstance(layer, QuantizedConv2d)
+        if taken.quantizer is not None and not taken.quantizer._disabled and taken.quantizer.amax is None:
+            continue  # not calibrated yet
         rounded = taken.value if taken.quantizer is None else taken.quantizer(taken.value.float()).double()
         exact = _summed(layer, layer.weight, taken.value)
         shift = exact - _summed(layer, layer.weight_quantizer(layer.weight), rounded)
@@ -116,30 +125,15 @@ def correct_backgrounds(graph: fx.GraphModule) -> list[str]:
     return list(layers)
 
 
-@contextmanager
-def on_unsigned(graphs: Iterable[fx.GraphModule], steps: int) -> Iterator[None]:
-    """Inside the block, what these convolutions take out of a ReLU is rounded to u8: 255 `steps` for the range (twice as fine as
-    s8) where biases are corrected anew, 127 where they already hold corrections for s8's step."""
-    quantizers = [
-        taken.quantizer
-        for graph in graphs
-        for taken in backgrounds(graph).values()
-        if taken.rectified and taken.quantizer
-    ]
-    for quantizer in quantizers:
-        quantizer.unsigned = steps
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.unsigned = None
-
-
 @torch.no_grad()
-def absorb_backgrounds(graph: fx.GraphModule) -> None:
-    """Adds every layer's `background_shift` to a bias of its own, to be trained on from there."""
-    for layer in graph.modules():
-        if isinstance(layer, QuantizedConv2d) and layer.background_shift is not None:
-            bias = layer.background_shift if layer.bias is None else layer.bias + layer.background_shift
-            layer.bias = nn.Parameter(bias.clone())
-            layer.background_shift = None
+def absorb_backgrounds(graph: fx.GraphModule) -> list[str]:
+    """Adds the `background_shift` of every layer that is INT8 now to a bias of its own, to be trained on from there; which."""
+    found = []
+    for path, layer in graph.named_modules():
+        if not isinstance(layer, QuantizedConv2d) or layer.background_shift is None or layer.weight_quantizer._disabled:
+            continue
+        bias = layer.background_shift if layer.bias is None else layer.bias + layer.background_shift
+        layer.bias = nn.Parameter(bias.clone())
+        layer.background_shift = None
+        found.append(path)
+    return found

@@ -41,6 +41,7 @@ class HistogramCalibrator:
         self.counts: torch.Tensor | None = None  # float64[BINS], whole numbers
         self.log2_range = SMALLEST_LOG2  # of a power of two greater than every magnitude seen
         self.largest = 0.0
+        self.least, self.most = 0.0, 0.0  # the smallest and the largest value, zero included
 
     def collect(self, x: torch.Tensor) -> None:
         """Adds a tensor of any shape, layout and floating type.
@@ -66,6 +67,9 @@ class HistogramCalibrator:
             self._widen(math.frexp(largest)[1])
             counts, _ = count(values, self.log2_range)
         self.largest = max(self.largest, largest)
+        if len(values):
+            low, high = (float(end) for end in torch.aminmax(values))
+            self.least, self.most = min(self.least, low), max(self.most, high)
         self.counts = self.counts + counts
         if self.by_channel:
             apart = x.detach().float().transpose(0, 1).flatten(1)
@@ -90,6 +94,7 @@ class HistogramCalibrator:
             assert other.counts is not None
             self.counts = self.counts + other.counts  # collected in inference mode: not to be changed in place
         self.largest = max(self.largest, other.largest)
+        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
         if other.channels is not None and other.squares is not None:
             self._add_channels(other.channels, other.squares, other.values)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -10,33 +11,42 @@ import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import fx, nn
 
-from qat.core.config import is_camera_branch, need_boxes, needs_depth
+from qat.core.config import camera_names, is_camera_branch, need_boxes, needs_depth
+from qat.core.errors import UserError
 from qat.core.geometry import PoolPattern
-from qat.lean.background import absorb_backgrounds, correct_backgrounds
-from qat.lean.clean import clean
+from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds
 from qat.lean.equalize import equalizable, equalize
+from qat.lean.flavours import DEFAULT, FLAVOURS, flavour_of
 from qat.lean.fold import fold_batch_norm
-from qat.lean.insert import Inventory, quantize_graph
+from qat.lean.insert import Inventory, quantize_graph, use_flavour
 from qat.lean.modes import quantizers
+from qat.lean.ops import least_values
 from qat.lean.placement import FloatRule
-from qat.lean.quantizer import Quantizer
-from qat.lean.trace import trace
+from qat.lean.quantizer import U8_COARSE, Quantizer
+from qat.lean.trace import FIXED_BATCH, trace
 from qat.models import CameraBEVDetector
 
 # part name: the detector's method that is traced; a camera branch alone has the first two
 PARTS = {"camera": "camera_logits", "vtransform": "downsample", "decoder": "decode_bev", "head": "head"}
 BRANCH_PARTS = ("camera", "vtransform")
 
+TENSORRT = ("tensorrt", "tensorrt-strong")
 KEEP_FLOAT = (
     FloatRule("encoders.camera.vtransform.dtransform.0", "its input is raw metres: a step would be half a metre"),
+    FloatRule(
+        "encoders.camera.vtransform.dtransform.*",
+        "computed from the depth map alone: on a GPU a few per cent of the time, and s8 there costs mAP",
+        TENSORRT,
+    ),
 )
 # How `--method auto` chooses ranges. A BEV cell near the car sums the features of hundreds of pixels, one far away those of
 # a few: the decoder's tensors have long tails. What clips them (mse, entropy) raises the SQNR at the head maps, which
 # empty far cells dominate, and loses the objects near the car: mAP falls. In the camera part mse does no harm.
 # What is computed from the depth map alone has long tails too: its large values are the near points.
 AUTO = ("mse", (("decoder.*", "max"), ("head.*", "max"), ("camera.*_dtransform_*", "max")))
-# CUDA-BEVFusion builds the vtransform with --fp16 alone, so it carries no QDQ unless asked.
-PARTS_OFF = ("vtransform",)
+# Parts that are float as a whole, and in which flavours. CUDA-BEVFusion builds the vtransform with --fp16 alone, so it
+# carries no QDQ unless asked.
+PARTS_OFF: dict[str, tuple[str, ...]] = {"vtransform": tuple(FLAVOURS)}
 
 
 def part_methods(config: Mapping[str, Any]) -> dict[str, str]:
@@ -45,7 +55,7 @@ def part_methods(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def auto_methods(config: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """`AUTO` for a detector of this config: without the patterns of parts that it has not."""
+    """`AUTO` for a detector of this config, without the patterns of parts that it lacks."""
     method, by_layer = AUTO
     parts = part_methods(config)
     depth = needs_depth(config)
@@ -56,39 +66,129 @@ def auto_methods(config: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str],
     )
 
 
+def trace_parts(detector: CameraBEVDetector) -> dict[str, fx.GraphModule]:
+    """A detector's parts as canonical graphs for any number of samples and cameras (`qat.lean.trace`), by name.
+
+    Raises:
+        UserError: torch.export cannot follow one.
+    """
+    config = detector.config
+    height, width = config["image_size"]
+    view = detector.vtransform
+    nx, ny, nz = (int(n) for n in view.nx)
+    examples: list[object] = [torch.empty(2, 3, height, width)]
+    examples.append(torch.empty(2, 1, height, width) if needs_depth(config) else None)
+    found = {}
+    for name, method in part_methods(config).items():
+        if name == "vtransform":
+            examples = [torch.empty(2, view.C * nz, nx, ny)]
+        found[name] = trace(detector, examples, method)
+        if name == "camera" and FIXED_BATCH in found[name].meta:  # for one sample, then
+            views = len(camera_names(config))
+            examples = [None if e is None else torch.empty(views, *e.shape[1:]) for e in examples]  # type: ignore[attr-defined]
+            found[name] = trace(detector, examples, method)
+            found[name].meta[FIXED_BATCH] = views
+        result = found[name].graph.output_node().args[0]
+        if isinstance(result, fx.Node):  # the next part takes it
+            examples = [torch.empty(2, *(int(n) for n in result.meta["val"].shape[1:]))]
+    return found
+
+
 Background = Literal["corrected", "absorbed"]  # the depth map's, in corrections of biases or in the biases themselves
 
 
 class QuantizedDetector(nn.Module):
     """A camera detector with TensorQuantizers; lift, pool, downsample, decode_bev, head, patterns and forward are
-    CameraBEVDetector's, of a camera branch alone too."""
+    CameraBEVDetector's, of a camera branch alone too.
+
+    It holds the quantizers of every flavour, and computes in one of them: `flavour`, which `use` changes.
+
+    Args:
+        keep_float: layers that stay float. parts_off: parts that do as a whole, in the flavours that are named.
+    """
 
     def __init__(
         self,
         detector: CameraBEVDetector,
         keep_float: Sequence[FloatRule] = KEEP_FLOAT,
-        parts_off: Sequence[str] = PARTS_OFF,
+        parts_off: Mapping[str, Sequence[str]] = PARTS_OFF,
     ) -> None:
         super().__init__()
         self.config = detector.config
         self.vtransform = detector.vtransform
         self._pool = detector.pool
         self.keep_float = tuple(keep_float)
-        self.parts_off = tuple(parts_off)
+        self.off_in = {name: tuple(flavours) for name, flavours in parts_off.items()}
+        self.flavour = DEFAULT
         self.parts = nn.ModuleDict()
         self.inventory: dict[str, Inventory] = {}
         self.equalized: dict[str, torch.Tensor] = {}  # `part.quantizer` → what its channels are divided by
         self.background: Background | None = None
-        for name, method in part_methods(self.config).items():
-            graph = trace(detector, method)
-            clean(graph)
+        self.absorbed: frozenset[str] = frozenset()  # `part.path` of layers whose bias has its correction in it
+        self.fixed_views: int | None = None
+        known: dict[str, float] = {}
+        for name, graph in trace_parts(detector).items():
             fold_batch_norm(graph)
-            self.inventory[name] = quantize_graph(graph, keep_float)
-            if name in parts_off:
-                for quantizer in quantizers(graph).values():
-                    quantizer.disable()
+            if graph.meta.get(FIXED_BATCH) is not None:
+                self.fixed_views = graph.meta[FIXED_BATCH]
+            self.inventory[name] = quantize_graph(graph, keep_float, known)
+            result = graph.graph.output_node().args[0]
+            known = {}
+            if name != "camera" and isinstance(result, fx.Node):  # pooled features have a sign: a pixel's context has
+                known = dict.fromkeys(("x",), least_values(graph)[result])
             self.parts[name] = graph
+        self.use(DEFAULT)
         self.eval()
+
+    def use(self, flavour: str, parts_int8: Sequence[str] = ()) -> None:
+        """From here on the detector computes what this flavour's exports do.
+
+        Args:
+            parts_int8: parts that are off in this flavour, to quantize all the same.
+
+        Raises:
+            UserError: an unknown flavour; a part that is not off, or that has quantizers without a range.
+        """
+        flavour_of(flavour)
+        off = [name for name, flavours in self.off_in.items() if flavour in flavours and name in self.parts]
+        for name in parts_int8:
+            if name not in off:
+                raise UserError(
+                    f"parts-int8: found {name!r}, expected a part that calibrate left off: {', '.join(off) or 'none'}"
+                )
+        self.flavour = flavour
+        self.parts_off = tuple(name for name in off if name not in parts_int8)
+        for name, graph in self.parts.items():
+            assert isinstance(graph, fx.GraphModule)
+            use_flavour(graph, flavour)
+            for path, quantizer in quantizers(graph).items():
+                if name in self.parts_off:
+                    quantizer._disabled = True
+                elif name in parts_int8 and not quantizer._disabled and quantizer.amax is None:
+                    raise UserError(f"part {name}: found no range for {path}, expected one; calibrate again")
+        self._coarse()
+        self.correct_background()
+
+    @contextmanager
+    def in_flavour(self, flavour: str, parts_int8: Sequence[str] = ()) -> Iterator[None]:
+        """Inside the block the detector computes in another flavour."""
+        before, extra = self.flavour, [n for n in self._off_in(self.flavour) if n not in self.parts_off]
+        self.use(flavour, parts_int8)
+        try:
+            yield
+        finally:
+            self.use(before, extra)
+
+    def _off_in(self, flavour: str) -> list[str]:
+        return [name for name, flavours in self.off_in.items() if flavour in flavours and name in self.parts]
+
+    def _coarse(self) -> None:
+        """Inputs of layers whose biases hold corrections for s8's step keep that step where they are rounded from zero up."""
+        for part, graph in self.parts.items():
+            assert isinstance(graph, fx.GraphModule)
+            for path, taken in backgrounds(graph).items() if self.absorbed else ():
+                if f"{part}.{path}" in self.absorbed and taken.quantizer is not None and taken.quantizer.spec.levels == 255:
+                    taken.quantizer.spec = U8_COARSE
 
     def camera_logits(self, img: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
         """img [B·N,3,H,W], depth [B·N,1,H,W] → depth logits and context, [B·N,D+C,fH,fW]."""
@@ -146,6 +246,8 @@ class QuantizedDetector(nn.Module):
         for part, inventory in self.inventory.items():
             graph = self.parts[part]
             assert isinstance(graph, fx.GraphModule)
+            if part in self.parts_off:  # its float form would have one more product
+                continue
             for name, layers in equalizable(graph, inventory).items():
                 found[f"{part}.{name}"] = [f"{part}.{path}" for path in layers]
         return found
@@ -170,21 +272,43 @@ class QuantizedDetector(nn.Module):
         From here on `background` is "corrected". The corrections depend on weights and ranges: call again when those changed.
         """
         self.background = "corrected"
-        for graph in self.parts.values():
+        self.correct_background()
+
+    def correct_background(self) -> None:
+        """Computes the corrections anew, where there are any, for weights, ranges and steps as they are now."""
+        if self.background is None:
+            return
+        for part, graph in self.parts.items():
             assert isinstance(graph, fx.GraphModule)
-            correct_backgrounds(graph)
+            own = {name.partition(".")[2] for name in self.absorbed if name.partition(".")[0] == part}
+            correct_backgrounds(graph, own)
 
     def absorb_background(self) -> None:
-        """Makes the corrections of `keep_background` part of the biases, which may then be trained; `background` is
-        "absorbed" if there were any."""
-        self.background = "absorbed" if self.background else None
-        for graph in self.parts.values():
+        """Makes the corrections of the layers that are INT8 now part of their biases, which may then be trained; `background`
+        is "absorbed" if there were any."""
+        if self.background is None:
+            return
+        self.background = "absorbed"
+        found = set(self.absorbed)
+        for part, graph in self.parts.items():
             assert isinstance(graph, fx.GraphModule)
-            absorb_backgrounds(graph)
+            found |= {f"{part}.{path}" for path in absorb_backgrounds(graph)}
+        self.absorbed = frozenset(found)
 
     def amax(self) -> dict[str, torch.Tensor]:
-        """Every quantizer's range by its path; for those that have one."""
-        return {name: q.amax.detach().clone() for name, q in quantizers(self.parts).items() if q.amax is not None}
+        """Every quantizer's range by its path; for those that have one of their own."""
+        own = quantizers(self.parts)
+        return {name: q.amax.detach().clone() for name, q in own.items() if q.shares is None and q.amax is not None}
+
+    def ends(self) -> dict[str, torch.Tensor]:
+        """The smallest and the largest value of each quantized tensor, float32[2] by its quantizer's path; of those that were
+        observed."""
+        own = quantizers(self.parts)
+        return {name: torch.tensor(q.ends) for name, q in own.items() if q.ends is not None}
+
+    def float_names(self) -> list[str]:
+        """Paths of the quantizers that are off in every flavour."""
+        return [name for name, quantizer in quantizers(self.parts).items() if quantizer.off]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The parts' parameters and buffers by path, as the parts compute with them (batch norm folded), without the
@@ -199,7 +323,9 @@ class QuantizedDetector(nn.Module):
             KeyError: the names are not this detector's. ValueError: a shape is not.
         """
         own = self.weights()
-        strange = set(weights) ^ set(own)
+        # Files of before the trace by torch.export hold tables of indices and masks too, which are constants of the graph now.
+        moved = ("relative_position_index", "attn_mask", "num_batches_tracked")
+        strange = {name for name in set(weights) ^ set(own) if not name.endswith(moved)}
         if strange:
             raise KeyError(f"weights differ: {', '.join(sorted(strange)[:5])}")
         for name, tensor in own.items():
@@ -207,17 +333,24 @@ class QuantizedDetector(nn.Module):
                 raise ValueError(f"{name}: found shape {list(weights[name].shape)}, expected {list(tensor.shape)}")
             tensor.copy_(weights[name])
 
-    def load_amax(self, amax: Mapping[str, torch.Tensor], disabled: Sequence[str]) -> None:
-        """Sets ranges and on/off as saved. One that is off needs no range (another tool's checkpoint has none for it).
+    def load_amax(
+        self,
+        amax: Mapping[str, torch.Tensor],
+        disabled: Sequence[str],
+        ends: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Sets ranges, and what is off in every flavour, as saved. One that is off needs no range (another tool's checkpoint
+        has none for it).
 
         Raises:
             KeyError: the names are not this detector's, or one that is on has no range. ValueError: a range is not positive
                 and finite, or has another shape.
         """
         own = quantizers(self.parts)
-        if strange := sorted((set(amax) | set(disabled)) - set(own)):
-            raise KeyError(f"found quantizers that the network has not: {_few(strange)}")
-        if without := sorted(set(own) - set(amax) - set(disabled)):
+        if strange := sorted((set(amax) | set(disabled) | set(ends or ())) - set(own)):
+            raise KeyError(f"found quantizers that the network lacks: {_few(strange)}")
+        needed = {name for name, quantizer in own.items() if quantizer.shares is None}
+        if without := sorted(needed - set(amax) - set(disabled)):
             raise KeyError(f"found no range (amax) for {len(without)} of {len(own)} quantizers: {_few(without)}")
         for name, tensor in amax.items():
             before = own[name].amax  # of weights, already that of the weights themselves; others have none yet
@@ -226,11 +359,17 @@ class QuantizedDetector(nn.Module):
                 raise ValueError(f"{name}: found a range of shape {list(tensor.shape)}, expected {shape}")
             if not bool(((tensor > 0) & tensor.isfinite()).all()):
                 raise ValueError(f"{name}: found a range of {tensor.min().item():g}, expected finite values above 0")
+        for name, tensor in (ends or {}).items():
+            if tensor.numel() != 2 or not float(tensor[0]) <= float(tensor[1]):
+                raise ValueError(f"{name}: found ends {tensor.tolist()}, expected the smallest and the largest value")
         for name, quantizer in own.items():
             assert isinstance(quantizer, Quantizer)
             if name in amax:
                 quantizer.set_range(amax[name])
-            quantizer._disabled = name in disabled
+            if ends is not None and name in ends:
+                quantizer.ends = (float(ends[name][0]), float(ends[name][1]))
+            quantizer.off = name in disabled
+        self.use(self.flavour)
 
 
 def _few(names: Sequence[str], count: int = 3) -> str:
@@ -238,7 +377,9 @@ def _few(names: Sequence[str], count: int = 3) -> str:
 
 
 def quantize_detector(
-    detector: CameraBEVDetector, keep_float: Sequence[FloatRule] = KEEP_FLOAT, parts_off: Sequence[str] = PARTS_OFF
+    detector: CameraBEVDetector,
+    keep_float: Sequence[FloatRule] = KEEP_FLOAT,
+    parts_off: Mapping[str, Sequence[str]] = PARTS_OFF,
 ) -> QuantizedDetector:
     """Folds batch norm and places quantizers; ranges of activations are still to be calibrated.
 

@@ -97,7 +97,7 @@ def equalizable(graph: fx.GraphModule, inventory: Inventory) -> dict[str, list[s
     found = {}
     for name in inventory.quantizers:
         place = _place(graph, name)
-        if place is not None and not graph.get_submodule(name)._disabled:
+        if place is not None:
             found[name] = [str(node.target) for node in place.takers]
     return found
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from qat.lean import rules  # noqa: F401  (importing registers them)
+from qat.lean.canonical import PATH
+from qat.lean.flavours import DEFAULT, FLAVOURS, flavour_of
+from qat.lean.ops import least_values
 from qat.lean.placement import RULES, FloatRule, Kept, Placement
-from qat.lean.quantizer import input_quantizer, quantized_layer
+from qat.lean.quantizer import Quantizer, input_quantizer, quantized_layer
 from qat.lean.trace import replace_module, submodule
 
 
@@ -19,63 +22,122 @@ class Inventory:
     """What was done to one graph.
 
     quantizers: activation quantizer name → names of the tensors (fx nodes) that it rounds. quantized: paths of the
-    layers with INT8 weights. kept: path of each layer left float → the rule and the reason. watched: quantizer names that are
-    calibrated and switched off.
+    layers with INT8 weights, in some flavour. kept: path of each layer left float → the rule, the reason and the flavours.
     """
 
     quantizers: dict[str, list[str]] = field(default_factory=dict)
     quantized: list[str] = field(default_factory=list)
     kept: dict[str, Kept] = field(default_factory=dict)
-    watched: list[str] = field(default_factory=list)
 
 
-def _name(node: fx.Node, taken: Container[str]) -> str:
-    """A name after the module that made the tensor. One that is called again (a block's only ReLU) makes another
-    tensor, whose quantizer is another: `…_1`."""
-    base = "quant_" + re.sub(r"\W", "_", str(node.target) if node.op == "call_module" else node.name)
-    name, count = base, 0
-    while name in taken:
-        count += 1
-        name = f"{base}_{count}"
-    return name
+def tensor_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
+    """A quantizer's name for each node's tensor: the path of the operation, and from its second call on the call's number.
+
+    (A block's only ReLU that is called again makes another tensor, whose quantizer is another: `…_1`.)
+    """
+    found: dict[fx.Node, str] = {}
+    calls: dict[str, int] = {}
+    taken: set[str] = set()
+    for node in graph.graph.nodes:
+        base = "quant_" + re.sub(r"\W", "_", str(node.meta.get(PATH, node.target)))
+        name = base
+        while name in taken:
+            calls[base] = calls.get(base, 0) + 1
+            name = f"{base}_{calls[base]}"
+        taken.add(name)
+        found[node] = name
+    return found
 
 
-def quantize_graph(graph: fx.GraphModule, keep_float: Sequence[FloatRule] = ()) -> Inventory:
-    """Places quantizers in `graph`, in place: activation quantizers as modules `quant_…` named after the first tensor
-    of their group, weight quantizers as `…weight_quantizer` inside their layers."""
+def quantize_graph(
+    graph: fx.GraphModule, keep_float: Sequence[FloatRule] = (), inputs: dict[str, float] | None = None
+) -> Inventory:
+    """Places the quantizers of every flavour in `graph`, in place, and switches those of the default flavour on.
+
+    Activation quantizers are modules `quant_…`, named after the first tensor of their group; a tensor that only some flavours
+    round, or only for some of its consumers, has another one, named with its role (`quant_…_output`). Weight quantizers are
+    `…weight_quantizer` inside their layers.
+
+    Args:
+        inputs: what the graph's inputs never go below, by name.
+    """
     placement = Placement(graph, keep_float)
     for rule in RULES.values():
         rule(placement)
     inventory = Inventory(kept=placement.kept)
-    names: dict[fx.Node, str] = {}
-    for tensor, consumers in placement.requests.items():
+    names = tensor_names(graph)
+    least = least_values(graph, inputs)
+    shared: dict[str, Quantizer] = {}
+    own = {node: placement.flavours(node) for node in placement.weighted}
+    asked = list(placement.requests.items())
+    # Those in the roles that all flavours know first: they are the quantizer that goes by the tensor's own name.
+    for tensor, consumers in asked:
         group = placement.group(tensor)
-        if group not in names:
-            names[group] = _name(group, names.values())
-            graph.add_submodule(names[group], input_quantizer())
-        inventory.quantizers.setdefault(names[group], []).append(tensor.name)
-        with graph.graph.inserting_after(tensor):
-            rounded = graph.graph.call_module(names[group], (tensor,))
-        for consumer in consumers:
-            consumer.replace_input_with(tensor, rounded)
-    for tensor in placement.watched:
-        # Beside the graph's way: its value is used by the output only through the statistics it leaves.
-        name = _name(tensor, ()) + "_output"
-        quantizer = input_quantizer()
-        quantizer.disable()
-        graph.add_submodule(name, quantizer)
-        users = list(tensor.users)
-        with graph.graph.inserting_after(tensor):
-            watched = graph.graph.call_module(name, (tensor,))
-        for user in users:
-            user.replace_input_with(tensor, watched)
-        inventory.quantizers[name] = [tensor.name]
-        inventory.watched.append(name)
+        edges: dict[tuple[frozenset[str], str], list[fx.Node]] = {}
+        for consumer, role in consumers.items():
+            on = frozenset(f for f in FLAVOURS if role in FLAVOURS[f].roles) & own.get(consumer, frozenset(FLAVOURS))
+            if role == "output":
+                on &= own.get(tensor, frozenset())
+            everywhere = all(role in flavour.roles for flavour in FLAVOURS.values())
+            edges.setdefault((on, "" if everywhere else role), []).append(consumer)
+        for (on, role), takers in sorted(edges.items(), key=lambda item: (item[0][1] != "", -len(item[0][0]))):
+            if not on:
+                continue
+            name = f"{names[tensor]}_{role}" if role else names[group]
+            if name in shared and shared[name].flavours != on:
+                name = f"{name}_{'_'.join(sorted(on))}".replace("-", "_")
+            if name not in shared:
+                shared[name] = input_quantizer()
+                shared[name].flavours, shared[name].role, shared[name].least = on, role or "input", float("inf")
+                if name not in (names[group], f"{names[tensor]}_{role}") and names[group] in shared:
+                    shared[name].shares = shared[names[group]]
+                graph.add_submodule(name, shared[name])
+            quantizer = shared[name]
+            quantizer.least = min(quantizer.least, least[tensor])
+            inventory.quantizers.setdefault(name, []).append(tensor.name)
+            with graph.graph.inserting_after(tensor):
+                rounded = graph.graph.call_module(name, (tensor,))
+            rounded.meta = {PATH: name, **({"val": tensor.meta["val"]} if "val" in tensor.meta else {})}
+            for consumer in takers:
+                consumer.replace_input_with(tensor, rounded)
+    placed: set[str] = set()
     for node in placement.weighted:
+        path = str(node.target)
+        if path in placed:
+            continue
+        placed.add(path)
         module = submodule(graph, node)
         assert module is not None
-        replace_module(graph, str(node.target), quantized_layer(module))
-        inventory.quantized.append(str(node.target))
+        layer = quantized_layer(module)
+        layer.weight_quantizer.flavours = own[node]
+        replace_module(graph, path, layer)
+        inventory.quantized.append(path)
     graph.graph.lint()
     graph.recompile()
+    use_flavour(graph, DEFAULT)
     return inventory
+
+
+def use_flavour(graph: fx.GraphModule, name: str) -> None:
+    """Switches a graph's quantizers on, off and to their specs as a flavour has them."""
+    flavour = flavour_of(name)
+    for module in graph.modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if isinstance(quantizer, Quantizer):
+            quantizer.spec = flavour.weight(module)
+            quantizer._disabled = quantizer.off or name not in quantizer.flavours
+        elif isinstance(module, Quantizer) and not module.weights:
+            module.spec = flavour.activation(module.least)
+            module._disabled = module.off or name not in module.flavours
+    _only_behind_integers(graph)
+
+
+def _only_behind_integers(graph: fx.GraphModule) -> None:
+    """A convolution that is left float has no quantizer on its output."""
+    for node in graph.graph.nodes:
+        quantizer = submodule(graph, node)
+        if isinstance(quantizer, Quantizer) and quantizer.role == "output":
+            layer = submodule(graph, node.args[0])
+            weights = getattr(layer, "weight_quantizer", None)
+            if weights is not None and weights._disabled:
+                quantizer._disabled = True

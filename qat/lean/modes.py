@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 
-from qat.core.errors import UserError
-from qat.lean.background import on_unsigned
 from qat.lean.quantizer import BOUND, Quantizer
 
 SEVEN_BIT_BOUND = 63
 
 
-def quantizers(module: nn.Module) -> dict[str, TensorQuantizer]:
-    """The module's TensorQuantizers by their path, those switched off too."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, TensorQuantizer)}
+def quantizers(module: nn.Module) -> dict[str, Quantizer]:
+    """The module's quantizers by their path, those switched off too."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, Quantizer)}
 
 
 @contextmanager
@@ -48,73 +45,6 @@ def qdq_tracing() -> Iterator[None]:
         yield
     finally:
         TensorQuantizer.use_fb_fake_quant = before
-
-
-@contextmanager
-def watched_on(detector: Any) -> Iterator[None]:
-    """Inside the block a QuantizedDetector's watched quantizers round too: those of convolutions before residual adds.
-
-    They are calibrated with the others, and are part of the `onnxruntime` flavour alone. That of a convolution which was
-    left float stays off, and so does one without a range (of a checkpoint from elsewhere).
-    """
-    changed = []
-    for name, inventory in detector.inventory.items():
-        if name in detector.parts_off:
-            continue
-        graph = detector.parts[name]
-        rounded = {node.target: node.args[0] for node in graph.graph.nodes if node.op == "call_module"}
-        for watched in inventory.watched:
-            layer = graph.get_submodule(str(rounded[watched].target))
-            quantizer = graph.get_submodule(watched)
-            if layer.weight_quantizer._disabled or quantizer.amax is None:
-                continue
-            changed.append((quantizer, quantizer._disabled))
-            quantizer._disabled = False
-    try:
-        yield
-    finally:
-        for quantizer, state in changed:
-            quantizer._disabled = state
-
-
-@contextmanager
-def parts_on(detector: Any, names: Collection[str]) -> Iterator[None]:
-    """Inside the block, parts of a QuantizedDetector that were left off as a whole (`parts_off`) are quantized.
-
-    Their ranges were calibrated with the others. Watched quantizers stay off: they are `watched_on`'s.
-
-    Raises:
-        UserError: a part has quantizers without a range.
-    """
-    changed = []
-    for name in names:
-        watched = set(detector.inventory[name].watched)
-        for path, quantizer in quantizers(detector.parts[name]).items():
-            if path in watched or not quantizer._disabled:
-                continue
-            if quantizer.amax is None:
-                raise UserError(f"part {name}: found no range for {path}, expected one; calibrate again")
-            changed.append(quantizer)
-            quantizer._disabled = False
-    before = detector.parts_off
-    detector.parts_off = tuple(name for name in before if name not in names)
-    try:
-        yield
-    finally:
-        detector.parts_off = before
-        for quantizer in changed:
-            quantizer._disabled = True
-
-
-@contextmanager
-def unsigned_background(detector: Any) -> Iterator[None]:
-    """Inside the block a QuantizedDetector whose biases are corrected for the depth map's background rounds it to u8, and is
-    corrected for that (`qat.lean.background`). Nothing changes in one that is not: its exports to u8 need not keep a step."""
-    if detector.background is None:
-        yield
-        return
-    with on_unsigned(detector.parts.values(), 255 if detector.background == "corrected" else 127):
-        yield
 
 
 @contextmanager

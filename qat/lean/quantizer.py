@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from pytorch_quantization.nn import TensorQuantizer
@@ -9,43 +12,102 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import nn
 from torch.nn import functional as F
 
+from qat.lean.layers import TRANSPOSED, Conv1d, Conv2d, Conv3d
+
 BOUND = 127
 
 
-def _round(x: torch.Tensor, amax: float) -> torch.Tensor:
-    """`torch.fake_quantize_per_tensor_affine` bit for bit, without the mask that it makes for gradients: a quarter of
-    its time."""
-    scale = np.float32(amax / BOUND)
-    return x.mul(float(np.float32(1) / scale)).round_().clamp_(-BOUND - 1, BOUND).mul_(float(scale))
+@dataclass(frozen=True)
+class Spec:
+    """How a tensor is rounded to integers.
+
+    low, high: the integers. levels: how many steps from zero the range's magnitude (amax) is. zero_point: the integer that 0
+    becomes; None for one that makes the most of [least, most], the values seen. per_channel: of a weight, one scale for
+    each output channel instead of one for all.
+    """
+
+    low: int = -128
+    high: int = 127
+    levels: int = 127
+    zero_point: int | None = 0
+    per_channel: bool = True
 
 
-def _round_learned(x: torch.Tensor, log2_range: torch.Tensor) -> torch.Tensor:
-    """As `_round`, with a gradient for the scale (LSQ, Esser et al., ICLR 2020, arXiv 1902.08153, eq. 3 and its factor
-    1/√(values · levels))."""
-    scale = torch.exp2(log2_range).reshape(1) / BOUND
-    factor = 1.0 / (x.numel() * BOUND) ** 0.5
-    return torch._fake_quantize_learnable_per_tensor_affine(
-        x, scale, torch.zeros_like(scale), -BOUND - 1, BOUND, factor
-    )
+S8 = Spec()
+S8_TENSOR = Spec(per_channel=False)
+U8 = Spec(0, 255, 255, 0)  # from zero up: twice as fine as s8
+U8_COARSE = Spec(0, 255, 127, 0)  # from zero up, with s8's step
+U8_SHIFTED = Spec(0, 255, 127, 128)  # s8, stored in u8
+U8_AFFINE = Spec(0, 255, 255, None)  # from the smallest value to the largest
+
+
+def _round(x: torch.Tensor, scale: float, spec: Spec) -> torch.Tensor:
+    """`torch.fake_quantize_per_tensor_affine` with zero point 0 bit for bit, without the mask that it makes for gradients: a
+    quarter of its time."""
+    step = np.float32(scale)
+    return x.mul(float(np.float32(1) / step)).round_().clamp_(spec.low, spec.high).mul_(float(step))
 
 
 class Quantizer(TensorQuantizer):
-    """A TensorQuantizer that rounds to the whole s8 range [−128, 127] with scale amax/127, as ONNX's QuantizeLinear.
+    """A TensorQuantizer that rounds as ONNX's QuantizeLinear and DequantizeLinear do, to the integers of `spec`.
 
     (pytorch-quantization's own simulation saturates at −127, its export at −128; a simulation must equal its export.)
+
+    spec: how it rounds now; a flavour sets it. flavours: names of those in which it rounds. role: what the tensor is for
+    (`qat.lean.placement.ROLES`). least: what the tensor never goes below, whatever the input. off: left float in every flavour.
+    shares: another quantizer of the same tensor, whose range it has. weights: it rounds a layer's weights.
+    ends: the smallest and the largest value seen, None if nobody looked.
     """
 
     LEARNED = "log2_range"  # the parameter's name, while the range is learned
-    # Steps that the range has on u8, [0, 255] from zero up, in place of s8; for tensors that are never negative.
-    unsigned: int | None = None
+    spec: Spec = S8
+    flavours: frozenset[str] = frozenset()
+    role: str = "input"
+    least: float = -float("inf")
+    off: bool = False
+    weights: bool = False
+    ends: tuple[float, float] | None = None
+    shares: Quantizer | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "shares":  # no child: its state is another module's
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def range(self) -> torch.Tensor:
+        """The magnitude that `spec.levels` steps reach: one value, or one for each channel with all dimensions kept.
+
+        Raises:
+            AttributeError: none was set.
+        """
+        amax = (self if self.shares is None else self.shares)._amax
+        assert isinstance(amax, torch.Tensor)
+        return amax
 
     @property
     def steps(self) -> torch.Tensor:
         """One step of rounding: float32[1], or [channels]."""
-        return self._amax.detach().flatten() / (self.unsigned or BOUND)
+        return self.parameters_of_rounding()[0]
+
+    def parameters_of_rounding(self) -> tuple[torch.Tensor, int]:
+        """Scales, float32[1] or [channels], and the zero point."""
+        amax, spec = self.range.detach(), self.spec
+        if amax.numel() > 1:
+            amax = amax.flatten() if spec.per_channel else amax.max()
+        if spec.zero_point is not None:
+            return (amax / spec.levels).reshape(-1), spec.zero_point
+        owner = self if self.shares is None else self.shares
+        most = float(amax)
+        low, high = owner.ends or (-most, most)
+        low, high = min(0.0, max(low, -most, self.least)), max(0.0, min(high, most))
+        scale = torch.tensor([max(high - low, 1e-6) / (spec.high - spec.low)], dtype=torch.float32, device=amax.device)
+        zero = int(np.clip(np.rint(spec.low - low / float(scale)), spec.low, spec.high))
+        return scale, zero
 
     def set_range(self, amax: torch.Tensor) -> None:
-        """Sets the magnitude that 127 stands for: one value, or one for each channel with all dimensions kept.
+        """Sets the magnitude that the range reaches: one value, or one for each channel with all dimensions kept.
 
         (The parent's `amax` property warns about every tensor that it is given.)
         """
@@ -67,21 +129,30 @@ class Quantizer(TensorQuantizer):
     def _quant_forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.dtype in (torch.bfloat16, torch.float16):
             inputs = inputs.float()  # under autocast: in half precision neighbouring steps of a scale fall together
+        spec = self.spec
         learned = self._parameters.get(self.LEARNED)
         if learned is not None:
-            return _round_learned(inputs, learned)
-        amax = self._amax
-        if self.unsigned:
-            return torch.fake_quantize_per_tensor_affine(inputs, amax.item() / self.unsigned, 0, 0, 255)
-        if amax.numel() == 1:
-            if not (torch.is_grad_enabled() or torch.jit.is_tracing()):
-                return _round(inputs, amax.item())
-            return torch.fake_quantize_per_tensor_affine(inputs, amax.item() / BOUND, 0, -BOUND - 1, BOUND)
-        axis = next(i for i, size in enumerate(amax.shape) if size > 1)
-        scale = amax.flatten() / BOUND
-        return torch.fake_quantize_per_channel_affine(
-            inputs, scale, torch.zeros(len(scale), dtype=torch.int32, device=scale.device), axis, -BOUND - 1, BOUND
-        )
+            return self._learned(inputs, learned)
+        scales, zero = self.parameters_of_rounding()
+        if scales.numel() == 1:
+            # In Python's double precision, as torch's operator and its exporter take it; from the range, so that no
+            # precision is lost on the way.
+            scale = self.range.max().item() / spec.levels if spec.zero_point is not None else scales.item()
+            if zero == 0 and not (torch.is_grad_enabled() or torch.jit.is_tracing()):
+                return _round(inputs, scale, spec)
+            return torch.fake_quantize_per_tensor_affine(inputs, scale, zero, spec.low, spec.high)
+        axis = next(i for i, size in enumerate(self.range.shape) if size > 1)
+        zeros = torch.zeros(len(scales), dtype=torch.int32, device=scales.device)
+        return torch.fake_quantize_per_channel_affine(inputs, scales, zeros, axis, spec.low, spec.high)
+
+    def _learned(self, x: torch.Tensor, log2_range: torch.Tensor) -> torch.Tensor:
+        """With a gradient for the scale (LSQ, Esser et al., ICLR 2020, arXiv 1902.08153, eq. 3 and its factor
+        1/√(values · levels))."""
+        spec = self.spec
+        scale = torch.exp2(log2_range).reshape(1) / spec.levels
+        factor = 1.0 / (x.numel() * spec.levels) ** 0.5
+        zero = torch.full_like(scale, float(spec.zero_point or 0))
+        return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, spec.low, spec.high, factor)
 
 
 def input_quantizer() -> Quantizer:
@@ -93,7 +164,7 @@ def input_quantizer() -> Quantizer:
 
 def weight_axis(module: nn.Module) -> int:
     """The dimension of the weight that the output channels are on."""
-    return 1 if isinstance(module, nn.ConvTranspose2d) else 0
+    return 1 if isinstance(module, TRANSPOSED) else 0
 
 
 def weight_range(module: nn.Module) -> torch.Tensor:
@@ -110,42 +181,71 @@ def weight_quantizer(module: nn.Module) -> Quantizer:
     """One scale for each output channel, from the weights' largest magnitudes."""
     quantizer = Quantizer(QuantDescriptor(num_bits=8, axis=(weight_axis(module),)))
     quantizer._calibrator = None
+    quantizer.weights = True
     quantizer.set_range(weight_range(module))
     return quantizer
 
 
-class QuantizedConv2d(nn.Conv2d):
+class _Rounded:
     """A convolution whose weight passes `weight_quantizer`.
 
     background_shift: added to the bias while the weight is rounded (`qat.lean.background`), float32[out channels].
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     weight_quantizer: Quantizer
     background_shift: torch.Tensor | None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        bias = self.bias
+        bias: torch.Tensor | None = self.bias
         if self.background_shift is not None and not self.weight_quantizer._disabled:
             bias = self.background_shift if bias is None else bias + self.background_shift
-        return self._conv_forward(input, self.weight_quantizer(self.weight), bias)
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.padded(input), weight, bias)  # type: ignore[attr-defined, no-any-return]
 
 
-class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+class QuantizedConv1d(_Rounded, Conv1d):
+    """`_Rounded`, of one dimension."""
+
+
+class QuantizedConv2d(_Rounded, Conv2d):
+    """`_Rounded`, of two dimensions."""
+
+
+class QuantizedConv3d(_Rounded, Conv3d):
+    """`_Rounded`, of three dimensions."""
+
+
+class _RoundedTranspose:
     """A transposed convolution whose weight passes `weight_quantizer`."""
 
     weight_quantizer: Quantizer
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        return F.conv_transpose2d(
+        function = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[self.weight.ndim]  # type: ignore[attr-defined]
+        return function(  # type: ignore[no-any-return, operator]
             input,
-            self.weight_quantizer(self.weight),
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]  # a transposed convolution's is never a word
-            self.output_padding,
-            self.groups,
-            self.dilation,
+            self.weight_quantizer(self.weight),  # type: ignore[attr-defined]
+            self.bias,  # type: ignore[attr-defined]
+            self.stride,  # type: ignore[attr-defined]
+            self.padding,  # type: ignore[attr-defined]
+            self.output_padding,  # type: ignore[attr-defined]
+            self.groups,  # type: ignore[attr-defined]
+            self.dilation,  # type: ignore[attr-defined]
         )
+
+
+class QuantizedConvTranspose1d(_RoundedTranspose, nn.ConvTranspose1d):
+    """`_RoundedTranspose`, of one dimension."""
+
+
+class QuantizedConvTranspose2d(_RoundedTranspose, nn.ConvTranspose2d):
+    """`_RoundedTranspose`, of two dimensions."""
+
+
+class QuantizedConvTranspose3d(_RoundedTranspose, nn.ConvTranspose3d):
+    """`_RoundedTranspose`, of three dimensions."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -158,8 +258,12 @@ class QuantizedLinear(nn.Linear):
 
 
 QUANTIZED: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
+    (nn.ConvTranspose1d, QuantizedConvTranspose1d),
     (nn.ConvTranspose2d, QuantizedConvTranspose2d),
+    (nn.ConvTranspose3d, QuantizedConvTranspose3d),
+    (nn.Conv1d, QuantizedConv1d),
     (nn.Conv2d, QuantizedConv2d),
+    (nn.Conv3d, QuantizedConv3d),
     (nn.Linear, QuantizedLinear),
 )
 
@@ -171,7 +275,7 @@ def quantized_layer(module: nn.Module) -> nn.Module:
             layer = quantized.__new__(quantized)
             layer.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
             layer.weight_quantizer = weight_quantizer(module)
-            if isinstance(layer, QuantizedConv2d):
+            if isinstance(layer, _Rounded):
                 layer.register_buffer("background_shift", None, persistent=False)
             return layer
     raise TypeError(f"{type(module).__name__} has no quantized form")

@@ -1,45 +1,209 @@
-"""Tracing a network's forward into an fx graph."""
+"""Tracing a network into a graph in which each operation has one spelling.
+
+torch.export follows the network (keywords, functions, methods, subclasses and SAME padding all come out as the same ATen
+operators); `qat.lean.canonical` then turns what has weights, an activation function or a product of two tensors into modules at
+the network's own paths:
+
+    network   x ─► self.conv1 ─► F.relu ─► …            graph   x ─► conv1 (Conv2d) ─► relu (ReLU) ─► …
+
+The graph trains, takes any batch, and is exported by torch's TorchScript exporter at opset 13.
+"""
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from qat.core.errors import UserError
+
+aten = torch.ops.aten
+NET = "net"  # the traced module's name inside `_Method`
+FIXED_BATCH = "fixed_batch"  # in a graph's meta: the batch that it is for, where it takes no other
+# What tracing and its decompositions may raise about a network that they do not take.
+UNTRACEABLE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError, AssertionError)
+# Checks that torch.export leaves in the graph; they compute nothing.
+ASSERTIONS = (
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
 
 
-class _Tracer(fx.Tracer):
-    """Keeps normalisation layers whole: torch's own, and timm's that include the activation."""
+class _Method(nn.Module):
+    """Calls one method of a module, with the arguments that are no tensors filled in."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, module: nn.Module, method: str, arguments: Sequence[object]) -> None:
         super().__init__()
-        self.traced_func_name = method
+        self.net = module
+        self.method, self.arguments = method, tuple(arguments)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.BatchNorm2d | nn.LayerNorm) or super().is_leaf_module(m, module_qualified_name)
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        return getattr(self.net, self.method)(*(next(given) if isinstance(a, torch.Tensor) else a for a in self.arguments))
 
 
-def trace(module: nn.Module, method: str = "forward") -> fx.GraphModule:
-    """The graph of `module.method`, in eval mode; submodules keep their paths and are shared with `module`."""
+@contextmanager
+def _tracing() -> Any:
+    """Inside the block attention modules take the path that they train on, and torch.export's warnings are off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def trace(module: nn.Module, example_inputs: Sequence[object], method: str = "forward") -> fx.GraphModule:
+    """The graph of `module.method`, in eval mode, on inputs like these; it shares the module's parameters.
+
+    Args:
+        example_inputs: the method's arguments: tensors, whose first dimension (if it is the same everywhere and above 1) may
+            be another in the graph, and values that are no tensors, which are fixed. Their contents do not matter.
+
+    Returns:
+        the graph, with each layer at its path in `module`. Where the network fixes the batch, `graph.meta["fixed_batch"]` has it.
+
+    Raises:
+        UserError: torch.export cannot follow the network: what it computes depends on the values of its inputs, say.
+    """
+    from qat.lean.canonical import canonicalize
+
     module.eval()
-    graph = _Tracer(method).trace(module)
-    for node in graph.nodes:
-        if node.op == "get_attr" and not isinstance(_attribute(module, node.target), torch.Tensor | nn.Module):
-            raise TypeError(f"{node.target}: a traced network reads something that is no tensor")
-    return fx.GraphModule(module, graph)
+    tensors = tuple(value for value in example_inputs if isinstance(value, torch.Tensor))
+    wrapper = _Method(module, method, example_inputs).eval()
+    batches = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    dynamic = len(batches) == 1 and min(batches) > 1
+    axes = (tuple({0: torch.export.Dim.AUTO} for _ in tensors),) if dynamic else None
+    with _tracing():
+        try:
+            program = torch.export.export(wrapper, tensors, dynamic_shapes=axes, strict=False)
+        except UNTRACEABLE as error:
+            raise UserError(
+                f"{type(module).__name__}.{method}: torch.export cannot trace it: {first_line(error)}; "
+                "rewrite what depends on the values of its inputs"
+            ) from error
+        traced = program.module(check_guards=False)
+    graph = _plain(traced, module, method, example_inputs)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    if not all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in placeholders):
+        graph.meta[FIXED_BATCH] = next(iter(batches)) if len(batches) == 1 else None
+    return canonicalize(graph)
 
 
-def _attribute(module: nn.Module, path: str) -> object:
-    value: object = module
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 200 else text[:197] + "…"
+
+
+def _plain(traced: fx.GraphModule, module: nn.Module, method: str, arguments: Sequence[object]) -> fx.GraphModule:
+    """The traced graph over `module`'s own paths, with the method's arguments and its nested output; no guards."""
+    own = dict(traced.state_dict(keep_vars=True))
+    out_spec = traced._out_spec if hasattr(traced, "_out_spec") else traced.graph._codegen.pytree_info.out_spec
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    root: dict[str, Any] = {}
+    placeholders = _arguments(graph, module, method, arguments)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(placeholders)
+            values[node].meta = {"val": node.meta["val"]}
+        elif node.op == "get_attr":
+            path = _inner(str(node.target))
+            value = own.get(str(node.target))
+            value = _attribute(traced, str(node.target)) if value is None else value
+            if path != str(node.target) or isinstance(value, nn.Module):
+                root[path] = value
+            else:  # a constant of the trace's own: no name of the network may be taken
+                path = f"constants.{path}"
+                root[path] = value
+            values[node] = graph.get_attr(path)
+            values[node].meta = dict(node.meta)
+        elif node.op == "output":
+            flat = node.args[0]
+            nested = pytree.tree_unflatten([values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in flat], out_spec)
+            graph.output(nested)
+        elif node.target not in ASSERTIONS and not str(node.target).startswith("_guards"):
+            values[node] = graph.node_copy(node, values.__getitem__)
+    made = fx.GraphModule(tree(root), graph)
+    made.meta["class"] = type(module).__name__
+    return made
+
+
+def _inner(path: str) -> str:
+    return path.removeprefix(f"{NET}.")
+
+
+def _arguments(graph: fx.Graph, module: nn.Module, method: str, arguments: Sequence[object]) -> Any:
+    """Placeholders named as the method's arguments are; yields those of tensors."""
+    parameters = list(inspect.signature(getattr(module, method)).parameters.values())
+    plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [plain[i] if i < len(plain) else f"input_{i}" for i in range(len(arguments))]
+    made = [
+        graph.placeholder(name) if isinstance(value, torch.Tensor) else graph.placeholder(name, default_value=value)
+        for name, value in zip(names, arguments, strict=True)
+    ]
+    return iter([node for node, value in zip(made, arguments, strict=True) if isinstance(value, torch.Tensor)])
+
+
+def tree(values: Mapping[str, Any]) -> nn.Module:
+    """A module with these parameters, buffers and modules at these paths."""
+    root = nn.Module()
+    for path, value in sorted(values.items(), key=lambda item: item[0].count(".")):  # parents first
+        *parents, name = path.split(".")
+        at = root
+        for parent in parents:
+            if not hasattr(at, parent):
+                at.add_module(parent, nn.Module())
+            at = getattr(at, parent)
+        put(at, name, value)
+    return root
+
+
+def put(module: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute of a module: a parameter, a module, or a tensor as a buffer that no state dict has."""
+    if isinstance(value, nn.Parameter | nn.Module) or not isinstance(value, torch.Tensor):
+        setattr(module, name, value)
+    else:
+        module.register_buffer(name, value, persistent=False)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
     for name in path.split("."):
         value = getattr(value, name)
     return value
 
 
-def submodule(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+def attribute(graph: fx.GraphModule, node: object) -> Any:
+    """The value of a get_attr node; None for another."""
+    return _attribute(graph, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def submodule(graph: fx.GraphModule, node: object) -> nn.Module | None:
     """The module that a node calls, None if it calls none."""
-    return graph.get_submodule(node.target) if node.op == "call_module" and isinstance(node.target, str) else None
+    if isinstance(node, fx.Node) and node.op == "call_module" and isinstance(node.target, str):
+        return graph.get_submodule(node.target)
+    return None
 
 
 def replace_module(graph: fx.GraphModule, path: str, module: nn.Module) -> None:
     """Puts `module` at `path`."""
     parent, _, name = path.rpartition(".")
-    setattr(graph.get_submodule(parent), name, module)
+    at: nn.Module = graph
+    for step in parent.split(".") if parent else ():
+        if not hasattr(at, step):
+            at.add_module(step, nn.Module())
+        at = getattr(at, step)
+    setattr(at, name, module)

@@ -15,6 +15,9 @@ from torch import fx
 
 from qat.lean.detector import QuantizedDetector
 from qat.lean.modes import quantizers
+from qat.lean.quantizer import Quantizer
+
+UNIT_ROLES = ("input", "identity", "add", "concat")
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,25 @@ class Unit:
 
 
 def units(model: QuantizedDetector) -> list[Unit]:
-    """The units that are on, in order of execution; watched quantizers belong to none."""
+    """The units that are on in the model's flavour, in order of execution; quantizers of outputs belong to none."""
     found = []
     for part, inventory in model.inventory.items():
         if part in model.parts_off:
             continue
         graph = model.parts[part]
         assert isinstance(graph, fx.GraphModule)
-        fed: dict[str, list[str]] = {name: [] for name in inventory.quantizers if name not in inventory.watched}
+        fed: dict[str, list[str]] = {}
+        for name in inventory.quantizers:
+            quantizer = graph.get_submodule(name)
+            assert isinstance(quantizer, Quantizer)
+            if quantizer.role in UNIT_ROLES and not quantizer._disabled:
+                fed[name] = []
         for node in graph.graph.nodes:
             if node.op == "call_module" and node.target in inventory.quantized:
-                source = node.args[0]
-                assert isinstance(source, fx.Node)
-                fed[str(source.target)].append(f"{part}.{node.target}")
+                layer = f"{part}.{node.target}"
+                if str(node.args[0].target) in fed and layer not in fed[str(node.args[0].target)]:  # type: ignore[union-attr]
+                    fed[str(node.args[0].target)].append(layer)  # type: ignore[union-attr]
         for name, layers in fed.items():
-            if graph.get_submodule(name)._disabled:
-                continue
             weights = [f"{layer}.weight_quantizer" for layer in layers]
             found.append(Unit(f"{part}.{name}", part, (f"{part}.{name}", *weights), tuple(layers)))
     return found

@@ -6,10 +6,11 @@ from torch import nn
 
 from qat.calibrate import calibrate, load_ptq, save_ptq
 from qat.export.parts import Form
-from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds, on_unsigned
-from qat.lean.insert import quantize_graph
+from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds
+from qat.lean.insert import quantize_graph, use_flavour
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.placement import FloatRule
+from qat.lean.quantizer import U8, U8_COARSE
 from qat.lean.trace import trace
 
 
@@ -44,7 +45,7 @@ class Doubling(Branch):
 def prepared(kind=Branch, keep=()):
     torch.manual_seed(0)
     network = kind().eval()
-    graph = trace(network)
+    graph = trace(network, [torch.zeros(2, *x.shape[1:]) for x in INPUTS])
     quantize_graph(graph, [FloatRule(name, "test") for name in keep])
     for quantizer in quantizers(graph).values():
         if quantizer.amax is None:
@@ -76,20 +77,22 @@ def test_what_also_sees_the_image_or_an_unknown_operation_is_left_alone():
     assert list(backgrounds(graph)) == ["a"]
 
 
-@pytest.mark.parametrize("steps", [255, 127])
-def test_in_u8_the_background_is_exact_after_another_correction(steps):
+@pytest.mark.parametrize("spec", [U8, U8_COARSE])
+def test_in_u8_the_background_is_exact_after_another_correction(spec):
     network, graph = prepared(Rectified)
     exact = network(*INPUTS)[0][MIDDLE]
     correct_backgrounds(graph)
-    with on_unsigned([graph], steps):
-        correct_backgrounds(graph)
-        found = graph(*INPUTS)[0][MIDDLE]
-        depth = torch.rand(1, 1, 64, 64) * 40
-        inside = graph.quant_relu(depth)
+    use_flavour(graph, "openvino")
+    assert graph.quant_relu.spec == U8
+    graph.quant_relu.spec = spec
+    correct_backgrounds(graph)
+    found = graph(*INPUTS)[0][MIDDLE]
+    depth = torch.rand(1, 1, 64, 64) * 40
     assert torch.allclose(found, exact, atol=1e-5)
-    step = torch.tensor(37.0) / steps
-    assert torch.allclose(inside, (depth / step).round().clamp(0, 255) * step)
-    assert graph.quant_relu(-depth).min() < -1  # afterwards s8 again
+    step = torch.tensor(37.0) / spec.levels
+    assert torch.allclose(graph.quant_relu(depth), (depth / step).round().clamp(0, 255) * step)
+    use_flavour(graph, "tensorrt")
+    assert graph.quant_relu(-depth).min() < -1
 
 
 def test_with_quantizers_off_the_network_is_the_float_one():
@@ -149,7 +152,7 @@ def test_absorbed_corrections_are_remembered(calibrated, tiny_model, tmp_path):
     calibrated.absorb_background()
     save_ptq(tmp_path / "ptq.pth", calibrated, tiny_model, {}, trained=True)
     loaded = load_ptq(tmp_path / "ptq.pth")[0]
-    assert loaded.background == "absorbed" and not shifts(loaded)
+    assert loaded.background == "absorbed" and loaded.absorbed == calibrated.absorbed
     assert all(torch.equal(value, loaded.weights()[name]) for name, value in calibrated.weights().items())
 
 

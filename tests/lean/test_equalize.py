@@ -32,7 +32,7 @@ class Residual(Two):
 
 
 def quantized(network):
-    graph = trace(network)
+    graph = trace(network, (torch.zeros(2, network.a.weight.shape[1] * network.a.groups, 16, 16),))
     inventory = quantize_graph(graph)
     for name in inventory.quantizers:
         graph.get_submodule(name).set_range(torch.tensor(4.0))

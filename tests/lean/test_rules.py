@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from qat.lean import ops
 from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import quantize_graph
+from qat.lean.layers import Conv2d, ScaleShift
 from qat.lean.modes import quantizers
 from qat.lean.placement import FloatRule, Kept
 from qat.lean.quantizer import Quantizer
@@ -28,23 +30,32 @@ class Residual(nn.Module):
         return (self.conv2(self.conv1(x).relu()) + self.downsample(x)).relu()
 
 
+def traced(net, shape=(2, 3, 8, 8)):
+    return trace(net, (torch.zeros(shape),))
+
+
 def inputs_of(graph, kind):
     """For each node of a kind (target predicate), the names of the nodes it reads."""
     return [[source.name for source in node.all_input_nodes] for node in graph.graph.nodes if kind(node)]
 
 
 def is_add(node):
-    return "add" in node.name and node.op == "call_function"
+    return ops.is_add(node)
 
 
 def test_residual_add_quantizes_the_identity_only():
-    graph = trace(Residual())
+    graph = traced(Residual())
     inventory = quantize_graph(graph)
     (sources,) = inputs_of(graph, is_add)
     rounded = [name for name in sources if isinstance(graph.get_submodule(_target(graph, name)), Quantizer)]
     on = [name for name in rounded if not graph.get_submodule(_target(graph, name))._disabled]
     assert len(on) == 1 and "conv2" not in on[0]
-    assert inventory.watched == ["quant_conv2_output"]
+    assert outputs(graph) == ["quant_conv2_output"]
+
+
+def outputs(graph):
+    """Quantizers of convolutions' outputs, which some flavours alone switch on."""
+    return [name for name, q in quantizers(graph).items() if q.role == "output" and q._disabled]
 
 
 def _target(graph, name):
@@ -53,18 +64,20 @@ def _target(graph, name):
 
 
 def test_a_downsampled_identity_is_quantized_and_the_longer_branch_is_not():
-    graph = trace(Residual(downsample=True))
+    graph = traced(Residual(downsample=True))
     inventory = quantize_graph(graph)
     assert "quant_downsample" in inventory.quantizers
-    assert inventory.watched == ["quant_conv2_output"]
+    assert outputs(graph) == ["quant_conv2_output"]
 
 
 def test_the_identity_shares_the_quantizer_of_the_convolution_beside_it():
-    graph = trace(Residual())
+    graph = traced(Residual())
     inventory = quantize_graph(graph)
-    # the image; relu(stem) for conv1, and through nn.Identity for the add; relu(conv1); and the watched conv2
+    # the image; relu(stem), for conv1 and for the add, since nn.Identity is not there; relu(conv1); conv2's output
     assert len(inventory.quantizers) == 4
-    assert sorted(map(len, inventory.quantizers.values())) == [1, 1, 1, 2]
+    assert sorted(map(len, inventory.quantizers.values())) == [1, 1, 1, 1]
+    assert {type(graph.get_submodule(user.target)).__name__ if user.op == "call_module" else "add"
+            for node in graph.graph.nodes if node.target == "quant_relu" for user in node.users} == {"QuantizedConv2d", "add"}
 
 
 def test_an_add_that_no_convolution_feeds_has_both_inputs_on_one_scale():
@@ -77,7 +90,7 @@ def test_an_add_that_no_convolution_feeds_has_both_inputs_on_one_scale():
             p, q = self.a(x).relu(), self.b(x).relu()
             return self.c(p) * self.c(q), p + q
 
-    graph = trace(Net())
+    graph = traced(Net(), (2, 2, 4, 4))
     inventory = quantize_graph(graph)
     shared = [tensors for tensors in inventory.quantizers.values() if len(tensors) == 2]
     assert shared == [["relu", "relu_1"]]
@@ -92,10 +105,10 @@ def test_the_inputs_of_a_concat_and_its_output_share_one_quantizer():
         def forward(self, x):
             return self.c(torch.cat([self.a(x).relu(), self.b(x).relu()], 1))
 
-    graph = trace(Net())
+    graph = traced(Net(), (2, 2, 4, 4))
     inventory = quantize_graph(graph)
     assert sorted(map(len, inventory.quantizers.values())) == [1, 3]
-    (sources,) = inputs_of(graph, lambda node: node.target is torch.cat)
+    (sources,) = inputs_of(graph, ops.is_concat)
     assert len({_target(graph, name) for name in sources}) == 1
 
 
@@ -112,22 +125,22 @@ def test_max_pooling_and_resize_pass_their_inputs_scale_on():
             large = nn.functional.interpolate(small, size=(8, 8), mode="bilinear", align_corners=True)
             return self.b(y), self.c(large)
 
-    inventory = quantize_graph(trace(Net()))
+    inventory = quantize_graph(traced(Net(), (2, 2, 4, 4)))
     assert sorted(map(len, inventory.quantizers.values())) == [1, 2]  # the image; relu(a) and the resized map
 
 
 def test_a_layer_kept_float_has_no_quantizers_and_its_reason_is_told():
-    graph = trace(Residual())
+    graph = traced(Residual())
     inventory = quantize_graph(graph, [FloatRule("stem", "because")])
     assert inventory.kept == {"stem": Kept("keep_float", "because")}
     assert "stem" not in inventory.quantized
-    assert type(graph.get_submodule("stem")) is nn.Conv2d
+    assert type(graph.get_submodule("stem")) is Conv2d
     assert "quant_x" not in inventory.quantizers
 
 
 def test_weights_have_one_scale_for_each_output_channel():
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ConvTranspose2d(5, 7, 2, 2), nn.Flatten(2), nn.Linear(100, 6))
-    graph = trace(net)
+    graph = traced(net, (2, 3, 7, 7))
     quantize_graph(graph)
     shapes = {name: tuple(q.amax.shape) for name, q in quantizers(graph).items() if name.endswith("weight_quantizer")}
     assert shapes == {
@@ -142,7 +155,7 @@ def test_weights_have_one_scale_for_each_output_channel():
 def test_a_channel_of_zeros_gets_a_floor_and_stays_zero():
     conv = nn.Conv2d(2, 3, 1)
     conv.weight.data[1] = 0
-    graph = trace(nn.Sequential(conv))
+    graph = traced(nn.Sequential(conv), (2, 2, 4, 4))
     quantize_graph(graph)
     quantizer = graph.get_submodule("0.weight_quantizer")
     assert (quantizer.amax > 0).all()
@@ -182,9 +195,9 @@ def test_folding_batch_norm_changes_no_value():
             module.bias.data.normal_()
     x = torch.randn(2, 3, 8, 8)
     expected = net.eval()(x)
-    graph = trace(net)
+    graph = traced(net)
     assert fold_batch_norm(graph) == 2
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in graph.modules())
+    assert not any(isinstance(m, ScaleShift) for m in graph.modules())
     assert torch.allclose(graph(x), expected, atol=1e-5)
     assert isinstance(net[1], nn.BatchNorm2d)  # the traced network keeps its own
 
@@ -199,7 +212,7 @@ def test_a_convolution_that_feeds_two_layers_is_not_folded():
             y = self.conv(x)
             return self.bn(y) + y
 
-    assert fold_batch_norm(trace(Net())) == 0
+    assert fold_batch_norm(traced(Net(), (2, 2, 4, 4))) == 0
 
 
 def test_a_module_that_is_called_twice_makes_two_tensors_with_two_quantizers():
@@ -213,7 +226,7 @@ def test_a_module_that_is_called_twice_makes_two_tensors_with_two_quantizers():
         def forward(self, x):
             return self.c(self.relu(self.b(self.relu(self.a(x)))))
 
-    graph = trace(Block())
+    graph = traced(Block(), (2, 2, 4, 4))
     inventory = quantize_graph(graph)
     assert inventory.quantizers == {"quant_x": ["x"], "quant_relu": ["relu"], "quant_relu_1": ["relu_1"]}
     assert graph.get_submodule("quant_relu") is not graph.get_submodule("quant_relu_1")

@@ -12,23 +12,26 @@ small-image backbone the two products are a small share of the work (Swin-T: 49 
 
 from __future__ import annotations
 
-import operator
+from torch import nn
 
-import torch
-from torch import fx, nn
-
+from qat.lean.canonical import PATH
+from qat.lean.layers import DynamicConvolution, Einsum, Product
 from qat.lean.placement import Placement, rule
 
-MATMULS = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm")
-REASON = "attention: a product of two activations, which engines fuse in FP16"
+REASONS = {
+    Product: "attention: a product of two activations, which engines fuse in FP16",
+    Einsum: "a product of two activations, written as einsum",
+    DynamicConvolution: "its weight is computed from the input",
+}
 
 
 @rule
 def attention(placement: Placement) -> None:
     """Notes every product of two activations, and every softmax, as float."""
     for node in placement.nodes():
-        tensors = [source for source in node.args[:2] if isinstance(source, fx.Node)]
-        if node.op in ("call_function", "call_method") and node.target in MATMULS and len(tensors) == 2:
-            placement.keep(node.name, "attention", REASON)
-        elif isinstance(placement.module(node), nn.Softmax) or node.target in (torch.softmax, "softmax"):
-            placement.keep(node.name, "attention", "softmax: its output spans too many magnitudes for one scale")
+        module = placement.module(node)
+        if type(module) in REASONS:
+            placement.keep(str(node.meta[PATH]), "attention", REASONS[type(module)])
+        elif isinstance(module, nn.Softmax):
+            reason = "softmax: its output spans too many magnitudes for one scale"
+            placement.keep(str(node.meta[PATH]), "attention", reason)

@@ -10,20 +10,16 @@ A concatenation in INT8 copies bytes, which is right only if all of them mean th
 
 from __future__ import annotations
 
-from torch import fx
-
-from qat.lean.placement import Placement, is_concat, rule
+from qat.lean.ops import concatenated, is_concat
+from qat.lean.placement import Placement, rule
 
 
 @rule
 def concat(placement: Placement) -> None:
     """Ties the inputs of every concatenation whose output is quantized, and asks for each of them."""
     for node in placement.nodes():
-        if not is_concat(node) or node not in placement.requests:
-            continue
-        sources = node.args[0]
-        assert isinstance(sources, list | tuple)
-        for source in sources:
-            assert isinstance(source, fx.Node)
-            placement.tie(source, node)
-            placement.quantize(source, node)
+        if is_concat(node) and node in placement.requests:
+            for source in concatenated(node):
+                if source.op != "get_attr":
+                    placement.tie(source, node)
+                    placement.quantize(source, node, "concat")

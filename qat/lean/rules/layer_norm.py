@@ -12,15 +12,17 @@ permutation or a window merge is not such a place.
 
 from __future__ import annotations
 
-from torch import nn
-
+from qat.lean.canonical import PATH
 from qat.lean.placement import Placement, rule
+from qat.lean.trace import aten
+
+NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default)
 
 
 @rule
 def layer_norm(placement: Placement) -> None:
-    """Notes every layer norm (and RMS norm) as float."""
+    """Notes every norm that computes its deviation from its own input as float."""
     for node in placement.nodes():
-        module = placement.module(node)
-        if isinstance(module, nn.LayerNorm) or type(module).__name__ in ("LayerNorm2d", "RmsNorm", "RMSNorm"):
-            placement.keep(str(node.target), "layer_norm", "layer norm: divides by its input's own deviation")
+        if node.target in NORMS:
+            name = str(node.target).split(".")[1].replace("_", " ")
+            placement.keep(str(node.meta[PATH]), "layer_norm", f"{name}: divides by its input's own deviation")

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from qat.lean.placement import Placement, is_resize, passes_values_on, rule
+from qat.lean.ops import is_resize, passes_values_on
+from qat.lean.placement import Placement, rule
 
 
 @rule
 def pass_through(placement: Placement) -> None:
     """Ties each such node's output to its input."""
     for node in placement.nodes():
-        if passes_values_on(placement.graph, node) or is_resize(placement.graph, node):
+        if passes_values_on(node) or is_resize(node):
             source = node.args[0]
             if isinstance(source, fx.Node) and source.op != "placeholder":
                 placement.tie(source, node)

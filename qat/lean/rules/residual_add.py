@@ -9,14 +9,16 @@ inputs are convolutions (a downsampled identity), the identity is the shorter br
 feeds has both inputs quantized on one scale. A linear layer is no convolution here: engines fuse no INT8 add into it, and
 the stream that a transformer adds to has too wide a range to be rounded at every block (see `layer_norm`).
 
-The convolution's output is watched: ONNX Runtime's flavour quantizes it too, and one calibration serves both.
+The convolution's output is rounded too where a flavour wants it (role "output"): ONNX Runtime fuses the add only so.
 """
 
 from __future__ import annotations
 
 from torch import fx, nn
 
-from qat.lean.placement import WEIGHTED, Placement, is_add, rule
+from qat.lean.layers import WEIGHTED
+from qat.lean.ops import is_add, two_tensors
+from qat.lean.placement import Placement, rule
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -36,22 +38,21 @@ def residual_add(placement: Placement) -> None:
     depth = _depths(placement)
     quantized = set(placement.weighted)
     for node in placement.nodes():
-        if not is_add(node):
+        tensors = two_tensors(node) if is_add(node) else None
+        if tensors is None:
             continue
-        left, right = node.args[:2]
-        assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
         convs = [
             source
-            for source in (left, right)
+            for source in tensors
             if source in quantized and len(source.users) == 1 and isinstance(placement.module(source), CONVOLUTIONS)
         ]
         if not convs:
-            if all(placement.requests.get(source) for source in (left, right)):
-                placement.tie(left, right)
-                placement.quantize(left, node)
-                placement.quantize(right, node)
+            if all("input" in placement.requests.get(source, {}).values() for source in tensors):
+                placement.tie(*tensors)
+                for source in tensors:
+                    placement.quantize(source, node, "add")
             continue
         main = max(convs, key=lambda source: depth[source])
-        identity = right if main is left else left
-        placement.quantize(identity, node)
-        placement.watch(main)
+        identity = tensors[1] if main is tensors[0] else tensors[0]
+        placement.quantize(identity, node, "identity")
+        placement.quantize(main, node, "output")

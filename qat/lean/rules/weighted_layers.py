@@ -9,22 +9,33 @@ The output is left alone: the next layer's input quantizer follows the ReLU, whi
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
-from qat.lean.placement import WEIGHTED, Placement, rule
+from qat.lean.canonical import PATH
+from qat.lean.layers import WEIGHTED
+from qat.lean.placement import Placement, rule
+
+# Dimensions that no engine here has an INT8 convolution for.
+NO_KERNEL = (nn.Conv1d, nn.ConvTranspose1d, nn.Conv3d, nn.ConvTranspose3d)
 
 
 @rule
 def weighted_layers(placement: Placement) -> None:
-    """Asks for the input of each such layer, unless the layer is to stay float."""
+    """Asks for the input of each such layer, unless the layer is to stay float in all flavours."""
     for node in placement.nodes():
-        if not isinstance(placement.module(node), WEIGHTED):
+        module = placement.module(node)
+        if not isinstance(module, WEIGHTED):
             continue
-        reason = placement.float_reason(node)
-        if reason is not None:
-            placement.keep(str(node.target), "keep_float", reason)
+        path = str(node.meta[PATH])
+        if isinstance(module, NO_KERNEL):
+            dims = type(module).__name__[-2:].lower()
+            placement.keep(path, "weighted_layers", f"a convolution in {dims}, which the backends have in float alone")
+            continue
+        for found in placement.float_rules(path):
+            placement.keep(path, "keep_float", found.reason, found.flavours)
+        if not placement.flavours(node):
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
         placement.weighted.append(node)
-        placement.quantize(source, node)
+        placement.quantize(source, node, "input")

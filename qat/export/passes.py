@@ -1,0 +1,40 @@
+"""The passes over ONNX graphs by the names that flavours list them under (`qat.lean.flavours`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx
+
+from qat.export.conv_as_matmul import convs_to_matmuls
+from qat.export.early_rounding import round_early
+from qat.export.integer_weights import store_integers
+from qat.export.scale_as_product import scales_to_products
+from qat.export.sunk_transpose import sink_transposes
+from qat.lean.flavours import Flavour
+
+
+def _convs_as_matmuls(model: onnx.ModelProto) -> int:
+    changed = convs_to_matmuls(model)
+    if changed:
+        sink_transposes(model)
+    return changed
+
+
+PASSES: dict[str, Callable[[onnx.ModelProto], int]] = {
+    "integer_weights": store_integers,
+    "early_rounding": round_early,
+    "conv_as_matmul": _convs_as_matmuls,
+    "scale_as_product": scales_to_products,
+}
+
+
+def in_flavour(model: onnx.ModelProto, flavour: Flavour) -> onnx.ModelProto:
+    """A graph that was traced in a flavour, in its final form; the argument is left as it is."""
+    if not flavour.passes:
+        return model
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    for name in flavour.passes:
+        PASSES[name](model)
+    onnx.checker.check_model(model, full_check=True)
+    return model

@@ -1,0 +1,30 @@
+"""The target flavours, a file each: what a backend wants rounded, and how.
+
+A flavour is a policy: it says in which roles a tensor is rounded (`qat.lean.placement.ROLES`), gives a `Spec` to each site, and
+names the passes over the ONNX graph (`qat.export.passes`). PyTorch simulates each.
+"""
+
+from __future__ import annotations
+
+from qat.core.errors import UserError
+from qat.lean.flavours.base import Flavour
+from qat.lean.flavours.onnxruntime import ONNXRUNTIME
+from qat.lean.flavours.openvino import OPENVINO
+from qat.lean.flavours.tensorrt import TENSORRT, TENSORRT_STRONG
+
+FLAVOURS: dict[str, Flavour] = {f.name: f for f in (TENSORRT, TENSORRT_STRONG, ONNXRUNTIME, OPENVINO)}
+DEFAULT = TENSORRT.name
+
+
+def flavour_of(name: str) -> Flavour:
+    """The flavour of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in FLAVOURS:
+        raise UserError(f"flavour: found {name!r}, expected one of {', '.join(FLAVOURS)}")
+    return FLAVOURS[name]
+
+
+__all__ = ["DEFAULT", "FLAVOURS", "Flavour", "flavour_of"]
