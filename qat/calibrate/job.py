@@ -24,7 +24,9 @@ from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, check_annotated
-from qat.lean import Inventory, QuantizedDetector, auto_methods
+from qat.lean import Inventory, QuantizedDetector, auto_methods, quantize_detector
+from qat.lean.detector import KEEP_FLOAT
+from qat.lean.module import check_rules, float_rules
 from qat.lean.placement import Kept
 from qat.models import load_float_branch, load_float_model, random_model
 
@@ -74,6 +76,7 @@ def calibrate_checkpoint(
     equalize: bool = True,
     prefix: str | None = None,
     seed: int = 0,
+    keep_float: Sequence[str] = (),
 ) -> CalibrationResult:
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
 
@@ -82,11 +85,13 @@ def calibrate_checkpoint(
     budget: leaves units float for it, and writes `<out>.budget.json` and `.budget.png` beside `out`.
     prefix: takes the camera branch alone, which lies under it in the checkpoint ("encoders.camera" in a whole BEVFusion
     model, "" in a state dict of the branch alone); of the config only that branch is looked at. None for the whole model.
+    keep_float: layers to leave float besides `qat.lean.detector.KEEP_FLOAT`, as `PATTERN` or `PATTERN=reason`.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
     Raises:
         UserError: anything wrong with the files or their content.
     """
+    rules = float_rules(keep_float)
     if not 50 < percentile <= 100:
         raise UserError(f"--percentile: found {percentile}, expected above 50 and at most 100")
     if budget is not None and place()[1] > 1:
@@ -118,8 +123,11 @@ def calibrate_checkpoint(
     rank, size = place()
     own = [dataset.tokens[i] for i in range(rank, len(dataset), size)]
     with progress_bar("calibrating", len(own), show=rank == 0) as done:
+        whole = quantize_detector(model, (*rules, *KEEP_FLOAT))
+        layers = [path for inventory in whole.inventory.values() for path in inventory.quantized]
+        check_rules(rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
         quantized, report = calibrate(
-            model,
+            whole,
             (dataset.load(token) for token in own),
             method,
             percentile,

@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not divide the channels of a part's input by their magnitudes (it writes one product before the rounding)",
     )
     parser.add_argument(
+        "--keep-float",
+        action="append",
+        default=[],
+        metavar="PATTERN[=REASON]",
+        help="leave layers whose path in the detector matches (shell style) in float, in every flavour; may be given again",
+    )
+    parser.add_argument(
         "--budget",
         type=float,
         metavar="DROP",
@@ -114,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
             budget=budget,
             equalize=not args.no_equalize,
             prefix=args.prefix,
+            keep_float=args.keep_float,
         )
     if rank == 0:
         print_summary(result)

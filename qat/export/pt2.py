@@ -29,7 +29,7 @@ from qat.export.settings import check_calibrated, manifest_head, pipeline_settin
 from qat.export.torch_parts import torch_parts
 from qat.export.verify import random_frame
 from qat.lean.modes import quantizers, quantizers_off
-from qat.lean.quantizer import BOUND
+from qat.lean.quantizer import Quantizer
 from qat.models.checkpoint import saving
 from qat.runtime import Pipeline
 
@@ -38,16 +38,21 @@ PRECISIONS = ("fp32", "int8")
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
-def _fake_quantize(quantizer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _fake_quantize(quantizer: Quantizer, x: torch.Tensor) -> torch.Tensor:
     """What `qat.lean.quantizer.Quantizer` computes, bit for bit, with its range a tensor of the graph."""
-    amax = quantizer._amax
-    assert isinstance(amax, torch.Tensor)
-    scale = amax.flatten() / BOUND
-    zero = torch.zeros_like(scale, dtype=torch.int32)
-    if amax.numel() == 1:
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, -BOUND - 1, BOUND)
+    amax, spec = quantizer.range, quantizer.spec
+    if amax.numel() > 1 and not spec.per_channel:
+        amax = amax.max()
+    if spec.zero_point is None:
+        scales, zero_point = quantizer.parameters_of_rounding()
+        scale, zero = scales, torch.full_like(scales, zero_point, dtype=torch.int32)
+    else:
+        scale = amax.flatten() / spec.levels
+        zero = torch.full_like(scale, spec.zero_point, dtype=torch.int32)
+    if scale.numel() == 1:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, spec.low, spec.high)
     axis = next(i for i, size in enumerate(amax.shape) if size > 1)
-    return torch.fake_quantize_per_channel_affine(x, scale, zero, axis, -BOUND - 1, BOUND)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero, axis, spec.low, spec.high)
 
 
 @contextmanager

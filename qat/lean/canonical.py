@@ -143,7 +143,6 @@ class _Canonical:
         self.module, self.graph = graph, graph.graph
         # The tree of modules is made anew at the end, of the layers and of the tensors that are still read.
         self.tensors = {str(n.target): attribute(graph, n) for n in graph.graph.nodes if n.op == "get_attr"}
-        self.callers = {name for name, _ in graph.named_modules() if name}
         self.made: dict[tuple[Any, ...], str] = {}  # what a module was made from → its path
         self.placed: dict[str, nn.Module] = {}
         self.taken: set[str] = set()
@@ -371,7 +370,11 @@ class _Canonical:
             if path.endswith("_weight"):  # MultiheadAttention's in_proj_weight
                 return path.removesuffix("_weight")
         stack = self._stack(node)
-        return stack if stack in self.leaves or not stack else f"{stack}.{name}" if stack in self.callers else stack
+        kinds = [str(kind) for _, kind in (node.meta.get("nn_module_stack") or {}).values()]
+        own = bool(kinds) and any(word in kinds[-1].rpartition(".")[2] for word in ("Conv", "Linear"))
+        if stack and (own or stack in self.leaves):
+            return stack
+        return f"{stack}.{name}" if stack else name
 
     def _build(self, kind: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> nn.Module:
         layer = kind(**options, bias=bias is not None, device="meta")
@@ -505,8 +508,11 @@ class _Canonical:
                 node.target = path = f"constants.{path}"  # a layer has another tensor of this name
             values[path] = value
         copied = fx.Graph()  # whose nodes are named anew
-        result = copied.graph_copy(self.graph, {})
-        copied.output(result)
+        twins: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            args, kwargs = (fx.node.map_arg(given, twins.__getitem__) for given in (node.args, node.kwargs))
+            twins[node] = copied.create_node(node.op, node.target, args, kwargs)
+            twins[node].meta = node.meta
         made = fx.GraphModule(tree(values), copied)
         made.meta.update(self.module.meta)
         made.graph.lint()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -76,21 +77,22 @@ def trace_parts(detector: CameraBEVDetector) -> dict[str, fx.GraphModule]:
     height, width = config["image_size"]
     view = detector.vtransform
     nx, ny, nz = (int(n) for n in view.nx)
-    examples: list[object] = [torch.empty(2, 3, height, width)]
-    examples.append(torch.empty(2, 1, height, width) if needs_depth(config) else None)
+    empty = partial(torch.empty, device=next(detector.parameters()).device)
+    examples: list[object] = [empty(2, 3, height, width)]
+    examples.append(empty(2, 1, height, width) if needs_depth(config) else None)
     found = {}
     for name, method in part_methods(config).items():
         if name == "vtransform":
-            examples = [torch.empty(2, view.C * nz, nx, ny)]
+            examples = [empty(2, view.C * nz, nx, ny)]
         found[name] = trace(detector, examples, method)
         if name == "camera" and FIXED_BATCH in found[name].meta:  # for one sample, then
             views = len(camera_names(config))
-            examples = [None if e is None else torch.empty(views, *e.shape[1:]) for e in examples]  # type: ignore[attr-defined]
+            examples = [None if e is None else empty(views, *e.shape[1:]) for e in examples]  # type: ignore[attr-defined]
             found[name] = trace(detector, examples, method)
             found[name].meta[FIXED_BATCH] = views
         result = found[name].graph.output_node().args[0]
         if isinstance(result, fx.Node):  # the next part takes it
-            examples = [torch.empty(2, *(int(n) for n in result.meta["val"].shape[1:]))]
+            examples = [empty(2, *(int(n) for n in result.meta["val"].shape[1:]))]
     return found
 
 
