@@ -19,6 +19,11 @@ from torch import nn
 from qat.core.errors import UserError
 
 
+MOST_BYTES = 2**31
+# What torch's exporter raises about a network that it does not know how to write.
+UNEXPORTABLE = (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+
+
 def trace(
     module: nn.Module,
     args: Sequence[torch.Tensor],
@@ -31,6 +36,9 @@ def trace(
 
     dynamic_batch: the first dimension of every input and output may vary: "batch", or where it is not as long as the
     first input's, "views" (the cameras of all samples).
+
+    Raises:
+        UserError: the exporter does not know an operator, or the graph is beyond the 2 GB that an ONNX file may have.
     """
     buffer = io.BytesIO()
     axes: dict[str, dict[int, str]] = {}
@@ -45,16 +53,28 @@ def trace(
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", UserWarning)
-        torch.onnx.export(
-            module,
-            tuple(args),
-            buffer,  # type: ignore[arg-type]  # the TorchScript exporter takes streams
-            input_names=list(inputs),
-            output_names=list(outputs),
-            opset_version=opset,
-            dynamic_axes=axes,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                module,
+                tuple(args),
+                buffer,  # type: ignore[arg-type]  # the TorchScript exporter takes streams
+                input_names=list(inputs),
+                output_names=list(outputs),
+                opset_version=opset,
+                dynamic_axes=axes,
+                dynamo=False,
+            )
+        except UNEXPORTABLE as error:
+            bytes_held = sum(p.numel() * p.element_size() for p in module.parameters())
+            if bytes_held > MOST_BYTES:
+                raise UserError(
+                    f"ONNX export: found {bytes_held / 1e9:.1f} GB of weights, expected at most 2 GB, which is what an ONNX file "
+                    "can hold; take a smaller network"
+                ) from error
+            what = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(
+                f"ONNX export at opset {opset}: torch's exporter found {what[:200]!r}; another --opset may have the operator"
+            ) from error
     return onnx.load_from_string(buffer.getvalue())
 
 
@@ -81,8 +101,12 @@ def simplify(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
         UserError: the simplified graph computes something else, or batch norms are left over.
     """
     np.random.seed(0)  # onnxsim draws its inputs from numpy's global generator
-    with _quiet():
-        simplified, same = onnxsim.simplify(model, check_n=1)
+    try:
+        with _quiet():
+            simplified, same = onnxsim.simplify(model, check_n=1)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        what = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{name}.onnx: onnxsim found {what[:200]!r}; please report it") from error
     if not same:
         raise UserError(f"{name}.onnx: onnxsim's check found another result after simplification; please report it")
     left = op_counts(simplified)["BatchNormalization"]

@@ -1,0 +1,84 @@
+"""What INT8 costs in each flavour: mAP and NDS of PyTorch's simulations, with intervals over scenes.
+
+    bevqat synth --out data/goal --scenes 125 --seed 5000 --keyframes 4 --azimuths 180 --sweeps 0 --splits goal=125
+    python benchmarks/flavour_accuracy.py --ptq runs/calibrate/ptq.pth --data data/goal --split goal
+
+`openvino+vtransform` also rounds a part that calibration leaves off in that flavour. Boxes are kept by row and keyframe in --cache,
+so that a run that was stopped goes on; flavours whose simulations are the same are run once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qat.calibrate import load_ptq
+from qat.calibrate.checkpoint import load_float_reference
+from qat.core.centerhead import Detections
+from qat.core.files import sha256
+from qat.core.progress import progress_bar
+from qat.data import NuScenesDataset
+from qat.evaluate import evaluate_detections, paired_bootstrap
+from qat.models.run import boxes_of, run_frame
+
+
+def row_boxes(name: str, ptq: Path, dataset: NuScenesDataset, cache: Path) -> dict[str, Detections]:
+    """Boxes of every keyframe. name: "float", a flavour, or a flavour + parts."""
+    if name == "float":
+        _, model = load_float_reference(ptq)
+    else:
+        flavour, *parts = name.split("+")
+        model, _ = load_ptq(ptq)
+        model.use(flavour, parts)
+    model.to(memory_format=torch.channels_last)
+    folder = cache / hashlib.sha256(f"{sha256(ptq)} {name}".encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    with progress_bar(name, len(dataset)) as done, torch.inference_mode():
+        for n, token in enumerate(dataset.tokens):
+            path = folder / f"{token}.npz"
+            if not path.is_file():
+                boxes = boxes_of(run_frame(model, dataset.load(token)), model.config)
+                temporary = path.with_suffix(".part.npz")
+                np.savez(temporary, boxes=boxes.boxes, scores=boxes.scores, labels=boxes.labels)
+                temporary.rename(path)
+            with np.load(path) as arrays:
+                found[token] = Detections(arrays["boxes"], arrays["scores"], arrays["labels"])
+            done(n + 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ptq", type=Path, default=Path("runs/calibrate/ptq.pth"))
+    parser.add_argument("--data", type=Path, default=Path("example-data"))
+    parser.add_argument("--split", default="eval")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--rows", nargs="+", default=["tensorrt", "onnxruntime", "openvino", "openvino+vtransform"])
+    parser.add_argument("--cache", type=Path, default=Path("runs/flavour-accuracy"))
+    parser.add_argument("--resamples", type=int, default=1000)
+    args = parser.parse_args()
+    model, _ = load_ptq(args.ptq)
+    dataset = NuScenesDataset(args.data, args.split, model.config, None, args.frames)
+    reference = row_boxes("float", args.ptq, dataset, args.cache)
+    others = {name: row_boxes(name, args.ptq, dataset, args.cache) for name in args.rows}
+    base = evaluate_detections(dataset, reference)
+    print(f"float: mAP {base['map']:.4f}, NDS {base['nds']:.4f}, {len(dataset)} keyframes")
+    changes = paired_bootstrap(dataset, reference, others, args.resamples)
+    for name in args.rows:
+        own = evaluate_detections(dataset, others[name])
+        words = []
+        for key in ("map", "nds"):
+            interval = changes[name][key]
+            words.append(f"{key} {own[key] - base[key]:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]")
+        print(f"{name}: {', '.join(words)}")
+    print(json.dumps({"ptq": sha256(args.ptq)[:12]}))
+
+
+if __name__ == "__main__":
+    main()
