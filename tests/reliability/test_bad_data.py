@@ -95,6 +95,10 @@ BROKEN = {
         lambda data: _each(data / FRONT, lambda path: path.write_text("not found")),
         "not a readable picture (a text file); fetch it again",
     ),
+    "a picture of floats": (
+        lambda data: _each(data / FRONT, lambda path: Image.fromarray(np.ones((64, 96), np.float32)).save(path, "TIFF")),
+        "found mode F, whose values have no stated range, expected a picture of 8 or 16 bits a channel",
+    ),
     "a picture bomb": (lambda data: _each(data / FRONT, _bomb), "not a readable picture ("),
     "a picture of another size": (
         lambda data: _each(data / FRONT, lambda path: Image.new("RGB", (50, 30)).save(path)),
