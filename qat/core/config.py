@@ -21,6 +21,7 @@ from qat.core.config_values import (
     check_values,
 )
 from qat.core.errors import UserError
+from qat.core.grid import CLOSE, cells, depth_count
 from qat.core.schema import MAPS, problems
 
 Config = dict[str, Any]
@@ -103,10 +104,10 @@ class _Checker:
 
     def bound(self, path: str) -> int:
         low, high, step = self.numbers(path, 3)
-        cells = (high - low) / step if step > 0 else 0
-        if not 1 - 1e-6 <= cells <= LARGEST or abs(cells - round(cells)) > 1e-6:
+        steps = (high - low) / step if step > 0 else 0
+        if not 1 - CLOSE <= steps <= LARGEST or abs(steps - round(steps)) > CLOSE:
             raise self.fail(path, [low, high, step], "[lower, upper, step] with a whole number of steps between")
-        return round(cells)
+        return (depth_count if path.endswith(".dbound") else cells)([low, high, step])
 
 
 def _is_number(value: Any) -> bool:
@@ -209,8 +210,8 @@ def _check_camera(check: _Checker) -> None:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"image_size {[height, width]} divided by one whole stride")
     if transform["type"] == "DepthLSSTransform" and height // fh != 8:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"stride 8, {[height // 8, width // 8]}: dtransform has it")
-    cells = {key: check.bound(f"{vt}.{key}") for key in ("xbound", "ybound", "zbound", "dbound")}
-    if cells["dbound"] * fh * fw > MOST_POINTS or cells["xbound"] * cells["ybound"] * cells["zbound"] > MOST_POINTS:
+    count = {key: check.bound(f"{vt}.{key}") for key in ("xbound", "ybound", "zbound", "dbound")}
+    if count["dbound"] * fh * fw > MOST_POINTS or count["xbound"] * count["ybound"] * count["zbound"] > MOST_POINTS:
         raise check.fail(
             vt, "xbound, ybound, zbound, dbound and feature_size", f"at most {MOST_POINTS:,} cells, and points"
         )

@@ -38,6 +38,7 @@ _VTRANSFORM = {
         ("in_channels", "out_channels", "image_size", "feature_size", "xbound", "ybound", "zbound", "dbound"), FREE
     ),
     "downsample": (1, 2),
+    "bevfusion_count": (None, True, False),  # ours: bounds of a checkpoint with BEVFusion's count of cells
     # CUDA-BEVFusion's models have these
     "depth_input": ("scalar",),
     "height_expand": (False,),

@@ -69,7 +69,17 @@ def test_grey_is_scaled_and_turned_as_the_tiff_says(tmp_path, bits, photometric)
     packed = values.astype("<u2").tobytes()
     if bits == 12:
         packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values.tolist())
-    tags = [(256, 2), (257, 2), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 2), (279, len(packed))]
+    tags = [
+        (256, 2),
+        (257, 2),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 2),
+        (279, len(packed)),
+    ]
     head = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags))
     body = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
     (tmp_path / "grey.tiff").write_bytes(head + body + bytes(4))
