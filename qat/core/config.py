@@ -384,6 +384,19 @@ def _read(path: Path) -> Config:
     return config
 
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def _with_numbers(value: Any) -> Any:
+    """A config whose texts such as 1e-3 are numbers, as YAML 1.2 and mmcv's own Python configs have them. YAML 1.1, which PyYAML
+    and torchpack read, wants 1.0e-3."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
 def load_config(path: str | Path, branch: Branch | None = None) -> Config:
     """Reads and checks a YAML config with BEVFusion's keys.
 
@@ -404,6 +417,7 @@ def load_config(path: str | Path, branch: Branch | None = None) -> Config:
         for default in defaults:
             _read(default)  # what is wrong with one of them is told by its name
         config = inherit(file)
+    config = _with_numbers(config)
     if branch is None:
         config = resolve(config, str(path))
     else:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qat.core.grid import cells, depth_count
+from qat.core.schema import NULL
 
 Fail = Callable[[str, object, str], Exception]  # key, what was found, what was expected → the error to raise
 Rule = tuple[Callable[[Any], bool], str]
@@ -89,6 +90,15 @@ RANGE: Rule = (
     "6 numbers, the lowest x, y, z and then the highest",
 )
 FEW = whole(high=MOST_LAYERS)
+UPSAMPLE: Rule = (
+    lambda value: (
+        isinstance(value, Mapping)
+        and set(value) <= {"mode", "align_corners"}
+        and value.get("mode") in ("nearest", "bilinear")
+        and value.get("align_corners") in ((None, False) if value["mode"] == "nearest" else (None, False, True))
+    ),
+    "mode nearest or bilinear, and align_corners true with bilinear alone",
+)
 BLOCKS: Rule = (
     lambda value: (
         several(several(CHANNELS, 3))[0](value) and all(max(block[0], block[2]) <= MOST_LAYERS for block in value)
@@ -141,7 +151,7 @@ ALLOWED: dict[str, dict[str, Rule]] = {
         "mlp_ratio": number(above=0),
         "out_indices": STAGES,
     },
-    "GeneralizedLSSFPN": {"start_level": whole(0, MOST_LAYERS), "num_outs": FEW, "upsample_cfg": SECTION},
+    "GeneralizedLSSFPN": {"start_level": whole(0, MOST_LAYERS), "num_outs": FEW, "upsample_cfg": UPSAMPLE},
     "LSSFPN": {"scale_factor": FEW},
     "CenterHead": {"share_conv_channel": CHANNELS, "num_heatmap_convs": FEW, "separate_head": SECTION},
 }
@@ -247,10 +257,12 @@ def _check_network(config: Mapping[str, Any], path: str, fail: Fail) -> None:
     kind = network.get("type")
     if not isinstance(kind, str):
         return  # told as an unknown type
-    needed = NEEDED.get(kind, {})
-    for key in needed:
-        if network.get(key) is None:
-            raise fail(f"{path}.{key}", None, needed[key][1])
+    needed, allowed = NEEDED.get(kind, {}), ALLOWED.get(kind, {})
+    for key, (_, expected) in {**needed, **allowed}.items():
+        if key in network and network[key] is None:  # only an absent key has its default
+            raise fail(f"{path}.{key}", NULL, expected)
+        if key in needed and key not in network:
+            raise fail(f"{path}.{key}", None, expected)
     _check(config, {f"{path}.{key}": rule for key, rule in {**needed, **ALLOWED.get(kind, {})}.items()}, fail)
 
 
@@ -264,9 +276,10 @@ def check_steps(steps: Any, path: str, fail: Fail) -> None:
         for key, (accepts, expected) in STEPS.get(step["type"], {}).items():
             if not accepts(step.get(key)):
                 raise fail(f"{path}.{n}.{key}", step.get(key), expected)
-        found, (accepts, expected) = step.get("load_dim"), PLAIN["load_dim"]
-        if step["type"] == "LoadPointsFromFile" and found is not None and not accepts(found):
-            raise fail(f"{path}.{n}.load_dim", found, expected)
+        accepts, expected = PLAIN["load_dim"]
+        if step["type"] == "LoadPointsFromFile" and "load_dim" in step and not accepts(step["load_dim"]):
+            found = step["load_dim"]
+            raise fail(f"{path}.{n}.load_dim", NULL if found is None else found, expected)
 
 
 def check_sections(config: Mapping[str, Any], fail: Fail, camera_alone: bool) -> None:
@@ -286,13 +299,18 @@ def check_values(config: Mapping[str, Any], fail: Fail, camera_alone: bool) -> N
     for path in networks:
         _check_network(config, path, fail)
     _check(config, rules, fail)
+    if "load_dim" in config and config["load_dim"] is None:
+        raise fail("load_dim", NULL, PLAIN["load_dim"][1])
     if camera_alone:
         return
     maps = _at(config, f"{HEAD}.common_heads", fail) or {}
     for name, shape in maps.items():
         if not several(FEW, 2)[0](shape):
             raise fail(f"{HEAD}.common_heads.{name}", shape, "[channels, convolutions]")
-    for scales in _listed(_at(config, f"{HEAD}.test_cfg.nms_scale", fail)):
+    test = _at(config, f"{HEAD}.test_cfg", fail) or {}
+    if "nms_scale" in test and test["nms_scale"] is None:
+        raise fail(f"{HEAD}.test_cfg.nms_scale", NULL, "numbers above 0")
+    for scales in _listed(test.get("nms_scale")):
         if not (number(above=0)[0](scales) or several(number(above=0))[0](scales)):
             raise fail(f"{HEAD}.test_cfg.nms_scale", scales, "numbers above 0")
 
