@@ -29,7 +29,8 @@ from qat.data.checks import (
     rotation_of,
 )
 from qat.data.pipeline import Sweeps, read_pipeline
-from qat.data.sample import Keyframe, Sample, camera_matrices, prepare, read_points
+from qat.data.points import read_points
+from qat.data.sample import Keyframe, Sample, camera_matrices, prepare
 
 MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
 

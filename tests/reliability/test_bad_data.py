@@ -49,6 +49,18 @@ def _points(path: Path, share: float) -> None:
     points.tofile(path)
 
 
+def _as_npy(path: Path) -> None:
+    points = np.fromfile(path, np.float32)
+    with path.open("wb") as stream:
+        np.save(stream, points)
+
+
+def _without_ring(path: Path) -> None:
+    """As KITTI has points; so many that load_dim 5 divides them."""
+    points = np.fromfile(path, np.float32).reshape(-1, 5)[:, :4]
+    points[: len(points) // 5 * 5].tofile(path)
+
+
 def _twice(data: Path) -> None:
     path = _table(data, "sample.json")
     rows = json.loads(path.read_text())
@@ -143,6 +155,18 @@ BROKEN = {
     "lidar nan": (
         lambda data: _each(data / LIDAR, lambda path: _points(path, 0.9)),
         "found NaN or infinity in",
+    ),
+    "lidar an array of NumPy's": (
+        lambda data: _each(data / LIDAR, lambda path: _as_npy(path)),
+        "found a NumPy array, expected points of load_dim 5 float32 values each, as raw bytes",
+    ),
+    "lidar float64": (
+        lambda data: _each(data / LIDAR, lambda path: np.fromfile(path, np.float32).astype(np.float64).tofile(path)),
+        "of x, y, z beyond 2,000 m or next to nothing",
+    ),
+    "lidar of four values": (
+        lambda data: _each(data / LIDAR, _without_ring),
+        "found points of 4 values each, as its columns say, expected points of load_dim 5",
     ),
     "a box nan": (
         lambda data: _edit(data, "sample_annotation", lambda row: row.update(size=[1.0, float("nan"), 1.0])),
