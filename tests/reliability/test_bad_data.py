@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qat.cli import main
@@ -272,3 +273,34 @@ def test_frames_without_boxes_calibrate_and_are_not_scored(what, work, own, refu
     refused(verbs.floats("float.pth")["compare"], "data: split 'eval' has ", words, "choose an annotated split")
     budget = [*verbs.floats("float.pth")["calibrate"], "--budget", "0.1"]
     refused(budget, f"data: split 'calib' has {words}", "choose an annotated split")
+
+
+def _without_maps(data: Path) -> None:
+    shutil.rmtree(data / "maps")
+
+
+def _backslashes(data: Path) -> None:
+    for table in ("sample_data", "map"):
+        _edit(data, table, lambda row: row.update(filename=row["filename"].replace("/", "\\")))
+
+
+def _marked(data: Path) -> None:
+    """UTF-8 with a byte order mark, as Windows' editors and PowerShell write it."""
+    for path in data.glob("*/*.json"):
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+
+
+@pytest.mark.parametrize("change", [_without_maps, _backslashes, _marked], ids=["no maps", "backslashes", "BOM"])
+def test_data_sets_that_are_whole_all_the_same(change, work, own):
+    """No picture of a map is read here. The result is the same, bit for bit."""
+    data = own("data")
+    change(data)
+    assert _calibrated(work) == 0
+    found, plain = (torch.load(work / name, weights_only=True) for name in ("own.pth", "ptq.pth"))
+    assert all(torch.equal(found["amax"][name], plain["amax"][name]) for name in plain["amax"])
+    assert main(["show", "--config", "config.yaml", "--data", "data", "--split", "eval", "--out", "sheet.png"]) == 0
+
+
+def test_a_scene_is_evaluated_without_maps(work, own, verbs):
+    _without_maps(own("data"))
+    assert main(verbs.floats("float.pth")["compare"]) == 0
