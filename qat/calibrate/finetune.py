@@ -97,7 +97,8 @@ def check_options(options: FinetuneOptions, processes: int = 1) -> None:
         if not (low <= value <= high and math.isfinite(value)) or (name in ("lr", "clip") and value == 0):
             above = f"above {low:g}" if name in ("lr", "clip") else f"at least {low:g}"
             below = "" if math.isinf(high) else f" and at most {high:g}"
-            raise UserError(f"--{name.replace('_', '-')}: found {value}, expected {above}{below}")
+            flag = "--average, --ema" if name == "ema" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: found {value}, expected {above}{below}")
     if options.batch % processes:
         raise UserError(
             f"--batch: found {options.batch} frames for {processes} processes, expected a multiple of {processes}"

@@ -77,6 +77,7 @@ def calibrate_checkpoint(
     prefix: str | None = None,
     seed: int = 0,
     keep_float: Sequence[str] = (),
+    ema: bool = False,
 ) -> CalibrationResult:
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
 
@@ -86,6 +87,7 @@ def calibrate_checkpoint(
     prefix: takes the camera branch alone, which lies under it in the checkpoint ("encoders.camera" in a whole BEVFusion
     model, "" in a state dict of the branch alone); of the config only that branch is looked at. None for the whole model.
     keep_float: layers to leave float besides `qat.lean.detector.KEEP_FLOAT`, as `PATTERN` or `PATTERN=reason`.
+    ema: takes the averaged weights that the checkpoint keeps beside the others.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
     Raises:
@@ -107,11 +109,13 @@ def calibrate_checkpoint(
     if checkpoint is None:
         if budget is not None:
             raise UserError("--budget: found random weights, expected a trained detector's, whose mAP can fall")
+        if ema:
+            raise UserError("--ema: found with --init random, expected a checkpoint that has averaged weights")
         model = random_model(settings, seed)
     elif prefix is None:
-        model = load_float_model(settings, checkpoint)
+        model = load_float_model(settings, checkpoint, ema=ema)
     else:
-        model, left_out = load_float_branch(settings, checkpoint, prefix)
+        model, left_out = load_float_branch(settings, checkpoint, prefix, ema=ema)
         branch = {"branch": {"prefix": prefix, "left_out": left_out}}
     model.to(device())
     dataset = NuScenesDataset(data, split, settings, version, frames)
@@ -155,7 +159,13 @@ def calibrate_checkpoint(
         **(
             {"random_weights": {"seed": seed}}
             if checkpoint is None
-            else {"float_checkpoint": {"file": checkpoint.name, "sha256": sha256(checkpoint)}}
+            else {
+                "float_checkpoint": {
+                    "file": checkpoint.name,
+                    "sha256": sha256(checkpoint),
+                    **({"ema": True} if ema else {}),
+                }
+            }
         ),
         **branch,
         "int8_share_of_macs": round(report.int8_share, 4),

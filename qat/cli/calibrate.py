@@ -19,6 +19,7 @@ from qat.cli.flags import (
     MODEL,
     add_config_flag,
     add_data_flags,
+    add_ema_flag,
     add_init_flags,
     add_out_flag,
     add_prefix_flag,
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_init_flags(parser, source)
     add_prefix_flag(parser)
+    add_ema_flag(parser)
     add_data_flags(parser, "calib", "calibrate on")
     parser.add_argument(
         "--method",
@@ -122,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
             equalize=not args.no_equalize,
             prefix=args.prefix,
             keep_float=args.keep_float,
+            ema=args.ema,
         )
     if rank == 0:
         print_summary(result)

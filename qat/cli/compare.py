@@ -24,7 +24,7 @@ from qat.cli.engine_flags import (
     backends_of,
     engine_options,
 )
-from qat.cli.flags import MODEL, add_config_flag, add_data_flags, add_out_flag, add_rounds_flags
+from qat.cli.flags import MODEL, add_config_flag, add_data_flags, add_ema_flag, add_out_flag, add_rounds_flags
 from qat.cli.json_output import add_json_flag, emit_json
 from qat.core.errors import UserError
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ckpt", type=Path, default=weights, metavar="CKPT", help=f"float checkpoint (default {weights})"
     )
     add_config_flag(parser, when="default: the one inside or beside the checkpoint")
+    add_ema_flag(parser)
     parser.add_argument("--ptq", type=Path, metavar="CKPT", help="calibrate's checkpoint, for the simulated INT8 row")
     parser.add_argument(
         "--onnx",
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         folders[precision].append(folder)
     comparison = compare(
         CompareOptions(
-            sources=Sources(args.ckpt, args.ptq, folders["fp32"], folders["int8"], args.config),
+            sources=Sources(args.ckpt, args.ptq, folders["fp32"], folders["int8"], args.config, args.ema),
             data=args.data,
             version=args.version,
             split=args.split,

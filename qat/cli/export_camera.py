@@ -28,6 +28,7 @@ from typing import Any
 from qat.cli import FAILED, OK
 from qat.cli.flags import (
     add_config_flag,
+    add_ema_flag,
     add_init_flags,
     add_out_flag,
     add_prefix_flag,
@@ -103,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_config_flag(parser, when="default: the one inside or beside a float checkpoint; a PTQ checkpoint has its own")
     add_prefix_flag(parser)
+    add_ema_flag(parser)
     add_verification_flags(parser)
     add_out_flag(parser, "DIR", "onnx_PRECISION[_FLAVOUR] beside the checkpoint")
     add_json_flag(parser)
@@ -134,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
         args.config,
         args.flavour,
         prefix=args.prefix,
+        ema=args.ema,
         frames=verification_frames(args),
         seed=seed,
         opset=args.opset,
@@ -227,7 +230,9 @@ def _programs(args: argparse.Namespace, seed: int) -> int:
     for flag, found in given.items():
         if found:
             raise UserError(f"{flag}: found with --format pt2, expected without: it is for ONNX graphs")
-    folder, manifest = export_programs(args.ckpt, args.precision, args.out, args.config, args.prefix, seed, args.parts)
+    folder, manifest = export_programs(
+        args.ckpt, args.precision, args.out, args.config, args.prefix, seed, args.parts, args.ema
+    )
     for part in manifest["parts"].values():
         file = folder / part["file"]
         print(f"{file}: {manifest['precision']}, {file.stat().st_size / 1e6:.1f} MB")

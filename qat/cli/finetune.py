@@ -49,8 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clip", type=float, default=35.0, metavar="NORM", help="largest norm of the gradient (default 35)"
     )
     parser.add_argument(
-        "--ema", type=float, default=0.0, metavar="DECAY", help="save an average of the weights, such as 0.999"
+        "--average",
+        dest="ema",
+        type=float,
+        default=0.0,
+        metavar="DECAY",
+        help="save a moving average of the weights, such as 0.999",
     )
+    parser.add_argument("--ema", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # until 0.1
     parser.add_argument("--learn-ranges", action="store_true", help="train the ranges of activations too")
     parser.add_argument(
         "--range-lr", type=float, default=1e-3, metavar="RATE", help="their rate, in log2 units (default 1e-3)"

@@ -150,6 +150,15 @@ def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ema_flag(parser: argparse.ArgumentParser) -> None:
+    """--ema: which weights of a float checkpoint."""
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="take the averaged weights that the checkpoint keeps beside the others (ema_*, state_dict_ema, ema_state_dict)",
+    )
+
+
 def add_verification_flags(parser: argparse.ArgumentParser) -> None:
     """--data, --version, --split and --frames of an export: which real keyframes it is verified on."""
     parser.add_argument(

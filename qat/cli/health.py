@@ -12,7 +12,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from qat.cli.flags import MODEL, add_checkpoint, add_config_flag, add_data_flags, add_prefix_flag, checkpoint_of
+from qat.cli.flags import (
+    MODEL,
+    add_checkpoint,
+    add_config_flag,
+    add_data_flags,
+    add_ema_flag,
+    add_prefix_flag,
+    checkpoint_of,
+)
 from qat.cli.json_output import add_json_flag, emit_json
 
 
@@ -25,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"says, {MODEL / 'config.yaml'}",
     )
     add_prefix_flag(parser)
+    add_ema_flag(parser)
     add_data_flags(parser, "calib", "check on")
     parser.add_argument(
         "--saturation",
@@ -53,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--saturation: found {args.saturation}, expected a share from 0 to 1")
     source = checkpoint_of(args)
     folder = source.is_dir()
-    checkpoint = {} if folder else load_checkpoint(source)
+    if folder and args.ema:
+        raise UserError(
+            f"--ema: found {source}, a folder of exported parts, expected a float checkpoint; leave --ema out"
+        )
+    checkpoint = {} if folder else load_checkpoint(source, args.ema)
     if args.prefix is not None and (folder or checkpoint.get("format") == "bevqat-ptq"):
         what = "a folder of exported parts" if folder else "a PTQ checkpoint"
         raise UserError(f"{source}: {what} knows whether it is a camera branch alone; leave --prefix out")
@@ -67,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
             model: Any = load_ptq(source, finite=False)[0]
         elif args.prefix is not None:
             settings = config_of(source, checkpoint, args.config, "camera")
-            model, _ = load_float_branch(settings, source, args.prefix, finite=False)
+            model, _ = load_float_branch(settings, source, args.prefix, finite=False, ema=args.ema)
         else:
-            model = load_float_model(config_of(source, checkpoint, args.config), source, finite=False)
+            model = load_float_model(config_of(source, checkpoint, args.config), source, finite=False, ema=args.ema)
         frames = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
         found = check_detector(model, counted("check", frames, len(frames)))
     print_health(found, args.saturation)

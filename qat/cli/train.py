@@ -18,6 +18,7 @@ from qat.cli.flags import (
     MODEL,
     add_config_flag,
     add_data_sets_flags,
+    add_ema_flag,
     add_out_flag,
     add_seed_flag,
     data_sets,
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init", dest="ckpt", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )  # until 0.1
+    add_ema_flag(parser)
     parser.add_argument(
         "--stage",
         default="all",
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         if not good:
             raise UserError(f"--{name}: found {value}, expected {expected}")
+    if args.ema and args.ckpt is None:
+        raise UserError("--ema: found no --ckpt, expected the checkpoint that has averaged weights")
     config = load_config(args.config)
     if not is_camera_branch(config):
         need_training(config, str(args.config))
@@ -100,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         held_out,
         args.ckpt,
         lambda s: print(s, flush=True),
+        args.ema,
     )
     print(f"{args.out / 'model.pth'}: trained for {options.steps} steps")
     if metrics:

@@ -53,7 +53,7 @@ class Sources:
     """The files that the rows are made of.
 
     ckpt: the float checkpoint. ptq: calibrate's checkpoint, or None for no fake-quant row. fp32, int8: folders of
-    exported parts. config: of a float checkpoint that carries none.
+    exported parts. config: of a float checkpoint that carries none. ema: its averaged weights.
     """
 
     ckpt: Path
@@ -61,6 +61,7 @@ class Sources:
     fp32: Sequence[Path]
     int8: Sequence[Path]
     config: Path | None = None
+    ema: bool = False
 
 
 def _key(*values: Any) -> str:
@@ -75,6 +76,9 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
             f"{sources.ptq}: calibrated from a checkpoint with sha256 {made_from[:12]}…, {sources.ckpt} has "
             f"{float_hash[:12]}…; calibrate again, or name the checkpoint that it came from with --ckpt"
         )
+    if recipe.get("float_checkpoint", {}).get("ema", False) != sources.ema and "float_checkpoint" in recipe:
+        made = "the averaged weights" if recipe["float_checkpoint"].get("ema") else "weights that were not averaged"
+        raise UserError(f"{sources.ptq}: calibrated from {made} of {sources.ckpt}, expected the same of --ema for both")
     for folder in (*sources.fp32, *sources.int8):
         source = load_manifest(folder, check_files=False).get("checkpoint")
         if source is not None and source["sha256"] not in (float_hash, ptq_hash):
@@ -107,7 +111,7 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     Raises:
         UserError: a file is missing, damaged or not of the same weights; a backend is unknown or not installed.
     """
-    checkpoint = load_checkpoint(sources.ckpt)
+    checkpoint = load_checkpoint(sources.ckpt, sources.ema)
     if checkpoint.get("format") == "bevqat-ptq":
         raise UserError(
             f"--ckpt: found {sources.ckpt}, a quantized checkpoint, expected the float one that it was calibrated from; "
@@ -125,9 +129,9 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     _same_weights(sources, recipe, float_hash, ptq_hash)
     config = config_of(sources.ckpt, checkpoint, sources.config)
     need_boxes(config, str(sources.ckpt), "give the whole detector's config")
-    settings = pipeline_settings(config)
+    detector = load_float_model(config, sources.ckpt, ema=sources.ema)
+    settings = pipeline_settings(config := detector.config)  # which the checkpoint's grid may have changed
     torch_version = metadata.version("torch")
-    detector = load_float_model(config, sources.ckpt)
     for network in (detector, quantized):
         if network is not None:  # convolutions on a CPU are a third faster so
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -138,7 +142,7 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
             "float",
             Pipeline(torch_parts(detector), settings, options.threads),
             sources.ckpt.stat().st_size / 1e6,
-            _key("pytorch", torch_version, float_hash, settings),
+            _key("pytorch", torch_version, float_hash, settings, *(["ema"] if sources.ema else [])),
         )
     ]
     if quantized is not None and sources.ptq is not None:

@@ -21,6 +21,7 @@ from qat.core.config_values import (
     check_values,
 )
 from qat.core.errors import UserError
+from qat.core.grid import CLOSE, cells, depth_count
 from qat.core.schema import MAPS, problems
 
 Config = dict[str, Any]
@@ -103,10 +104,10 @@ class _Checker:
 
     def bound(self, path: str) -> int:
         low, high, step = self.numbers(path, 3)
-        cells = (high - low) / step if step > 0 else 0
-        if not 1 - 1e-6 <= cells <= LARGEST or abs(cells - round(cells)) > 1e-6:
+        steps = (high - low) / step if step > 0 else 0
+        if not 1 - CLOSE <= steps <= LARGEST or abs(steps - round(steps)) > CLOSE:
             raise self.fail(path, [low, high, step], "[lower, upper, step] with a whole number of steps between")
-        return round(cells)
+        return (depth_count if path.endswith(".dbound") else cells)([low, high, step])
 
 
 def _is_number(value: Any) -> bool:
@@ -209,8 +210,8 @@ def _check_camera(check: _Checker) -> None:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"image_size {[height, width]} divided by one whole stride")
     if transform["type"] == "DepthLSSTransform" and height // fh != 8:
         raise check.fail(f"{vt}.feature_size", [fh, fw], f"stride 8, {[height // 8, width // 8]}: dtransform has it")
-    cells = {key: check.bound(f"{vt}.{key}") for key in ("xbound", "ybound", "zbound", "dbound")}
-    if cells["dbound"] * fh * fw > MOST_POINTS or cells["xbound"] * cells["ybound"] * cells["zbound"] > MOST_POINTS:
+    count = {key: check.bound(f"{vt}.{key}") for key in ("xbound", "ybound", "zbound", "dbound")}
+    if count["dbound"] * fh * fw > MOST_POINTS or count["xbound"] * count["ybound"] * count["zbound"] > MOST_POINTS:
         raise check.fail(
             vt, "xbound, ybound, zbound, dbound and feature_size", f"at most {MOST_POINTS:,} cells, and points"
         )
@@ -383,6 +384,19 @@ def _read(path: Path) -> Config:
     return config
 
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def _with_numbers(value: Any) -> Any:
+    """A config whose texts such as 1e-3 are numbers, as YAML 1.2 and mmcv's own Python configs have them. YAML 1.1, which PyYAML
+    and torchpack read, wants 1.0e-3."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
 def load_config(path: str | Path, branch: Branch | None = None) -> Config:
     """Reads and checks a YAML config with BEVFusion's keys.
 
@@ -403,6 +417,7 @@ def load_config(path: str | Path, branch: Branch | None = None) -> Config:
         for default in defaults:
             _read(default)  # what is wrong with one of them is told by its name
         config = inherit(file)
+    config = _with_numbers(config)
     if branch is None:
         config = resolve(config, str(path))
     else:

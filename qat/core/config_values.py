@@ -11,11 +11,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qat.core.grid import cells, depth_count
+from qat.core.schema import NULL
+
 Fail = Callable[[str, object, str], Exception]  # key, what was found, what was expected → the error to raise
 Rule = tuple[Callable[[Any], bool], str]
 
 CAMERA = "model.encoders.camera"
 HEAD = "model.heads.object"
+# Set in the view transform's section of a model whose checkpoint has BEVFusion's count (`CameraBEVDetector.keep_cells`).
+BEVFUSION_COUNT = "bevfusion_count"
 # Far above any network's: beyond them a frustum or a grid fills the memory before anything else is noticed.
 LARGEST = 1e6
 MOST_PIXELS, MOST_CELLS, MOST_CHANNELS, MOST_LAYERS = 16_384, 4_096, 65_536, 1_000
@@ -85,6 +90,15 @@ RANGE: Rule = (
     "6 numbers, the lowest x, y, z and then the highest",
 )
 FEW = whole(high=MOST_LAYERS)
+UPSAMPLE: Rule = (
+    lambda value: (
+        isinstance(value, Mapping)
+        and set(value) <= {"mode", "align_corners"}
+        and value.get("mode") in ("nearest", "bilinear")
+        and value.get("align_corners") in ((None, False) if value["mode"] == "nearest" else (None, False, True))
+    ),
+    "mode nearest or bilinear, and align_corners true with bilinear alone",
+)
 BLOCKS: Rule = (
     lambda value: (
         several(several(CHANNELS, 3))[0](value) and all(max(block[0], block[2]) <= MOST_LAYERS for block in value)
@@ -137,7 +151,7 @@ ALLOWED: dict[str, dict[str, Rule]] = {
         "mlp_ratio": number(above=0),
         "out_indices": STAGES,
     },
-    "GeneralizedLSSFPN": {"start_level": whole(0, MOST_LAYERS), "num_outs": FEW, "upsample_cfg": SECTION},
+    "GeneralizedLSSFPN": {"start_level": whole(0, MOST_LAYERS), "num_outs": FEW, "upsample_cfg": UPSAMPLE},
     "LSSFPN": {"scale_factor": FEW},
     "CenterHead": {"share_conv_channel": CHANNELS, "num_heatmap_convs": FEW, "separate_head": SECTION},
 }
@@ -243,10 +257,12 @@ def _check_network(config: Mapping[str, Any], path: str, fail: Fail) -> None:
     kind = network.get("type")
     if not isinstance(kind, str):
         return  # told as an unknown type
-    needed = NEEDED.get(kind, {})
-    for key in needed:
-        if network.get(key) is None:
-            raise fail(f"{path}.{key}", None, needed[key][1])
+    needed, allowed = NEEDED.get(kind, {}), ALLOWED.get(kind, {})
+    for key, (_, expected) in {**needed, **allowed}.items():
+        if key in network and network[key] is None:  # only an absent key has its default
+            raise fail(f"{path}.{key}", NULL, expected)
+        if key in needed and key not in network:
+            raise fail(f"{path}.{key}", None, expected)
     _check(config, {f"{path}.{key}": rule for key, rule in {**needed, **ALLOWED.get(kind, {})}.items()}, fail)
 
 
@@ -260,9 +276,10 @@ def check_steps(steps: Any, path: str, fail: Fail) -> None:
         for key, (accepts, expected) in STEPS.get(step["type"], {}).items():
             if not accepts(step.get(key)):
                 raise fail(f"{path}.{n}.{key}", step.get(key), expected)
-        found, (accepts, expected) = step.get("load_dim"), PLAIN["load_dim"]
-        if step["type"] == "LoadPointsFromFile" and found is not None and not accepts(found):
-            raise fail(f"{path}.{n}.load_dim", found, expected)
+        accepts, expected = PLAIN["load_dim"]
+        if step["type"] == "LoadPointsFromFile" and "load_dim" in step and not accepts(step["load_dim"]):
+            found = step["load_dim"]
+            raise fail(f"{path}.{n}.load_dim", NULL if found is None else found, expected)
 
 
 def check_sections(config: Mapping[str, Any], fail: Fail, camera_alone: bool) -> None:
@@ -282,24 +299,24 @@ def check_values(config: Mapping[str, Any], fail: Fail, camera_alone: bool) -> N
     for path in networks:
         _check_network(config, path, fail)
     _check(config, rules, fail)
+    if "load_dim" in config and config["load_dim"] is None:
+        raise fail("load_dim", NULL, PLAIN["load_dim"][1])
     if camera_alone:
         return
     maps = _at(config, f"{HEAD}.common_heads", fail) or {}
     for name, shape in maps.items():
         if not several(FEW, 2)[0](shape):
             raise fail(f"{HEAD}.common_heads.{name}", shape, "[channels, convolutions]")
-    for scales in _listed(_at(config, f"{HEAD}.test_cfg.nms_scale", fail)):
+    test = _at(config, f"{HEAD}.test_cfg", fail) or {}
+    if "nms_scale" in test and test["nms_scale"] is None:
+        raise fail(f"{HEAD}.test_cfg.nms_scale", NULL, "numbers above 0")
+    for scales in _listed(test.get("nms_scale")):
         if not (number(above=0)[0](scales) or several(number(above=0))[0](scales)):
             raise fail(f"{HEAD}.test_cfg.nms_scale", scales, "numbers above 0")
 
 
 def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else () if value is None else (value,)
-
-
-def cells(bound: Sequence[float]) -> int:
-    """Steps between a bound's ends."""
-    return round((bound[1] - bound[0]) / bound[2])
 
 
 def backbone_maps(backbone: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
@@ -359,22 +376,22 @@ def check_sizes(config: Mapping[str, Any], fail: Fail, camera_alone: bool) -> No
         check_features(camera, *maps, fail)
     if transform["in_channels"] != _width(neck):
         raise fail(f"{where}.in_channels", transform["in_channels"], f"the neck's {_width(neck)} channels")
-    for key in ("xbound", "ybound", "zbound", "dbound"):
-        if cells(transform[key]) > MOST_CELLS:
+    for key, count in (("xbound", cells), ("ybound", cells), ("zbound", cells), ("dbound", depth_count)):
+        if count(transform[key]) > MOST_CELLS:
             raise fail(f"{where}.{key}", transform[key], f"at most {MOST_CELLS:,} steps")
     if transform["dbound"][0] <= 0:
         raise fail(f"{where}.dbound", transform["dbound"], "depths above 0, in front of the camera")
     downsample, layers = transform.get("downsample", 1), cells(transform["zbound"])
     for key in ("xbound", "ybound"):
-        if cells(transform[key]) % downsample:
+        if cells(transform[key]) % downsample and not transform.get(BEVFUSION_COUNT):
             raise fail(f"{where}.{key}", transform[key], f"a number of steps that downsample, {downsample}, divides")
     if downsample > 1 and layers > 1:
         raise fail(
             f"{where}.zbound", transform["zbound"], f"one step: downsample takes {transform['out_channels']} channels"
         )
     if not camera_alone:
-        grid = [cells(transform[key]) // downsample for key in ("xbound", "ybound")]
-        _check_decoder(config, transform["out_channels"] * layers, grid, fail)
+        grid = [-(-cells(transform[key]) // downsample) for key in ("xbound", "ybound")]
+        _check_decoder(config, transform["out_channels"] * layers, grid, downsample, fail)
 
 
 def _check_lengths(network: Mapping[str, Any], keys: Sequence[str], path: str, fail: Fail) -> None:
@@ -383,8 +400,8 @@ def _check_lengths(network: Mapping[str, Any], keys: Sequence[str], path: str, f
             raise fail(f"{path}.{key}", network[key], f"as many as {keys[0]}, {len(network[keys[0]])}")
 
 
-def _check_decoder(config: Mapping[str, Any], channels: int, grid: Sequence[int], fail: Fail) -> None:
-    """From the BEV grid, of so many channels and cells, to the head's boxes."""
+def _check_decoder(config: Mapping[str, Any], channels: int, grid: Sequence[int], downsample: int, fail: Fail) -> None:
+    """From the BEV grid, of so many channels and cells after `downsample`, to the head's boxes."""
     backbone, neck = (config["model"]["decoder"][name] for name in ("backbone", "neck"))
     where = "model.decoder"
     if backbone["in_channels"] != channels:
@@ -396,11 +413,14 @@ def _check_decoder(config: Mapping[str, Any], channels: int, grid: Sequence[int]
         stages = list(zip(backbone["out_channels"], backbone["layer_strides"], strict=True))
     else:
         stages = [(width, stride) for _, width, stride in backbone["blocks"]]
-    widths, sizes, size = [], [], list(grid)
+    widths, sizes, size, total = [], [], list(grid), downsample
+    totals: list[float] = []  # cells of the view transform to one of the stage's, along an axis
     for width, stride in stages:
         size = [-(-n // stride) for n in size]  # a 3×3 convolution with a stride rounds up
+        total *= stride
         widths.append(width)
         sizes.append(size)
+        totals.append(total)
     if neck["type"] == "LSSFPN":
         for index in neck["in_indices"]:
             if not -len(stages) <= index < len(stages):
@@ -408,7 +428,7 @@ def _check_decoder(config: Mapping[str, Any], channels: int, grid: Sequence[int]
                     f"{where}.neck.in_indices", neck["in_indices"], f"stages of the backbone, which has {len(stages)}"
                 )
         wanted = [widths[index] for index in neck["in_indices"]]
-        out = [n * (neck.get("scale_factor") or 1) for n in sizes[neck["in_indices"][1]]]
+        stride_out = totals[neck["in_indices"][1]] / (neck.get("scale_factor") or 1)
     else:
         _check_lengths(neck, ("in_channels", "out_channels", "upsample_strides"), f"{where}.neck", fail)
         wanted = widths
@@ -420,22 +440,23 @@ def _check_decoder(config: Mapping[str, Any], channels: int, grid: Sequence[int]
             if any(size != brought[0] for size in brought):
                 expected = f"strides that bring {sizes} to one size; they give {brought}"
                 raise fail(f"{where}.neck.upsample_strides", neck["upsample_strides"], expected)
-            out = brought[0]
+            stride_out = totals[0] / neck["upsample_strides"][0]
     if list(neck["in_channels"]) != wanted:
         raise fail(f"{where}.neck.in_channels", neck["in_channels"], f"the channels of the backbone's maps, {wanted}")
     head = config["model"]["heads"]["object"]
     if head["in_channels"] != _width(neck):
         raise fail(f"{HEAD}.in_channels", head["in_channels"], f"the decoder's {_width(neck)} channels")
-    _check_coder(config, out, fail)
+    _check_coder(config, stride_out, fail)
 
 
-def _check_coder(config: Mapping[str, Any], size: Sequence[int], fail: Fail) -> None:
-    """Whether decoding puts the cells of a map of `size` where the BEV grid has them."""
+def _check_coder(config: Mapping[str, Any], stride: float, fail: Fail) -> None:
+    """Whether decoding puts the cells of the head's map, each `stride` of the view transform's along an axis, where the BEV
+    grid has them."""
     coder = config["model"]["heads"]["object"]["bbox_coder"]
     transform = config["model"]["encoders"]["camera"]["vtransform"]
     for axis, key in enumerate(("xbound", "ybound")):
-        low, high, _ = transform[key]
-        cell, found = (high - low) / size[axis], coder["out_size_factor"] * coder["voxel_size"][axis]
+        low, _, step = transform[key]
+        cell, found = step * stride, coder["out_size_factor"] * coder["voxel_size"][axis]
         if not math.isclose(cell, found, rel_tol=1e-3):
             raise fail(
                 f"{HEAD}.bbox_coder.out_size_factor",

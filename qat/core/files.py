@@ -67,7 +67,8 @@ def leads_down(name: object) -> bool:
 
 
 def data_path(root: str | os.PathLike[str], name: object, table: str) -> Path:
-    """The file of a data set that one of its tables names. Links are followed: a data set's folders often lie on another disk.
+    """The file of a data set that one of its tables names, with slashes or backslashes. Links are followed: a data set's folders
+    often lie on another disk.
 
     Raises:
         UserError: the name leads out of the data set.
@@ -76,7 +77,8 @@ def data_path(root: str | os.PathLike[str], name: object, table: str) -> Path:
         raise UserError(
             f"{Path(root) / table}: found file {name!r}, expected the name of a file in the data set's folder"
         )
-    return Path(root) / str(name)
+    path = Path(root) / str(name)
+    return path if os.path.lexists(path) else Path(root) / str(name).replace("\\", "/")  # as Windows writes them
 
 
 def is_inside(folder: str | os.PathLike[str], name: object) -> bool:
@@ -263,7 +265,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file; a missing or damaged one is a `UserError`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows' editors put a byte order mark first
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

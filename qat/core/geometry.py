@@ -18,19 +18,17 @@ from typing import Any
 
 import numpy as np
 
-Bound = Sequence[float]
+from qat.core.grid import Bound, cells, depth_count
 
 
 def grid_size(xbound: Bound, ybound: Bound, zbound: Bound) -> tuple[int, int, int]:
     """Number of cells (nx, ny, nz). A bound is [lower, upper, step] in metres."""
-    nx, ny, nz = (int((row[1] - row[0]) / row[2]) for row in (xbound, ybound, zbound))
-    return nx, ny, nz
+    return cells(xbound), cells(ybound), cells(zbound)
 
 
 def depth_bins(dbound: Bound) -> np.ndarray:
     """The D depths of `dbound` = [first, end, step] in metres, float32[D]."""
-    count = int(np.ceil((dbound[1] - dbound[0]) / dbound[2]))
-    return (dbound[0] + np.arange(count) * dbound[2]).astype(np.float32)
+    return (dbound[0] + np.arange(depth_count(dbound)) * dbound[2]).astype(np.float32)
 
 
 def create_frustum(image_size: Sequence[int], feature_size: Sequence[int], dbound: Bound) -> np.ndarray:

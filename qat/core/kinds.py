@@ -11,7 +11,14 @@ _SIGNATURES = {
     b"GIF8": "a GIF picture",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array",
-    b"\x1f\x8b": "a gzip archive",
+    b"# .PCD v": "a PCD point cloud",
+    b"VERSION .7\nFIELDS": "a PCD point cloud",
+    b"VERSION 0.7\nFIELDS": "a PCD point cloud",
+    b"ply\n": "a PLY point cloud",
+    b"ply\r\n": "a PLY point cloud",
+    b"LASF": "a LAS point cloud",
+    b"#ROSBAG V": "a ROS bag",
+    b"\x1f\x8b\x08": "a gzip archive",
     b"7z\xbc\xaf'\x1c": "a 7-Zip archive",
     b"%PDF": "a PDF",
 }
@@ -26,17 +33,26 @@ def kind_of_file(path: str | Path) -> str | None:
         return None
     if not head:
         return "an empty file"
-    for signature, kind in _SIGNATURES.items():
-        if head.startswith(signature):
-            return kind
+    if (kind := signature_of(head)) is not None:
+        return kind
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 32:
         return "a safetensors file"
     if head[0] == 8 and len(head) > 2 and head[1] < 32 and head[2] in (0x12, 0x1A, 0x22, 0x3A):
         return "an ONNX graph"  # protobuf: ir_version, then producer_name, or a later field of a ModelProto
+    return None
+
+
+def signature_of(head: bytes) -> str | None:
+    """What a file is whose first bytes are these (512 are enough), where they cannot be anything else."""
+    for signature, kind in _SIGNATURES.items():
+        if head.startswith(signature):
+            return kind
     if head.lstrip()[:9].lower() in (b"<!doctype", b"<html>") or head.lstrip()[:5].lower() == b"<html":
         return "a web page"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, without the file that it stands for"
+    if not head:
+        return None
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:

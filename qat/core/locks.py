@@ -34,6 +34,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 INSIDE = ".bevqat.lock"
+PASSING_SECONDS = 10.0
 # What `tempfile` draws is eight of these characters.
 _LEFT = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.bevqat\.(?P<kind>tmp|old)")
 
@@ -169,13 +170,35 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _holder(descriptor: int) -> str:
-    """Who says in the lock file that it holds it."""
-    for _ in range(20):
-        time.sleep(0.05)  # it may just have taken over a file that a killed process left, with that one's name in it
+def _is_running(found: dict[str, Any]) -> bool:
+    """Whether the process that signed a lock file runs; of another host's nothing is known, and it is taken to run."""
+    if found["host"] != platform.node():
+        return True
+    try:
+        os.kill(int(found["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def _wait_or_name_holder(descriptor: int) -> str | None:
+    """None as soon as the lock is ours; else who holds it, as the lock file says.
+
+    A file that is not signed, or signed by a process that ended, has a lock in passing: its next holder has not signed yet, or a
+    child that the process forked just before it ended has not run `_forget` yet (flock's locks last until every copy of the
+    descriptor is closed). There the lock is asked for again, for a few seconds at most.
+    """
+    end = time.monotonic() + PASSING_SECONDS
+    while time.monotonic() < end:
+        time.sleep(0.05)
+        if _try_lock(descriptor):
+            return None
         try:
             found = json.loads(os.pread(descriptor, 4096, 0))
-            return f"process {found['pid']} on {found['host']} ({found['command']}, since {found['since']})"
+            if _is_running(found):
+                return f"process {found['pid']} on {found['host']} ({found['command']}, since {found['since']})"
         except (ValueError, KeyError, TypeError, OSError):
             continue
     return "another process"
@@ -205,8 +228,7 @@ def _take(target: Path, path: Path) -> tuple[int, list[Path]]:
             except FileNotFoundError:  # another process, which ends, removed the folder again
                 continue
             locked = _try_lock(descriptor)
-            if locked is False:
-                who = _holder(descriptor)
+            if locked is False and (who := _wait_or_name_holder(descriptor)) is not None:
                 os.close(descriptor)
                 raise UserError(f"{target}: {who} is writing here; wait until it ends, or write elsewhere")
             if locked is None or _is_at(descriptor, path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
+from qat.core.grid import cells, depth_count
 
 # Far above any detector's: a frustum, a grid or an image beyond these is a damaged number.
 MOST_CAMERAS, MOST_PIXELS, MOST_CELLS, MOST_POINTS, MOST_BOXES = 64, 1 << 26, 1 << 24, 1 << 28, 1 << 20
@@ -160,11 +161,6 @@ _NEEDED = ("heatmap", "height", "dim", "rot")  # `qat.core.centerhead.decode`
 _OPTIONAL = ("reg", "vel")
 
 
-def _cells(bound: list[float]) -> int:
-    low, high, step = bound
-    return math.ceil((high - low) / step)
-
-
 def _check_sizes(pipeline: Mapping[str, Any], where: str) -> None:
     transform = pipeline["vtransform"]
     height, width = pipeline["image"]["size"]
@@ -173,11 +169,11 @@ def _check_sizes(pipeline: Mapping[str, Any], where: str) -> None:
     rows, columns = transform["feature_size"]
     if len(pipeline["cameras"]) * height * width > MOST_PIXELS:
         _fail(f"{where}: image: size", [height, width], f"at most {MOST_PIXELS:,} pixels of all cameras")
-    if (bins := _cells(transform["dbound"])) * rows * columns * len(pipeline["cameras"]) > MOST_POINTS:
+    if (bins := depth_count(transform["dbound"])) * rows * columns * len(pipeline["cameras"]) > MOST_POINTS:
         _fail(
             f"{where}: vtransform: dbound", transform["dbound"], f"at most {MOST_POINTS:,} points, not {bins} a pixel"
         )
-    if math.prod(_cells(transform[name]) for name in ("xbound", "ybound", "zbound")) > MOST_CELLS:
+    if math.prod(cells(transform[name]) for name in ("xbound", "ybound", "zbound")) > MOST_CELLS:
         _fail(f"{where}: vtransform: xbound", transform["xbound"], f"at most {MOST_CELLS:,} cells of the grid")
 
 

@@ -13,6 +13,11 @@ from qat.core.errors import UserError
 from qat.core.kinds import kind_of_file
 
 MOST_PIXELS = 1 << 27
+# Pillow's modes of 8 bits or fewer a channel, which it converts to RGB as they are meant; alpha is left out.
+EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags
+FEWEST_BITS = 12  # values below these in a picture of 16 bits: a camera of fewer bits wrote them without scaling
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,48 @@ class ResizeCrop:
         return np.asarray(resized.crop((left, top, left + fw, top + fh)))
 
 
-def load_image(path: str | Path) -> np.ndarray:
-    """Reads a picture as uint8[h,w,3] RGB.
+def _to_rgb(picture: Image.Image) -> np.ndarray:
+    """uint8[h,w,3] of any mode whose largest value is known. Pillow's own conversion cuts 16-bit grey off at 255.
 
     Raises:
-        UserError: missing, truncated or not a picture.
+        UserError: 32-bit integers or floats, of which nothing says what white is.
+    """
+    mode, tags = picture.mode, getattr(picture, "tag_v2", {})
+    if mode in EIGHT_BIT:
+        return np.asarray(picture.convert("RGB"))
+    # Pillow reads PGM of more than 8 bits, and some 16-bit PNG, as I and scales them to 16 bits.
+    if mode not in SIXTEEN_BIT and not (mode == "I" and picture.format in ("PPM", "PNG")):
+        raise UserError(
+            f"found mode {mode}, whose values have no stated range, expected a picture of 8 or 16 bits a channel; convert it, "
+            "with white at the highest value"
+        )
+    bits = int(tags.get(BITS_PER_SAMPLE, (16,))[0])
+    values = np.asarray(picture).astype(np.float32)
+    largest = float(values.max(initial=0))
+    if bits == 16 and 0 < largest < 1 << FEWEST_BITS:
+        raise UserError(
+            f"found 16-bit values up to {largest:.0f} alone, which is black, expected them to span 0 to 65535; scale what a camera "
+            "of fewer bits gives to 16 bits, or save it with 8"
+        )
+    grey = np.rint(np.clip(values, 0, None) * np.float32(255 / ((1 << bits) - 1))).astype(np.uint8)
+    if tags.get(PHOTOMETRIC, 1) == WHITE_IS_ZERO:
+        grey = 255 - grey
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def load_image(path: str | Path) -> np.ndarray:
+    """Reads a picture as uint8[h,w,3] RGB. 16-bit grey is scaled by its depth.
+
+    Raises:
+        UserError: missing, truncated, not a picture, or of a mode whose depth nothing says.
     """
     try:
         with Image.open(path) as picture:
             if picture.width * picture.height > MOST_PIXELS:  # the devkit switches Pillow's own limit off
                 raise ValueError(f"{picture.width}×{picture.height} pixels, more than any camera's")
-            return np.asarray(picture.convert("RGB"))
+            return _to_rgb(picture)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the data set is incomplete, fetch the rest of it") from None
     except IsADirectoryError:

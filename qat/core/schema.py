@@ -13,24 +13,42 @@ FREE = object()
 BATCH_NORMS = ("BN", "BN1d", "BN2d", "SyncBN", "naiveSyncBN2d")
 
 
-class Norm:
-    """A norm_cfg: batch norm, with PyTorch's eps unless `eps_free`."""
+class Null:
+    """What a key holds that is there and null, in messages: one that is absent has its default instead."""
 
-    def __init__(self, eps_free: bool = False) -> None:
-        self.eps_free = eps_free
+    def __repr__(self) -> str:
+        return "null"
+
+
+NULL = Null()
+
+
+class Norm:
+    """A norm_cfg: batch norm, with PyTorch's eps unless `eps_free`. Absent is the default's, null is none (as mmcv's ConvModule
+    has it) where `optional`."""
+
+    def __init__(self, eps_free: bool = False, optional: bool = False) -> None:
+        self.eps_free, self.optional = eps_free, optional
 
     def accepts(self, value: Any) -> bool:
         if value is None:
-            return True
-        known = isinstance(value, Mapping) and value.get("type", "BN") in BATCH_NORMS
-        return known and (self.eps_free or value.get("eps", 1e-5) == 1e-5)
+            return self.optional
+        if not isinstance(value, Mapping) or value.get("type", "BN") not in BATCH_NORMS:
+            return False
+        eps, momentum = value.get("eps", 1e-5), value.get("momentum", 0.1)
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < 1 for v in (eps, momentum))
+        return numbers and (self.eps_free or eps == 1e-5)
 
     def __str__(self) -> str:
-        return "batch norm" + ("" if self.eps_free else " with eps 1e-5")
+        return (
+            "batch norm"
+            + (", its eps and momentum numbers between 0 and 1" if self.eps_free else " with eps 1e-5")
+            + (", or null for none" if self.optional else "")
+        )
 
 
 PLAIN_CONV = (None, {"type": "Conv2d"})
-BIASLESS_CONV = (None, {"type": "Conv2d", "bias": False}, {"bias": False})
+BIASLESS_CONV = ({"type": "Conv2d", "bias": False}, {"bias": False})  # null would be one with a bias
 RELU = (None, {"type": "ReLU"}, {"type": "ReLU", "inplace": True}, {"type": "ReLU", "inplace": False})
 
 _VTRANSFORM = {
@@ -38,6 +56,7 @@ _VTRANSFORM = {
         ("in_channels", "out_channels", "image_size", "feature_size", "xbound", "ybound", "zbound", "dbound"), FREE
     ),
     "downsample": (1, 2),
+    "bevfusion_count": (None, True, False),  # ours: bounds of a checkpoint with BEVFusion's count of cells
     # CUDA-BEVFusion's models have these
     "depth_input": ("scalar",),
     "height_expand": (False,),
@@ -81,15 +100,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "strides": ([4, 2, 2, 2],),
         "in_channels": (3,),
         "use_abs_pos_embed": (False,),
-        "act_cfg": (None, {"type": "GELU"}),
-        "norm_cfg": (None, {"type": "LN"}),
+        "act_cfg": ({"type": "GELU"},),
+        "norm_cfg": ({"type": "LN"},),
     },
     "timm": dict.fromkeys(("model_name", "out_indices", "pretrained"), FREE),
     "GeneralizedLSSFPN": {
         **dict.fromkeys(("in_channels", "out_channels", "num_outs", "start_level", "upsample_cfg"), FREE),
         "no_norm_on_lateral": (True, False),
         "end_level": (-1,),
-        "norm_cfg": Norm(),
+        "norm_cfg": Norm(optional=True),
         "act_cfg": RELU,
         "conv_cfg": PLAIN_CONV,
     },
@@ -97,7 +116,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("in_channels", "out_channels", "upsample_strides", "init_cfg"), FREE),
         "use_conv_for_no_stride": (True, False),
         "norm_cfg": Norm(eps_free=True),
-        "upsample_cfg": (None, {"type": "deconv", "bias": False}),
+        "upsample_cfg": ({"type": "deconv", "bias": False},),
         "conv_cfg": BIASLESS_CONV,
     },
     # BEVFusion's LSSTransform sees no points: how a depth map would be made changes nothing.
@@ -120,14 +139,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("loss_cls", "loss_bbox", "separate_head", "share_conv_channel", "num_heatmap_convs"), FREE),
         "norm_bbox": (True, False),
         "conv_cfg": PLAIN_CONV,
-        "norm_cfg": Norm(),
+        "norm_cfg": Norm(optional=True),
         "bias": ("auto",),
         "init_cfg": (None,),
     },
     "SeparateHead": {
         **dict.fromkeys(("head_conv", "final_kernel", "init_bias"), FREE),
         "conv_cfg": PLAIN_CONV,
-        "norm_cfg": Norm(),
+        "norm_cfg": Norm(optional=True),
         "bias": ("auto",),
         "init_cfg": (None,),
     },
@@ -151,8 +170,12 @@ def problems(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any, 
         rule = known[name]
         if isinstance(rule, Norm):
             if not rule.accepts(value):
-                yield name, value, str(rule)
+                yield name, NULL if value is None else value, str(rule)
         elif rule is not FREE:
             plain = list(value) if isinstance(value, tuple) else value
             if plain not in rule:
-                yield name, value, " or ".join("null" if v is None else repr(v) for v in rule)
+                yield (
+                    name,
+                    NULL if value is None else value,
+                    " or ".join("null" if v is None else repr(v) for v in rule),
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from qat.data.checks import (
     rotation_of,
 )
 from qat.data.pipeline import Sweeps, read_pipeline
-from qat.data.sample import Keyframe, Sample, camera_matrices, prepare, read_points
+from qat.data.points import read_points
+from qat.data.sample import Keyframe, Sample, camera_matrices, prepare
 
 MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
 
@@ -46,8 +48,30 @@ def transform(record: Mapping[str, Any], where: str = "pose") -> np.ndarray:
     return matrix
 
 
+class _Tables(NuScenes):
+    """The devkit's, which takes UTF-8 with a byte order mark, file names with Windows' backslashes, and a data set without the
+    pictures of its maps: nothing here draws them."""
+
+    _maps: list[dict[str, Any]]
+
+    def __load_table__(self, table_name: str) -> Any:
+        rows = json.loads((Path(self.table_root) / f"{table_name}.json").read_bytes())
+        if table_name in ("sample_data", "map"):
+            for row in rows:
+                if isinstance(name := row.get("filename"), str):
+                    row["filename"] = name.replace("\\", "/")
+        if table_name == "map":
+            self._maps = rows
+            return [row for row in rows if (Path(self.dataroot) / row["filename"]).is_file()]  # the devkit opens each
+        return rows
+
+    def __make_reverse_index__(self, verbose: bool) -> None:
+        self.map = self._maps  # each log needs its record, with a picture or without
+        super().__make_reverse_index__(verbose)
+
+
 def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
-    """Opens a data set with the devkit.
+    """Opens a data set with the devkit. Pictures of maps may be missing.
 
     Raises:
         UserError: no such folder, no tables in it, several versions, or a damaged table.
@@ -65,7 +89,7 @@ def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
     elif version not in found:
         raise UserError(f"{root}: version {version!r} not found; there is {', '.join(found) or 'none'}")
     try:
-        found_set = NuScenes(version=version, dataroot=str(root), verbose=False)
+        found_set = _Tables(version=version, dataroot=str(root), verbose=False)
     except Exception as error:  # whatever its constructor meets in tables that are not what it takes for granted
         raise diagnose(root / version, error) from None
     check_tokens({name: getattr(found_set, name) for name in TABLES}, root / version)
@@ -80,10 +104,13 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
     """
     own = Path(nusc.dataroot) / nusc.version / "splits.json"
     known: list[str] = []
+    splits: dict[str, list[str]] = {}
     if own.exists():
         check_splits(splits := read_json(own), own)
         known = list(splits)
-    if split in known or is_predefined_split(split):
+    if split in known:
+        names = set(splits[split])
+    elif is_predefined_split(split):
         names = set(get_scenes_of_split(split, nusc))
     elif split == "all":
         names = {scene["name"] for scene in nusc.scene}

@@ -14,7 +14,8 @@ from qat.core.files import data_path, read_json
 from qat.core.geometry import box_yaw, within
 from qat.core.preprocess import load_image
 from qat.data.pipeline import read_pipeline
-from qat.data.sample import Keyframe, Sample, camera_matrices, prepare, read_points
+from qat.data.points import read_points
+from qat.data.sample import Keyframe, Sample, camera_matrices, prepare
 
 
 def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from qat.core.errors import UserError
 from qat.core.geometry import rasterize_depth
 from qat.core.preprocess import normalize
 from qat.data.pipeline import Pipeline
@@ -61,34 +59,6 @@ def camera_matrices(intrinsics: Sequence[np.ndarray], camera2lidar: Sequence[np.
     full[:, :3, :3] = intrinsics
     matrices = {"camera_intrinsics": full, "camera2lidar": moved, "lidar2image": full @ np.linalg.inv(moved)}
     return {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
-
-
-def read_points(path: Path, load_dim: int) -> np.ndarray:
-    """A lidar file, float32[M,5].
-
-    Raises:
-        UserError: no such file, not a whole number of points, or mostly NaN or infinity. (Single points that are, which
-            lidars give where nothing came back, are left out.)
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the data set is incomplete, fetch the rest of it") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}; fetch it again") from None
-    if not content or len(content) % (4 * load_dim):
-        raise UserError(
-            f"{path}: found {len(content):,} bytes, expected points of load_dim {load_dim} float32 values each; fetch it again, "
-            "or mend load_dim in the config"
-        )
-    points = np.frombuffer(content, np.float32).reshape(-1, load_dim)[:, :5]
-    finite = np.isfinite(points).all(1)
-    if 2 * finite.sum() < len(points):
-        raise UserError(
-            f"{path}: found NaN or infinity in {len(points) - finite.sum():,} of {len(points):,} points, expected float32 points "
-            f"of load_dim {load_dim}; fetch it again, or mend load_dim in the config"
-        )
-    return points[finite]
 
 
 def prepare(keyframe: Keyframe, pipeline: Pipeline) -> Sample:

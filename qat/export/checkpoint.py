@@ -16,6 +16,7 @@ from qat.export.parts import export_parts
 from qat.export.pt2 import export_pt2
 from qat.export.torch_parts import build_wrappers
 from qat.models import build_model, load_checkpoint, load_state, random_model
+from qat.models.checkpoint import float_weights
 
 PTQ_FORMAT = "bevqat-ptq"
 
@@ -57,6 +58,7 @@ def open_source(
     config: str | Path | None = None,
     prefix: str | None = None,
     seed: int = 0,
+    ema: bool = False,
 ) -> Source:
     """The detector of a checkpoint, in the state in which it is exported.
 
@@ -68,6 +70,7 @@ def open_source(
         prefix: of such a checkpoint, takes the camera branch alone, which lies under it, as `calibrate_checkpoint` has
             it; camera.backbone and camera.vtransform are then all that is written.
         seed: of random weights.
+        ema: of a float checkpoint, the averaged weights that it keeps beside the others.
 
     Raises:
         UserError: the checkpoint does not load or does not fit its config, or is a float one and INT8 is asked for.
@@ -77,11 +80,13 @@ def open_source(
             raise UserError("--init random: found no --config, expected the network's")
         if precision == "int8":
             raise UserError("--init random: found no scales for INT8; mend by bevqat calibrate --init random first")
+        if ema:
+            raise UserError("--ema: found with --init random, expected a checkpoint that has averaged weights")
         branch: Branch | None = None if prefix is None else "camera"
         detector: Any = random_model(load_config(config, branch), seed)
         return Source(detector, precision or "fp32", None, None, Path("runs") / Path(config).resolve().parent.name)
     path = Path(path)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, ema)
     if checkpoint.get("format") == PTQ_FORMAT:
         precision = precision or "int8"
         if config is not None:
@@ -103,7 +108,7 @@ def open_source(
     if precision == "int8":
         raise UserError(f"{path}: a float checkpoint has no scales for INT8; mend by running calibrate on it first")
     detector = build_model(settings)
-    load_state(detector, checkpoint["state_dict"], str(path), prefix)
+    load_state(detector, float_weights(checkpoint, path), str(path), prefix)
     return Source(detector, precision or "fp32", None, path, path.parent)
 
 
@@ -116,12 +121,13 @@ def export_checkpoint(
     prefix: str | None = None,
     frames: Callable[[dict[str, Any]], Sequence[Any]] | None = None,
     seed: int = 0,
+    ema: bool = False,
     **form: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes a checkpoint's ONNX parts and manifest.
 
     Args:
-        path, precision, config, prefix, seed: as for `open_source`.
+        path, precision, config, prefix, seed, ema: as for `open_source`.
         out: the folder; None for onnx_{precision} beside the checkpoint (onnx_int8_onnxruntime for that flavour), for random
             weights under runs/.
         flavour: as for `export_parts`.
@@ -135,7 +141,7 @@ def export_checkpoint(
     Raises:
         UserError: as `open_source` and `export_parts`.
     """
-    source = open_source(path, precision, config, prefix, seed)
+    source = open_source(path, precision, config, prefix, seed, ema)
     usual = f"onnx_{source.precision}" if flavour == "tensorrt" else f"onnx_{source.precision}_{flavour}"
     folder = Path(out) if out is not None else source.folder / usual
     real = frames(source.detector.config) if frames is not None else ()
@@ -160,12 +166,13 @@ def export_programs(
     prefix: str | None = None,
     seed: int = 0,
     parts: Sequence[str] | None = None,
+    ema: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes a checkpoint's parts as programs of torch.export (`qat.export.pt2`); the folder and its manifest.
 
     Args, Raises: as `export_checkpoint` and `export_pt2`; the folder is pt2_{precision}.
     """
-    source = open_source(path, precision, config, prefix, seed)
+    source = open_source(path, precision, config, prefix, seed, ema)
     folder = Path(out) if out is not None else source.folder / f"pt2_{source.precision}"
     manifest = export_pt2(
         source.detector,

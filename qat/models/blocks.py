@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
+
+BATCH_NORM: Mapping[str, Any] = {"type": "BN"}
+RELU: Mapping[str, Any] = {"type": "ReLU"}
 
 
 class ConvModule(nn.Module):
     """Convolution, batch norm, ReLU; state-dict names `conv.*` and `bn.*` as mmcv's ConvModule has them.
 
-    [B,Cin,H,W] → [B,Cout,H,W]. Without a norm the convolution has a bias.
+    [B,Cin,H,W] → [B,Cout,H,W]. Without a norm the convolution has a bias. `norm` and `activation` are False where the config's
+    norm_cfg and act_cfg are null.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, norm: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, norm: bool = True, activation: bool = True
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)
         self.bn = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
-        self.activate = nn.ReLU(inplace=False)
+        self.activate = nn.ReLU(inplace=False) if activation else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.activate(self.bn(self.conv(x)))

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.models.blocks import ConvModule
+from qat.models.blocks import BATCH_NORM, ConvModule
+
+SEPARATE: Mapping[str, Any] = {"final_kernel": 3}
 
 
 class SeparateHead(nn.Module):
@@ -21,6 +23,7 @@ class SeparateHead(nn.Module):
         head_conv: int = 64,
         final_kernel: int = 1,
         init_bias: float = -2.19,
+        norm_cfg: Mapping[str, Any] | None = BATCH_NORM,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -29,7 +32,7 @@ class SeparateHead(nn.Module):
             layers: list[nn.Module] = []
             width = in_channels
             for _layer in range(count - 1):
-                layers.append(ConvModule(width, head_conv, final_kernel))
+                layers.append(ConvModule(width, head_conv, final_kernel, norm_cfg is not None))
                 width = head_conv
             layers.append(nn.Conv2d(width, channels, final_kernel, padding=final_kernel // 2))
             setattr(self, name, nn.Sequential(*layers))
@@ -47,14 +50,15 @@ class CenterHead(nn.Module):
         in_channels: int,
         tasks: Sequence[Sequence[str]],
         common_heads: Mapping[str, Sequence[int]],
-        separate_head: Mapping[str, Any] | None = None,
+        separate_head: Mapping[str, Any] = SEPARATE,
         share_conv_channel: int = 64,
         num_heatmap_convs: int = 2,
+        norm_cfg: Mapping[str, Any] | None = BATCH_NORM,
         **_: Any,
     ) -> None:
         super().__init__()
-        separate = {k: v for k, v in (separate_head or {"final_kernel": 3}).items() if k != "type"}
-        self.shared_conv = ConvModule(in_channels, share_conv_channel, 3)
+        separate = {k: v for k, v in separate_head.items() if k != "type"}
+        self.shared_conv = ConvModule(in_channels, share_conv_channel, 3, norm_cfg is not None)
         self.task_heads = nn.ModuleList(
             SeparateHead(share_conv_channel, {**common_heads, "heatmap": (len(task), num_heatmap_convs)}, **separate)
             for task in tasks

@@ -12,11 +12,13 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from qat.core.console import note
 from qat.core.errors import UserError
 from qat.core.kinds import kind_of_file
 from qat.models.detector import CameraBEVDetector, build_model
 from qat.models.pickled import is_module, is_plainly_saved, module_state, quantizer_settings, read_pickled
 from qat.models.unpickle import Record
+from qat.models.weights import BESIDE, OUTER, choose_weights, has_tensors, without_wrappers
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # where others keep what we call state_dict
 # What belongs to a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
@@ -79,10 +81,6 @@ def _modelopt_settings(value: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
-
-
 def _plain_entries(entries: Mapping[Any, Any], limit: int = 1_000_000) -> dict[Any, Any]:
     """Those that hold no `Record`, however deep."""
     plain = {}
@@ -113,8 +111,11 @@ def _from_pickled(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
             if is_module(value.get(key)):
                 state, quantizers = module_state(value[key], str(path))
                 rest = _plain_entries({k: v for k, v in value.items() if k not in (key, "quantizers")})
+                for other in BESIDE:
+                    if is_module(value.get(other)):
+                        rest[other] = module_state(value[other], str(path))[0]
                 return {**rest, "state_dict": state}, quantizers
-            if _has_tensors(value.get(key)):
+            if has_tensors(value.get(key)):
                 break
         # The objects are beside the state dict: a config, a training log.
         value = _plain_entries(value)
@@ -127,20 +128,24 @@ def _from_pickled(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
     )
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, ema: bool = False) -> dict[str, Any]:
     """Reads a checkpoint: `{"state_dict": …}`, possibly with `config` and `meta`; a bare state dict; a whole network that
     was pickled (`torch.save(model)`), by itself or under "model"; what NVIDIA ModelOpt saves.
 
     Nothing in the file is executed, and the packages whose classes it holds need not be there (`qat.models.pickled`).
 
+    ema: take the averaged weights that the file keeps beside the others (`qat.models.weights`).
+
     Returns:
-        the file's dict, with "state_dict": the tensors by their names in `nn.Module.state_dict`. Where the network was
+        the file's dict, with "state_dict": the tensors by their names in `nn.Module.state_dict`, without wrappers' prefixes;
+        where the file has averaged weights too, "averaged": whether those were taken, and "note": a line for the user. Where the
+        network was
         quantized by pytorch-quantization or ModelOpt, also "quantizers": {path of a TensorQuantizer: {"amax": tensor or None,
         "disabled": bool, "num_bits": int, "axis": tuple or None, "unsigned": bool, "special": str or None}}, whose tensors
         "state_dict" then does not hold (see `qat.calibrate.foreign`).
 
     Raises:
-        UserError: no such file, damaged, or no tensors in it.
+        UserError: no such file, damaged, or no tensors in it; `ema`, and no averaged weights in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -168,17 +173,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     checkpoint = dict(value)
     if "state_dict" not in value and "format" not in value:
-        key = next((key for key in STATE_KEYS if _has_tensors(value.get(key))), None)
-        state = checkpoint if key is None else checkpoint.pop(key)
-        checkpoint = {"state_dict": state} if key is None else {**checkpoint, "state_dict": state}
+        key = next((key for key in STATE_KEYS if has_tensors(value.get(key))), None)
+        if key is not None:
+            checkpoint["state_dict"] = checkpoint.pop(key)
+        elif not any(isinstance(value.get(other), Mapping) for other in BESIDE):
+            checkpoint = {"state_dict": checkpoint}
+    if "format" not in checkpoint:
+        chosen = choose_weights(checkpoint, str(path), ema)
+        checkpoint = {key: value for key, value in checkpoint.items() if key not in ("averaged", "note")}
+        checkpoint["state_dict"] = chosen.state
+        if chosen.note:
+            checkpoint.update(averaged=chosen.averaged, note=chosen.note)
+    elif ema:
+        raise UserError(f"--ema: found {path}, a checkpoint of bevqat's with one set of weights; leave --ema out")
     state = checkpoint.get("state_dict")
-    if not isinstance(state, Mapping) or not _has_tensors(state):
+    if not isinstance(state, Mapping) or not has_tensors(state):
         raise UserError(
             f"{path}: found no tensors under 'state_dict', expected a trained model's; save model.state_dict() there"
         )
     if "format" not in checkpoint:
-        state, found = split_quantizers(state, _modelopt_settings(value))
-        quantizers.update(found)
+        described = without_wrappers(_modelopt_settings(value), str(path))
+        state, found = split_quantizers(state, described)
+        quantizers = {**without_wrappers(quantizers, str(path)), **found}
         checkpoint.pop("quantizers", None)
         if quantizers:
             checkpoint.update(state_dict=state, quantizers=quantizers)
@@ -192,6 +208,52 @@ def _grouped(names: list[str], words: int = 3) -> str:
 
 DERIVED = "relative_position_index"  # Swin's: fixed by the window's size, in the state dict by mmdet's habit alone
 GEOMETRY = ("dx", "bx", "nx", "frustum")  # the view transform's fixed parameters
+
+
+STAGES = (
+    "stages",
+    "layers",
+    "blocks",
+    "features",
+)  # lists of what runs one after the other, in Swin and timm's networks
+
+
+def _beyond(names: Iterable[str], own: Mapping[str, Any]) -> list[str]:
+    """Those of the names, which the model does not have, that belong to modules of the backbone that this config does not use: a
+    classifier, stages after the last output. Inside a module that is used every tensor counts (another ResNet block in layer1),
+    and so do those of the backbone itself (a position embedding)."""
+    start = f"{BRANCH}backbone."
+    used = {_module(name[len(start) :]) for name in own if name.startswith(start)}
+    last: dict[str, int] = {}
+    for first, number in used:
+        last[first] = max(number, last.get(first, -1))
+    # mmdet's Swin has the merging of patches at the end of the stage before; here it belongs to the stage after.
+    merging = f"{start}stages.{last.get('stages')}.downsample."
+
+    def is_beyond(name: str) -> bool:
+        if not name.startswith(start) or "." not in name[len(start) :]:
+            return False
+        first, number = _module(name[len(start) :])
+        return name.startswith(merging) or first not in last or number > last[first]
+
+    return [name for name in names if is_beyond(name)]
+
+
+def _module(name: str) -> tuple[str, int]:
+    """The module of a backbone that a tensor belongs to: its first word, and the number of a stage (else −1)."""
+    first, _, rest = name.partition(".")
+    second = rest.partition(".")[0]
+    return first, int(second) if first in STAGES and second.isdigit() else -1
+
+
+def _counts(nx: torch.Tensor) -> list[int]:
+    return [int(n) for n in nx.double().nan_to_num(0, 0, 0).tolist()]
+
+
+def _agree(found: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether fixed values are those of the config's bounds, as far as the number format of the file tells."""
+    eps = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+    return torch.allclose(found.double(), own.double(), atol=1e-3, rtol=max(1e-5, eps))
 
 
 def _short(value: torch.Tensor) -> str:
@@ -235,10 +297,22 @@ def _before(prefix: str) -> str:
     return f"{prefix.rstrip('.')}." if prefix else ""
 
 
+def _without_outer(prefix: str) -> str:
+    """A branch's prefix without the wrappers' that `load_checkpoint` has taken off the names already."""
+    while outer := next((o for o in OUTER if f"{prefix}.".startswith(o)), ""):
+        prefix = f"{prefix}."[len(outer) :].removesuffix(".")
+    return prefix
+
+
 def under_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """What lies under the prefix of a camera branch (as for `take_branch`), by this package's names."""
-    before = _before(prefix)
-    return {f"{BRANCH}{name[len(before) :]}": value for name, value in values.items() if name.startswith(before)}
+    inside: dict[str, Any] = {}
+    for start in dict.fromkeys((prefix, _without_outer(prefix))):
+        before = _before(start)
+        inside = {f"{BRANCH}{name[len(before) :]}": v for name, v in values.items() if name.startswith(before)}
+        if inside:
+            break
+    return inside
 
 
 def take_branch(state: Mapping[str, Any], prefix: str, source: str) -> tuple[dict[str, Any], int]:
@@ -299,14 +373,21 @@ def load_state(
 
     own = model.state_dict()
     for name in own:
-        if name in state and not isinstance(state[name], torch.Tensor):
+        if name not in state:
+            continue
+        if not isinstance(state[name], torch.Tensor):
             raise UserError(
                 f"{source}: {in_file(name)}: found a {type(state[name]).__name__}, expected a tensor; save "
                 "model.state_dict() again"
             )
-    extra = [name for name in state if name not in own]
-    # A classifier that the backbone does not use, and stages after its last output, do no harm.
-    extra = [name for name in extra if not name.startswith(f"{BRANCH}backbone.")]
+        if own[name].is_floating_point() and not state[name].is_floating_point():
+            raise UserError(
+                f"{source}: {in_file(name)}: found {str(state[name].dtype).removeprefix('torch.')}, expected floating-point weights; "
+                "save the network before it is converted to integers"
+            )
+    unknown = [name for name in state if name not in own]
+    beyond = _beyond(unknown, own)
+    extra = [name for name in unknown if name not in beyond]
     missing = [name for name in own if name not in state and not name.endswith(DERIVED)]
     wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
     if wrong:
@@ -326,14 +407,29 @@ def load_state(
         raise UserError(f"{source}: does not fit the config: {'; '.join(parts)}")
     if finite:
         _check_finite(state, own, source, in_file)
+    if isinstance(model, CameraBEVDetector) and model.keep_cells(_counts(state[f"{BRANCH}vtransform.nx"])):
+        own = model.state_dict()
+        counts = "×".join(map(str, own[f"{BRANCH}vtransform.nx"].tolist()))
+        note(
+            f"{source}: kept its BEV grid of {counts} cells: BEVFusion cuts the quotient of a bound off where it lies just below "
+            "a whole number"
+        )
+    state = dict(state)
     for name in own:  # a checkpoint's grid decides where features go: another one's shape may be the same
-        if name.rpartition(".")[2] in GEOMETRY and not torch.allclose(
-            state[name].double(), own[name].double(), atol=1e-3
-        ):
+        if name.rpartition(".")[2] not in GEOMETRY:
+            continue
+        if _agree(state[name], own[name]):
+            state[name] = own[name]  # FP16 and BF16 have rounded what the bounds give exactly
+        else:
             raise UserError(
                 f"{source}: {in_file(name)}: found {_short(state[name])}, the config's bounds make {_short(own[name])}; give the "
                 "config that the checkpoint was trained with"
             )
+    if beyond:
+        note(
+            f"{source}: left out {_grouped([*map(in_file, beyond)], 4 if prefix is None else 3)}: modules of the backbone that this "
+            "config does not use"
+        )
     try:
         model.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state})
     except RuntimeError as error:  # what the checks above cannot see: Swin's windows in another order
@@ -341,13 +437,16 @@ def load_state(
     return left_out
 
 
-def load_float_model(config: Mapping[str, Any], path: str | Path, finite: bool = True) -> CameraBEVDetector:
-    """The detector of `config` with a float checkpoint's weights, in eval mode. finite: as for `load_state`."""
-    return _load_float(config, path, None, finite)[0]
+def load_float_model(
+    config: Mapping[str, Any], path: str | Path, finite: bool = True, ema: bool = False
+) -> CameraBEVDetector:
+    """The detector of `config` with a float checkpoint's weights, in eval mode. finite: as for `load_state`; ema: as for
+    `load_checkpoint`."""
+    return _load_float(config, path, None, finite, ema)[0]
 
 
 def load_float_branch(
-    config: Mapping[str, Any], path: str | Path, prefix: str, finite: bool = True
+    config: Mapping[str, Any], path: str | Path, prefix: str, finite: bool = True, ema: bool = False
 ) -> tuple[CameraBEVDetector, int]:
     """The camera branch alone out of a float checkpoint, in eval mode, and how many names of the file were left out.
 
@@ -355,18 +454,42 @@ def load_float_branch(
         config: the branch's (`qat.core.config.camera_branch`).
         prefix: where it lies in the file, as for `take_branch`.
         finite: as for `load_state`.
+        ema: as for `load_checkpoint`.
     """
-    return _load_float(config, path, prefix, finite)
+    return _load_float(config, path, prefix, finite, ema)
+
+
+def float_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The weights to load of a float checkpoint, after telling which they are where the file has others too.
+
+    Args:
+        checkpoint: `load_checkpoint`'s.
+
+    Raises:
+        UserError: another tool has quantized the network, and its weights are not the float network's.
+    """
+    quantizers = checkpoint.get("quantizers") or {}
+    if smoothed := [name for name, q in quantizers.items() if q["special"] and "SmoothQuant" in q["special"]]:
+        raise UserError(
+            f"{path}: found {len(smoothed)} layers whose weights another tool has scaled for quantization ({smoothed[0]}: "
+            "SmoothQuant), expected the float network's; give the checkpoint from before"
+        )
+    if quantizers:
+        note(f"{path}: left out the ranges of {len(quantizers)} quantizers of another tool; import-ptq takes them")
+    if checkpoint.get("note"):
+        note(checkpoint["note"])
+    found: dict[str, Any] = checkpoint["state_dict"]
+    return found
 
 
 def _load_float(
-    config: Mapping[str, Any], path: str | Path, prefix: str | None, finite: bool
+    config: Mapping[str, Any], path: str | Path, prefix: str | None, finite: bool, ema: bool
 ) -> tuple[CameraBEVDetector, int]:
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, ema)
     if checkpoint.get("format") == "bevqat-ptq":
         raise UserError(
             f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
         )
     model = build_model(config)
-    left_out = load_state(model, checkpoint["state_dict"], str(path), prefix, finite)
+    left_out = load_state(model, float_weights(checkpoint, path), str(path), prefix, finite)
     return model.eval(), left_out

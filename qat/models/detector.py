@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 
 from qat.core.config import check_config, is_camera_branch, need_boxes
-from qat.core.config_values import check_features
+from qat.core.config_values import BEVFUSION_COUNT, check_features
 from qat.core.errors import UserError
 from qat.core.geometry import PoolPattern
+from qat.core.grid import bevfusion_cells, cells
 from qat.models.backbone import build_backbone
 from qat.models.bev_pool import bev_pool
 from qat.models.centerhead import CenterHead
@@ -95,6 +97,33 @@ class CameraBEVDetector(nn.Module):
             {name: _build(model["decoder"][name], f"model.decoder.{name}") for name in ("backbone", "neck")}
         )
         self.heads = nn.ModuleDict({"object": _build(model["heads"]["object"], "model.heads.object")})
+
+    def keep_cells(self, counts: Sequence[int]) -> bool:
+        """Makes the BEV grid that of a checkpoint with BEVFusion's count of cells (`qat.core.grid.bevfusion_cells`): the upper
+        ends of the bounds move in, in `config` too, so that everything that is made of it has the same grid.
+
+        Args:
+            counts: the checkpoint's `nx`, `ny`, `nz`.
+
+        Returns:
+            whether it was changed: False where the counts are these already, or neither BEVFusion's.
+
+        Raises:
+            UserError: that grid does not fit the decoder or the head.
+        """
+        names = ("xbound", "ybound", "zbound")
+        section = self.config["model"]["encoders"]["camera"]["vtransform"]
+        bounds = [list(section[name]) for name in names]
+        found = list(counts)
+        if found == [cells(bound) for bound in bounds] or found != [bevfusion_cells(bound) for bound in bounds]:
+            return False
+        moved = [[low, low + n * step, step] for n, (low, _, step) in zip(found, bounds, strict=True)]
+        self.config = copy.deepcopy(self.config)
+        section = self.config["model"]["encoders"]["camera"]["vtransform"]
+        section.update(dict(zip(names, moved, strict=True)), **{BEVFUSION_COUNT: True})
+        check_config(self.config, f"config with BEVFusion's count of {'×'.join(map(str, found))} cells")
+        self.vtransform.set_bounds(*moved)
+        return True
 
     @property
     def vtransform(self) -> LSSTransform:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-NORM = {"eps": 1e-3, "momentum": 0.01}  # mmdet3d's defaults for both networks
+NORM: Mapping[str, Any] = {"eps": 1e-3, "momentum": 0.01}  # mmdet3d's defaults for both networks
 
 
-def _norm(config: dict[str, Any] | None, channels: int) -> nn.BatchNorm2d:
-    config = config or NORM
+def _norm(config: Mapping[str, Any], channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=config.get("eps", 1e-5), momentum=config.get("momentum", 0.1))
 
 
@@ -25,7 +24,7 @@ class SECOND(nn.Module):
         out_channels: Sequence[int],
         layer_nums: Sequence[int],
         layer_strides: Sequence[int],
-        norm_cfg: dict[str, Any] | None = None,
+        norm_cfg: Mapping[str, Any] = NORM,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class SECONDFPN(nn.Module):
         in_channels: Sequence[int],
         out_channels: Sequence[int],
         upsample_strides: Sequence[float],
-        norm_cfg: dict[str, Any] | None = None,
+        norm_cfg: Mapping[str, Any] = NORM,
         use_conv_for_no_stride: bool = False,
         **_: Any,
     ) -> None:

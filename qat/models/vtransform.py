@@ -56,6 +56,11 @@ class LSSTransform(nn.Module):
 
     needs_depth = False
 
+    def set_bounds(self, xbound: Sequence[float], ybound: Sequence[float], zbound: Sequence[float]) -> None:
+        """Other upper ends, so that there are fewer cells; lower ends and steps stay."""
+        self.bounds = (xbound, ybound, zbound)
+        self.nx.data = torch.tensor(grid_size(*self.bounds))
+
     def _build_depthnet(self, in_channels: int) -> None:
         self.depthnet: nn.Module = nn.Conv2d(in_channels, self.D + self.C, 1)
 

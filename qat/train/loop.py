@@ -24,7 +24,7 @@ from qat.core.progress import StepLog, counted, drawn_ahead, progress_bar
 from qat.data import NuScenesDataset, images_digest
 from qat.evaluate import evaluate_detections
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
-from qat.models.checkpoint import save_plain
+from qat.models.checkpoint import float_weights, save_plain
 from qat.models.run import boxes_of, run_frame
 from qat.train.augment import TrainSet
 from qat.train.auxiliary import PixelHead, pixel_loss, to_tensors
@@ -99,15 +99,20 @@ class _State:
     """What a resumed run needs."""
 
     def __init__(
-        self, config: Mapping[str, Any], options: TrainOptions, init: Path | None, device: torch.device
+        self,
+        config: Mapping[str, Any],
+        options: TrainOptions,
+        init: Path | None,
+        device: torch.device,
+        ema: bool = False,
     ) -> None:
         torch.manual_seed(options.seed)
         self.model = build_model(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if init is not None:
-            saved = load_checkpoint(init)
+            saved = load_checkpoint(init, ema)
             if saved.get("format") == "bevqat-ptq":
                 raise UserError(f"{init}: found a quantized checkpoint, expected a float one for --init; name that")
-            load_state(self.model, saved["state_dict"], str(init))
+            load_state(self.model, float_weights(saved, init), str(init))
         self.pixels = PixelHead(self.model.vtransform.C, len(config["object_classes"])).to(device)
         if init is not None and "pixel_head" in saved:
             self.pixels.load_state_dict(saved["pixel_head"])
@@ -148,7 +153,11 @@ class _State:
 
 
 def _run_of(
-    config: Mapping[str, Any], datasets: Sequence[NuScenesDataset], options: TrainOptions, init: Path | None
+    config: Mapping[str, Any],
+    datasets: Sequence[NuScenesDataset],
+    options: TrainOptions,
+    init: Path | None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one that was killed. Its steps and its rate may be others."""
     free = ("steps", "lr", "decay", "warmup", "save_seconds")
@@ -156,7 +165,7 @@ def _run_of(
     return {
         **{name: value for name, value in asdict(options).items() if name not in free},
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "init": None if init is None else sha256(init),
+        "init": None if init is None else sha256(init) + (" ema" if ema else ""),
         "frames": hashlib.sha256(tokens.encode()).hexdigest(),
         "images": images_digest(datasets),
         "bevqat": qat.__version__,
@@ -237,19 +246,21 @@ def train(
     held_out: NuScenesDataset | None = None,
     init: Path | None = None,
     log: Callable[[str], None] = print,
+    ema: bool = False,
 ) -> dict[str, Any] | None:
     """Trains a detector and writes `out/model.pth`, `out/history.json`, `out/curve.png` and, at times, `out/resume.pth`.
 
     A run that was killed goes on from `resume.pth`; which samples and augmentations a step sees depends on the seed
-    and the step alone. Returns the held-out metrics if `held_out` is given.
+    and the step alone. Returns the held-out metrics if `held_out` is given. init: a float checkpoint to start from; ema: from
+    its averaged weights.
     """
     if options.stage not in STAGES:
         raise UserError(f"--stage: found {options.stage!r}, expected one of {', '.join(STAGES)}")
     need_boxes(config, "train", "give the whole detector's config")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = _State(config, options, init, device)
+    state = _State(config, options, init, device, ema)
     resume = out / "resume.pth"
-    run = _run_of(config, datasets, options, init)
+    run = _run_of(config, datasets, options, init, ema)
     if resume.exists():
         state.load(resume, run)
         log(f"resumed at step {state.step} from {resume}")

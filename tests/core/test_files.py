@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import select
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qat.cli.failures import one_line_of
-from qat.core import files
+from qat.core import files, locks
 from qat.core.errors import UserError
 from qat.core.files import (
     atomic_directory,
@@ -274,9 +275,13 @@ def test_a_second_writer_is_told_who_the_first_is_until_that_one_ends(tmp_path, 
     assert not any(tmp_path.rglob(".*"))
 
 
-def test_a_fork_does_not_keep_its_parents_lock(tmp_path):
+@pytest.mark.parametrize("late", [0.0, 1.5], ids=["at once", "late"])
+def test_a_fork_does_not_keep_its_parents_lock(tmp_path, late):
+    """A forked child has the lock's descriptor until it first runs: the parent may be killed before that. "late" makes that
+    time as long as a loaded machine does."""
     code = """
         import os, sys, time
+        os.register_at_fork(after_in_child=lambda: time.sleep(float(sys.argv[2])))  # before qat's: hooks run in order
         from qat.core.locks import only_writer
         with only_writer(sys.argv[1]):
             if os.fork() == 0:
@@ -284,7 +289,7 @@ def test_a_fork_does_not_keep_its_parents_lock(tmp_path):
             print("here", flush=True)
             time.sleep(60)
     """
-    process = script(code, tmp_path / "out", start_new_session=True)
+    process = script(code, tmp_path / "out", str(late), start_new_session=True)
     assert process.stdout.readline(), process.stderr.read()
     process.kill()
     process.wait()
@@ -295,6 +300,18 @@ def test_a_fork_does_not_keep_its_parents_lock(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert names(tmp_path) == []
+
+
+def test_a_lock_that_an_ended_process_signed_and_another_keeps_is_refused_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "PASSING_SECONDS", 0.3)
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / ".out.bevqat.lock"
+    path.write_text(json.dumps({"pid": int(ended.stdout), "host": platform.node(), "command": "x", "since": "y"}))
+    with path.open("r+") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out: another process is writing here"), only_writer(tmp_path / "out"):
+            pass
 
 
 def test_one_writer_takes_the_output_from_a_parameter_or_its_attribute(tmp_path):

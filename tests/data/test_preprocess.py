@@ -1,5 +1,7 @@
 """Preprocessing against PIL and closed forms."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,3 +44,67 @@ def test_unreadable_pictures_are_named(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"not a picture")
     with pytest.raises(UserError, match=r"bad\.jpg: not a readable picture"):
         load_image(tmp_path / "bad.jpg")
+
+
+RAMP = np.linspace(0, 65535, 64 * 96).round().astype(np.uint16).reshape(64, 96)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_16_bit_grey_is_scaled_by_its_depth(tmp_path, suffix):
+    path = tmp_path / f"grey.{suffix}"
+    if suffix == "pgm":
+        path.write_bytes(b"P5 96 64 65535\n" + RAMP.astype(">u2").tobytes())
+    else:
+        Image.fromarray(RAMP).save(path)
+    read = load_image(path)
+    assert read.shape == (64, 96, 3) and read.dtype == np.uint8
+    assert np.abs(read.astype(float) - RAMP[..., None] / 257).max() <= 0.51
+    assert not (read == 255).mean() > 0.01
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
+def test_grey_is_scaled_and_turned_as_the_tiff_says(tmp_path, bits, photometric):
+    """Pillow gives 12 bits in mode I;16, as if there were 16, and leaves 0 for white as it is. The file is made by hand."""
+    values = np.array([[0, 4095], [2048, 1024]]) if bits == 12 else np.array([[0, 65535], [32768, 1000]])
+    packed = values.astype("<u2").tobytes()
+    if bits == 12:
+        packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values.tolist())
+    tags = [
+        (256, 2),
+        (257, 2),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 2),
+        (279, len(packed)),
+    ]
+    head = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(tags))
+    body = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    (tmp_path / "grey.tiff").write_bytes(head + body + bytes(4))
+    expected = np.rint(values * 255 / (2**bits - 1))
+    expected = expected if photometric == 1 else 255 - expected
+    assert load_image(tmp_path / "grey.tiff")[..., 0].tolist() == expected.tolist()
+
+
+def test_a_picture_whose_depth_nothing_says_is_refused_by_its_mode(tmp_path):
+    for mode, values in (("I", RAMP.astype(np.int32)), ("F", RAMP.astype(np.float32))):
+        Image.fromarray(values).save(tmp_path / "deep.tiff")
+        with pytest.raises(UserError, match=rf"deep\.tiff: found mode {mode}, .*expected a picture of 8 or 16 bits"):
+            load_image(tmp_path / "deep.tiff")
+
+
+def test_a_camera_of_fewer_bits_in_a_16_bit_picture_is_refused(tmp_path):
+    """12 bits in 16: scaled by the file's depth it would be black."""
+    Image.fromarray(RAMP >> 4).save(tmp_path / "dark.png")
+    with pytest.raises(UserError, match=r"dark\.png: found 16-bit values up to 4095 alone"):
+        load_image(tmp_path / "dark.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_8_bit_modes_are_read_as_pillow_means_them(tmp_path, mode):
+    picture = Image.fromarray((RAMP >> 8).astype(np.uint8)).convert("RGB").convert(mode)
+    path = tmp_path / f"picture.{'tiff' if mode == 'CMYK' else 'png'}"
+    picture.save(path)
+    assert np.array_equal(load_image(path), np.asarray(picture.convert("RGB")))

@@ -138,12 +138,12 @@ def refused(request, work, capsys) -> Iterator[Callable[..., str]]:
         status = main([str(word) for word in arguments])
         said = capsys.readouterr().err
         assert status == 2, said
-        lines = [line for line in said.splitlines() if not re.fullmatch(r"build [\w.]+", line)]  # of progress
-        assert len(lines) == 1 and lines[0].startswith("error: ") and said.endswith(f"{lines[0]}\n"), said
+        own = [line for line in said.splitlines() if not re.fullmatch(r"build [\w.]+", line)]  # without progress
+        assert len(own) == 1 and own[0].startswith("error: ") and said.endswith(f"{own[0]}\n"), said
         for word in words:
             assert word in said, said
         assert contents(work) == before
-        lines.append(said.strip().removeprefix("error: ").replace("`", ""))
+        lines.append(own[0].removeprefix("error: ").replace("`", ""))
         return said
 
     yield check

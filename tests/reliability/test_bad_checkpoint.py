@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qat.cli import main
+
 PTQ_VERBS = ("inspect", "sensitivity", "export-camera", "finetune", "health", "compare")
 
 
@@ -120,8 +122,6 @@ def test_a_weight_that_is_no_tensor(work, verbs, refused):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(value, work, verbs, refused, capsys):
     """Every verb refuses them but health, which says what they do."""
-    from qat.cli import main
-
     weight = torch.load("float.pth", weights_only=True)["state_dict"][CONV].clone()
     weight.view(-1)[3] = value
     torch.save(_state(**{CONV: weight}), work / "bad.pth")
@@ -227,8 +227,6 @@ def test_a_network_whose_values_are_not_finite(work, refused):
     that finds the layer, which can be pasted."""
     import shlex
 
-    from qat.cli import main
-
     wide = torch.full_like(torch.load("float.pth", weights_only=True)["state_dict"][FUSE], 3e38)
     torch.save(_state(**{FUSE: wide}), work / "bad.pth")
     ptq = torch.load("ptq.pth", weights_only=True)
@@ -249,3 +247,45 @@ def test_a_network_whose_values_are_not_finite(work, refused):
     tune = ["finetune", "--ckpt", "wide.pth", "--data", "data:calib", "--steps", "1", "--batch", "1", "--no-augment"]
     line = refused([*tune, "--out", "tuned"], "frame ", "the float network gives values that are not")
     assert f"; bevqat health wide.pth --data data --split calib {finds}" in line
+
+
+def test_averaged_weights_that_are_not_there(work, verbs, refused):
+    for verb in ("calibrate", "export-camera", "health", "compare", "train"):
+        refused(
+            [*verbs.floats("float.pth")[verb], "--ema"], "--ema: found no averaged weights in float.pth, expected them"
+        )
+    for verb in ("export-camera", "health"):
+        arguments = [*verbs.quantized("ptq.pth")[verb], "--ema"]
+        refused(arguments, "--ema: found ptq.pth, a checkpoint of bevqat's with one set of weights; leave --ema out")
+    refused(
+        ["calibrate", "--config", "config.yaml", "--init", "random", "--ema", "--data", "data"],
+        "--ema: found with --init",
+    )
+
+
+def test_every_verb_says_which_weights_it_took_and_ema_takes_the_others(work, verbs, capsys):
+    """A file whose plain weights are not finite and whose averaged ones are: what works says which were read."""
+    state = _state()["state_dict"]
+    spoiled = {**state, FUSE: torch.full_like(state[FUSE], float("nan"))}
+    torch.save(
+        {"state_dict": spoiled, "state_dict_ema": {f"module.{n}": v for n, v in state.items()}}, work / "both.pth"
+    )
+    for verb in ("calibrate", "export-camera", "health"):
+        arguments = verbs.floats("both.pth")[verb]
+        assert main(arguments) == (1 if verb == "health" else 2)
+        assert verb != "health" or "--ema takes those" in capsys.readouterr().err
+        assert main([*arguments, "--ema"]) == 0
+        assert "note: both.pth: took the averaged weights, state_dict_ema" in capsys.readouterr().err
+    assert torch.load("out/ptq.pth", weights_only=True)["recipe"]["float_checkpoint"]["ema"] is True
+    compare = ["compare", "--ckpt", "both.pth", "--config", "config.yaml", "--ptq", "out/ptq.pth", "--data", "data"]
+    assert main([*compare, "--split", "calib", "--out", "out/compare"]) == 2
+    assert "out/ptq.pth: calibrated from the averaged weights of both.pth" in capsys.readouterr().err
+
+
+def test_blocks_that_the_config_has_not(work, verbs, refused):
+    block = "encoders.camera.backbone.layer1.5.conv1.weight"
+    torch.save(_state(**{block: torch.ones(1)}), work / "bad.pth")
+    refused(
+        verbs.floats("bad.pth")["calibrate"],
+        "bad.pth: does not fit the config: unexpected encoders.camera.backbone.* (1)",
+    )

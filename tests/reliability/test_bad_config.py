@@ -40,6 +40,12 @@ VALUES = [
     (f"{CAMERA}.neck.in_channels", "wide", "found 'wide', expected a list of 2 or more whole numbers"),
     (f"{CAMERA}.neck.in_channels", [48, 100], "expected the channels of the backbone's maps, [48, 192]"),
     (f"{CAMERA}.neck.out_channels", -4, "found -4, expected a whole number from 1"),
+    (f"{CAMERA}.neck.upsample_cfg", None, "found null, expected mode nearest or bilinear"),
+    (
+        f"{CAMERA}.neck.norm_cfg",
+        {"eps": None},
+        "found {'eps': None}, expected batch norm with eps 1e-5, or null for none",
+    ),
     (f"{CAMERA}.vtransform.in_channels", 99, "found 99, expected the neck's 16 channels"),
     (f"{CAMERA}.vtransform.downsample", 3, "found 3, expected 1 or 2"),
     (f"{CAMERA}.vtransform.feature_size", [8, 11], "expected image_size [64, 96] divided by one whole stride"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qat.cli import main
@@ -47,6 +48,18 @@ def _points(path: Path, share: float) -> None:
     points = np.fromfile(path, np.float32).reshape(-1, 5)
     points[: int(len(points) * share)] = np.nan
     points.tofile(path)
+
+
+def _as_npy(path: Path) -> None:
+    points = np.fromfile(path, np.float32)
+    with path.open("wb") as stream:
+        np.save(stream, points)
+
+
+def _without_ring(path: Path) -> None:
+    """As KITTI has points; so many that load_dim 5 divides them."""
+    points = np.fromfile(path, np.float32).reshape(-1, 5)[:, :4]
+    points[: len(points) // 5 * 5].tofile(path)
 
 
 def _twice(data: Path) -> None:
@@ -95,6 +108,10 @@ BROKEN = {
         lambda data: _each(data / FRONT, lambda path: path.write_text("not found")),
         "not a readable picture (a text file); fetch it again",
     ),
+    "a picture of floats": (
+        lambda data: _each(data / FRONT, lambda path: Image.fromarray(np.ones((64, 96), np.float32)).save(path, "TIFF")),
+        "found mode F, whose values have no stated range, expected a picture of 8 or 16 bits a channel",
+    ),
     "a picture bomb": (lambda data: _each(data / FRONT, _bomb), "not a readable picture ("),
     "a picture of another size": (
         lambda data: _each(data / FRONT, lambda path: Image.new("RGB", (50, 30)).save(path)),
@@ -139,6 +156,18 @@ BROKEN = {
     "lidar nan": (
         lambda data: _each(data / LIDAR, lambda path: _points(path, 0.9)),
         "found NaN or infinity in",
+    ),
+    "lidar an array of NumPy's": (
+        lambda data: _each(data / LIDAR, lambda path: _as_npy(path)),
+        "found a NumPy array, expected points of load_dim 5 float32 values each, as raw bytes",
+    ),
+    "lidar float64": (
+        lambda data: _each(data / LIDAR, lambda path: np.fromfile(path, np.float32).astype(np.float64).tofile(path)),
+        "of x, y, z beyond 2,000 m or next to nothing",
+    ),
+    "lidar of four values": (
+        lambda data: _each(data / LIDAR, _without_ring),
+        "found points of 4 values each, as its columns say, expected points of load_dim 5",
     ),
     "a box nan": (
         lambda data: _edit(data, "sample_annotation", lambda row: row.update(size=[1.0, float("nan"), 1.0])),
@@ -244,3 +273,34 @@ def test_frames_without_boxes_calibrate_and_are_not_scored(what, work, own, refu
     refused(verbs.floats("float.pth")["compare"], "data: split 'eval' has ", words, "choose an annotated split")
     budget = [*verbs.floats("float.pth")["calibrate"], "--budget", "0.1"]
     refused(budget, f"data: split 'calib' has {words}", "choose an annotated split")
+
+
+def _without_maps(data: Path) -> None:
+    shutil.rmtree(data / "maps")
+
+
+def _backslashes(data: Path) -> None:
+    for table in ("sample_data", "map"):
+        _edit(data, table, lambda row: row.update(filename=row["filename"].replace("/", "\\")))
+
+
+def _marked(data: Path) -> None:
+    """UTF-8 with a byte order mark, as Windows' editors and PowerShell write it."""
+    for path in data.glob("*/*.json"):
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+
+
+@pytest.mark.parametrize("change", [_without_maps, _backslashes, _marked], ids=["no maps", "backslashes", "BOM"])
+def test_data_sets_that_are_whole_all_the_same(change, work, own):
+    """No picture of a map is read here. The result is the same, bit for bit."""
+    data = own("data")
+    change(data)
+    assert _calibrated(work) == 0
+    found, plain = (torch.load(work / name, weights_only=True) for name in ("own.pth", "ptq.pth"))
+    assert all(torch.equal(found["amax"][name], plain["amax"][name]) for name in plain["amax"])
+    assert main(["show", "--config", "config.yaml", "--data", "data", "--split", "eval", "--out", "sheet.png"]) == 0
+
+
+def test_a_scene_is_evaluated_without_maps(work, own, verbs):
+    _without_maps(own("data"))
+    assert main(verbs.floats("float.pth")["compare"]) == 0

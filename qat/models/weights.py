@@ -1,0 +1,154 @@
+"""Which tensors of a checkpoint are the network's: wrappers' prefixes, and averaged copies (EMA) beside the weights.
+
+Where averaged weights (an exponential moving average over training steps) lie:
+
+    {"state_dict": …, "state_dict_ema": …}    timm; also "model_ema", "ema"
+    {"state_dict": …, "ema_state_dict": …}    mmengine, which swaps the two on saving: state_dict holds the average
+    ema_backbone_conv1_weight                 mmcv and mmdet 2: a buffer for each weight, in the state dict. Saved at the end of an
+                                              epoch the two are swapped; saved in the middle of one they are not
+
+A buffer that counts batches (num_batches_tracked) is not averaged by mmdet's hook: the larger count is the trained weights', and
+tells whether the two were swapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qat.core.errors import UserError
+
+OUTER = ("module.", "model.")  # DataParallel and averaged models; Lightning
+ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP
+COUNTERS = ("n_averaged", "steps")  # how many models an averaged one has seen
+BESIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
+BEFORE = "ema_"
+TRACKED = "num_batches_tracked"
+NETWORK = ("encoders.", "decoder.", "heads.", "backbone.", "neck.", "vtransform.")  # how names of a detector begin
+
+
+def has_tensors(value: Any) -> bool:
+    """Whether it is a state dict."""
+    return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def without_wrappers(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A state dict by the network's own names, without what DataParallel, torch.compile, Lightning, FSDP and averaged models
+    put before them. Where a prefix is only before some of the names, the others stay as they are.
+
+    Raises:
+        UserError: two names are one without prefixes.
+    """
+    found = {name: name for name in state}
+    for prefix in ANYWHERE:
+        found = {name: own.replace(prefix, "") if isinstance(own, str) else own for name, own in found.items()}
+    while True:
+        names = [own for own in found.values() if isinstance(own, str) and own not in COUNTERS]
+        prefix = next((p for p in OUTER if _is_wrapped(names, p)), "")
+        if not prefix:
+            break
+        found = {
+            name: own.removeprefix(prefix) if isinstance(own, str) else own
+            for name, own in found.items()
+            if own not in COUNTERS
+        }
+    if len(set(found.values())) < len(found):
+        seen: set[Any] = set()
+        twice = next(own for own in found.values() if own in seen or seen.add(own))  # type: ignore[func-returns-value]
+        raise UserError(
+            f"{source}: found {twice} with and without a wrapper's prefix, expected it once; save one network's state_dict()"
+        )
+    return {own: state[name] for name, own in found.items()}
+
+
+def _is_wrapped(names: list[str], prefix: str) -> bool:
+    if not names:
+        return False
+    inside = tuple(prefix + name for name in NETWORK) + tuple(prefix + outer for outer in OUTER)
+    some = any(name.startswith(inside) for name in names) and not any(name.startswith(NETWORK) for name in names)
+    return some or all(name.startswith(prefix) for name in names)
+
+
+@dataclass
+class Chosen:
+    """The weights that were taken. averaged: whether the file says that they are averaged ones. note: what to tell the user
+    of a file with two sets, or ""."""
+
+    state: dict[str, Any]
+    averaged: bool = False
+    note: str = ""
+
+
+def _nested(value: Any) -> Any:
+    """{"module": state dict, "updates": …} → the state dict."""
+    if isinstance(value, Mapping) and not has_tensors(value):
+        return next((value[key] for key in ("module", "state_dict") if has_tensors(value.get(key))), value)
+    return value
+
+
+def _beside(checkpoint: Mapping[str, Any], source: str) -> tuple[str, dict[str, Any], bool] | None:
+    """An averaged copy beside the state dict: its key, the tensors, and whether it was swapped with the state dict."""
+    for key in BESIDE:
+        value = _nested(checkpoint.get(key))
+        if has_tensors(value):
+            swapped = key == "ema_state_dict" and "steps" in value
+            return key, without_wrappers(value, source), swapped
+    return None
+
+
+def _tracked(state: Mapping[str, Any]) -> int:
+    counts = (
+        int(v) for n, v in state.items() if n.endswith(TRACKED) and isinstance(v, torch.Tensor) and v.numel() == 1
+    )
+    return max(counts, default=0)
+
+
+def choose_weights(checkpoint: Mapping[str, Any], source: str, ema: bool) -> Chosen:
+    """The state dict of a checkpoint by the network's own names, or the averaged weights that the file keeps beside it.
+
+    Args:
+        checkpoint: with "state_dict", where it has one.
+        ema: take the averaged ones.
+
+    Raises:
+        UserError: `ema`, and there are none.
+    """
+    given = checkpoint.get("state_dict")
+    state = without_wrappers(given, source) if isinstance(given, Mapping) else {}
+    names = {BEFORE + name.replace(".", "_"): name for name in state if isinstance(name, str)}
+    inside = {names[name]: value for name, value in state.items() if name in names}
+    beside = _beside(checkpoint, source)
+    if inside:
+        state = {name: value for name, value in state.items() if name not in names}
+        average, where = inside, f"{BEFORE}*"
+        counted = _tracked(state), _tracked(inside)
+        swapped: bool | None = counted[1] > counted[0] if counted[0] != counted[1] else None
+    elif beside is not None:
+        where, average, swapped = beside
+    elif ema:
+        raise UserError(
+            f"--ema: found no averaged weights in {source}, expected them under {', '.join(BESIDE)} or as {BEFORE}*; leave --ema "
+            "out"
+        )
+    else:
+        return Chosen(state)
+    copy = f"{where} ({len(average)} tensors)"
+    if swapped:
+        return Chosen(
+            state,
+            True,
+            f"{source}: took the weights of state_dict, which are the averaged ones here; {copy} holds those before averaging",
+        )
+    if ema:
+        return Chosen({**state, **average}, True, f"{source}: took the averaged weights, {copy}")
+    if not state:
+        raise UserError(f"{source}: found averaged weights alone, {copy}, expected a state_dict too; --ema takes them")
+    often = "; of mmcv, which swaps them at the end of an epoch, evaluate both" if swapped is None else ""
+    return Chosen(
+        state,
+        False,
+        f"{source}: took the weights of state_dict, not the averaged ones, {copy}: --ema takes those{often}",
+    )
