@@ -7,6 +7,10 @@
 ONNX Runtime's CPU has no convolution from integers to float: without Q behind it, DQ ─► Conv is computed in float. It has
 such a matrix product (MatMulIntegerToFloat), so depth logits and context come from INT8 without being rounded
 themselves. The transpose before it cancels with the one behind the integer convolution that comes before.
+
+Only where nothing behind is rounded any more, however far: in the middle of a network (Conv ─► SiLU ─► Q) both backends lose by
+it. ONNX Runtime wants Q behind the convolution there, and OpenVINO, which has convolutions from integers to float, lays
+out anew what a matrix product gives: EfficientNet-B0 takes 1.6 times as long.
 """
 
 from __future__ import annotations
@@ -21,17 +25,16 @@ PLAIN = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads":
 
 
 def convs_to_matmuls(model: onnx.ModelProto) -> int:
-    """Rewrites 1×1 convolutions of rounded inputs and stored s8 weights, without Q behind, in place; returns how many."""
+    """Rewrites 1×1 convolutions of rounded inputs and stored s8 weights, with no Q anywhere behind, in place; returns how many."""
     graph = model.graph
     constants = {value.name: value for value in graph.initializer}
     producer, readers = producers(graph), consumers(graph)
 
-    def float_behind(name: str) -> bool:
-        """Whether no consumer, after a ReLU either, rounds the tensor."""
-        for node in readers[name]:
-            if node.op_type == "QuantizeLinear" or (node.op_type == "Relu" and not float_behind(node.output[0])):
-                return False
-        return True
+    rounded_behind: dict[str, bool] = {}
+    for node in reversed(graph.node):  # consumers before producers
+        behind = node.op_type == "QuantizeLinear" or any(rounded_behind.get(name, False) for name in node.output)
+        for name in node.input:
+            rounded_behind[name] = rounded_behind.get(name, False) or behind
 
     nodes: list[onnx.NodeProto] = []
     dropped: set[str] = set()
@@ -46,7 +49,7 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
             or pairs[1] is None
             or pairs[1].input[0] not in constants
             or "kernel_shape" not in attributes
-            or not float_behind(node.output[0])
+            or rounded_behind.get(node.output[0], False)
         ):
             nodes.append(node)
             continue

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import onnx
 
 from qat.export.conv_as_matmul import convs_to_matmuls
-from qat.export.early_rounding import round_early
+from qat.export.global_pool import means_to_pools
+from qat.export.hard_sigmoid import hard_sigmoids_to_clips, hard_sigmoids_to_sums
 from qat.export.integer_weights import store_integers
 from qat.export.scale_as_product import scales_to_products
+from qat.export.silu import silus_to_one
 from qat.export.sunk_transpose import sink_transposes
 from qat.lean.flavours import Flavour
 
@@ -23,9 +25,12 @@ def _convs_as_matmuls(model: onnx.ModelProto) -> int:
 
 PASSES: dict[str, Callable[[onnx.ModelProto], int]] = {
     "integer_weights": store_integers,
-    "early_rounding": round_early,
     "conv_as_matmul": _convs_as_matmuls,
     "scale_as_product": scales_to_products,
+    "global_pool": means_to_pools,
+    "hard_sigmoid_as_sum": hard_sigmoids_to_sums,
+    "hard_sigmoid_as_clip": hard_sigmoids_to_clips,
+    "silu": silus_to_one,  # the last one: shapes cannot be inferred behind what it adds
 }
 
 

@@ -172,6 +172,8 @@ class _Canonical:
 
     def path(self, node: fx.Node, name: str) -> str:
         """Where the operation of a function node belongs: the module that calls it, and `name` where that calls others too."""
+        if PATH in node.meta:
+            return str(node.meta[PATH])
         stack = self._stack(node)
         if stack in self.leaves:
             return stack
@@ -329,6 +331,22 @@ class _Canonical:
                 weights = call(aten.softmax.int, product, -1)
                 result = call(aten.matmul.default, weights, value)
             node.replace_all_uses_with(result)
+            self.graph.erase_node(node)
+
+    def unfuse_gates(self) -> None:
+        """x · gate(x) for SiLU and HardSwish, as opset 13 writes them: what is between may be rounded."""
+        gates = {aten.silu.default: aten.sigmoid.default, aten.hardswish.default: aten.hardsigmoid.default}
+        for node in list(self.graph.nodes):
+            if node.target not in gates:
+                continue
+            source = node.args[0]
+            with self.graph.inserting_before(node):
+                gate = self.graph.call_function(gates[node.target], (source,))
+                product = self.graph.call_function(aten.mul.Tensor, (source, gate))
+            gate.meta, product.meta = dict(node.meta), dict(node.meta)
+            path = self.path(node, str(node.target).split(".")[1])
+            gate.meta[PATH], product.meta[PATH] = f"{path}.gate", path
+            node.replace_all_uses_with(product)
             self.graph.erase_node(node)
 
     def layers(self) -> None:
@@ -543,6 +561,7 @@ def canonicalize(graph: fx.GraphModule) -> fx.GraphModule:
     passes.fix_sizes()
     passes.fold_constants()
     passes.unfuse_attention()
+    passes.unfuse_gates()
     passes.layers()
     passes.name_paths()
     drop_dead(graph.graph)

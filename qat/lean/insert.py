@@ -76,8 +76,8 @@ def quantize_graph(
         edges: dict[tuple[frozenset[str], str], list[fx.Node]] = {}
         for consumer, role in consumers.items():
             on = frozenset(f for f in FLAVOURS if role in FLAVOURS[f].roles) & own.get(consumer, frozenset(FLAVOURS))
-            if role == "output":
-                on &= own.get(tensor, frozenset())
+            if role in ("output", "integer"):
+                on &= own.get(tensor, on)
             everywhere = all(role in flavour.roles for flavour in FLAVOURS.values())
             edges.setdefault((on, "" if everywhere else role), []).append(consumer)
         for (on, role), takers in sorted(edges.items(), key=lambda item: (item[0][1] != "", -len(item[0][0]))):
@@ -89,11 +89,14 @@ def quantize_graph(
             if name not in shared:
                 shared[name] = input_quantizer()
                 shared[name].flavours, shared[name].role, shared[name].least = on, role or "input", float("inf")
-                if name not in (names[group], f"{names[tensor]}_{role}") and names[group] in shared:
-                    shared[name].shares = shared[names[group]]
+                main = shared.get(names[group])
+                if main is not None and main is not shared[name]:
+                    shared[name].shares = main
                 graph.add_submodule(name, shared[name])
             quantizer = shared[name]
-            quantizer.least = min(quantizer.least, least[tensor])
+            for one in (quantizer, quantizer.shares):
+                if one is not None:
+                    one.least = min(one.least, least[tensor])
             inventory.quantizers.setdefault(name, []).append(tensor.name)
             with graph.graph.inserting_after(tensor):
                 rounded = graph.graph.call_module(name, (tensor,))
@@ -127,7 +130,7 @@ def use_flavour(graph: fx.GraphModule, name: str) -> None:
             quantizer.spec = flavour.weight(module)
             quantizer._disabled = quantizer.off or name not in quantizer.flavours
         elif isinstance(module, Quantizer) and not module.weights:
-            module.spec = flavour.activation(module.least)
+            module.spec = flavour.activation((module if module.shares is None else module.shares).least)
             module._disabled = module.off or name not in module.flavours
     _only_behind_integers(graph)
 
@@ -136,7 +139,7 @@ def _only_behind_integers(graph: fx.GraphModule) -> None:
     """A convolution that is left float has no quantizer on its output."""
     for node in graph.graph.nodes:
         quantizer = submodule(graph, node)
-        if isinstance(quantizer, Quantizer) and quantizer.role == "output":
+        if isinstance(quantizer, Quantizer) and quantizer.role in ("output", "integer"):
             layer = submodule(graph, node.args[0])
             weights = getattr(layer, "weight_quantizer", None)
             if weights is not None and weights._disabled:

@@ -82,6 +82,16 @@ def concatenated(node: fx.Node) -> list[fx.Node]:
     return [source for source in tensors if isinstance(source, fx.Node)]
 
 
+def is_global_mean(node: fx.Node) -> bool:
+    """Whether the node averages over height and width."""
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return list(arguments(node)["output_size"]) in ([1, 1], [1])
+    if node.target is not aten.mean.dim or "val" not in node.args[0].meta:  # type: ignore[union-attr]
+        return False
+    given, rank = arguments(node), node.args[0].meta["val"].ndim  # type: ignore[union-attr]
+    return rank == 4 and sorted(d % rank for d in given["dim"] or ()) == [2, 3] and bool(given["keepdim"])
+
+
 def is_resize(node: fx.Node) -> bool:
     """Whether the node interpolates, within the range of its input."""
     return node.target in RESIZES
@@ -145,7 +155,7 @@ def least_values(graph: fx.GraphModule, inputs: dict[str, float] | None = None) 
         elif node.target in ADDS:
             least = of(node.args[0]) + of(node.args[1])
         elif node.target in MULTIPLICATIONS or node.target is aten.div.Tensor:
-            least = 0.0 if of(node.args[0]) >= 0 and of(node.args[1]) >= 0 else -infinite
+            least = 0.0 if of(node.args[0]) >= 0 and of(node.args[1]) >= 0 else gated(graph, node)
         elif is_zero_pad(node):
             least = min(of(source), 0.0)
         elif node.target in (*MAX_POOLS, *RESHAPES, *MOVES, *PARTS, *RESIZES, *AVERAGE_POOLS) or node.target == "expand":
@@ -159,6 +169,18 @@ def least_values(graph: fx.GraphModule, inputs: dict[str, float] | None = None) 
             least = of(source)
         found[node] = least
     return found
+
+
+def gated(graph: fx.GraphModule, node: fx.Node) -> float:
+    """What x · sigmoid(x) and x · hardsigmoid(x) never go below; −∞ of another product."""
+    for gate, value in (node.args[:2], node.args[1::-1]):
+        module = submodule(graph, gate)
+        if isinstance(gate, fx.Node) and source_of(gate) is value:
+            if isinstance(module, nn.Sigmoid):
+                return LEAST[nn.SiLU]
+            if isinstance(module, nn.Hardsigmoid):
+                return LEAST[nn.Hardswish]
+    return -float("inf")
 
 
 def attribute_or_none(graph: fx.GraphModule, path: str) -> object:

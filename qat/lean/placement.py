@@ -22,7 +22,8 @@ ROLES = {
     "identity": "of a residual add that is fused into the convolution before it",
     "add": "of an add that no convolution feeds",
     "concat": "that is concatenated with others",
-    "output": "of a convolution, before what follows it",
+    "output": "of a convolution before a residual add",
+    "integer": "of what integer kernels compute, before what follows it",
 }
 
 

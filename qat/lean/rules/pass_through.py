@@ -5,21 +5,34 @@
 
 With one scale on both sides the engine runs the pooling, reshape or resize in INT8, between the quantizers. A
 bilinear resize makes new values, but none outside its input's range.
+
+    before   conv ─► relu ─► resize ─► Q ─► conv          after   conv ─► relu ─► Q ─► resize ─► Q ─► conv
+
+CPU backends bring a convolution (or an add) to integers only where Q follows it, so in their flavours what a MaxPool or a Resize
+takes is rounded too (role "output"), on the scale of what it gives.
 """
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
-from qat.lean.ops import is_resize, passes_values_on
+from qat.lean.ops import MAX_POOLS, is_add, is_resize, passes_values_on
 from qat.lean.placement import Placement, rule
+
+MAKERS = (nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.ReLU6)
 
 
 @rule
 def pass_through(placement: Placement) -> None:
     """Ties each such node's output to its input."""
     for node in placement.nodes():
-        if passes_values_on(node) or is_resize(node):
-            source = node.args[0]
-            if isinstance(source, fx.Node) and source.op != "placeholder":
-                placement.tie(source, node)
+        if not (passes_values_on(node) or is_resize(node)):
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.op == "placeholder":
+            continue
+        placement.tie(source, node)
+        early = node.target in MAX_POOLS or is_resize(node)
+        made = isinstance(placement.module(source), MAKERS) or is_add(source)
+        if early and made and len(source.users) == 1 and node in placement.requests:
+            placement.quantize(source, node, "output")
