@@ -21,7 +21,7 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
         UserError: the graph has an operator whose outputs ONNX cannot tell the type of.
     """
     try:
-        graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+        graph = onnx.shape_inference.infer_shapes(_standard(model), strict_mode=True, data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
         raise UserError(
             f"ONNX graph: shape inference found {str(error).splitlines()[0]!r}, expected a valid graph"
@@ -36,6 +36,17 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
                     f"{node.op_type} {node.name or name}: found no type for its output, expected standard ONNX"
                 )
     return found
+
+
+def _standard(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, with another operator of the same types and shapes for ONNX Runtime's own (`qat.export.silu`)."""
+    if all(node.domain in ("", "ai.onnx") for node in model.graph.node):
+        return model
+    plain = onnx.ModelProto.FromString(model.SerializeToString())
+    for node in plain.graph.node:
+        if node.op_type == "QuickGelu":
+            node.CopyFrom(helper.make_node("Identity", [node.input[0]], list(node.output), name=node.name))
+    return plain
 
 
 def fixed_inputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onnx.ModelProto:

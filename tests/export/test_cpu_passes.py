@@ -9,9 +9,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.export.conv_as_matmul import convs_to_matmuls
-from qat.export.early_rounding import round_early
+from qat.export.global_pool import means_to_pools
+from qat.export.hard_sigmoid import hard_sigmoids_to_clips, hard_sigmoids_to_sums
+from qat.export.passes import in_flavour
 from qat.export.scale_as_product import scales_to_products
+from qat.export.silu import silus_to_one
 from qat.export.sunk_transpose import sink_transposes
+from qat.lean.flavours import FLAVOURS
 
 SCALE = np.float32(1 / 32)
 
@@ -114,57 +118,11 @@ def test_a_convolution_whose_result_is_rounded_stays_one(relu):
     assert convs_to_matmuls(model) == 0
 
 
-def test_what_a_resize_takes_in_is_rounded_so_that_the_convolution_before_it_fuses(x, tmp_path):
-    nodes, constants = convolution(16, 3, pads=[1, 1, 1, 1])
-    constants |= {"scales": np.array([1, 1, 2, 2], np.float32), "s2": np.float32(0.2), "z2": np.asarray(np.uint8(0))}
-    nodes += [
-        helper.make_node("Relu", ["c"], ["r"]),
-        helper.make_node("Resize", ["r", "", "scales"], ["u"], mode="linear", name="resize"),
-        *pair("u", "s2", "z2"),
-    ]
+def test_a_convolution_with_a_rounding_anywhere_behind_stays_one():
+    nodes, constants = convolution(24, 1)
+    nodes += [helper.make_node("Sigmoid", ["c"], ["g"]), helper.make_node("Mul", ["c", "g"], ["r"]), *pair("r")]
     nodes[-1].output[0] = "y"
-    model = graph(nodes, constants, [1, 16, 12, 16])
-    before = run(model, x)
-    assert operators(model, tmp_path)["QLinearConv"] == 0
-    assert round_early(model) == 1
-    onnx.checker.check_model(model, full_check=True)
-    assert operators(model, tmp_path)["QLinearConv"] == 1
-    # each input is off by half a step at most, and so is what is interpolated between them, which is then rounded again
-    assert np.abs(run(model, x) - before).max() <= 0.2 * 1.001
-    np.testing.assert_allclose(run(model, x, optimized=True), run(model, x), atol=0.2 * 1.001)
-    assert round_early(model) == 0
-
-
-def test_a_resize_that_overshoots_or_feeds_others_too_stays_as_it_is():
-    for change in ("cubic", "another consumer"):
-        nodes, constants = convolution(16, 3, pads=[1, 1, 1, 1])
-        constants |= {"scales": np.array([1, 1, 2, 2], np.float32)}
-        mode = "cubic" if change == "cubic" else "linear"
-        nodes.append(helper.make_node("Resize", ["c", "", "scales"], ["u"], mode=mode))
-        nodes += pair("u")
-        if change == "another consumer":
-            nodes.append(helper.make_node("Relu", ["u"], ["other"]))
-        nodes[[n.output[0] for n in nodes].index("u_dq")].output[0] = "y"
-        model = graph(nodes, constants, [1, 16, 12, 16])
-        assert round_early(model) == 0, change
-
-
-def test_rounding_before_a_max_pool_changes_nothing(x):
-    nodes, constants = convolution(16, 3, pads=[1, 1, 1, 1])
-    constants |= {"s2": np.float32(0.05), "z2": np.asarray(np.uint8(0))}
-    nodes += [
-        helper.make_node("Relu", ["c"], ["r"]),
-        helper.make_node("MaxPool", ["r"], ["m"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
-        *pair("m", "s2", "z2"),
-    ]
-    nodes[-1].output[0] = "y"
-    model = graph(nodes, constants, [1, 16, 3, 4])
-    before = run(model, x)
-    assert round_early(model) == 1
-    onnx.checker.check_model(model, full_check=True)
-    np.testing.assert_array_equal(run(model, x), before)
-    names = [node.op_type for node in model.graph.node]
-    assert names[-5:] == ["QuantizeLinear", "DequantizeLinear", "MaxPool", "QuantizeLinear", "DequantizeLinear"]
+    assert convs_to_matmuls(graph(nodes, constants, [1, 24, 6, 8])) == 0
 
 
 def sliced(last):
@@ -244,3 +202,112 @@ def test_other_convolutions_are_left_as_they_are(shape):
     model = scaling(**shape)
     before = model.SerializeToString()
     assert scales_to_products(model) == 0 and model.SerializeToString() == before
+
+
+def behind_a_rounding(*nodes, shape=(1, 16, 6, 8), **constants):
+    """x ─► Q ─► DQ ─► the nodes ─► y."""
+    known = {"s": np.asarray(SCALE), "z": np.asarray(np.uint8(128)), **constants}
+    return graph([*pair("x"), *nodes], known, list(shape))
+
+
+def unit(scale=1 / 255, zero=0):
+    """The constants of a rounding of 0 … 1."""
+    return {"h_scale": np.asarray(scale, np.float32), "h_zero": np.asarray(zero, np.uint8)}
+
+
+def hard_swish(out="y"):
+    return [
+        helper.make_node("HardSigmoid", ["x_dq"], ["h"], name="h", alpha=1 / 6, beta=0.5),
+        *pair("h", "h_scale", "h_zero"),
+        helper.make_node("Mul", ["x_dq", "h_dq"], [out]),
+    ]
+
+
+def test_a_silu_behind_a_rounding_is_one_operator(x, tmp_path):
+    silu = [helper.make_node("Sigmoid", ["x_dq"], ["g"]), helper.make_node("Mul", ["g", "x_dq"], ["m"], name="m")]
+    model = behind_a_rounding(*silu, *pair("m"), helper.make_node("Identity", ["m_dq"], ["y"]))
+    before = run(model, x)
+    assert operators(model, tmp_path)["QuickGelu"] == 0
+    assert silus_to_one(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    assert operators(model, tmp_path)["QuickGelu"] == 1
+    for optimized in (False, True):  # a step where a value lies between two
+        found = run(model, x, optimized)
+        assert np.abs(found - before).max() <= SCALE * 1.001 and (found == before).mean() > 0.999
+    assert silus_to_one(model) == 0
+
+
+@pytest.mark.parametrize("change", ["float", "gate", "reader"])
+def test_other_sigmoids_stay(change):
+    source = "x" if change == "float" else "x_dq"
+    other = "x" if change == "gate" else source
+    nodes = [helper.make_node("Sigmoid", [source], ["g"]), helper.make_node("Mul", ["g", other], ["y"])]
+    if change == "reader":
+        nodes[1:] = [helper.make_node("Mul", ["g", other], ["m"]), helper.make_node("Add", ["m", "g"], ["y"])]
+    assert silus_to_one(behind_a_rounding(*nodes)) == 0
+
+
+def test_a_mean_over_height_and_width_is_pooled_in_integers(x, tmp_path):
+    mean = helper.make_node("ReduceMean", ["x_dq"], ["m"], axes=[-1, 2])
+    model = behind_a_rounding(mean, *pair("m"), helper.make_node("Identity", ["m_dq"], ["y"]), shape=(1, 16, 1, 1))
+    before = run(model, x)
+    assert means_to_pools(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run(model, x), before)
+    assert operators(model, tmp_path)["QLinearGlobalAveragePool"] == 1
+
+
+@pytest.mark.parametrize("attributes", [{"axes": [1, 2]}, {"axes": [2, 3], "keepdims": 0}, {"axes": [3]}, {}])
+def test_other_means_stay(attributes):
+    model = behind_a_rounding(helper.make_node("ReduceMean", ["x_dq"], ["m"], **attributes), *pair("m"))
+    assert means_to_pools(model) == 0
+
+
+def test_a_mean_that_is_not_rounded_stays():
+    mean = helper.make_node("ReduceMean", ["x_dq"], ["y"], axes=[2, 3])
+    assert means_to_pools(behind_a_rounding(mean, shape=(1, 16, 1, 1))) == 0
+
+
+def test_a_hard_swish_runs_in_integers(x, tmp_path):
+    constants = {**unit(), "s2": np.asarray(3 / 255, np.float32), "z2": np.asarray(10, np.uint8)}
+    model = behind_a_rounding(*hard_swish("m"), *pair("m", "s2", "z2"), **constants)
+    model.graph.node[-1].output[0] = "y"
+    before = run(model, x)
+    assert hard_sigmoids_to_sums(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_allclose(run(model, x), before, atol=3 / 255 * 1.001)
+    assert (run(model, x) == before).mean() > 0.99
+    np.testing.assert_allclose(run(model, x, optimized=True), before, atol=2 * 3 / 255 * 1.001)
+    found = operators(model, tmp_path)
+    assert found["QLinearAdd"] == found["QLinearMul"] == 1 and not {"HardSigmoid", "Mul", "Add"} & set(found)
+
+
+@pytest.mark.parametrize("constants", [unit(1 / 200), unit(zero=3)])
+def test_a_hard_sigmoid_stays_whose_rounding_does_not_saturate_where_it_does(constants):
+    assert hard_sigmoids_to_sums(behind_a_rounding(*hard_swish(), **constants)) == 0
+
+
+def test_a_hard_sigmoid_of_what_is_not_rounded_stays_on_onnxruntime_and_is_a_clip_on_openvino(x):
+    nodes = [
+        helper.make_node("HardSigmoid", ["x"], ["h"], name="h", alpha=1 / 6, beta=0.5),
+        *pair("h", "h_scale", "h_zero"),
+    ]
+    nodes[-1].output[0] = "y"
+    model = behind_a_rounding(*nodes, **unit())
+    before = run(model, x)
+    assert hard_sigmoids_to_sums(model) == 0
+    assert hard_sigmoids_to_clips(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_allclose(run(model, x), before, atol=1 / 255 * 1.001)
+    assert "HardSigmoid" not in {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize(
+    "flavour,expected", [("onnxruntime", {"Add", "GlobalAveragePool"}), ("openvino", {"Clip", "ReduceMean"})]
+)
+def test_each_backend_has_its_own_rewrites(flavour, expected):
+    nodes = [*hard_swish("m"), *pair("m"), helper.make_node("ReduceMean", ["m_dq"], ["p"], axes=[2, 3]), *pair("p")]
+    nodes[-1].output[0] = "y"
+    model = behind_a_rounding(*nodes, shape=(1, 16, 1, 1), **unit())
+    model = in_flavour(model, FLAVOURS[flavour])
+    assert expected <= {node.op_type for node in model.graph.node}

@@ -64,10 +64,12 @@ def integer_chain(placement: Placement) -> None:
     rounded = {tensor for tensor, users in placement.requests.items() if set(users.values()) - {"identity"}}
 
     def ask(tensor: fx.Node) -> None:
-        for user in list(tensor.users):
-            if user.op != "output":
+        # An output of the graph reads it rounded too where something else does: a float reader would keep the kernel float.
+        users = list(tensor.users)
+        if any(user.op != "output" for user in users):
+            for user in users:
                 placement.quantize(tensor, user, ROLE)
-                rounded.add(tensor)
+            rounded.add(tensor)
 
     weighted = set(placement.weighted)
     for node in placement.nodes():
@@ -90,6 +92,8 @@ def integer_chain(placement: Placement) -> None:
                 ask(node)
             continue
         if is_concat(node):
+            if not all(user in placement.requests.get(node, {}) for user in node.users):
+                continue  # a float reader takes it: copying bytes would gain nothing
             taken = concatenated(node)
         elif is_add(node) or is_multiplication(node):
             taken = list(two_tensors(node) or ())
