@@ -23,7 +23,7 @@ from qat.engine import Options, find_backend, passed_over, takes_bfloat16
 from qat.export import pipeline_settings, torch_parts
 from qat.export.checkpoint import config_of
 from qat.lean import QuantizedDetector
-from qat.lean.flavours import DEFAULT
+from qat.lean.flavours import DEFAULT, FLAVOURS
 from qat.lean.modes import quantizers
 from qat.models import load_checkpoint, load_float_model
 from qat.runtime import Pipeline
@@ -109,13 +109,18 @@ def _simulations(detector: QuantizedDetector, manifests: Manifests) -> list[tupl
     """What to simulate: (flavour, parts that calibration left off and the folder has in INT8) of each INT8 folder, each pair
     once; the default flavour alone where there is no such folder."""
     found = []
-    for _, precision, manifest in manifests:
+    for folder, precision, manifest in manifests:
         if precision != "int8":
             continue
-        with detector.in_flavour(manifest["flavour"]):
+        flavour, parts = manifest["flavour"], manifest["parts"]
+        if flavour not in FLAVOURS:
+            raise UserError(
+                f"{folder}: flavour: found {flavour!r}, expected one of {', '.join(FLAVOURS)}; export again"
+            )
+        with detector.in_flavour(flavour):
             off = detector.parts_off
-        int8 = [PARTS[name] for name, part in manifest["parts"].items() if part["precision"] == "int8"]
-        found.append((manifest["flavour"], tuple(name for name in int8 if name in off)))
+        int8 = [own for name, own in PARTS.items() if parts.get(name, {}).get("precision") == "int8"]
+        found.append((flavour, tuple(own for own in int8 if own in off)))
     return list(dict.fromkeys(found)) or [(DEFAULT, ())]
 
 

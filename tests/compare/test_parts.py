@@ -12,6 +12,7 @@ from nuscenes.utils.geometry_utils import view_points
 from qat.compare.accuracy import RowAccuracy, _Cache, run_accuracy
 from qat.compare.frames import disagreement, drawn_from, outlines
 from qat.compare.latency import measure
+from qat.compare.rows import _simulations
 from qat.core.centerhead import Detections
 from qat.core.errors import UserError
 from qat.core.geometry import box_corners
@@ -144,3 +145,8 @@ def test_a_row_that_gives_nan_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="openvino int8: sample s1: camera_feature has values that are not finite"):
         run_accuracy(rows, [sample], tmp_path, lambda index, kept: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_an_unknown_flavour_is_named() -> None:
+    with pytest.raises(UserError, match="onnx_int8: flavour: found 'odd', expected one of tensorrt, .*; export again"):
+        _simulations(None, [(Path("onnx_int8"), "int8", {"flavour": "odd", "parts": {}})])
