@@ -148,5 +148,5 @@ def test_a_row_that_gives_nan_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_an_unknown_flavour_is_named() -> None:
-    with pytest.raises(UserError, match="onnx_int8: flavour: found 'odd', expected one of tensorrt, .*; export again"):
+    with pytest.raises(UserError, match=r"onnx_int8: flavour: found 'odd', expected one of tensorrt, .*; export again"):
         _simulations(None, [(Path("onnx_int8"), "int8", {"flavour": "odd", "parts": {}})])
