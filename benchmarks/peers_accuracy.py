@@ -303,8 +303,9 @@ def our_candidates(job: Job, ptq: Path | None) -> tuple[Row, list[Candidate]]:
         folders[flavour], _ = export_checkpoint(ptq, "int8", job.out / "ours" / f"onnx_int8_{flavour}", flavour=flavour)
     sources = Sources(job.ckpt, ptq, [], list(folders.values()), job.config_file)
     rows, facts = load_rows(sources, tuple(folders), job.options)
+    simulated, _ = load_rows(Sources(job.ckpt, ptq, [], [], job.config_file), (), job.options)  # in the default flavour
     result = []
-    for row in rows[1:]:
+    for row in [*simulated[1:], *(row for row in rows[1:] if not row.simulated)]:
         folder = folders.get(row.backend, folders["openvino"])
         files = [folder / part["file"] for part in load_manifest(folder)["parts"].values()]
         result.append(Candidate("ours", facts["recipe"]["method"], row, *integer_convolutions(files), seconds))

@@ -44,7 +44,7 @@ def measure(
 
     In each round every row, in an order that is turned by one place a round, runs one sample `repeats` times, after one
     run that is not counted (it brings the row's weights back into the caches, as in a process of its own). Simulated
-    rows are slow and say nothing: they run once.
+    rows are slow and say nothing: they run once in all.
 
     Args:
         progress: called with the number of rounds done.
@@ -57,6 +57,8 @@ def measure(
         for turn in range(rounds):
             sample = samples[turn % len(samples)]
             for row, timing in turned(list(zip(rows, timings, strict=True)), turn):
+                if row.simulated and turn:
+                    continue
                 if not row.simulated:
                     row.pipeline.detect_sample(sample)
                 for _ in range(1 if row.simulated else repeats):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -22,16 +23,23 @@ from qat.engine import Options, find_backend, passed_over, takes_bfloat16
 from qat.export import pipeline_settings, torch_parts
 from qat.export.checkpoint import config_of
 from qat.lean import QuantizedDetector
+from qat.lean.flavours import DEFAULT, FLAVOURS
+from qat.lean.modes import quantizers
 from qat.models import load_checkpoint, load_float_model
 from qat.runtime import Pipeline
+
+PARTS = {"camera.backbone": "camera", "camera.vtransform": "vtransform", "fuser": "decoder", "head.bbox": "head"}
+"""Exported part: what a `QuantizedDetector` calls it."""
+
+Manifests = Sequence[tuple[Path, str, dict[str, Any]]]  # folder, precision, manifest
 
 
 @dataclass
 class Row:
     """One detector.
 
-    key: hash of everything that its boxes depend on besides the sample: weights, settings, backend and its version.
-    simulated: computes in float what an integer engine would; its time is not an engine's.
+    key: hash of everything that its boxes depend on besides the sample: weights, settings, backend and its version. Rows of
+    one key are computed once. simulated: computes in float what an integer engine would; its time is not an engine's.
     """
 
     backend: str
@@ -101,6 +109,87 @@ def _check_whole(sources: Sources, quantized: QuantizedDetector | None) -> None:
             )
 
 
+def _simulations(detector: QuantizedDetector, manifests: Manifests) -> list[tuple[str, tuple[str, ...]]]:
+    """What to simulate: (flavour, parts that calibration left off and the folder has in INT8) of each INT8 folder, each pair
+    once; the default flavour alone where there is no such folder."""
+    found = []
+    for folder, precision, manifest in manifests:
+        if precision != "int8":
+            continue
+        flavour, parts = manifest["flavour"], manifest["parts"]
+        if flavour not in FLAVOURS:
+            raise UserError(
+                f"{folder}: flavour: found {flavour!r}, expected one of {', '.join(FLAVOURS)}; export again"
+            )
+        with detector.in_flavour(flavour):
+            off = detector.parts_off
+        int8 = [own for name, own in PARTS.items() if parts.get(name, {}).get("precision") == "int8"]
+        found.append((flavour, tuple(own for own in int8 if own in off)))
+    return list(dict.fromkeys(found)) or [(DEFAULT, ())]
+
+
+def _rounding(detector: QuantizedDetector) -> list[str]:
+    """What is rounded, and how: all that the flavour and its parts decide about a detector's results."""
+    return [f"{name} {q.spec}" for name, q in quantizers(detector.parts).items() if not q._disabled]
+
+
+def _simulated_rows(
+    detector: QuantizedDetector, ptq: Path, manifests: Manifests, known: Sequence[Any], settings: Any, threads: int
+) -> list[Row]:
+    """A row for each flavour among the INT8 folders.
+
+    Flavours that round alike (tensorrt and tensorrt-strong; onnxruntime and openvino) share a detector and a key.
+
+    Args:
+        known: what goes into the keys besides the rounding.
+    """
+    rows: list[Row] = []
+    pipelines: dict[str, Pipeline] = {}
+    for flavour, parts_int8 in _simulations(detector, manifests):
+        with detector.in_flavour(flavour, parts_int8):
+            key = _key("pytorch", *known, _rounding(detector))
+        if key not in pipelines:
+            own = copy.deepcopy(detector)  # in a fiftieth of the time of `load_ptq`
+            own.use(flavour, parts_int8)
+            pipelines[key] = Pipeline(torch_parts(own), settings, threads)
+        size = ptq.stat().st_size / 1e6
+        rows.append(Row("pytorch", "int8-fake", flavour, pipelines[key], size, key, simulated=True))
+    return rows
+
+
+def _engine_rows(manifests: Manifests, backends: Sequence[str], options: Options) -> list[Row]:
+    """A row for each folder on each backend that it is for."""
+    rows = []
+    forms = {(precision, manifest["flavour"]) for _, precision, manifest in manifests}
+    for backend in backends:
+        for folder, precision, manifest in manifests:
+            if passed_over(backend, precision, manifest["flavour"], forms):
+                continue
+            pipeline = Pipeline.load(folder, backend, precision, options)
+            hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
+            size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())
+            version = find_backend(backend).version
+            # What else changes a result.
+            more: list[Any] = ["bfloat16"] if options.bfloat16 and takes_bfloat16(backend, precision) else []
+            more += [options.tensorrt.described()] if backend == "tensorrt" else []
+            key = _key(backend, precision, version, hashes, manifest["pipeline"], *more)
+            rows.append(Row(backend, precision, manifest["flavour"], pipeline, size / 1e6, key))
+    return rows
+
+
+def _part_files(manifests: Manifests) -> list[dict[str, str]]:
+    """The parts' files and hashes, for the results."""
+    return [
+        {
+            "what": f"{precision} part, {manifest['flavour']}",
+            "file": f"{folder.name}/{part['file']}",
+            "sha256": part["sha256"],
+        }
+        for folder, precision, manifest in manifests
+        for part in manifest["parts"].values()
+    ]
+
+
 def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tuple[list[Row], dict[str, Any]]:
     """Loads or builds every row; PyTorch FP32, the reference, comes first.
 
@@ -131,54 +220,20 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     need_boxes(config, str(sources.ckpt), "give the whole detector's config")
     detector = load_float_model(config, sources.ckpt, ema=sources.ema)
     settings = pipeline_settings(config := detector.config)  # which the checkpoint's grid may have changed
+    folders = [("fp32", folder) for folder in sources.fp32] + [("int8", folder) for folder in sources.int8]
+    manifests = [(folder, precision, load_manifest(folder)) for precision, folder in folders]
+    files += _part_files(manifests)
     torch_version = metadata.version("torch")
     for network in (detector, quantized):
         if network is not None:  # convolutions on a CPU are a third faster so
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rows = [
-        Row(
-            "pytorch",
-            "fp32",
-            "float",
-            Pipeline(torch_parts(detector), settings, options.threads),
-            sources.ckpt.stat().st_size / 1e6,
-            _key("pytorch", torch_version, float_hash, settings, *(["ema"] if sources.ema else [])),
-        )
-    ]
+    reference = Pipeline(torch_parts(detector), settings, options.threads)
+    key = _key("pytorch", torch_version, float_hash, settings, *(["ema"] if sources.ema else []))
+    rows = [Row("pytorch", "fp32", "float", reference, sources.ckpt.stat().st_size / 1e6, key)]
     if quantized is not None and sources.ptq is not None:
-        rows.append(
-            Row(
-                "pytorch",
-                "int8-fake",
-                str(recipe.get("flavour", "tensorrt")),
-                Pipeline(torch_parts(quantized), settings, options.threads),
-                sources.ptq.stat().st_size / 1e6,
-                _key("pytorch", torch_version, ptq_hash, settings),
-                simulated=True,
-            )
-        )
-    manifests = []
-    for precision, folders in (("fp32", sources.fp32), ("int8", sources.int8)):
-        for folder in folders:
-            manifest = load_manifest(folder)
-            manifests.append((folder, precision, manifest))
-            for part in manifest["parts"].values():
-                what = f"{precision} part, {manifest['flavour']}"
-                files.append({"what": what, "file": f"{folder.name}/{part['file']}", "sha256": part["sha256"]})
-    forms = {(precision, manifest["flavour"]) for _, precision, manifest in manifests}
-    for backend in backends:
-        for folder, precision, manifest in manifests:
-            if passed_over(backend, precision, manifest["flavour"], forms):
-                continue
-            pipeline = Pipeline.load(folder, backend, precision, options)
-            hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
-            size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())
-            version = find_backend(backend).version
-            # What else changes a result.
-            more: list[Any] = ["bfloat16"] if options.bfloat16 and takes_bfloat16(backend, precision) else []
-            more += [options.tensorrt.described()] if backend == "tensorrt" else []
-            key = _key(backend, precision, version, hashes, manifest["pipeline"], *more)
-            rows.append(Row(backend, precision, manifest["flavour"], pipeline, size / 1e6, key))
+        known = torch_version, ptq_hash, settings
+        rows += _simulated_rows(quantized, sources.ptq, manifests, known, settings, options.threads)
+    rows += _engine_rows(manifests, backends, options)
     made = [
         (folder.name, {name: manifest.get(name) for name in ("command", "versions")})
         for folder, _, manifest in manifests

@@ -31,7 +31,17 @@ from qat.data import NuScenesDataset, Sample, check_annotated
 from qat.engine import BACKENDS, CPU_BACKENDS, Options, described
 from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.evaluate.bootstrap import MIN_SCENES
-from qat.report import SCHEMA, Verdict, compared_row, decide, reference_of, row_name, write_report
+from qat.report import (
+    SCHEMA,
+    Verdict,
+    baseline_of,
+    compared_row,
+    decide,
+    is_simulated,
+    reference_of,
+    row_name,
+    write_report,
+)
 
 RESULTS, REPORT, CACHE = "results.json", "report.html", "cache"
 
@@ -122,7 +132,7 @@ def _result_row(row: Row, accuracy: RowAccuracy, metrics: dict[str, Any]) -> dic
 
 def _add_speedups(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        own = next((r for r in rows if r["backend"] == row["backend"] and r["precision"] == "fp32"), None)
+        own = None if is_simulated(row) else baseline_of(row, rows)
         median = row["latency_ms"]["median"]
         row["speedup_vs_fp32"] = None if own is None else own["latency_ms"]["median"] / median
 
@@ -289,14 +299,14 @@ def print_summary(comparison: Comparison) -> None:
     for row in rows:
         changes = ["", ""] if reference is None else [_change(row, reference, key) for key in ("map", "nds")]
         speed, heads = row["speedup_vs_fp32"], row["sqnr_db"].get("heads")
+        latency = {} if is_simulated(row) else row["latency_ms"]
         table.add_row(
             row_name(row, rows),
             f"{row['map']:.3f}",
             changes[0],
             f"{row['nds']:.3f}",
             changes[1],
-            f"{row['latency_ms']['median']:.1f} ms",
-            f"{row['latency_ms']['p99']:.1f} ms",
+            *(f"{latency[key]:.1f} ms" if key in latency else "" for key in ("median", "p99")),
             "" if speed is None else f"{speed:.2f}×",
             f"{row['size_mb']:.1f} MB",
             "" if heads is None else f"{heads:.0f} dB",

@@ -7,17 +7,19 @@ print(verdict.headline)
 from qat.report.comparison import RunsVerdict, compare_runs, write_comparison
 from qat.report.page import write_report
 from qat.report.schema import SCHEMA, check_results, check_sensitivity, load_results
-from qat.report.verdict import Verdict, compared_row, decide, reference_of, row_name
+from qat.report.verdict import Verdict, baseline_of, compared_row, decide, is_simulated, reference_of, row_name
 
 __all__ = [
     "SCHEMA",
     "RunsVerdict",
     "Verdict",
+    "baseline_of",
     "check_results",
     "check_sensitivity",
     "compare_runs",
     "compared_row",
     "decide",
+    "is_simulated",
     "load_results",
     "reference_of",
     "row_name",

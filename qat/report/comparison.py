@@ -14,7 +14,7 @@ from qat.report.charts import precision_class
 from qat.report.page import document
 from qat.report.schema import Results, load_results
 from qat.report.sensitivity import side_by_side
-from qat.report.tables import MISSING, Cell, change, in_words, name_cell, optional, plain, table
+from qat.report.tables import MISSING, Cell, change, in_words, name_cell, optional, plain, table, timed
 from qat.report.verdict import MAX_LOSS, MIN_GAIN, Row, Verdict, compared_row, decide, milliseconds, row_name, signed
 
 MIN_CHANGE = 0.002  # of mAP or NDS; less is no difference, however many keyframes there are
@@ -165,7 +165,7 @@ def _rows_table(pairs: Sequence[tuple[Row | None, Row | None]], ships: tuple[Row
     body = []
     for row, pair in zip(shown, pairs, strict=True):
         accuracies = [_both(pair, key) for key in ("map", "nds")]
-        before, after = (None if own is None else float(own["latency_ms"]["median"]) for own in pair)
+        before, after = (None if own is None else timed(own["latency_ms"]["median"], own) for own in pair)
         cells = [name_cell(row, shown)]
         for values in accuracies:
             cells += [*(optional(value, "{:.3f}".format) for value in values), _difference(values)]

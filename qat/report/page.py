@@ -16,7 +16,7 @@ from qat.core.locks import one_writer
 from qat.report.charts import birds_eye, camera_view, class_bars, latency_bars, precision_class, scatter
 from qat.report.schema import Results, load_results
 from qat.report.sensitivity import sensitivity
-from qat.report.tables import Cell, change, decibels, facts, in_words, name_cell, optional, plain, table
+from qat.report.tables import Cell, change, decibels, facts, in_words, name_cell, optional, plain, table, timed
 from qat.report.verdict import (
     MAX_LOSS,
     Row,
@@ -24,6 +24,7 @@ from qat.report.verdict import (
     baseline_of,
     compared_row,
     decide,
+    is_simulated,
     milliseconds,
     reference_of,
     row_name,
@@ -72,9 +73,9 @@ def _main_table(rows: Sequence[Row], verdict: Verdict) -> str:
             _difference(row, base, "map"),
             (f"{row['nds']:.3f}", row["nds"]),
             _difference(row, base, "nds"),
-            (milliseconds(latency["median"]), latency["median"]),
-            (milliseconds(latency["p99"]), latency["p99"]),
-            optional(row.get("speedup_vs_fp32"), lambda value: f"{value:.2f}×"),
+            optional(timed(latency["median"], row), milliseconds),
+            optional(timed(latency["p99"], row), milliseconds),
+            optional(timed(row.get("speedup_vs_fp32"), row), lambda value: f"{value:.2f}×"),
             optional(row.get("size_mb"), lambda value: f"{value:.1f} MB"),
             optional(
                 row.get("sqnr_db", {}).get("heads"), lambda value: f"{decibels(value)} dB".replace("exact dB", "exact")
@@ -147,8 +148,8 @@ def _how_measured(results: Results) -> str:
             f"{milliseconds(measured['pattern_rebuild_ms'])} when the geometry changes."
         )
     sentences.append("Speed-up is against FP32 on the same backend; SQNR is of the head's maps against PyTorch FP32.")
-    if any(row["precision"] == "int8-fake" for row in results["rows"]):
-        sentences.append("PyTorch's INT8 is simulated in float: it shows the accuracy, and its time means nothing.")
+    if any(is_simulated(row) for row in results["rows"]):
+        sentences.append("PyTorch's INT8 is simulated in float: it shows the accuracy; its time is not an engine's.")
     if machine.get("cpu"):
         sentences.append(f"Machine: {machine['cpu']}, {machine.get('threads', '?')} threads.")
     return " ".join(sentences)
@@ -199,6 +200,7 @@ def _classes(results: Results, verdict: Verdict) -> str:
 
 
 def _stages(rows: Sequence[Row]) -> str:
+    rows = [row for row in rows if not is_simulated(row)]
     names: list[str] = list(dict.fromkeys(name for row in rows for name in row.get("stages_ms", {})))
     if not names:
         return ""
@@ -358,7 +360,7 @@ def render(results: Results) -> str:
     rows, dataset = results["rows"], results["dataset"]
     verdict = decide(rows)
     # A simulation's time says nothing about the engine that it simulates.
-    timed = [row for row in rows if row["precision"] != "int8-fake"] or rows
+    engines = [row for row in rows if not is_simulated(row)] or rows
     created = str(results.get("provenance", {}).get("created", ""))[:10]
     keyframes = f"{dataset['samples']:g} keyframes" + (f" of {dataset['name']}" if dataset.get("name") else "")
     about = [text for text in ("bevqat", results["model"], keyframes, created) if text]
@@ -370,9 +372,9 @@ def render(results: Results) -> str:
         f'<h2>Accuracy and latency</h2><p class="note">{escape(_about_table(rows, verdict))}</p>{_main_table(rows, verdict)}'
         "<details><summary>How this was measured</summary>"
         f'<p class="note">{escape(_how_measured(results))}</p></details>'
-        f'<div class="two apart"><div class="card"><h3>Latency of a frame</h3>{latency_bars(timed)}'
-        f'<p class="note" style="margin:14px 0 0">{escape(_spread(timed))}</p></div>'
-        f'<div class="card"><h3>Accuracy over latency</h3>{scatter(timed)}'
+        f'<div class="two apart"><div class="card"><h3>Latency of a frame</h3>{latency_bars(engines)}'
+        f'<p class="note" style="margin:14px 0 0">{escape(_spread(engines))}</p></div>'
+        f'<div class="card"><h3>Accuracy over latency</h3>{scatter(engines)}'
         f'<p class="note" style="margin:10px 0 0">Up and to the left is better. Green band: at most {MAX_LOSS:g} mAP '
         "below FP32.</p>"
         f"</div></div>{_stages(rows)}"

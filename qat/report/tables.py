@@ -9,7 +9,7 @@ from typing import Any
 
 from qat.report.charts import precision_class
 from qat.report.schema import EXACT_DB
-from qat.report.verdict import MAX_LOSS, Row, row_name, signed
+from qat.report.verdict import MAX_LOSS, Row, is_simulated, row_name, signed
 
 Cell = tuple[str, float | str | None]  # what is shown (HTML), what it sorts by
 MISSING: Cell = ("–", "-Infinity")  # sorts below every figure
@@ -59,6 +59,11 @@ def breakable(name: str) -> str:
 def optional(value: float | None, show: Callable[[float], str]) -> Cell:
     """A cell of a figure, or of none."""
     return MISSING if value is None else (show(value), value)
+
+
+def timed(value: float | None, row: Row) -> float | None:
+    """A figure of a row's time; None where the row is simulated, whose time says nothing."""
+    return None if is_simulated(row) else value
 
 
 def change(value: float, bounds: str = "", digits: int = 3) -> Cell:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 MAX_LOSS = 0.02  # of mAP, and of NDS
@@ -19,6 +19,7 @@ NAMES = {
     "onnxruntime-cuda": "ONNX Runtime CUDA",
     "onnxruntime-tensorrt": "ONNX Runtime TensorRT",
     "tensorrt": "TensorRT",
+    "tensorrt-strong": "strongly typed TensorRT",
     "fp32": "FP32",
     "fp16": "FP16",
     "int8": "INT8",
@@ -26,6 +27,12 @@ NAMES = {
 }
 
 Row = dict[str, Any]
+METRICS = (("mAP", "map"), ("NDS", "nds"))
+
+
+def is_simulated(row: Row) -> bool:
+    """Whether the row computes in float what an integer engine would: its accuracy is that of the flavour, its time nobody's."""
+    return bool(row["precision"] == "int8-fake")
 
 
 def row_name(row: Row, rows: Sequence[Row]) -> str:
@@ -70,11 +77,11 @@ class Verdict:
 
 
 def _loss(row: Row, reference: Row | None) -> float:
-    return 0.0 if reference is None else max(reference["map"] - row["map"], reference["nds"] - row["nds"])
+    return 0.0 if reference is None else max(reference[key] - row[key] for _, key in METRICS)
 
 
 def _lost(row: Row, reference: Row) -> str:
-    changes = [(name, reference[key] - row[key]) for name, key in (("mAP", "map"), ("NDS", "nds"))]
+    changes = [(name, reference[key] - row[key]) for name, key in METRICS]
     if all(abs(change) < 0.0005 for _, change in changes):
         return "no mAP or NDS"
     if all(change <= 0 for _, change in changes):
@@ -84,12 +91,69 @@ def _lost(row: Row, reference: Row) -> str:
     return lost + gained
 
 
+def _has_intervals(row: Row) -> bool:
+    return all(key in row.get("change", {}) for _, key in METRICS)
+
+
+def _by_intervals(row: Row, reference: Row) -> str:
+    """The difference to the reference: what the intervals tell from zero, and how much they leave open."""
+    losses, gains, unsure = [], [], []
+    for name, key in METRICS:
+        low, high = (row["change"][key][end] for end in ("low", "high"))
+        change = row[key] - reference[key]
+        if low <= 0 <= high or max(-low, high) < 0.0005:
+            unsure.append(f"{max(-low, 0.001):.3f} {name}")
+        elif high < 0:
+            losses.append(f"{-change:.3f} {name} [{-high:.3f} to {-low:.3f}]")
+        else:
+            gains.append(f"{change:.3f} {name} [{low:.3f} to {high:.3f}]")
+    said = [f"a {what} of {' and '.join(found)}" for what, found in (("loss", losses), ("gain", gains)) if found]
+    return "; ".join(said + ([f"no difference found, at most {' and '.join(unsure)} lost"] if unsure else []))
+
+
+def _against(row: Row, reference: Row, rows: Sequence[Row]) -> str:
+    """A sentence on what a row costs."""
+    name = row_name(reference, rows)
+    if _has_intervals(row):
+        return f"Against {name}: {_by_intervals(row, reference)}."
+    return f"Against {name} it costs {_lost(row, reference)}."
+
+
+def _judgement(row: Row, reference: Row, max_loss: float) -> str:
+    """What a simulated row costs, and whether that is accepted."""
+    intervals = _has_intervals(row)
+    words = _by_intervals(row, reference) if intervals else f"it costs {_lost(row, reference)}"
+    if (loss := _loss(row, reference)) > max_loss:
+        return f"{words}; it loses too much here ({loss:.3f} of mAP or NDS)"
+    if intervals and max(-row["change"][key]["low"] for _, key in METRICS) > max_loss:
+        return f"{words}; these keyframes do not rule out more than the {max_loss:g} accepted"
+    return f"{words}; that is within the {max_loss:g} accepted"
+
+
+def _simulations(rows: Sequence[Row], reference: Row | None, max_loss: float) -> list[str]:
+    """Sentences on the simulated rows; those of which the same is to say share one."""
+    if reference is None or reference["map"] < MIN_MAP:  # nothing can be seen there
+        return []
+    measured = {row.get("flavour") for row in rows if row["precision"] == "int8"}
+    said: dict[str, list[str]] = {}
+    for row in filter(is_simulated, rows):
+        note = "" if row.get("flavour") in measured else ", for engines that were not measured here"
+        said.setdefault(f"{note}: {_judgement(row, reference, max_loss)}.", []).append(row_name(row, rows))
+    return [" and ".join(names) + words for words, names in said.items()]
+
+
 def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
     """The fastest row outside PyTorch that loses at most `max_loss` of mAP and of NDS.
 
-    Between rows of one backend a gain in speed under 5 % does not pay for lower precision, and FP32 is kept.
+    Between rows of one backend a gain in speed under 5 % does not pay for lower precision, and FP32 is kept. Simulated rows
+    are judged by their accuracy, and never shipped.
     """
     reference = reference_of(rows)
+    found = _decide_engines(rows, reference, max_loss)
+    return replace(found, reasons=[*found.reasons, *_simulations(rows, reference, max_loss)])
+
+
+def _decide_engines(rows: Sequence[Row], reference: Row | None, max_loss: float) -> Verdict:
     deployable = [row for row in rows if row["backend"] != "pytorch"]
     if not deployable:
         return Verdict(None, "Nothing to ship yet", ["Only PyTorch was measured; name a backend with --backends."])
@@ -107,46 +171,51 @@ def decide(rows: Sequence[Row], max_loss: float = MAX_LOSS) -> Verdict:
         )
     ship = min(accurate, key=lambda row: row["latency_ms"]["median"])
     baseline = baseline_of(ship, rows)
-    median = ship["latency_ms"]["median"]
-    if baseline is not None and baseline in accurate and baseline["latency_ms"]["median"] < MIN_GAIN * median:
+    slowest = MIN_GAIN * ship["latency_ms"]["median"]
+    if baseline is not None and baseline in accurate and baseline["latency_ms"]["median"] < slowest:
         ship = baseline
-        median = ship["latency_ms"]["median"]
-    reasons = []
-    if baseline is not None and ship is not baseline:
-        before = baseline["latency_ms"]["median"]
-        reasons.append(
-            f"It is {before / median:.2f}× as fast as {row_name(baseline, rows)} here: {milliseconds(median)} "
-            f"instead of {milliseconds(before)} for a frame."
-        )
-    else:
-        reasons.append(f"It is the fastest here, at {milliseconds(median)} for a frame.")
+    reasons = [_speed(ship, baseline, rows)]
     if reference is not None and ship is not reference:
-        reasons.append(f"Against {row_name(reference, rows)} it costs {_lost(ship, reference)}.")
+        reasons.append(_against(ship, reference, rows))
     if reference is not None and reference["map"] < MIN_MAP:
         reasons.append(
             f"But {row_name(reference, rows)} itself reaches no more than {reference['map']:.3f} mAP: on such a detector the "
             "cost of quantization cannot be seen."
         )
     for row in deployable:
-        own = baseline_of(row, rows)
-        if row is ship or row["precision"] == "fp32":
-            continue
-        if row not in accurate:
-            reasons.append(f"{row_name(row, rows)} loses too much ({_loss(row, reference):.3f} of mAP or NDS).")
-        elif own is not None and row["latency_ms"]["median"] * MIN_GAIN > own["latency_ms"]["median"]:
-            ratio = row["latency_ms"]["median"] / own["latency_ms"]["median"]
-            reasons.append(
-                f"Not {row_name(row, rows)}: it is {ratio:.2f}× as slow as {row_name(own, rows)}."
-                if ratio > MIN_GAIN
-                else f"Not {row_name(row, rows)}: it is no faster than {row_name(own, rows)}."
-            )
+        if row is not ship and row["precision"] != "fp32":
+            reasons += _why_not(row, row in accurate, reference, rows)
     return Verdict(ship, f"Ship {row_name(ship, rows)}", reasons)
 
 
+def _speed(ship: Row, baseline: Row | None, rows: Sequence[Row]) -> str:
+    median = ship["latency_ms"]["median"]
+    if baseline is None or ship is baseline:
+        return f"It is the fastest here, at {milliseconds(median)} for a frame."
+    before = baseline["latency_ms"]["median"]
+    return (
+        f"It is {before / median:.2f}× as fast as {row_name(baseline, rows)} here: {milliseconds(median)} "
+        f"instead of {milliseconds(before)} for a frame."
+    )
+
+
+def _why_not(row: Row, accurate: bool, reference: Row | None, rows: Sequence[Row]) -> list[str]:
+    """Why a row of low precision is not the one to ship, where there is more to it than that another is faster."""
+    name, own = row_name(row, rows), baseline_of(row, rows)
+    if not accurate:
+        return [f"{name} loses too much ({_loss(row, reference):.3f} of mAP or NDS)."]
+    if own is None or row["latency_ms"]["median"] * MIN_GAIN <= own["latency_ms"]["median"]:
+        return []
+    ratio = row["latency_ms"]["median"] / own["latency_ms"]["median"]
+    if ratio > MIN_GAIN:
+        return [f"Not {name}: it is {ratio:.2f}× as slow as {row_name(own, rows)}."]
+    return [f"Not {name}: it is no faster than {row_name(own, rows)}."]
+
+
 def compared_row(rows: Sequence[Row], verdict: Verdict) -> Row | None:
-    """The low-precision row to set beside FP32: the shipped one, else the fastest outside PyTorch, else any."""
+    """The low-precision row to set beside FP32: the shipped one, else the fastest engine's, else the first."""
     low = [row for row in rows if row["precision"] != "fp32"]
     if any(row is verdict.ship for row in low):
         return verdict.ship
-    engines = [row for row in low if row["backend"] != "pytorch"] or low
-    return min(engines, key=lambda row: row["latency_ms"]["median"], default=None)
+    engines = [row for row in low if row["backend"] != "pytorch"]
+    return min(engines, key=lambda row: row["latency_ms"]["median"], default=low[0] if low else None)

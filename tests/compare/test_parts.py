@@ -12,6 +12,7 @@ from nuscenes.utils.geometry_utils import view_points
 from qat.compare.accuracy import RowAccuracy, _Cache, run_accuracy
 from qat.compare.frames import disagreement, drawn_from, outlines
 from qat.compare.latency import measure
+from qat.compare.rows import _simulations
 from qat.core.centerhead import Detections
 from qat.core.errors import UserError
 from qat.core.geometry import box_corners
@@ -41,12 +42,12 @@ def test_every_round_runs_every_row_in_an_order_turned_by_one() -> None:
     assert [len(timing.total) for timing in timings] == [3, 3, 3]
 
 
-def test_one_run_before_the_counted_ones_and_a_simulated_row_runs_once() -> None:
+def test_one_run_before_the_counted_ones_and_a_simulated_row_runs_once_in_all() -> None:
     log: list = []
     timings = measure(_rows(log, "ab", simulated="b"), ["s"], rounds=2, repeats=3)
-    assert "".join(name for name, _ in log) == "aaaabbaaaa"
+    assert "".join(name for name, _ in log) == "aaaabaaaa"
     assert timings[0].summary()["samples"] == 6
-    assert timings[1].summary()["samples"] == 2
+    assert timings[1].summary()["samples"] == 1
     assert timings[0].stage_medians() == {"camera.backbone": 2.0}
 
 
@@ -144,3 +145,8 @@ def test_a_row_that_gives_nan_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="openvino int8: sample s1: camera_feature has values that are not finite"):
         run_accuracy(rows, [sample], tmp_path, lambda index, kept: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_an_unknown_flavour_is_named() -> None:
+    with pytest.raises(UserError, match=r"onnx_int8: flavour: found 'odd', expected one of tensorrt, .*; export again"):
+        _simulations(None, [(Path("onnx_int8"), "int8", {"flavour": "odd", "parts": {}})])
