@@ -31,8 +31,11 @@ def weighted_layers(placement: Placement) -> None:
             dims = type(module).__name__[-2:].lower()
             placement.keep(path, "weighted_layers", f"a convolution in {dims}, which the backends have in float alone")
             continue
-        for found in placement.float_rules(path):
-            placement.keep(path, "keep_float", found.reason, found.flavours)
+        if rules := placement.float_rules(path):
+            # One that holds in every flavour says more than one that holds in some.
+            first = next((found for found in rules if not found.flavours), rules[0])
+            some = dict.fromkeys(flavour for found in rules for flavour in found.flavours) if first.flavours else ()
+            placement.keep(path, "keep_float", first.reason, tuple(some))
         if not placement.flavours(node):
             continue
         source = node.args[0]
