@@ -33,6 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     ),
     "mobilenet": ({"type": "timm", "model_name": "mobilenetv3_small_050", "out_indices": [2, 3]}, [16, 24]),
 }
+TRAINED, GROWTH = "swin", 1.01
 
 
 def config_of(name: str, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,6 +86,33 @@ def unpacked(value: Mapping[str, Any]) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
+def _trained(quantized: Any, model: CameraBEVDetector, frame: Any) -> dict[str, Any]:
+    """What a checkpoint of trained weights holds beside, all of them grown by a hundredth for training: the names of the weights,
+    and those biases that the corrections went into."""
+    from qat.calibrate.checkpoint import save_ptq
+    from qat.models.run import run_frame
+
+    before = set(quantized.weights())
+    shifts = {path for path, layer in quantized.parts.named_modules() if getattr(layer, "background_shift", None) is not None}
+    quantized.absorb_background()
+    with torch.no_grad():
+        for parameter in quantized.parts.parameters():
+            parameter.mul_(GROWTH)
+        rounded = flat(run_frame(quantized, frame))
+    with tempfile.TemporaryDirectory() as folder:
+        save_ptq(Path(folder) / "qat.pth", quantized, model, {"method": "mse", "frames": 2}, trained=True)
+        checkpoint = torch.load(Path(folder) / "qat.pth", weights_only=True)
+    assert shifts and before <= set(checkpoint["weights"])
+    return {
+        "trained": {
+            "names": list(checkpoint["weights"]),
+            "recipe": checkpoint["recipe"],
+            "biases": {f"{path}.bias": packed(checkpoint["weights"][f"{path}.bias"]) for path in sorted(shifts)},
+            "int8_sha256": digest(rounded),
+        }
+    }
+
+
 def main(out: str) -> None:
     """Writes the file."""
     import importlib.util
@@ -121,7 +149,9 @@ def main(out: str) -> None:
                 path: value.item() if value.ndim == 0 else packed(value.float())
                 for path, value in checkpoint[section].items()
             }
+        trained = {} if name != TRAINED else _trained(quantized, model, frames[2])
         cases[name] = {
+            **trained,
             "checkpoint": checkpoint,
             "weights_sha256": digest(state),
             "float_sha256": digest(exact),

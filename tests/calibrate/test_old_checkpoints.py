@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qat.calibrate import load_ptq
+from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.export import pipeline_settings
 from qat.export.verify import random_frame
@@ -99,3 +100,62 @@ def test_what_was_off_for_want_of_another_flavour_alone_is_on_in_that(case):
             for name in outputs & set(own):
                 assert own[name]._disabled == flavour.startswith("tensorrt"), (flavour, name)
     assert not case.quantized.float_names()
+
+
+@pytest.fixture(scope="module")
+def tuned(fresh_config, small_cameras, tmp_path_factory):
+    """The case with trained weights, and a checkpoint of them as it was written then."""
+    case = Case(made.TRAINED, fresh_config(), small_cameras, tmp_path_factory.mktemp("tuned"))
+    stored = case.stored["trained"]
+    ours = case.quantized.weights()
+    tables = [name for name in stored["names"] if name not in ours]
+    weights = {name: ours[name] * made.GROWTH for name in stored["names"] if name in ours}
+    weights |= {name: torch.zeros(3) for name in tables}
+    weights |= {name: made.unpacked(value) for name, value in stored["biases"].items()}
+    return case, {**case.checkpoint, "weights": weights, "recipe": stored["recipe"]}
+
+
+def test_trained_weights_load_and_compute_what_they_computed(tuned, tmp_path):
+    """With the corrections of the depth map's background in the biases, and tables of indices among the weights."""
+    case, checkpoint = tuned
+    assert any("_tensor_constant" in name for name in checkpoint["weights"])
+    torch.save(checkpoint, tmp_path / "qat.pth")
+    model, recipe = load_ptq(tmp_path / "qat.pth")
+    assert recipe["background"] == model.background == "absorbed" and len(model.absorbed) == 2
+    with torch.inference_mode():
+        rounded = made.flat(run_frame(model, case.frame))
+    assert not torch.equal(rounded["0.heatmap"], case.rounded["0.heatmap"])
+    if made.digest(case.exact) == case.stored["float_sha256"]:
+        assert made.digest(rounded) == case.stored["trained"]["int8_sha256"]
+
+
+def test_trained_weights_of_another_network_are_refused(tuned, tmp_path):
+    _, checkpoint = tuned
+    weights = dict(checkpoint["weights"])
+    weights["head.other.weight"] = torch.ones(1)
+    torch.save({**checkpoint, "weights": weights}, tmp_path / "qat.pth")
+    with pytest.raises(UserError, match=r"weights differ: head\.other\.weight"):
+        load_ptq(tmp_path / "qat.pth")
+
+
+def test_what_a_budget_left_float_stays_so_in_every_flavour(tuned, tmp_path):
+    case, _ = tuned
+    kept = ["head.quant_x", "head.heads.object.shared_conv.conv.weight_quantizer"]
+    assert set(kept) <= set(case.checkpoint["amax"])
+    torch.save({**case.checkpoint, "disabled": [*case.checkpoint["disabled"], *kept]}, tmp_path / "ptq.pth")
+    model, _ = load_ptq(tmp_path / "ptq.pth")
+    assert model.float_names() == sorted(kept, key=list(quantizers(model.parts)).index)
+    for flavour in FLAVOURS:
+        model.use(flavour)
+        assert all(quantizers(model.parts)[name]._disabled for name in kept), flavour
+
+
+def test_a_file_of_schema_1_loads(tuned, tmp_path):
+    """It has no equalized channels, and may say nothing of the background."""
+    case, _ = tuned
+    checkpoint = {name: value for name, value in case.checkpoint.items() if name != "equalized"}
+    recipe = {name: value for name, value in checkpoint["recipe"].items() if name != "background"}
+    torch.save({**checkpoint, "schema": 1, "recipe": recipe}, tmp_path / "ptq.pth")
+    model, _ = load_ptq(tmp_path / "ptq.pth")
+    assert not model.equalized and model.background is None
+    assert float(quantizers(model.parts)["head.quant_x"].amax) == float(checkpoint["amax"]["head.quant_x"])
