@@ -111,7 +111,8 @@ def benchmark(args: argparse.Namespace) -> None:
     model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, seed=0, frames=samples[:2])
     frames = camera_inputs(config, samples)
     network = quantize_detector(model)
-    names = [name for name in network.activation_quantizers() if name.startswith("camera.")]
+    own = quantizers(network.parts)
+    names = [n for n in network.activation_quantizers() if n.startswith("camera.") and own[n].shares is None]
     print(
         f"{args.config}, {'weights of ' + str(args.ckpt) if args.ckpt else 'random weights'}; {len(frames)} frames of "
         f"{list(frames[0][0].shape)}; {len(names)} tensors; torch {torch.__version__}, {torch.get_num_threads()} threads"

@@ -26,7 +26,6 @@ from functools import cached_property
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qat.calibrate.job import calibrate_checkpoint
-from qat.calibrate.ptq import counting_macs, run_frame
+from qat.calibrate.ptq import run_frame
 from qat.compare.accuracy import run_accuracy
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
@@ -50,6 +49,7 @@ from qat.engine import Options, build
 from qat.evaluate import difference, evaluate_detections, resample
 from qat.export import torch_parts
 from qat.export.checkpoint import export_checkpoint
+from qat.lean.observe import counting_macs
 from qat.models import load_float_model
 from qat.runtime import Pipeline
 
@@ -423,7 +423,7 @@ def modelopt_torch(job: Job, setting: Setting) -> Candidate:
     with quiet(), torch.no_grad():
         mtq.quantize(detector, config, forward)
     seconds = time.perf_counter() - begin
-    with torch.no_grad(), counting_macs(SimpleNamespace(parts=detector), macs):  # type: ignore[arg-type]
+    with torch.no_grad(), counting_macs(detector, macs):
         run_frame(detector, job.samples[0])
     detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     convolutions = {n: m for n, m in detector.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)}

@@ -30,7 +30,7 @@ import torch
 from qat.core.config import check_config
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
-from qat.calibrate.old_names import absorbed_layers, old_names, really_off
+from qat.calibrate.old_names import absorbed_layers, old_names, old_weights, really_off
 from qat.lean import QuantizedDetector
 from qat.lean.flavours import FLAVOURS
 from qat.lean.modes import quantizers
@@ -164,7 +164,8 @@ def _build(
             for name, scales in checkpoint.get("equalized", {}).items():
                 quantized.equalize(names(name), scales)
             if "weights" in checkpoint:
-                quantized.load_weights(checkpoint["weights"])
+                weights = checkpoint["weights"]
+                quantized.load_weights(weights if checkpoint["schema"] >= 3 else old_weights(quantized, weights))
         amax = {names(name): value for name, value in checkpoint["amax"].items()}
         disabled = [names(name) for name in checkpoint["disabled"]]
         if checkpoint["schema"] < 3:

@@ -90,7 +90,8 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
         for name, tensors in inventory.quantizers.items():
             quantizer = graph.get_submodule(name)
             assert isinstance(quantizer, Quantizer)
-            amax = None if quantizer.amax is None else float(quantizer.amax)
+            owner = quantizer if quantizer.shares is None else quantizer.shares
+            amax = None if owner.amax is None else float(owner.amax)
             state = "off" if off or quantizer.off else "watched" if quantizer._disabled else "on"
             state = "off" if amax is None else state
             taking = [f for f in dict.fromkeys(feeds[name]) if f not in inventory.quantizers]

@@ -1,4 +1,4 @@
-"""PTQ checkpoints of schema 1 and 2 in today's terms: names of quantizers, and what is off.
+"""PTQ checkpoints of schema 1 and 2 in today's terms: names of quantizers, what is off, and trained weights.
 
 They were written when networks were traced by torch.fx's own tracer. A quantizer of a module's output was named by the module's
 path, as today; one of a function's by the number of that function in the graph (`quant_matmul_3`, `quant_iadd`).
@@ -9,11 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from qat.lean import QuantizedDetector
 from qat.lean.background import backgrounds
+from qat.lean.layers import ScaleShift
 from qat.lean.modes import quantizers
+
+# Buffers that an old file has among its weights; `inverse` is what an equalized channel is multiplied by.
+TABLES = ("relative_position_index", "attn_mask", "num_batches_tracked", "inverse")
 
 
 def old_names(model: QuantizedDetector, checkpoint: Mapping[str, Any]) -> Callable[[str], str]:
@@ -41,6 +46,24 @@ def old_names(model: QuantizedDetector, checkpoint: Mapping[str, Any]) -> Callab
             )
         found.update(zip(before, after, strict=True))
     return lambda name: found.get(name, name)
+
+
+def old_weights(model: QuantizedDetector, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Trained weights as `model` has them: an old file has tables of indices and masks among them, and batch norms that
+    were not folded whole."""
+    own, found = set(model.weights()), dict(weights)
+    for path, module in model.parts.named_modules():
+        norm = [f"{path}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+        if isinstance(module, ScaleShift) and all(name in found for name in norm):
+            weight, bias, mean, variance = (found.pop(name) for name in norm)
+            scale = weight * torch.rsqrt(variance + module.eps)
+            found |= {f"{path}.scale": scale, f"{path}.shift": bias - mean * scale}
+
+    def table(name: str) -> bool:
+        last = name.rpartition(".")[2]
+        return last in TABLES or last.startswith("_tensor_constant")
+
+    return {name: tensor for name, tensor in found.items() if name in own or not table(name)}
 
 
 def really_off(model: QuantizedDetector, amax: Collection[str], disabled: Sequence[str]) -> list[str]:

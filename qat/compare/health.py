@@ -97,7 +97,7 @@ def _watched_modules(model: nn.Module, watch: _Watch) -> Iterator[None]:
             for array in _arrays(args):
                 watch.see(f"the operations before {name}", array)
             if isinstance(module, Quantizer) and not module._disabled and not name.endswith("weight_quantizer"):
-                beyond = args[0].abs() > module._amax.max() * (127.5 / 127)
+                beyond = args[0].abs() > module.range.max() * (127.5 / 127)
                 watch.saturate(name, float(beyond.float().mean()))
 
         return hook

@@ -313,10 +313,13 @@ class QuantizedDetector(nn.Module):
         return [name for name, quantizer in quantizers(self.parts).items() if quantizer.off]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The parts' parameters and buffers by path, as the parts compute with them (batch norm folded), without the
-        quantizers'."""
+        """The parts' parameters by path, as the parts compute with them (batch norm folded), without the quantizers'.
+
+        (No buffers: those are the network's own, or constants of the trace, which torch names as it likes.)
+        """
         own = quantizers(self.parts)
-        return {name: x.detach() for name, x in self.parts.state_dict().items() if name.rpartition(".")[0] not in own}
+        named = self.parts.named_parameters(remove_duplicate=False)
+        return {name: x.detach() for name, x in named if name.rpartition(".")[0] not in own}
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Sets what `weights` gave; ranges are left as they are.
@@ -325,10 +328,7 @@ class QuantizedDetector(nn.Module):
             KeyError: the names are not this detector's. ValueError: a shape is not.
         """
         own = self.weights()
-        # Files of before the trace by torch.export hold tables of indices and masks too, which are constants of the graph now.
-        moved = ("relative_position_index", "attn_mask", "num_batches_tracked")
-        strange = {name for name in set(weights) ^ set(own) if not name.endswith(moved)}
-        if strange:
+        if strange := set(weights) ^ set(own):
             raise KeyError(f"weights differ: {', '.join(sorted(strange)[:5])}")
         for name, tensor in own.items():
             if tensor.shape != weights[name].shape:

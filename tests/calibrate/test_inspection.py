@@ -48,7 +48,12 @@ def test_what_stays_float_names_its_rule(checkpoint):
     found = inspect_checkpoint(checkpoint[0])
     rules = {(f.part, f.rule) for f in found.floats}
     assert ("camera", "keep_float") in rules and ("vtransform", "parts_off") in rules
-    assert [f.name.rpartition(".")[2] for f in found.floats if "dtransform" in f.name] == ["0"]
+    # The first convolution over the depth map is float in every flavour, those behind it where a GPU computes them.
+    depth = {f.name.rpartition(".")[2]: (f.reason, f.flavours) for f in found.floats if "dtransform" in f.name}
+    assert list(depth) == ["0", "3", "6"] and "raw metres" in depth["0"][0] and depth["0"][1] == ()
+    assert depth["3"][1] == depth["6"][1] == ("tensorrt", "tensorrt-strong")
+    states = {layer.path.rpartition(".")[2]: layer.state for layer in found.layers if "dtransform" in layer.path}
+    assert states == {"3": "watched", "6": "watched"}
 
 
 def test_the_command_prints_and_writes_json(checkpoint, tmp_path, capsys):

@@ -15,16 +15,15 @@ from qat.export.calibration_cache import (
     strip_qdq,
     write_calibration_cache,
 )
-from qat.export.flavour_cpu import to_cpu
 
 
-def network(zero=0):
+def network(zero=0, kind=np.int8):
     """x ─► Reshape ─► QDQ ─► Conv ─► Relu ─► MaxPool ─► QDQ ─┬─► Conv ─► Add ─► y
     └────────────┘"""
     random = np.random.default_rng(0)
     values = {
         "shape": np.int64([1, 3, 4, 4]),
-        "z": np.int8(zero),
+        "z": kind(zero),
         "first": np.float32(0.5),
         "second": np.float32(0.25),
         "wz": np.zeros(3, np.int8),
@@ -180,6 +179,6 @@ def test_names_must_be_those_of_the_graph_beside(tmp_path):
 
 def test_another_flavour_is_refused():
     with pytest.raises(UserError, match="expected the tensorrt flavour"):
-        strip_qdq(to_cpu(network()[0]))
+        strip_qdq(network(zero=128, kind=np.uint8)[0])  # as activations are in the CPU flavours
     with pytest.raises(UserError, match="image_q: found another zero point than 0 in s8"):
         strip_qdq(network(zero=3)[0])

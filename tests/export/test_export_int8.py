@@ -9,6 +9,7 @@ from qat.core.manifest import load_manifest
 from qat.core.tensors import compare_tensors
 from qat.engine import Options, build
 from qat.export import export_parts, torch_parts
+from qat.export.lookups import constants
 from qat.export.verify import random_frame
 from qat.lean.modes import qdq_tracing, quantizers, quantizers_off
 from qat.runtime import Pipeline
@@ -121,9 +122,9 @@ def test_onnxruntime_flavour_knows_the_sign_of_what_comes_out_of_the_part_before
     export_parts(quantized, tmp_path / "ort", "int8", flavour="onnxruntime", cameras=small_cameras)
     for part, tensor in (("fuser", "camera"), ("head.bbox", "middle")):
         graph = onnx.load(tmp_path / "ort" / f"{part}.onnx").graph
-        constants = {value.name: numpy_helper.to_array(value) for value in graph.initializer}
         (rounding,) = (n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == tensor)
-        assert constants[rounding.input[2]].dtype == np.uint8 and constants[rounding.input[2]] == 0, part
+        zero = constants(graph)[rounding.input[2]]
+        assert zero.dtype == np.uint8 and zero == 0, part
 
 
 def test_onnxruntime_flavour_is_for_int8_alone(tmp_path, quantized):

@@ -12,7 +12,6 @@ from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.export import pipeline_settings
 from qat.export.calibration_cache import strip_qdq
-from qat.export.flavour_cpu import to_cpu
 from qat.export.flavour_tensorrt_strong import (
     ROUNDING_DB,
     rounded,
@@ -29,10 +28,10 @@ from qat.lean.modes import qdq_tracing, quantizers_off
 SCALES = {"x": 1 / 32, "c": 1 / 40}
 
 
-def residual_block(weights, bias=0.1):
+def residual_block(weights, bias=0.1, zero=np.int8(0)):
     """x ─► QDQ ─┬─► 1×1 Conv ─► Relu ─► QDQ ─► 1×1 Conv ─► Add ─► Relu ─► y
     └───────────────────────────────────────────┘"""
-    values, nodes = {"z": np.int8(0)}, []
+    values, nodes = {"z": zero}, []
 
     def pair(source, scale, zero, **attributes):
         nodes.append(helper.make_node("QuantizeLinear", [source, scale, zero], [f"{source}_q"], **attributes))
@@ -217,7 +216,7 @@ def test_bad_input_is_one_clear_line(weights):
     with pytest.raises(UserError, match="precision fp16: found 4 QuantizeLinear in the graph, expected none"):
         to_tensorrt_strong(model, "fp16", [])
     with pytest.raises(UserError, match="expected the tensorrt flavour"):
-        to_tensorrt_strong(to_cpu(model), "int8", [])
+        to_tensorrt_strong(residual_block(weights, zero=np.uint8(128)), "int8", [])  # as traced in a CPU flavour
     with pytest.raises(UserError, match="opset 999: onnx's version converter found"):
         to_tensorrt_strong(model, "int8", [], 999)
 
