@@ -24,6 +24,7 @@ from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, check_annotated
+from qat.data.sample import Sample
 from qat.lean import Inventory, QuantizedDetector, auto_methods
 from qat.lean.placement import Kept
 from qat.models import load_float_branch, load_float_model, random_model
@@ -120,11 +121,18 @@ def calibrate_checkpoint(
         scored = NuScenesDataset(budget.data, budget.split, settings, budget.version, budget.frames)
         check_annotated(scored)
     rank, size = place()
+    pictures: set[tuple[int, int]] = set()
+
+    def load(token: str) -> Sample:
+        sample = dataset.load(token)
+        pictures.update(sample.native_sizes)
+        return sample
+
     own = [dataset.tokens[i] for i in range(rank, len(dataset), size)]
     with progress_bar("calibrating", len(own), show=rank == 0) as done:
         quantized, report = calibrate(
             model,
-            (dataset.load(token) for token in own),
+            (load(token) for token in own),
             method,
             percentile,
             done,
@@ -137,6 +145,8 @@ def calibrate_checkpoint(
         found = _keep_within(budget, quantized, scored, out, sha256(checkpoint))
     quantized.cpu()
     model.cpu()
+    if settings.get("native_size") is None and len(pictures) == 1:  # what is exported then knows what it was made for
+        quantized.config = {**quantized.config, "native_size": list(*pictures)}
     report.int8 = int8_layers(quantized)
     recipe: dict[str, object] = {
         "method": title,
