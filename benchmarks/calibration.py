@@ -135,7 +135,7 @@ def load_samples(config: dict[str, Any], args: argparse.Namespace) -> list[Sampl
         print(
             f"pictures of {image.shape[1]}×{image.shape[0]} are resized by {covers:g}, not by the config's {crop.resize:g}"
         )
-        dataset.pipeline = replace(dataset.pipeline, resize_crop=replace(crop, resize=covers))
+        dataset.pipeline = replace(dataset.pipeline, resize_crop=replace(crop, resize=covers, native=None))
     return list(dataset)
 
 

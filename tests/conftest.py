@@ -31,6 +31,7 @@ def tiny_config():
     """camera-tiny's config, made small: 64×96 images, 12.8 m of BEV, few channels; three tasks where it has one."""
     config = copy.deepcopy(load_config(ROOT / "model" / "camera-tiny" / "config.yaml"))
     config["image_size"] = [64, 96]
+    del config["native_size"]
     camera = config["model"]["encoders"]["camera"]
     camera["backbone"] = {"type": "ResNet", "depth": 18, "out_indices": [1, 2]}
     camera["neck"]["out_channels"] = 16

@@ -49,7 +49,10 @@ class Inputs:
 
 
 def native_size(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of a picture that the settings' resize and crop fit, 16:9 as nuScenes' are where the crop allows."""
+    """Height and width of the pictures that the model was made for; where the manifest does not know, such as the settings' resize
+    and crop fit, 16:9 as nuScenes' are where the crop allows."""
+    if native := settings["image"].get("native"):
+        return native[0], native[1]
     height, width = settings["image"]["size"]
     resize, bottom = settings["image"]["resize"], settings["image"]["bottom"]
     w = math.ceil(width / resize)
@@ -107,6 +110,7 @@ def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
     ]
     return {
         "image_size": image["size"],
+        **({"native_size": image["native"]} if image.get("native") else {}),
         "object_classes": settings["classes"],
         "data": {"test": {"pipeline": steps}},
     }

@@ -24,6 +24,7 @@ from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, check_annotated
+from qat.data.sample import Sample
 from qat.lean import Inventory, QuantizedDetector, auto_methods, quantize_detector
 from qat.lean.detector import KEEP_FLOAT
 from qat.lean.module import check_rules, float_rules
@@ -125,6 +126,13 @@ def calibrate_checkpoint(
         scored = NuScenesDataset(budget.data, budget.split, settings, budget.version, budget.frames)
         check_annotated(scored)
     rank, size = place()
+    pictures: set[tuple[int, int]] = set()
+
+    def load(token: str) -> Sample:
+        sample = dataset.load(token)
+        pictures.update(sample.native_sizes)
+        return sample
+
     own = [dataset.tokens[i] for i in range(rank, len(dataset), size)]
     with progress_bar("calibrating", len(own), show=rank == 0) as done:
         whole = quantize_detector(model, (*rules, *KEEP_FLOAT))
@@ -132,7 +140,7 @@ def calibrate_checkpoint(
         check_rules(rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
         quantized, report = calibrate(
             whole,
-            (dataset.load(token) for token in own),
+            (load(token) for token in own),
             method,
             percentile,
             done,
@@ -145,6 +153,8 @@ def calibrate_checkpoint(
         found = _keep_within(budget, quantized, scored, out, sha256(checkpoint))
     quantized.cpu()
     model.cpu()
+    if settings.get("native_size") is None and len(pictures) == 1:  # what is exported then knows what it was made for
+        quantized.config = {**quantized.config, "native_size": list(*pictures)}
     report.int8 = int8_layers(quantized)
     recipe: dict[str, object] = {
         "method": title,

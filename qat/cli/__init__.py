@@ -16,6 +16,7 @@ from qat.cli.parser import VERBS, make_parser, nearest, verb_of
 from qat.cli.pipes import reader_gone
 from qat.core.command import running
 from qat.core.errors import UserError
+from qat.core.plain_output import allow_any_text
 
 __all__ = ["BAD_USE", "FAILED", "INTERRUPTED", "OK", "PIPE_CLOSED", "VERBS", "main"]
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: of status 0 after --help and --version, of status 2 for words that are not understood.
     """
     program = argv is None  # and not a call of a program that goes on
+    allow_any_text()
     if program:
         interrupts.show_one_line(True)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qat.core.errors import UserError
+from qat.core.errors import PictureSizeError, UserError
 
 MODEL = Path("model/camera-tiny")
 EXAMPLE = Path("example-data")
@@ -182,6 +182,7 @@ def verification_frames(args: argparse.Namespace) -> Callable[[dict[str, Any]], 
         UserError: flags that do not go together. The function: the data cannot be read, or has not so many frames.
     """
     root, count = args.data, 1 if args.frames is None else args.frames
+    chosen = root is not None
     if count < 0:
         raise UserError(f"--frames: found {count}, expected 0 (the random frame alone) or more")
     if root is None and EXAMPLE.is_dir():
@@ -197,6 +198,7 @@ def verification_frames(args: argparse.Namespace) -> Callable[[dict[str, Any]], 
         return None
 
     def load(config: dict[str, Any]) -> Sequence[Any]:
+        from qat.core.console import note
         from qat.data import NuScenesDataset
         from qat.data.frame import load_frame
 
@@ -204,6 +206,15 @@ def verification_frames(args: argparse.Namespace) -> Callable[[dict[str, Any]], 
             if count > 1 or args.split or args.version:
                 raise UserError(f"{root}: one keyframe, expected neither --version nor --split, and --frames 1 or 0")
             return [load_frame(root, config)]
-        return NuScenesDataset(root, args.split or "all", config, args.version, count)
+        dataset = NuScenesDataset(root, args.split or "all", config, args.version, count)
+        if not chosen:
+            try:
+                dataset[0]
+            except PictureSizeError as error:
+                note(
+                    f"{root}: left out of the verification, which is on the random frame alone: {error}; --data names others"
+                )
+                return []
+        return dataset
 
     return load

@@ -47,7 +47,16 @@ TYPES = {
 }
 CAMERA_BRANCH = "model.encoders.camera"
 # Of a whole model's config, what the camera branch, its data and its training read besides the branch and the test pipeline.
-_KEPT = ("image_size", "point_cloud_range", "object_classes", "load_dim", "augment2d", "augment3d", "cameras")
+_KEPT = (
+    "image_size",
+    "point_cloud_range",
+    "object_classes",
+    "load_dim",
+    "augment2d",
+    "augment3d",
+    "cameras",
+    "native_size",
+)
 _TAKE_OUT = (
     "calibrate and export-camera take the camera branch out of a camera+lidar model with --prefix encoders.camera"
 )

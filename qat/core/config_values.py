@@ -161,6 +161,7 @@ PLAIN: dict[str, Rule] = {
     CAMERA: SECTION,
     "image_size": SIZE,
     "load_dim": whole(5, 100),
+    "native_size": SIZE,
 }
 PLAIN_HEAD: dict[str, Rule] = {
     "model.decoder": SECTION,

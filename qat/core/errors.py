@@ -17,6 +17,10 @@ class UserError(Exception):
         super().__init__(one_line(str(message)))
 
 
+class PictureSizeError(UserError):
+    """A picture of another size than the model was made for."""
+
+
 class NotFiniteError(UserError):
     """NaN or infinity that came out of a network, not of a file. The commands end its line with the `bevqat health` that finds
     the first layer that gave it."""

@@ -144,6 +144,7 @@ _PIPELINE = _section(
     classes=_list(_text),
     depth_input=_flag,
     image=_section(
+        {"native": _SIZE},
         size=_SIZE,
         resize=_number(1e-6, 1e3),
         bottom=_number(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from qat.core.errors import UserError
+from qat.core.errors import PictureSizeError, UserError
 from qat.core.kinds import kind_of_file
 
 MOST_PIXELS = 1 << 27
@@ -20,30 +20,74 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags
 FEWEST_BITS = 12  # values below these in a picture of 16 bits: a camera of fewer bits wrote them without scaling
 
 
+LEAST = 1 / 3  # of a picture's width that a crop keeps, and of the network's image that a picture fills
+SAME_SHAPE = 0.02
+
+
 @dataclass(frozen=True)
 class ResizeCrop:
-    """Resize by `resize`, then keep `final_dim` (H, W), lowered from the bottom by `bottom` (a share of the height)."""
+    """Resize by `resize`, then keep `final_dim` (H, W), lowered from the bottom by `bottom` (a share of the height).
+
+    native: (H, W) of the pictures that `resize` is for, where that is known: pictures of another size and the same shape are
+    resized so that they take the same place. Other pictures are resized by `resize`, as BEVFusion does.
+    """
 
     final_dim: tuple[int, int]
     resize: float
     bottom: float = 0.0
+    native: tuple[int, int] | None = None
+
+    def factor(self, width: int, height: int) -> float:
+        """What a picture of width × height is resized by.
+
+        Raises:
+            PictureSizeError: the crop would keep less than `LEAST` of its width, or it would fill less than that of the network's
+                image: it is of another size than the model was made for.
+        """
+        factor = self.resize
+        if self._like_native(width, height):
+            factor *= self.native[1] / width if width != self.native[1] else 1.0  # type: ignore[index]
+        fh, fw = self.final_dim
+        new_width, new_height = width * factor, height * factor
+        if new_width * LEAST > fw or new_width < fw * LEAST or new_height < fh * LEAST:
+            size = self.native or (round(self.final_dim[0] / self.resize), round(self.final_dim[1] / self.resize))
+            about = "" if self.native else "about "
+            raise PictureSizeError(
+                f"found a picture of {width}×{height} pixels, which resizing by {factor:.3g} makes {new_width:.0f}×{new_height:.0f} for "
+                f"an image of {fw}×{fh}, expected {about}{size[1]}×{size[0]}, which the model was made for; give such pictures, or "
+                "mend resize_lim (or native_size: [height, width]) in the config"
+            )
+        return factor
+
+    def _like_native(self, width: int, height: int) -> bool:
+        """Whether it is a picture of the native size, or one of that shape."""
+        if self.native is None:
+            return False
+        native_height, native_width = self.native
+        return abs(width * native_height / (height * native_width) - 1) <= SAME_SHAPE
 
     def placed(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Size after the resize (W, H) and the crop's corner (left, top) for a native image of width × height."""
-        new_width, new_height = int(width * self.resize), int(height * self.resize)
+        """Size after the resize (W, H) and the crop's corner (left, top) for a native image of width × height. Raises as
+        `factor`."""
+        factor = self.factor(width, height)
+        new_width, new_height = int(width * factor), int(height * factor)
+        if self.native is not None and self._like_native(
+            width, height
+        ):  # the same to the pixel, whatever the picture's size
+            new_width, new_height = (int(n * self.resize) for n in reversed(self.native))
         fh, fw = self.final_dim
         return (new_width, new_height), (int(max(0, new_width - fw) / 2), int((1 - self.bottom) * new_height) - fh)
 
     def matrix(self, width: int, height: int) -> np.ndarray:
-        """Native pixels to network pixels, float32[4,4]: BEVFusion's img_aug_matrix."""
+        """Native pixels to network pixels, float32[4,4]: BEVFusion's img_aug_matrix. Raises as `factor`."""
         _, (left, top) = self.placed(width, height)
         matrix = np.eye(4, dtype=np.float32)
-        matrix[0, 0] = matrix[1, 1] = self.resize
+        matrix[0, 0] = matrix[1, 1] = self.factor(width, height)
         matrix[:2, 3] = -left, -top
         return matrix
 
     def apply(self, image: np.ndarray) -> np.ndarray:
-        """uint8[h,w,3] → uint8[H,W,3]; PIL's bicubic resize, black where the crop leaves the image."""
+        """uint8[h,w,3] → uint8[H,W,3]; PIL's bicubic resize, black where the crop leaves the image. Raises as `factor`."""
         fh, fw = self.final_dim
         size, (left, top) = self.placed(image.shape[1], image.shape[0])
         resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)

@@ -14,7 +14,7 @@ from qat.core.errors import UserError
 from qat.core.geometry import box_heading, box_yaw, rasterize_depth
 from qat.core.preprocess import normalize
 from qat.data.dataset import NuScenesDataset
-from qat.data.sample import Keyframe
+from qat.data.sample import Keyframe, check_sizes
 
 
 @dataclass
@@ -68,6 +68,7 @@ class AugmentedSet:
         if index in self._kept:
             return self._kept[index]
         keyframe = self.dataset.read(self.dataset.tokens[index])
+        check_sizes(keyframe, self.dataset.pipeline)
         self._room -= sum(image.nbytes for image in keyframe.images)
         if self._room > 0:
             self._kept[index] = keyframe
@@ -122,6 +123,8 @@ class AugmentedSet:
         """Native pixels to network pixels, float32[4,4]: resize, crop, flip, rotation about the centre."""
         height, width = self.image_size
         resize = rng.uniform(*self.resize)
+        steps = self.dataset.pipeline.resize_crop
+        resize *= steps.factor(native_width, native_height) / steps.resize  # 1 for pictures of the native size
         new_width, new_height = int(native_width * resize), int(native_height * resize)
         left, top = int(rng.uniform(min(0, new_width - width), max(0, new_width - width))), new_height - height
         matrix = np.diag([resize, resize, 1.0])

@@ -71,7 +71,10 @@ def read_pipeline(config: Mapping[str, Any]) -> Pipeline:
                 )
             height, width = step["final_dim"]
             resize_crop = ResizeCrop(
-                (height, width), float(np.mean(step["resize_lim"])), float(np.mean(step["bot_pct_lim"]))
+                (height, width),
+                float(np.mean(step["resize_lim"])),
+                float(np.mean(step["bot_pct_lim"])),
+                tuple(config["native_size"]) if config.get("native_size") is not None else None,
             )
         elif kind == "ImageNormalize":
             mean, std = list(step["mean"]), list(step["std"])

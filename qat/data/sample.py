@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qat.core.errors import PictureSizeError
 from qat.core.geometry import rasterize_depth
 from qat.core.preprocess import normalize
 from qat.data.pipeline import Pipeline
@@ -42,9 +43,10 @@ class Sample(Keyframe):
     """A keyframe ready for the network.
 
     img [N,3,H,W]: normalised. depth [N,1,H,W]: metres, 0 = no point. images uint8[N,H,W,3]: before normalisation.
-    img_aug_matrix [N,4,4]: native pixels to the network's. lidar_aug_matrix [4,4]: the identity.
+    native_sizes: (h, w) of each picture as it was read. img_aug_matrix [N,4,4]: native pixels to the network's. lidar_aug_matrix [4,4]: the identity.
     """
 
+    native_sizes: tuple[tuple[int, int], ...]
     images: np.ndarray  # type: ignore[assignment]  # one array: they have one size now
     img: np.ndarray
     depth: np.ndarray
@@ -61,14 +63,29 @@ def camera_matrices(intrinsics: Sequence[np.ndarray], camera2lidar: Sequence[np.
     return {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
 
 
+def check_sizes(keyframe: Keyframe, pipeline: Pipeline) -> None:
+    """Raises `PictureSizeError` where a picture has not the size that the model was made for (`ResizeCrop.factor`)."""
+    for camera, image in zip(keyframe.cameras, keyframe.images, strict=True):
+        try:
+            pipeline.resize_crop.factor(image.shape[1], image.shape[0])
+        except PictureSizeError as error:
+            raise PictureSizeError(f"frame {keyframe.token}: {camera}: {error}") from None
+
+
 def prepare(keyframe: Keyframe, pipeline: Pipeline) -> Sample:
-    """Resizes, crops and normalises the images and draws the depth maps, as the test pipeline says."""
+    """Resizes, crops and normalises the images and draws the depth maps, as the test pipeline says.
+
+    Raises:
+        PictureSizeError: a picture has not the size that the model was made for.
+    """
     steps = pipeline.resize_crop
+    check_sizes(keyframe, pipeline)
     images = [steps.apply(image) for image in keyframe.images]
     img_aug = np.stack([steps.matrix(image.shape[1], image.shape[0]) for image in keyframe.images])
     eye = np.eye(4, dtype=np.float32)
     return Sample(
         **{**vars(keyframe), "images": np.stack(images)},
+        native_sizes=tuple((image.shape[0], image.shape[1]) for image in keyframe.images),
         img=np.stack([normalize(image, pipeline.mean, pipeline.std) for image in images]),
         depth=rasterize_depth(keyframe.points, keyframe.lidar2image, img_aug, eye, steps.final_dim),
         img_aug_matrix=img_aug,

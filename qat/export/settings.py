@@ -59,6 +59,7 @@ def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] | None =
             "bottom": float(np.mean(augment["bot_pct_lim"])),
             "mean": list(normalize["mean"]),
             "std": list(normalize["std"]),
+            **({"native": list(config["native_size"])} if config.get("native_size") is not None else {}),
         },
         "points": {"range": limits},
         "vtransform": {

@@ -68,9 +68,15 @@ def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] |
         network = _create(name, image_size, options)
         if _layout(network) != "NCHW":  # timm's getter turns channels-last maps, and tokens, into [B,C,H,W]
             network = _create(name, image_size, {**options, "feature_cls": "getter"})
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        maps: Any = getattr(network, "feature_info", None)
+        if maps is not None:  # asked here, where what a model's own code raises is its own
+            maps.channels(), maps.reduction()
+    except MemoryError:
+        raise
+    except Exception as error:  # hundreds of networks' constructors: whatever they raise
+        why = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
-            f"{WHERE}: found {name!r} with out_indices {list(indices)}, expected a timm model that has them: {error}"
+            f"{WHERE}: found {name!r} with out_indices {list(indices)}, expected a timm model that has them: {why}"
         ) from None
     if _layout(network) != "NCHW":
         raise UserError(

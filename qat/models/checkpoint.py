@@ -15,7 +15,7 @@ from torch import nn
 from qat.core.console import note
 from qat.core.errors import UserError
 from qat.core.kinds import kind_of_file
-from qat.models.detector import CameraBEVDetector, build_model
+from qat.models.detector import UNBUILDABLE, CameraBEVDetector, build_model
 from qat.models.pickled import is_module, is_plainly_saved, module_state, quantizer_settings, read_pickled
 from qat.models.unpickle import Record
 from qat.models.weights import BESIDE, OUTER, choose_weights, has_tensors, without_wrappers
@@ -380,6 +380,11 @@ def load_state(
                 f"{source}: {in_file(name)}: found a {type(state[name]).__name__}, expected a tensor; save "
                 "model.state_dict() again"
             )
+        if state[name].layout is not torch.strided or state[name].is_meta:
+            what = "a tensor without values" if state[name].is_meta else f"a {state[name].layout} tensor"
+            raise UserError(
+                f"{source}: {in_file(name)}: found {what.replace('torch.', '')}, expected a dense one; save model.state_dict() again"
+            )
         if own[name].is_floating_point() and not state[name].is_floating_point():
             raise UserError(
                 f"{source}: {in_file(name)}: found {str(state[name].dtype).removeprefix('torch.')}, expected floating-point weights; "
@@ -432,7 +437,7 @@ def load_state(
         )
     try:
         model.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state})
-    except RuntimeError as error:  # what the checks above cannot see: Swin's windows in another order
+    except (RuntimeError, *UNBUILDABLE) as error:  # what the checks above cannot see: Swin's windows in another order
         raise UserError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
     return left_out
 

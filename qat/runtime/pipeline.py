@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qat.core.centerhead import Detections, decode, maps_from_tensors
-from qat.core.errors import UserError
+from qat.core.errors import PictureSizeError, UserError
 from qat.core.frame import FrameArrays, SampleTensors
 from qat.core.geometry import rasterize_depth, within
 from qat.core.manifest import load_manifest, pipeline_of
@@ -76,7 +76,8 @@ class Pipeline:
         self._threads = threads
         self._grid: np.ndarray | None = None  # the latest pooled grid that nobody else has
         image, transform = settings["image"], settings["vtransform"]
-        self._resize_crop = ResizeCrop(tuple(image["size"]), image["resize"], image["bottom"])
+        native = tuple(image["native"]) if image.get("native") is not None else None
+        self._resize_crop = ResizeCrop(tuple(image["size"]), image["resize"], image["bottom"], native)
         names = ("image_size", "feature_size", "xbound", "ybound", "zbound", "dbound")
         self.patterns = PatternCache(*(transform[name] for name in names))
 
@@ -127,13 +128,14 @@ class Pipeline:
         """Detects objects in one set of pictures.
 
         Args:
-            images: uint8[h,w,3] RGB, native size, one for each of `cameras` in their order.
+            images: uint8[h,w,3] RGB, native size, one for each of `cameras` in their order. Where the manifest knows the native
+                size, pictures of another size and the same shape are resized to take the same place.
             points: float32[M,≥3] of x, y, z in the lidar frame in metres: the keyframe's and, if the model was
                 trained so, earlier sweeps' moved into it. Not used by a model without depth input.
             calibration: of the same cameras.
 
         Raises:
-            UserError: not as many images or matrices as cameras, or images of another dtype or shape; or the parts are
+            UserError: not as many images or matrices as cameras, or images of another dtype, shape or native size; or the parts are
                 a camera branch alone, which gives no boxes.
         """
         self._need_boxes()
@@ -202,6 +204,10 @@ class Pipeline:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 shape = ",".join(map(str, image.shape))
                 raise UserError(f"pipeline: {name}: found {image.dtype}[{shape}], expected uint8[h,w,3] in RGB")
+            try:
+                self._resize_crop.factor(image.shape[1], image.shape[0])
+            except PictureSizeError as error:
+                raise PictureSizeError(f"pipeline: {name}: {error}") from None
         cfg = self.settings["image"]
         img = np.stack([normalize(self._resize_crop.apply(image), cfg["mean"], cfg["std"]) for image in images])
         matrices = np.stack([self._resize_crop.matrix(image.shape[1], image.shape[0]) for image in images])

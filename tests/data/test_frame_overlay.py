@@ -1,6 +1,5 @@
 """The one real nuScenes keyframe, where it is at hand, and the drawing."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,9 @@ REAL = ROOT.parent / "shared" / "nuscenes-sample"
 def real():
     if not REAL.is_dir():
         pytest.skip(f"{REAL} is not here: the real keyframe's licence keeps it out of the repository")
-    config = copy.deepcopy(load_config(ROOT / "model/camera-tiny/config.yaml"))
-    for step in config["data"]["test"]["pipeline"]:
-        if step["type"] == "ImageAug3D":
-            step["resize_lim"] = [0.22, 0.22]  # 1600×900 pixels to 352×198
+    config = load_config(
+        ROOT / "model/camera-tiny/config.yaml"
+    )  # of 400×225: 1600×900 pixels are resized to 352×198 too
     return load_frame(REAL, config), config
 
 

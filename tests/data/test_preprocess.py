@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qat.core.errors import UserError
+from qat.core.errors import PictureSizeError, UserError
 from qat.core.preprocess import ResizeCrop, load_image, normalize
 
 
@@ -30,6 +30,32 @@ def test_the_matrix_says_where_a_pixel_went():
 def test_a_crop_beyond_the_image_is_black():
     out = ResizeCrop((64, 96), 0.5).apply(np.full((100, 200, 3), 255, np.uint8))
     assert (out[:14] == 0).all() and (out[16:] > 200).all()
+
+
+def test_pictures_of_another_size_take_the_native_ones_place():
+    """Where a pixel goes: of a picture twice as large, pixel 2u, 2v goes where u, v of the native one does."""
+    spec = ResizeCrop((128, 352), 0.88, native=(225, 400))
+    small, large = spec.matrix(400, 225), spec.matrix(1600, 900)
+    assert np.allclose(small, ResizeCrop((128, 352), 0.88).matrix(400, 225))
+    assert np.allclose(large @ [4 * 130.0, 4 * 70.0, 0, 1], small @ [130.0, 70.0, 0, 1], atol=1e-3)
+    rows = np.linspace(0, 255, 900)[:, None] * np.ones((1, 1600))
+    picture = np.repeat(rows.astype(np.uint8)[..., None], 3, 2)
+    native = np.asarray(Image.fromarray(picture).resize((400, 225), Image.Resampling.BOX))
+    assert np.abs(spec.apply(picture).astype(int) - spec.apply(native)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("native", "size"), [(None, (1600, 900)), (None, (100, 56)), ((225, 400), (100, 300)), ((900, 1600), (1600, 900))]
+)
+def test_pictures_that_the_model_was_not_made_for_are_refused(native, size):
+    """Four times as large or as small; of another shape and size; and a native size that the resize is not for."""
+    spec = ResizeCrop((128, 352), 0.88, native=native)
+    expected = "1600×900" if native == (900, 1600) else "400×225" if native else "about 400×145"
+    for use in (spec.matrix, spec.placed, lambda w, h: spec.apply(np.zeros((h, w, 3), np.uint8))):
+        with pytest.raises(
+            PictureSizeError, match=rf"found a picture of {size[0]}×{size[1]} pixels, .* expected {expected}, "
+        ):
+            use(*size)
 
 
 def test_normalize_is_the_formula():

@@ -204,3 +204,12 @@ def test_modules_of_the_backbone_that_are_not_used_are_left_out_and_listed(tiny_
     assert capsys.readouterr().err == (
         f"note: m.pth: left out {listed}: modules of the backbone that this config does not use\n"
     )
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_that_hold_no_dense_values_are_refused(tiny_model, saved, kind):
+    value = tiny_model.state_dict()[FUSE]
+    value = value.to_sparse() if kind == "sparse" else value.to("meta")
+    found = "a sparse_coo tensor" if kind == "sparse" else "a tensor without values"
+    with pytest.raises(UserError, match=rf"{FUSE}: found {found}, expected a dense one"):
+        load_state(tiny_model, {**tiny_model.state_dict(), FUSE: value}, "m.pth")

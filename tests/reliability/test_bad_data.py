@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from qat.cli import main
+from qat.core.errors import UserError
 
 FRONT, LIDAR = "samples/CAM_FRONT", "samples/LIDAR_TOP"
 
@@ -304,3 +305,64 @@ def test_data_sets_that_are_whole_all_the_same(change, work, own):
 def test_a_scene_is_evaluated_without_maps(work, own, verbs):
     _without_maps(own("data"))
     assert main(verbs.floats("float.pth")["compare"]) == 0
+
+
+def _four_times_as_large(data: Path) -> None:
+    """Pictures, table and intrinsics, as another rig's would be."""
+    for folder in (data / "samples").glob("CAM_*"):
+        for path in folder.iterdir():
+            with Image.open(path) as picture:
+                larger = picture.resize((384, 256))
+            larger.save(path)
+    _edit(data, "sample_data", lambda row: row.update(width=384, height=256) if row["width"] else None)
+    _edit(
+        data,
+        "calibrated_sensor",
+        lambda row: (
+            row.update(camera_intrinsic=(np.diag([4, 4, 1]) @ row["camera_intrinsic"]).tolist())
+            if row["camera_intrinsic"]
+            else None
+        ),
+    )
+
+
+def test_pictures_of_a_size_that_the_model_was_not_made_for(work, own, verbs, refused):
+    """A float config says what they are resized by, and no more."""
+    _four_times_as_large(own("data"))
+    words = "found a picture of 384×256 pixels, which resizing by 1 makes 384×256 for an image of 96×64, expected about 96×64"
+    show = ["show", "--config", "config.yaml", "--data", "data", "--split", "calib", "--out", "sheet.png"]
+    for arguments in (show, *(verbs.floats("float.pth")[verb] for verb in ("calibrate", "export-camera", "health"))):
+        refused(arguments, words)
+
+
+def test_a_quantized_checkpoint_and_its_exports_know_the_native_size_and_resize_others_to_it(work, own):
+    """calibrate has seen the pictures. Larger ones of the same shape then give the same boxes, as far as resampling is the same."""
+    from qat.core.manifest import load_manifest
+    from qat.data import NuScenesDataset
+    from qat.runtime import Calibration, Pipeline
+
+    assert torch.load("ptq.pth", weights_only=True)["config"]["native_size"] == [64, 96]
+    assert (
+        main(["export-camera", "--ckpt", "ptq.pth", "--fp32", "--data", "data", "--split", "calib", "--out", "known"])
+        == 0
+    )
+    assert load_manifest("known")["pipeline"]["image"]["native"] == [64, 96]
+    assert "native" not in load_manifest("fp32")["pipeline"]["image"]
+    config = torch.load("ptq.pth", weights_only=True)["config"]
+    before = NuScenesDataset("data", "calib", config)
+    frame, small = before.read(before.tokens[0]), before[0]
+    _four_times_as_large(own("data"))
+    after = NuScenesDataset("data", "calib", config)
+    large = after.read(after.tokens[0])
+    pipeline = Pipeline.load("known", "onnxruntime")
+
+    def run(frame):
+        return pipeline(frame.images, frame.points, Calibration(frame.camera_intrinsics, frame.camera2lidar))
+
+    small_boxes, large_boxes = run(frame), run(large)
+    assert len(small_boxes.scores) and abs(len(small_boxes.scores) - len(large_boxes.scores)) <= 2
+    assert np.allclose(after[0].depth, small.depth, atol=1e-3)
+    assert np.abs(after[0].images.astype(int) - small.images).mean() < 6
+    with pytest.raises(UserError, match=r"pipeline: CAM_FRONT: found a picture of 400×100 pixels"):
+        pipeline([np.zeros((100, 400, 3), np.uint8)] * len(frame.images), frame.points,
+                 Calibration(frame.camera_intrinsics, frame.camera2lidar))  # fmt: skip
