@@ -149,9 +149,12 @@ class _Calls:
                 )
 
     @contextmanager
-    def _watched(self, record: Callable[[str, nn.Module, Any, torch.Tensor], None]) -> Iterator[None]:
-        """Hooks on every module of the part; `record(path, module, inputs, result)` for those without children."""
-        root = self.part.wrapper
+    def _watched(
+        self, record: Callable[[str, nn.Module, Any, torch.Tensor], torch.Tensor | None], root: nn.Module | None = None
+    ) -> Iterator[None]:
+        """Hooks on every module of the part (or of `root`, a copy of it); `record(path, module, inputs, result)` for those
+        without children, whose result is what `record` returns, if it returns something."""
+        root = self.part.wrapper if root is None else root
         self._stack = []
         handles = []
         for path, module in root.named_modules():
@@ -170,10 +173,10 @@ class _Calls:
                 result: Any,
                 path: str = path.removeprefix("detector."),
                 leaf: bool = leaf,
-            ) -> None:
-                if leaf and isinstance(result, torch.Tensor):
-                    record(path, module, inputs, result)
+            ) -> torch.Tensor | None:
+                other = record(path, module, inputs, result) if leaf and isinstance(result, torch.Tensor) else None
                 self._stack.pop()
+                return other
 
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         try:
@@ -248,6 +251,10 @@ class _Matches:
                 node = self._nodes_of(self.calls.calls[at].module, nodes) if nodes else None
                 if node is not None:
                     self.call_of[node.output[0]] = at
+
+    def results_of(self, name: str) -> int:
+        """The call whose result in PyTorch this tensor is: of a folded convolution, its batch norm's."""
+        return self.calls.results[self.call_of[name]]
 
     def ancestors(self, name: str) -> list[str]:
         """Matched tensors that `name` is computed from, and itself, in topological order."""
