@@ -26,7 +26,7 @@ from qat.core.frame import FrameArrays
 from qat.core.geometry import camera_ring
 from qat.core.preprocess import normalize
 from qat.core.sites import Site
-from qat.core.tensors import TensorDifference, compare_tensors, decibels
+from qat.core.tensors import TensorDifference, compare_tensors
 
 FILE = "verification.npz"
 FP32_DB = 80.0

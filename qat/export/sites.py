@@ -28,8 +28,8 @@ from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
 from qat.export.torch_parts import TorchPart
-from qat.lean.quantizer import BOUND, Quantizer
 from qat.lean.modes import quantizers
+from qat.lean.quantizer import BOUND, Quantizer
 
 NHWC = (0, 2, 3, 1)
 
@@ -243,7 +243,7 @@ class SiteReference:
             self.modules[name] = call.path
             self.places[found[0]] = _Place(pair, None, before)
             if before and not _is_one_of(pair, expected_grids(call.module, half)):
-                scale, zero, dtype = expected_grids(call.module, half)[0]
+                scale, _, dtype = expected_grids(call.module, half)[0]
                 self.problems.append(
                     f"{call.path}: found scale {pair.scale.ravel()[0]:.9g}, zero point {pair.zero.ravel()[0]} ({pair.dtype}), "
                     f"its quantizer has {scale[0]:.9g} ({dtype})"
