@@ -123,6 +123,7 @@ class _Calls:
         # By a tensor's id, which is its own only while it lives: nothing is kept alive for this.
         producers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._stack: list[str] = []
+        self._listed: dict[int, list[tuple[str, nn.Module, bool]]] = {}
 
         def record(path: str, module: nn.Module, inputs: Any, result: torch.Tensor) -> None:
             scope = "".join(f"/{name}" for name in self._stack)
@@ -148,6 +149,18 @@ class _Calls:
                     i for i in range(at + 1, len(self.calls)) if self.calls[i].path == call.consumer
                 )
 
+    def _modules(self, root: nn.Module) -> list[tuple[str, nn.Module, bool]]:
+        """Path, module, and whether it has no children but quantizers, of every module but the root."""
+        if id(root) not in self._listed:
+            found = []
+            for path, module in root.named_modules():
+                if path:
+                    leaf = not any(not isinstance(child, Quantizer) for child in module.children())
+                    # Weight quantizers are called too, but are looked at beside their layer.
+                    found.append((path, module, leaf and not path.endswith("weight_quantizer")))
+            self._listed[id(root)] = found
+        return self._listed[id(root)]
+
     @contextmanager
     def _watched(
         self, record: Callable[[str, nn.Module, Any, torch.Tensor], torch.Tensor | None], root: nn.Module | None = None
@@ -157,12 +170,7 @@ class _Calls:
         root = self.part.wrapper if root is None else root
         self._stack = []
         handles = []
-        for path, module in root.named_modules():
-            if not path:
-                continue
-            # Weight quantizers are called too, but are looked at beside their layer.
-            leaf = not any(not isinstance(child, Quantizer) for child in module.children())
-            leaf &= not path.endswith("weight_quantizer")
+        for path, module, leaf in self._modules(root):
 
             def before(_: nn.Module, __: Any, label: str = _label(path)) -> None:
                 self._stack.append(label)

@@ -4,7 +4,7 @@ A part runs with hooks on its quantizers. Each hook sees the unrounded value, an
 given ones. In one run with given codes every segment between two quantizers is computed by itself, for what comes out of a
 segment is looked at and not used.
 
-What the graph's flavour rounds beside activations is rounded in PyTorch too (`_prepared`, `_Hooks`): weights, always; biases
+What the graph's flavour rounds beside activations is rounded in PyTorch too (`prepared`, `_Hooks`): weights, always; biases
 to the scale of the products (s32) in the CPU flavours; weights, biases, scales and every layer's result to FP16 in
 `tensorrt-strong`.
 """
@@ -28,7 +28,6 @@ from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
 from qat.export.torch_parts import TorchPart
-from qat.lean.modes import quantizers
 from qat.lean.quantizer import BOUND, Quantizer
 
 NHWC = (0, 2, 3, 1)
@@ -65,10 +64,19 @@ def _half(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _prepared(wrapper: nn.Module, half: bool) -> nn.Module:
-    """A copy of a part whose weights are the rounded ones, with its quantizers off: the hooks round activations."""
-    wrapper = copy.deepcopy(wrapper)
-    for layer in wrapper.modules():
+def prepared(wrappers: Mapping[str, nn.Module], half: bool) -> dict[str, nn.Module]:
+    """A copy of a detector's parts whose weights are the rounded ones, with their quantizers off: hooks round activations."""
+    copies = copy.deepcopy(dict(wrappers))
+    seen: set[nn.Module] = set()
+    for wrapper in copies.values():
+        own = [module for module in wrapper.modules() if module not in seen]
+        seen.update(own)
+        _prepare(own, half)
+    return copies
+
+
+def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
+    for layer in modules:
         quantizer = getattr(layer, "weight_quantizer", None)
         if not isinstance(quantizer, Quantizer) or quantizer._disabled:
             continue
@@ -88,13 +96,14 @@ def _prepared(wrapper: nn.Module, half: bool) -> nn.Module:
             layer.bias = nn.Parameter(shift.clone() if bias is None else bias + shift, requires_grad=False)
             layer.background_shift = None
         layer.product_steps = (quantizer._amax.detach() / BOUND).flatten()
-    if half:
-        for name, parameter in wrapper.named_parameters():
-            if not name.endswith("weight") or parameter.ndim < 2:
-                parameter.copy_(_half(parameter))
-    for one in quantizers(wrapper).values():
-        one._disabled = True
-    return wrapper
+    for module in modules:
+        if isinstance(module, Quantizer):
+            module._disabled = True
+        elif half:
+            rounded_weight = hasattr(module, "product_steps")
+            for name, parameter in module.named_parameters(recurse=False):
+                if not (rounded_weight and name == "weight"):
+                    parameter.copy_(_half(parameter))
 
 
 @dataclass
@@ -205,23 +214,29 @@ class SiteReference:
     def __init__(
         self,
         part: TorchPart,
+        base: nn.Module,
+        exact: Callable[[], nn.Module],
         graph: bytes,
         feeds: Mapping[str, np.ndarray],
         half: bool = False,
-        round_biases: bool = False,
     ) -> None:
         """Matches the graph's pairs with the quantizers.
 
         Args:
             part: in the state of the export.
+            base: its copy out of `prepared`. exact: gives that in float64.
             graph: the file's bytes.
             feeds: some inputs, to find the order of the calls with.
-            half: whether the graph is typed FP16. round_biases: whether it stores convolutions' biases as s32.
+            half: whether the graph is typed FP16.
         """
-        self.half, self.round_biases = half, round_biases
+        self.half, self._base, self._exact = half, base, exact
         self.cut = Cut(graph)
         self.calls = _Calls(part, feeds)
         model = onnx.load_from_string(graph)
+        # Convolutions whose biases are s32, as the CPU flavours store them.
+        self.round_biases = any(
+            node.op_type == "DequantizeLinear" and node.name.endswith("_bias_dq") for node in model.graph.node
+        )
         matches = _Matches(model, self.calls)
         self.places: dict[int, _Place] = {}
         self.same: dict[int, int] = {}
@@ -255,8 +270,6 @@ class SiteReference:
             for at, call in enumerate(self.calls.calls)
             if isinstance(call.module, Quantizer) and not call.module._disabled and at not in self.places
         }
-        self._base = _prepared(part.wrapper, half)
-        self._exact: nn.Module | None = None
         self._shapes(model, feeds)
 
     def _shapes(self, model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> None:
@@ -278,13 +291,6 @@ class SiteReference:
             self.problems.append(f"{self.calls.calls[at].path}: its quantizer's Q/DQ pair is missing")
         self.lost = set()
         return found
-
-    @property
-    def exact(self) -> nn.Module:
-        """The prepared part in float64."""
-        if self._exact is None:
-            self._exact = copy.deepcopy(self._base).double()
-        return self._exact
 
     def sites(
         self,
@@ -318,7 +324,7 @@ class SiteReference:
                 found[name] = value.ravel()[places(value.size)].astype(np.float64)
             return found
 
-        noisy, exact = run(self._base), run(self.exact)
+        noisy, exact = run(self._base), run(self._exact())
         return {
             name: Site.of(
                 name, shapes[name], self.cut.pairs.get(name), (patches or {}).get(name), exact[name], noisy[name]

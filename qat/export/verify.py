@@ -8,7 +8,7 @@ optimizer on, whose rewrites may compute something else (onnxruntime#24737). An 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.bisect import diagnose
 from qat.export.flavour_tensorrt_strong import verify_strong
 from qat.export.lookups import constants
-from qat.export.sites import SiteReference, check_sites, tile
+from qat.export.sites import SiteReference, check_sites, prepared, tile
 from qat.export.torch_parts import TorchPart
 from qat.lean.modes import quantizers_off, recording_scales
 
@@ -134,6 +134,11 @@ def _worst(entries: Sequence[Mapping[str, Any]], tokens: Sequence[str]) -> dict[
     }
 
 
+def _doubled(wrappers: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """A copy of a detector's parts in float64."""
+    return {name: wrapper.double() for name, wrapper in copy.deepcopy(dict(wrappers)).items()}
+
+
 @dataclass
 class _Running:
     """A batch of frames on its way through the parts. feeds: what the next part takes in."""
@@ -203,7 +208,7 @@ class Verification:
         self.stored: dict[str, list[int]] = {}
         self.arrays: dict[str, np.ndarray] = {}
         self.passed = True
-        self._float64: dict[str, TorchPart] = {}
+        self._made: dict[str, dict[str, torch.nn.Module]] = {}
 
     @property
     def feeds(self) -> dict[str, np.ndarray]:
@@ -238,10 +243,16 @@ class Verification:
         self.stored[name] = list(range(self.kept)) if name == self.first else [self.whole]
         sites = None
         if rounds:
-            biases = any(
-                node.op_type == "DequantizeLinear" and node.name.endswith("_bias_dq") for node in written.graph.node
+            half = typed is not None
+            base = self._copies("base", lambda: prepared({n: p.wrapper for n, p in self.parts.items()}, half))
+            sites = SiteReference(
+                part,
+                base[name],
+                lambda: self._copies("exact", lambda: _doubled(base))[name],
+                graph,
+                self.running[self.whole].feeds,
+                half,
             )
-            sites = SiteReference(part, graph, self.running[self.whole].feeds, typed is not None, biases)
         entries: dict[str, list[dict[str, Any]]] = {}
         scales: list[np.ndarray] = []
         outputs = []
@@ -297,11 +308,17 @@ class Verification:
         self._advance(name, outputs)
         return result
 
+    def _copies(self, kind: str, make: Callable[[], dict[str, torch.nn.Module]]) -> dict[str, torch.nn.Module]:
+        """A copy of the parts, made when it is first needed."""
+        if kind not in self._made:
+            self._made[kind] = make()
+        return self._made[kind]
+
     def _in_float64(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What a part computes in float64, in its place in PyTorch."""
-        if name not in self._float64:
-            self._float64 = {name: TorchPart(copy.deepcopy(self.parts[name].wrapper).double())}
-        return self._float64[name].run({key: value.astype(np.float64) for key, value in feeds.items()})
+        wrappers = {n: p.wrapper for n, p in self.parts.items()}
+        exact = TorchPart(self._copies("float64", lambda: _doubled(wrappers))[name])
+        return exact.run({key: value.astype(np.float64) for key, value in feeds.items()})
 
     def _check_sites(self, name: str, reference: SiteReference) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The part's `sites` and what of them diverges: on the codes of a real frame, and on patches of these, which are kept;
