@@ -82,10 +82,12 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
             continue
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        rounded = quantizer(weight)
+        # Divided by the scale, as ONNX defines it: times the scale's inverse, as PyTorch has it, some fall on the other side
+        # of a half.
+        steps = quantizer._amax.detach() / BOUND
+        rounded = (weight / steps).round().clamp(-BOUND - 1, BOUND) * steps
         if half:
             # As `qat.export.flavour_tensorrt_strong`: FP16 scales, a tiny one rounded anew with the least that FP16 holds.
-            steps = quantizer._amax.detach() / BOUND
             coarse = (steps < LEAST_SCALE) & (steps.max() >= LEAST_SCALE)
             stepped = torch.where(coarse, torch.full_like(steps, LEAST_SCALE), steps)
             codes = torch.where(coarse, (weight / stepped).round(), (rounded / steps).round()).clamp(-128, 127)
@@ -95,7 +97,7 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
             bias = layer.bias
             layer.bias = nn.Parameter(shift.clone() if bias is None else bias + shift, requires_grad=False)
             layer.background_shift = None
-        layer.product_steps = (quantizer._amax.detach() / BOUND).flatten()
+        layer.product_steps = steps.flatten()
     for module in modules:
         if isinstance(module, Quantizer):
             module._disabled = True
@@ -182,9 +184,10 @@ class _Hooks:
         alive, pair = self.made.get(id(inputs[0]), (None, None))
         if alive is None or alive() is not inputs[0] or pair is None or pair.scale.size > 1:
             return
-        scale = (pair.scale.astype(np.float64).ravel()[0] * steps.double()).float().to(bias.dtype)
+        # In float64, as `qat.export.unsigned`: in float32 some would fall on the other side of a half.
+        scale = (float(pair.scale.ravel()[0]) * steps.double()).float().double()
         with torch.no_grad():
-            layer.bias.copy_((bias / scale).round() * scale)
+            layer.bias.copy_((bias.double() / scale).round() * scale)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         handles = []
