@@ -23,6 +23,7 @@ from qat.export.flavour_cpu import to_cpu
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.lookups import opset_of
+from qat.export.padded_pool import pads_into_pools
 from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.unsigned import never_negative_outputs
@@ -310,4 +311,6 @@ def _graph(part: TorchPart, name: str, feeds: Mapping[str, np.ndarray], form: Fo
         # tensorrt-strong raises the opset itself, where the types ask for it
         opset = OPSET if form.strong or form.opset is None else form.opset
         model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, opset, form.dynamic_batch)
-    return simplify(model, name)
+    model = simplify(model, name)
+    pads_into_pools(model)
+    return model
