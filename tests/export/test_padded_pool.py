@@ -40,7 +40,10 @@ def expected(x, pads, kernel, stride):
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
     rows, columns = ((n - kernel) // stride + 1 for n in x.shape[2:])
     windows = [
-        [x[:, :, i * stride : i * stride + kernel, j * stride : j * stride + kernel].max((2, 3)) for j in range(columns)]
+        [
+            x[:, :, i * stride : i * stride + kernel, j * stride : j * stride + kernel].max((2, 3))
+            for j in range(columns)
+        ]
         for i in range(rows)
     ]
     return np.moveaxis(np.array(windows), (0, 1), (2, 3))

@@ -132,7 +132,10 @@ def test_every_output_has_the_figures_of_every_frame_and_those_of_the_worst(expo
 def test_int8_has_a_tolerance_of_each_frames_own(exported_int8):
     manifest = load_manifest(exported_int8)
     found = manifest["parts"]["fuser"]["verification"]["middle"]["frames"]
-    assert found["tolerance_db"] == pytest.approx(np.minimum(80, np.array(found["quantization_db"]) - 3), abs=2e-3)
+    lost = np.array(found["quantization_db"])
+    assert found["float_tolerance_db"] == pytest.approx(np.minimum(80, lost - 3), abs=2e-3)
+    # What is twice as noisy as the simulation may be this far from it: noises of amplitudes 1 and √2, opposed.
+    assert found["tolerance_db"] == pytest.approx(np.minimum(80, lost - 20 * np.log10(1 + 2**0.5)), abs=2e-3)
     assert len(set(found["tolerance_db"])) == 3 and manifest["verification"]["passed"]
 
 
