@@ -208,15 +208,6 @@ class _Calls:
             return self.part.run(self.feeds)
 
 
-def _scope(node: onnx.NodeProto) -> tuple[str, int]:
-    """A node's scope without its number, and the number: ("/decoder/relu", 1) of "/decoder/relu_1/Relu"."""
-    scope = node.name.rpartition("/")[0]
-    stem, _, number = scope.rpartition("_")
-    if number.isdigit() and stem and not stem.endswith("/"):
-        return stem, int(number)
-    return scope, 0
-
-
 class _Matches:
     """Which tensor of a graph is which call's result."""
 
@@ -239,30 +230,34 @@ class _Matches:
         return scope[-1]
 
     def _match(self) -> None:
-        # A scope such as "quant_x_2" is a call's own where a call has it, else the third call of "quant_x".
-        known = {call.scope for call in self.calls.calls}
-        scopes: dict[str, dict[int, list[onnx.NodeProto]]] = defaultdict(lambda: defaultdict(list))
+        scopes: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.nodes:
-            if not node.name.startswith("/") or node.op_type == "Constant" or not node.output:
-                continue
-            whole = node.name.rpartition("/")[0]
-            stem, number = (whole, 0) if whole in known else _scope(node)
-            scopes[stem][number].append(node)
+            if node.name.startswith("/") and node.op_type != "Constant" and node.output:
+                scopes[node.name.rpartition("/")[0]].append(node)
+        # The third call of "quant_x" is written "quant_x_2", as the first of a quantizer of that name: these are told apart by
+        # their order.
+        counts: dict[str, int] = defaultdict(int)
         calls: dict[str, list[int]] = defaultdict(list)
         for at, call in enumerate(self.calls.calls):
             off = isinstance(call.module, Quantizer) and call.module._disabled
             if not off and not isinstance(call.module, nn.Identity | nn.Dropout):
-                calls[call.scope].append(at)
+                number = counts[call.scope]
+                counts[call.scope] += 1
+                calls[f"{call.scope}_{number}" if number else call.scope].append(at)
         for scope, own in calls.items():
-            for number, at in enumerate(own):
-                nodes = scopes[scope].get(number)
-                node = self._nodes_of(self.calls.calls[at].module, nodes) if nodes else None
+            nodes = scopes.get(scope, [])
+            if len(own) > 1:
+                kinds = [node for node in nodes if node.op_type == nodes[-1].op_type]
+                ends = [nodes.index(node) + 1 for node in kinds]
+                if len(ends) != len(own):
+                    continue
+                pieces = [nodes[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+            else:
+                pieces = [nodes]
+            for at, piece in zip(own, pieces, strict=True):
+                node = self._nodes_of(self.calls.calls[at].module, piece) if piece else None
                 if node is not None:
                     self.call_of[node.output[0]] = at
-
-    def results_of(self, name: str) -> int:
-        """The call whose result in PyTorch this tensor is: of a folded convolution, its batch norm's."""
-        return self.calls.results[self.call_of[name]]
 
     def ancestors(self, name: str) -> list[str]:
         """Matched tensors that `name` is computed from, and itself, in topological order."""

@@ -52,7 +52,13 @@ def pads_into_pools(model: onnx.ModelProto) -> int:
             and len(pool.output) == 1
         )
         # ONNX asks for a padding smaller than the kernel, and then every window holds a value of the input.
-        if pads is None or not plain or len(kernel) != 2 or max(pads[0::2]) >= kernel[0] or max(pads[1::2]) >= kernel[1]:
+        if (
+            pads is None
+            or not plain
+            or len(kernel) != 2
+            or max(pads[0::2]) >= kernel[0]
+            or max(pads[1::2]) >= kernel[1]
+        ):
             continue
         found.append((pad, pool, pads, kernel))
     if not found:
@@ -78,7 +84,10 @@ def pads_into_pools(model: onnx.ModelProto) -> int:
             name = f"{pool.output[0]}_floor"
             graph.initializer.append(numpy_helper.from_array(floor, name))
             bounded = helper.make_node(
-                "Max", [f"{pool.output[0]}_unbounded", name], [pool.output[0]], name=f"{pool.name.replace('/', '_')}_bounded"
+                "Max",
+                [f"{pool.output[0]}_unbounded", name],
+                [pool.output[0]],
+                name=f"{pool.name.replace('/', '_')}_bounded",
             )
             pool.output[0] = f"{pool.output[0]}_unbounded"
             graph.node.insert(list(graph.node).index(pool) + 1, bounded)

@@ -21,12 +21,14 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qat.core.onnx_cut import Cut, Pair
 from qat.core.sites import Site, check_sites, cut_patch, places, site_line, tile
 from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
+from qat.export.lookups import consumers
 from qat.export.torch_parts import TorchPart
 from qat.lean.quantizer import BOUND, Quantizer
 
@@ -111,11 +113,11 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
 @dataclass
 class _Place:
     """A quantizer's call in PyTorch and its pair in the graph. perm: from PyTorch's layout to the graph's, None for the same.
-    before: whether what is rounded is the call's input (a quantizer), or its result (a module whose result a pass rounds)."""
+    early: of a pair that a pass put before a pooling, whose call this is: what it takes in is rounded."""
 
     pair: Pair
-    perm: tuple[int, ...] | None
-    before: bool
+    perm: tuple[int, ...] | None = None
+    early: bool = False
 
     def to_graph(self, value: torch.Tensor) -> torch.Tensor:
         return value if self.perm is None else value.permute(*self.perm)
@@ -127,6 +129,23 @@ class _Place:
 Look = Callable[[str, torch.Tensor], None]
 
 
+class _Resizes(TorchFunctionMode):
+    """Inside the block, `change` sees and may replace what each interpolation takes in."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.interpolate:
+            if args:
+                args = (self.change(args[0]), *args[1:])
+            else:
+                kwargs = {**kwargs, "input": self.change(kwargs["input"])}
+        return func(*args, **kwargs)
+
+
 class _Hooks:
     """A run of one prepared part with codes of its own or given ones."""
 
@@ -134,7 +153,7 @@ class _Hooks:
         self, owner: SiteReference, wrapper: nn.Module, given: Mapping[str, np.ndarray] | None, look: Look
     ) -> None:
         self.owner, self.wrapper, self.given, self.look = owner, wrapper, given, look
-        self.count = 0
+        self.count = self.resized = 0
         self.rounded: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # by id of what was rounded
         self.made: dict[int, tuple[weakref.ref[torch.Tensor], Pair]] = {}  # by id of what came out
 
@@ -152,13 +171,21 @@ class _Hooks:
                 place = self.owner.places[self.owner.same[at]]
                 return self._hand_on(place, inputs[0])
             return _half(result) if self.owner.half and result.dtype == torch.float32 else None
-        value = inputs[0] if place.before else result
+        if place.early:
+            return type(module).forward(module, self._look_and_round(place, inputs[0]))
+        self.rounded[id(inputs[0])] = weakref.ref(inputs[0]), at
+        return self._look_and_round(place, inputs[0])
+
+    def _look_and_round(self, place: _Place, value: torch.Tensor) -> torch.Tensor:
         if self.owner.half and value.dtype == torch.float32:
             value = _half(value)
         self.look(place.pair.codes, place.to_graph(value))
-        if place.before:
-            self.rounded[id(inputs[0])] = weakref.ref(inputs[0]), at
         return self._hand_on(place, value)
+
+    def resize(self, value: torch.Tensor) -> torch.Tensor:
+        """What the next interpolation takes in instead of `value`."""
+        place, self.resized = self.owner.resizes.get(self.resized), self.resized + 1
+        return value if place is None else self._look_and_round(place, value)
 
     def _hand_on(self, place: _Place, value: torch.Tensor) -> torch.Tensor:
         pair = place.pair
@@ -200,7 +227,7 @@ class _Hooks:
         double = next(self.wrapper.parameters()).dtype == torch.float64
         values = {name: array.astype(np.float64) if double else array for name, array in feeds.items()}
         try:
-            with self.owner.calls._watched(self.record, self.wrapper):
+            with self.owner.calls._watched(self.record, self.wrapper), _Resizes(self.resize):
                 return TorchPart(self.wrapper).run(values)
         finally:
             for handle in handles:
@@ -245,22 +272,36 @@ class SiteReference:
         self.same: dict[int, int] = {}
         self.modules: dict[str, str] = {}
         self.problems: list[str] = []
+        self.resizes: dict[int, _Place] = {}  # by their order: PyTorch's have no module
         back: dict[str, list[str]] = {}
+        early: dict[str, onnx.NodeProto] = {}  # pairs of `qat.export.early_rounding`
+        readers = consumers(model.graph)
         for node in model.graph.node:
             if node.op_type == "DequantizeLinear":
                 back.setdefault(node.input[0], []).append(node.output[0])
+                after = readers[node.output[0]]
+                if len(after) == 1 and after[0].op_type in ("Resize", "MaxPool"):
+                    early[node.input[0]] = after[0]
+        resizes = [node.name for node in model.graph.node if node.op_type == "Resize"]
         for name, pair in self.cut.pairs.items():
             found = [matches.call_of[o] for o in back.get(name, ()) if o in matches.call_of]
-            before = bool(found)
-            if not found and pair.source in matches.call_of:
-                found = [matches.results_of(pair.source)]
+            if not found and (after := early.get(name)) is not None:
+                if after.op_type == "Resize":
+                    self.resizes[resizes.index(after.name)] = _Place(pair, early=True)
+                    self.modules[name] = f"the input of {after.name}"
+                elif after.output[0] in matches.call_of:
+                    at = matches.call_of[after.output[0]]
+                    self.places[at] = _Place(pair, early=True)
+                    self.modules[name] = f"the input of {self.calls.calls[at].path}"
+            if name in self.modules:
+                continue
             if not found:
                 self.problems.append(f"{pair.node or name}: no quantizer of the module's")
                 continue
             call = self.calls.calls[found[0]]
             self.modules[name] = call.path
-            self.places[found[0]] = _Place(pair, None, before)
-            if before and not _is_one_of(pair, expected_grids(call.module, half)):
+            self.places[found[0]] = _Place(pair)
+            if not _is_one_of(pair, expected_grids(call.module, half)):
                 scale, _, dtype = expected_grids(call.module, half)[0]
                 self.problems.append(
                     f"{call.path}: found scale {pair.scale.ravel()[0]:.9g}, zero point {pair.zero.ravel()[0]} ({pair.dtype}), "
@@ -279,6 +320,8 @@ class SiteReference:
         """Which sites have another layout in the graph: a pass may have left their channels last."""
         types = tensor_types(fixed_inputs(model, feeds))
         for at, place in self.places.items():
+            if place.early:
+                continue
             here = tuple(d.dim_value for d in types[place.pair.codes].shape.dim)
             there = self.calls.calls[at].shape
             if here != there and len(there) == 4 and here == tuple(there[axis] for axis in NHWC):
@@ -352,19 +395,16 @@ class SiteReference:
 
     def patches(self, codes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A patch of each site's codes."""
-        consumers = dict(self.part_modules())
-        found = {}
-        for at, place in self.places.items():
-            name = place.pair.codes
-            value = codes[name]
-            call = self.calls.calls[at]
-            last = isinstance(consumers.get(call.consumer), nn.Linear) or place.perm is not None or value.ndim < 4
-            found[name] = cut_patch(value, value.ndim - 1 if last else 1)
-        return found
-
-    def part_modules(self) -> list[tuple[str, nn.Module]]:
-        """The part's modules by the paths that calls have."""
-        return [(name.removeprefix("detector."), module) for name, module in self._base.named_modules()]
+        modules = {name.removeprefix("detector."): module for name, module in self._base.named_modules()}
+        last = {
+            place.pair.codes
+            for at, place in self.places.items()
+            if place.perm is not None or isinstance(modules.get(self.calls.calls[at].consumer), nn.Linear)
+        }
+        return {
+            name: cut_patch(value, value.ndim - 1 if name in last or value.ndim < 4 else 1)
+            for name, value in codes.items()
+        }
 
     def failures(self, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Those of `check_sites`' entries that did not pass, as the manifest's `divergence` has them."""

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
+from qat.core.verification import INT8_MARGIN_DB
 from qat.export import pipeline_settings
 from qat.export.calibration_cache import strip_qdq
 from qat.export.flavour_cpu import to_cpu

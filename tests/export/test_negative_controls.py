@@ -216,8 +216,10 @@ def variant(seed, config):
     )
     config.update(image_size=size, point_cloud_range=area, voxel_size=[step / 4, step / 4, 8.0])
     name = str(random.choice(NETWORKS))
-    camera["backbone"] = {"type": "timm", "model_name": name, "out_indices": [2, 3]}
-    camera["neck"]["in_channels"] = None
+    stages = timm.create_model(name, features_only=True).feature_info
+    chosen = [stages.reduction().index(stride) for stride in (8, 16)]
+    camera["backbone"] = {"type": "timm", "model_name": name, "out_indices": chosen}
+    camera["neck"]["in_channels"] = [stages.channels()[at] for at in chosen]
     head = model["heads"]["object"]
     head["tasks"] = [["car", "truck", "pedestrian"]]
     head["bbox_coder"].update(pc_range=area, voxel_size=[step / 4, step / 4])
@@ -232,7 +234,6 @@ def variant(seed, config):
 
 def check_right(seed, tmp_path, fresh_config, make_detector, calibrate_largest):
     config, cameras, name = variant(seed, fresh_config())
-    config["model"]["encoders"]["camera"]["neck"]["in_channels"] = channels_of(name)
     settings = pipeline_settings(config, [f"CAM_{n}" for n in range(cameras)])
     detector = calibrate_largest(make_detector(config, seed), settings)
     flavour = FLAVOURS[seed % len(FLAVOURS)]
@@ -254,10 +255,6 @@ def check_right(seed, tmp_path, fresh_config, make_detector, calibrate_largest):
     assert manifest["verification"]["passed"], (name, flavour, what)
     found = verify_folder(tmp_path / "out")
     assert found["passed"], {part: entry["problems"] for part, entry in found["parts"].items()}
-
-
-def channels_of(name):
-    return timm.create_model(name, features_only=True, out_indices=[2, 3]).feature_info.channels()
 
 
 @pytest.mark.parametrize("seed", range(12))
