@@ -234,7 +234,7 @@ _VERIFICATION = _section(
     file=_text,
     sha256=_text,
     stored=_map(_list(_number(0, 1 << 30, whole=True))),
-    random_sha256=_text,
+    made_sha256=_text,
 )
 _DECIBELS = _list(_or(_null, _number(-1e9, 1e9)))
 _PAIR = _section(

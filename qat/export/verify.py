@@ -24,6 +24,7 @@ from qat.core.verification import (
     check_frame,
     digest,
     judge,
+    made_frame,
     pack,
     random_frame,
     round_input,
@@ -177,10 +178,10 @@ class Verification:
             detector: float, or quantized and in the state in which it is exported.
             parts: its parts, in their order.
             settings: the manifest's `pipeline` section.
-            frames: real ones, what `qat.runtime.SampleTensors` describes; beside these, the random one.
-            seed: of the random frame; of a batch of them, of the first.
+            frames: real ones, what `qat.runtime.SampleTensors` describes; beside these, a made-up one.
+            seed: of the made-up frame; of a batch of them, of the first.
             batches: samples in an input: that of the file, or one that a graph for any number is traced with, and others
-                that it is verified with too, on random frames. A real frame fills its batch alone.
+                that it is verified with too, on made-up frames. A real frame fills its batch alone.
 
         Raises:
             UserError: a frame has other cameras or another image size.
@@ -189,20 +190,20 @@ class Verification:
         self.batch = batches[0]
 
         def made(count: int) -> list[Any]:
-            return [random_frame(settings, seed + n) for n in range(count)]
+            return [made_frame(settings, seed + n) for n in range(count)]
 
-        self.running = [_Running(f"random:{seed}", made(self.batch))]
+        self.running = [_Running(f"made-up:{seed}", made(self.batch))]
         for frame in frames:
             token = str(getattr(frame, "token", None) or frame_digest(frame))
             check_frame(settings, frame, token)
             self.running.append(_Running(token, [frame] * self.batch))
         self.kept = len(self.running)
-        self.running += [_Running(f"random:{seed} in a batch of {count}", made(count)) for count in batches[1:]]
+        self.running += [_Running(f"made-up:{seed} in a batch of {count}", made(count)) for count in batches[1:]]
         self.first = next(iter(self.parts))
         for running in self.running:
             names = self.parts[self.first].wrapper.inputs
             running.feeds = {name: np.stack([getattr(frame, name) for frame in running.frames]) for name in names}
-        self.random_sha256 = digest(self.running[0].feeds)
+        self.made_sha256 = digest(self.running[0].feeds)
         # Between the parts, tensors are large: those of one frame are kept, a real one if there is one.
         self.whole = 1 if self.kept > 1 else 0
         self.stored: dict[str, list[int]] = {}
@@ -379,7 +380,7 @@ class Verification:
         tolerances: Mapping[str, float],
     ) -> None:
         stem = f"{index}/{name}"
-        if index > 0 or name != self.first:  # the random frame is made again from its seed
+        if index > 0 or name != self.first:  # the made-up frame is made again from its seed
             for tensor, array in feeds.items():
                 for key, value in pack(array, self.settings["image"]).items():
                     self.arrays[f"{stem}/in/{tensor}/{key}"] = value
@@ -419,5 +420,5 @@ class Verification:
             "file": FILE,
             "sha256": sha256(folder / FILE),
             "stored": self.stored,
-            "random_sha256": self.random_sha256,
+            "made_sha256": self.made_sha256,
         }

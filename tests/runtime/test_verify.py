@@ -13,7 +13,6 @@ import pytest
 from onnx import numpy_helper
 
 from qat.cli import main
-from qat.core import verification
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
@@ -26,6 +25,8 @@ from qat.core.verification import (
     VALUES,
     Summary,
     compare_stored,
+    digest,
+    made_frame,
     pack,
     random_frame,
     round_input,
@@ -171,6 +172,19 @@ def test_the_random_frame_is_the_same_everywhere(fresh_config, small_cameras):
     assert frame.img.mean() == pytest.approx(0, abs=0.02) and frame.img.std() == pytest.approx(1, abs=0.02)
     assert (frame.depth > 0).mean() == pytest.approx(0.05, abs=0.01)
     assert frame.depth[frame.depth > 0].min() >= 1 and frame.depth.max() <= 13
+
+
+def test_the_made_up_frame_is_shaped_as_real_ones_are(fresh_config, small_cameras):
+    settings = pipeline_settings(fresh_config(), small_cameras)
+    frame, again = made_frame(settings, 0), made_frame(settings, 0)
+    assert digest({"img": frame.img}) == digest({"img": again.img}) and frame.token == "made-up:0"
+    assert digest({"img": frame.img}) != digest({"img": made_frame(settings, 1).img})
+    assert "pixels" in pack(frame.img[None], settings["image"])  # of 8-bit images
+    steps = [np.abs(np.diff(frame.img, axis=-1))[..., at].mean() for at in (0, 1)]
+    assert steps[0] == 0 < steps[1] < frame.img.std()  # neighbours are alike
+    found = frame.depth[frame.depth > 0]
+    assert 0.005 < (frame.depth > 0).mean() < 0.04 and 1 <= found.min() < found.max() <= 13
+    assert not frame.depth[:, :, : int(0.4 * 64)].any()
 
 
 def test_a_changed_file_fails_and_the_other_parts_are_verified(folder, capsys):
