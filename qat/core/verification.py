@@ -59,10 +59,13 @@ def judge(
     quantization_db: float | None = None,
     float_db: float | None = None,
     pytorch_db: float | None = None,
+    limit: float | None = None,
 ) -> dict[str, Any]:
-    """max_abs, cosine, sqnr_db, with tolerance_db and passed, and where they are given quantization_db, float_db (the graph
-    against the float module) with float_tolerance_db, and pytorch_db (see `tolerance_db`)."""
-    entry: dict[str, Any] = {**difference, "tolerance_db": tolerance_db(quantization_db, pytorch_db)}
+    """max_abs, cosine, sqnr_db, with tolerance_db (or `limit`, if lower than FP32's, in its place) and passed, and where they
+    are given quantization_db, float_db (the graph against the float module) with float_tolerance_db, and pytorch_db (see
+    `tolerance_db`)."""
+    least = tolerance_db(quantization_db, pytorch_db) if limit is None else min(FP32_DB, limit)
+    entry: dict[str, Any] = {**difference, "tolerance_db": least}
     entry["passed"] = bool(difference["sqnr_db"] >= entry["tolerance_db"])
     if pytorch_db is not None:
         entry["pytorch_db"] = pytorch_db
@@ -73,6 +76,22 @@ def judge(
             entry["float_tolerance_db"] = min(FP32_DB, quantization_db + FLOAT_MARGIN_DB)
             entry["passed"] &= bool(float_db >= entry["float_tolerance_db"])
     return entry
+
+
+def what_is_wrong(row: Mapping[str, Any]) -> str:
+    """What is wrong with an output that did not pass, in words. row: its figures on a frame."""
+    if row["sqnr_db"] is None:
+        return "found NaN or infinite values"
+    if row["sqnr_db"] >= row["tolerance_db"]:
+        if row.get("float_db", 0) is None or row.get("float_db", 0) < row.get("float_tolerance_db", 0):
+            return (
+                f"found {row['float_db']:.1f} dB SQNR against the float module, expected "
+                f"{row['float_tolerance_db']:.1f} dB or more"
+            )
+        found = row.get("optimized_db")
+        what = "NaN or infinite values" if found is None else f"{found:.1f} dB SQNR"
+        return f"found {what} with ONNX Runtime's optimizer on, expected {row['tolerance_db']:.1f} dB or more"
+    return f"found {row['sqnr_db']:.1f} dB SQNR, expected {row['tolerance_db']:.1f} dB or more"
 
 
 def _words(stream: int, count: int, seed: int = 0) -> np.ndarray:

@@ -178,7 +178,7 @@ def export_parts(
         calibration_cache: also write each part's scales as a TensorRT calibration cache, with the graph without Q/DQ that
             it is for (`qat.export.calibration_cache`).
         reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
-        seed: of the random frame for verification.
+        seed: of the made-up frame for verification.
         frames: real ones to verify on too, what `qat.runtime.SampleTensors` describes, preprocessed for this model.
 
     Returns:

@@ -20,7 +20,7 @@ from qat.core.manifest_schema import check_verification
 from qat.core.onnx_cut import Cut
 from qat.core.onnx_file import check_graph, graph_opset
 from qat.core.sites import check_sites, grid_problems, site_line
-from qat.core.verification import Summary, compare_stored
+from qat.core.verification import Summary, compare_stored, what_is_wrong
 from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
 
 AS_IT_IS = "onnxruntime, optimizer off"
@@ -229,22 +229,6 @@ def verify_folder(
     }
 
 
-def _what(row: Mapping[str, Any]) -> str:
-    """What is wrong with an output."""
-    if row["sqnr_db"] is None:
-        return "found NaN or infinite values"
-    if row["sqnr_db"] >= row["tolerance_db"]:
-        if row.get("float_db", 0) is None or row.get("float_db", 0) < row.get("float_tolerance_db", 0):
-            return (
-                f"found {row['float_db']:.1f} dB SQNR against the float module, expected "
-                f"{row['float_tolerance_db']:.1f} dB or more"
-            )
-        found = row.get("optimized_db")
-        what = "NaN or infinite values" if found is None else f"{found:.1f} dB SQNR"
-        return f"found {what} with ONNX Runtime's optimizer on, expected {row['tolerance_db']:.1f} dB or more"
-    return f"found {row['sqnr_db']:.1f} dB SQNR, expected {row['tolerance_db']:.1f} dB or more"
-
-
 def print_verification(found: Mapping[str, Any]) -> None:
     """Prints `verify_folder`'s result: a table of outputs, then what is wrong."""
     from rich.table import Table
@@ -270,7 +254,7 @@ def print_verification(found: Mapping[str, Any]) -> None:
             verdict = "ok" if row["passed"] else "FAILED"
             table.add_row(name, output, *figures, f"{row['tolerance_db']:.1f}", str(len(row["frames"])), verdict)
             if not row["passed"]:
-                wrong.append(f"{part['file']}: {output}: {_what(row)} on frame {row['frame']}")
+                wrong.append(f"{part['file']}: {output}: {what_is_wrong(row)} on frame {row['frame']}")
     results_console(120).print(table)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
