@@ -290,9 +290,8 @@ def store(reference: np.ndarray, tolerance: float, outputs: int = 1) -> dict[str
     with np.errstate(over="ignore"):
         half = kept.astype(np.float16)
     finite = bool(np.isfinite(half).all()) and bool(np.isfinite(kept).all())
-    if finite and compare_tensors(kept, half.astype(np.float32))["sqnr_db"] >= tolerance + ENOUGH_DB:
-        kept = half
-    return {"whole" if whole else "some": kept}
+    enough = finite and compare_tensors(kept, half.astype(np.float32))["sqnr_db"] >= tolerance + ENOUGH_DB
+    return {"whole" if whole else "some": half if enough else kept}
 
 
 def compare_stored(stored: Mapping[str, np.ndarray], candidate: np.ndarray) -> tuple[TensorDifference, float]:

@@ -33,6 +33,7 @@ from qat.export.torch_parts import TorchPart
 from qat.lean.quantizer import BOUND, Quantizer
 
 NHWC = (0, 2, 3, 1)
+POOLING = ("Resize", "MaxPool")
 
 
 def expected_grids(quantizer: Quantizer, half: bool) -> list[tuple[np.ndarray, int, str]]:
@@ -78,6 +79,7 @@ def prepared(wrappers: Mapping[str, nn.Module], half: bool) -> dict[str, nn.Modu
 
 
 def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
+    layer: Any  # nn.Module's attributes have no types of their own
     for layer in modules:
         quantizer = getattr(layer, "weight_quantizer", None)
         if not isinstance(quantizer, Quantizer) or quantizer._disabled:
@@ -112,12 +114,10 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
 
 @dataclass
 class _Place:
-    """A quantizer's call in PyTorch and its pair in the graph. perm: from PyTorch's layout to the graph's, None for the same.
-    early: of a pair that a pass put before a pooling, whose call this is: what it takes in is rounded."""
+    """What the graph rounds in PyTorch, and its pair. perm: from PyTorch's layout to the graph's, None for the same."""
 
     pair: Pair
     perm: tuple[int, ...] | None = None
-    early: bool = False
 
     def to_graph(self, value: torch.Tensor) -> torch.Tensor:
         return value if self.perm is None else value.permute(*self.perm)
@@ -129,20 +129,28 @@ class _Place:
 Look = Callable[[str, torch.Tensor], None]
 
 
-class _Resizes(TorchFunctionMode):
-    """Inside the block, `change` sees and may replace what each interpolation takes in."""
+def _pooling(func: Any) -> str | None:
+    """The ONNX operator of a pooling that the CPU flavours round before (`qat.export.early_rounding`); None for all else."""
+    if func is nn.functional.interpolate or str(func).startswith("aten.upsample"):
+        return "Resize"
+    pools = (nn.functional.max_pool2d, torch.max_pool2d)
+    return "MaxPool" if func in pools or str(func).startswith("aten.max_pool2d") else None
 
-    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+
+class _Poolings(TorchFunctionMode):
+    """Inside the block, `change(operator, tensor)` sees and may replace what each pooling takes in."""
+
+    def __init__(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.change = change
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.interpolate:
+        if (operator := _pooling(func)) is not None:
             if args:
-                args = (self.change(args[0]), *args[1:])
+                args = (self.change(operator, args[0]), *args[1:])
             else:
-                kwargs = {**kwargs, "input": self.change(kwargs["input"])}
+                kwargs = {**kwargs, "input": self.change(operator, kwargs["input"])}
         return func(*args, **kwargs)
 
 
@@ -153,7 +161,8 @@ class _Hooks:
         self, owner: SiteReference, wrapper: nn.Module, given: Mapping[str, np.ndarray] | None, look: Look
     ) -> None:
         self.owner, self.wrapper, self.given, self.look = owner, wrapper, given, look
-        self.count = self.resized = 0
+        self.count = 0
+        self.pooled = dict.fromkeys(POOLING, 0)
         self.rounded: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # by id of what was rounded
         self.made: dict[int, tuple[weakref.ref[torch.Tensor], Pair]] = {}  # by id of what came out
 
@@ -171,8 +180,6 @@ class _Hooks:
                 place = self.owner.places[self.owner.same[at]]
                 return self._hand_on(place, inputs[0])
             return _half(result) if self.owner.half and result.dtype == torch.float32 else None
-        if place.early:
-            return type(module).forward(module, self._look_and_round(place, inputs[0]))
         self.rounded[id(inputs[0])] = weakref.ref(inputs[0]), at
         return self._look_and_round(place, inputs[0])
 
@@ -182,9 +189,10 @@ class _Hooks:
         self.look(place.pair.codes, place.to_graph(value))
         return self._hand_on(place, value)
 
-    def resize(self, value: torch.Tensor) -> torch.Tensor:
-        """What the next interpolation takes in instead of `value`."""
-        place, self.resized = self.owner.resizes.get(self.resized), self.resized + 1
+    def pool(self, operator: str, value: torch.Tensor) -> torch.Tensor:
+        """What the next pooling of this kind takes in instead of `value`."""
+        place = self.owner.early.get((operator, self.pooled[operator]))
+        self.pooled[operator] += 1
         return value if place is None else self._look_and_round(place, value)
 
     def _hand_on(self, place: _Place, value: torch.Tensor) -> torch.Tensor:
@@ -205,7 +213,7 @@ class _Hooks:
         self.made[id(result)] = weakref.ref(result), pair
         return result
 
-    def before_layer(self, layer: nn.Module, inputs: Any) -> None:
+    def before_layer(self, layer: Any, inputs: Any) -> None:
         """Rounds a convolution's bias to the scale of its products, as the CPU flavours store it."""
         bias, steps = layer.float_bias, layer.product_steps
         alive, pair = self.made.get(id(inputs[0]), (None, None))
@@ -227,7 +235,7 @@ class _Hooks:
         double = next(self.wrapper.parameters()).dtype == torch.float64
         values = {name: array.astype(np.float64) if double else array for name, array in feeds.items()}
         try:
-            with self.owner.calls._watched(self.record, self.wrapper), _Resizes(self.resize):
+            with self.owner.calls._watched(self.record, self.wrapper), _Poolings(self.pool):
                 return TorchPart(self.wrapper).run(values)
         finally:
             for handle in handles:
@@ -272,7 +280,7 @@ class SiteReference:
         self.same: dict[int, int] = {}
         self.modules: dict[str, str] = {}
         self.problems: list[str] = []
-        self.resizes: dict[int, _Place] = {}  # by their order: PyTorch's have no module
+        self.early: dict[tuple[str, int], _Place] = {}  # by the order of the poolings: not all have a module in PyTorch
         back: dict[str, list[str]] = {}
         early: dict[str, onnx.NodeProto] = {}  # pairs of `qat.export.early_rounding`
         readers = consumers(model.graph)
@@ -280,29 +288,27 @@ class SiteReference:
             if node.op_type == "DequantizeLinear":
                 back.setdefault(node.input[0], []).append(node.output[0])
                 after = readers[node.output[0]]
-                if len(after) == 1 and after[0].op_type in ("Resize", "MaxPool"):
+                if len(after) == 1 and after[0].op_type in POOLING:
                     early[node.input[0]] = after[0]
-        resizes = [node.name for node in model.graph.node if node.op_type == "Resize"]
+        order: dict[str, tuple[str, int]] = {}
+        for operator in POOLING:
+            named = [node.name for node in model.graph.node if node.op_type == operator]
+            order |= {name: (operator, index) for index, name in enumerate(named)}
         for name, pair in self.cut.pairs.items():
             found = [matches.call_of[o] for o in back.get(name, ()) if o in matches.call_of]
-            if not found and (after := early.get(name)) is not None:
-                if after.op_type == "Resize":
-                    self.resizes[resizes.index(after.name)] = _Place(pair, early=True)
-                    self.modules[name] = f"the input of {after.name}"
-                elif after.output[0] in matches.call_of:
-                    at = matches.call_of[after.output[0]]
-                    self.places[at] = _Place(pair, early=True)
-                    self.modules[name] = f"the input of {self.calls.calls[at].path}"
-            if name in self.modules:
+            if not found and (pooling := early.get(name)) is not None:
+                self.early[order[pooling.name]] = _Place(pair)
+                self.modules[name] = f"the input of {pooling.name}"
                 continue
-            if not found:
+            call = self.calls.calls[found[0]] if found else None
+            if call is None or not isinstance(call.module, Quantizer):
                 self.problems.append(f"{pair.node or name}: no quantizer of the module's")
                 continue
-            call = self.calls.calls[found[0]]
             self.modules[name] = call.path
             self.places[found[0]] = _Place(pair)
-            if not _is_one_of(pair, expected_grids(call.module, half)):
-                scale, _, dtype = expected_grids(call.module, half)[0]
+            grids = expected_grids(call.module, half)
+            if not _is_one_of(pair, grids):
+                scale, _, dtype = grids[0]
                 self.problems.append(
                     f"{call.path}: found scale {pair.scale.ravel()[0]:.9g}, zero point {pair.zero.ravel()[0]} ({pair.dtype}), "
                     f"its quantizer has {scale[0]:.9g} ({dtype})"
@@ -320,8 +326,6 @@ class SiteReference:
         """Which sites have another layout in the graph: a pass may have left their channels last."""
         types = tensor_types(fixed_inputs(model, feeds))
         for at, place in self.places.items():
-            if place.early:
-                continue
             here = tuple(d.dim_value for d in types[place.pair.codes].shape.dim)
             there = self.calls.calls[at].shape
             if here != there and len(there) == 4 and here == tuple(there[axis] for axis in NHWC):

@@ -328,12 +328,16 @@ class Verification:
         codes = reference.codes(feeds)
         patches = reference.patches(codes)
         repeated = {site: tile(patch, codes[site].shape) for site, patch in patches.items()}
-        cut, wrong = reference.cut, {}
+        cut = reference.cut
+        wrong: dict[str, dict[str, Any]] = {}
         worst: dict[str, Any] = {"off": 0.0, "slack": 0.0, "share": 0.0}
         for given, kept in ((codes, None), (repeated, patches)):
             if reference.problems:
                 break
             sites = reference.sites(feeds, given, kept)
+            if missing := sorted(set(cut.sites) - set(sites)):
+                reference.problems += [f"{site}: PyTorch computes nothing there" for site in missing]
+                break
             for optimized in (False, True):
                 found = check_sites(cut, sites, feeds, given, optimized=optimized)
                 for row in reference.failures(found):
