@@ -176,22 +176,15 @@ class Runner:
     def __init__(self, cut: Cut, sizes: Mapping[str, int], threads: int = 0, optimized: bool = False) -> None:
         from qat.engine.onnxruntime_backend import PlainGraph
 
-        self._pieces = []
+        self._pieces: list[tuple[Any, dict[str, str]]] = []
         for group in groups(cut, sizes):
-            graph, takes, names = cut.segments(group)
-            self._pieces.append((lambda g=graph: PlainGraph(g, threads, optimized), takes, names))
+            graph, _, names = cut.segments(group)
+            self._pieces.append((PlainGraph(graph, threads, optimized), names))
 
     def run(self, codes: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         """Arrays by name (codes; inputs of the graph in its types) → each site with its codes or values."""
-        for make, takes, names in self._pieces:
-            graph = make()
-            found = graph.run(
-                {
-                    name: codes[name].astype(spec.dtype, copy=False)
-                    for name, spec in graph.inputs.items()
-                    if name in takes
-                }
-            )
+        for graph, names in self._pieces:
+            found = graph.run({name: codes[name].astype(spec.dtype, copy=False) for name, spec in graph.inputs.items()})
             for site, name in names.items():
                 yield site, found.pop(name)
 
@@ -201,16 +194,16 @@ def check_sites(
     sites: Mapping[str, Site],
     feeds: Mapping[str, np.ndarray],
     codes: Mapping[str, np.ndarray] | None = None,
-    threads: int = 0,
-    optimized: bool = False,
+    runner: Runner | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Runs every site's segment and compares.
 
     Args:
         cut: the graph.
         sites: the reference of each of its sites.
-        feeds: the graph's inputs, in its types.
+        feeds: the graph's inputs.
         codes: what the segments take in; None for the sites' patches, repeated.
+        runner: `runner_of` these; None for one with the optimizer off.
 
     Returns:
         for each site what `Site.compare` says, in the graph's order.
@@ -222,9 +215,14 @@ def check_sites(
         raise UserError(f"found {len(strange)} sites on one side alone: {', '.join(strange[:3])}")
     if codes is None:
         codes = {name: tile(site.patch, site.shape) for name, site in sites.items() if site.patch is not None}
-    sizes = {name: int(np.prod(site.shape)) * (1 if name in cut.pairs else 4) for name, site in sites.items()}
-    runner = Runner(cut, sizes, threads, optimized)
+    runner = runner or runner_of(cut, sites)
     return {name: sites[name].compare(found, cut.pairs.get(name)) for name, found in runner.run({**feeds, **codes})}
+
+
+def runner_of(cut: Cut, sites: Mapping[str, Site], threads: int = 0, optimized: bool = False) -> Runner:
+    """A `Runner` of a graph with these sites, for `check_sites`."""
+    sizes = {name: int(np.prod(site.shape)) * (1 if name in cut.pairs else 4) for name, site in sites.items()}
+    return Runner(cut, sizes, threads, optimized)
 
 
 def grid_problems(cut: Cut, expected: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qat.core.onnx_cut import Cut, Pair
-from qat.core.sites import Site, check_sites, cut_patch, places, site_line, tile
+from qat.core.sites import Site, cut_patch, places, site_line
 from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
@@ -429,6 +429,3 @@ class SiteReference:
                     }
                 )
         return rows
-
-
-__all__ = ["SiteReference", "check_sites", "expected_grids", "tile"]

@@ -18,6 +18,7 @@ import onnx
 import torch
 
 from qat.core.files import sha256
+from qat.core.sites import Runner, check_sites, runner_of, tile
 from qat.core.tensors import compare_tensors, frame_digest
 from qat.core.verification import (
     FILE,
@@ -35,7 +36,7 @@ from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.bisect import diagnose
 from qat.export.flavour_tensorrt_strong import verify_strong
 from qat.export.lookups import constants
-from qat.export.sites import SiteReference, check_sites, prepared, tile
+from qat.export.sites import SiteReference, prepared
 from qat.export.torch_parts import TorchPart
 from qat.lean.modes import quantizers_off, recording_scales
 
@@ -322,14 +323,15 @@ class Verification:
         return exact.run({key: value.astype(np.float64) for key, value in feeds.items()})
 
     def _check_sites(self, name: str, reference: SiteReference) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The part's `sites` and what of them diverges: on the codes of a real frame, and on patches of these, which are kept;
-        with the optimizer off and on."""
+        """The part's `sites` and what of them diverges: on the codes of a real frame, and on patches of these, which are kept,
+        with the optimizer on too."""
         feeds = self.running[self.whole].feeds
         codes = reference.codes(feeds)
         patches = reference.patches(codes)
         repeated = {site: tile(patch, codes[site].shape) for site, patch in patches.items()}
         cut = reference.cut
         wrong: dict[str, dict[str, Any]] = {}
+        runners: dict[bool, Runner] = {}
         worst: dict[str, Any] = {"off": 0.0, "slack": 0.0, "share": 0.0}
         for given, kept in ((codes, None), (repeated, patches)):
             if reference.problems:
@@ -338,8 +340,10 @@ class Verification:
             if missing := sorted(set(cut.sites) - set(sites)):
                 reference.problems += [f"{site}: PyTorch computes nothing there" for site in missing]
                 break
-            for optimized in (False, True):
-                found = check_sites(cut, sites, feeds, given, optimized=optimized)
+            for optimized in (False, True) if kept else (False,):
+                if optimized not in runners:
+                    runners[optimized] = runner_of(cut, sites, optimized=optimized)
+                found = check_sites(cut, sites, feeds, given, runners[optimized])
                 for row in reference.failures(found):
                     row["note"] += " with ONNX Runtime's optimizer on" if optimized else ""
                     wrong.setdefault(row["node"], row)

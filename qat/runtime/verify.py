@@ -19,7 +19,7 @@ from qat.core.manifest import FILE, load_manifest, pipeline_of
 from qat.core.manifest_schema import check_verification
 from qat.core.onnx_cut import Cut
 from qat.core.onnx_file import check_graph, graph_opset
-from qat.core.sites import check_sites, grid_problems, site_line
+from qat.core.sites import check_sites, grid_problems, runner_of, site_line
 from qat.core.verification import Summary, compare_stored, what_is_wrong
 from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
 
@@ -145,7 +145,8 @@ def _check_sites(
     feeds = summary.inputs(name, about["frame"])
     failed: dict[str, str] = {}
     for optimized in (False, True):
-        for site, entry in check_sites(cut, sites, feeds, threads=options.threads, optimized=optimized).items():
+        runner = runner_of(cut, sites, options.threads, optimized)
+        for site, entry in check_sites(cut, sites, feeds, runner=runner).items():
             if not entry["passed"] and site not in failed:
                 line = site_line({**entry, "codes": site in cut.pairs}, modules.get(site, f"output {site}"))
                 failed[site] = line + (" with ONNX Runtime's optimizer on" if optimized else "")
