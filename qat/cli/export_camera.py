@@ -38,6 +38,8 @@ from qat.cli.flags import (
 from qat.cli.json_output import add_json_flag, emit_json
 from qat.core.errors import UserError
 
+SHOWN = 5  # diverging layers of a part
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
@@ -113,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exports, then prints what was written and how close it is to PyTorch."""
     from qat.cli.flags import verification_frames
+    from qat.core.verification import what_is_wrong
     from qat.export.bisect import describe
     from qat.export.checkpoint import export_checkpoint
 
@@ -184,12 +187,10 @@ def run(args: argparse.Namespace) -> int:
             )
         for name, figures in part["verification"].items():
             if not figures["passed"]:
-                print(
-                    f"error: {folder / part['file']}: {name}: found {figures['sqnr_db']:.1f} dB SQNR against PyTorch, "
-                    f"expected {figures['tolerance_db']:.1f} dB or more",
-                    file=sys.stderr,
-                )
-        for layer in part.get("divergence", ()):
+                print(f"error: {folder / part['file']}: {name}: {what_is_wrong(figures)}", file=sys.stderr)
+        for problem in part.get("sites", {}).get("problems", ()):
+            print(f"error: {folder / part['file']}: {problem}", file=sys.stderr)
+        for layer in part.get("divergence", ())[:SHOWN]:
             print(f"error: {folder / part['file']}: {describe(layer)}", file=sys.stderr)
     return FAILED
 

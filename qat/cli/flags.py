@@ -184,7 +184,7 @@ def verification_frames(args: argparse.Namespace) -> Callable[[dict[str, Any]], 
     root, count = args.data, 1 if args.frames is None else args.frames
     chosen = root is not None
     if count < 0:
-        raise UserError(f"--frames: found {count}, expected 0 (the random frame alone) or more")
+        raise UserError(f"--frames: found {count}, expected 0 (the made-up frame alone) or more")
     if root is None and EXAMPLE.is_dir():
         root = EXAMPLE
     if root is None:

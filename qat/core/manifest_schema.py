@@ -231,13 +231,28 @@ _VERIFICATION = _section(
     file=_text,
     sha256=_text,
     stored=_map(_list(_number(0, 1 << 30, whole=True))),
-    random_sha256=_text,
+    made_sha256=_text,
+)
+_DECIBELS = _list(_or(_null, _number(-1e9, 1e9)))
+_PAIR = _section(
+    tensor=_text,
+    node=_text,
+    module=_text,
+    dtype=_text,
+    scale=_list(_number(0, 1e30), 1, 1 << 20),
+    zero_point=_list(_number(-128, 255, whole=True), 1, 1 << 20),
+)
+_SITES = _section(
+    frame=_number(0, 1 << 30, whole=True), pairs=_list(_PAIR), outputs=_list(_text), problems=_list(_text)
 )
 _VERIFIED_PART = _section(
+    {"sites": _SITES},
     opset=_number(1, 1000, whole=True),
     inputs=_TENSORS,
     outputs=_TENSORS,
-    verification=_map(_section(frames=_section(tolerance_db=_list(_number(-1e9, 1e9))))),
+    verification=_map(
+        _section(frames=_section({"float_tolerance_db": _DECIBELS}, tolerance_db=_list(_number(-1e9, 1e9))))
+    ),
 )
 
 
@@ -255,7 +270,10 @@ def check_verification(path: str | Path, manifest: Mapping[str, Any], mend: str)
             if not stored or max(stored) >= len(about["frames"]):
                 _fail(f"verification: stored: {name}", stored, "numbers of the frames")
             for output, row in part["verification"].items():
-                if len(row["frames"]["tolerance_db"]) <= max(stored):
-                    _fail(f"{name}: verification: {output}", row["frames"], "a tolerance for each frame")
+                for key in ("tolerance_db", "float_tolerance_db"):
+                    if key in row["frames"] and len(row["frames"][key]) <= max(stored):
+                        _fail(f"{name}: verification: {output}", row["frames"], "a tolerance for each frame")
+            if "sites" in part and part["sites"]["frame"] not in stored:
+                _fail(f"{name}: sites: frame", part["sites"]["frame"], "one of the stored frames")
     except _Wrong as wrong:
         raise UserError(f"{path}: {wrong}: damaged; {mend}") from None

@@ -165,7 +165,7 @@ def _number(data: memoryview, number: int) -> int:
     return next((value for found, value in _fields(data) if found == number and isinstance(value, int)), 0)
 
 
-def _node(data: memoryview) -> tuple[Node, int]:
+def _read_node(data: memoryview) -> tuple[Node, int]:
     """The node, and the type of the constant in it, 0 where it has none."""
     node, constant = Node(), 0
     for number, value in _fields(data):
@@ -212,7 +212,7 @@ def _read(data: memoryview) -> Outline:
         if not isinstance(value, memoryview):
             continue
         if number == 1:
-            node, constant = _node(value)
+            node, constant = _read_node(value)
             outline.nodes.append(node)
             if node.kind == "Constant" and node.outputs:
                 outline.types[node.outputs[0]] = constant
@@ -361,7 +361,7 @@ def _check_order(graph: memoryview, outer: set[str], depth: int = 0) -> None:
     made: set[str] = set()
     known = outer | given
     for data in nodes:
-        node, _ = _node(data)
+        node, _ = _read_node(data)
         if missing := [name for name in node.inputs if name and name not in known]:
             raise ValueError(f"{node.kind[:40]} reads {missing[0][:80]!r}, which nothing before it gives")
         for attribute in _messages(data, 5):

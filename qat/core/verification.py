@@ -1,17 +1,8 @@
 """What an export and a later `bevqat verify` share: frames, tolerances, the figures, and verification.npz.
 
-qat.export compares each graph with PyTorch and keeps, in verification.npz, what repeats the comparison without PyTorch:
-the inputs, exactly, and of each reference output
-
-- SUMS sums over the whole tensor, each value with a random sign in one random sum of them (a count sketch: Charikar,
-  Chen and Farach-Colton, ICALP 2002). For a difference d of two tensors, the squared differences of their sums add up to
-  |d|² on average, with a standard deviation of at most √(2/SUMS)·|d|² = 2.2 % whatever d looks like. (A sample of n
-  values has √((κ−1)/n), where κ is the kurtosis of d: it misses an error that sits in few places. A single wrong value
-  anywhere changes a sum.) Five standard deviations are 0.46 dB, SUMS_DB, and that much less than the tolerance passes.
-- VALUES of its values, one from each of as many equal stretches, for the largest difference.
-- its energy |ref|².
-
-Tensors of at most SUMS values are kept whole, and their figures are exact.
+qat.export compares each graph with PyTorch and keeps, in verification.npz, what repeats the comparison without PyTorch: the
+inputs, exactly; the outputs, in half precision where that is enough (`store`); of INT8 graphs the outputs without rounding
+too, and the reference of each site (`qat.core.sites`).
 
 Everything random comes from PCG64's raw words, whose stream numpy guarantees; its distributions may change from one
 version to the next.
@@ -34,33 +25,73 @@ from qat.core.files import sha256
 from qat.core.frame import FrameArrays
 from qat.core.geometry import camera_ring
 from qat.core.preprocess import normalize
-from qat.core.tensors import TensorDifference, compare_tensors, decibels
+from qat.core.sites import Site
+from qat.core.tensors import TensorDifference, compare_tensors
 
 FILE = "verification.npz"
-FP32_DB, INT8_MARGIN_DB = 80.0, -3.0
-SUMS, VALUES = 4096, 4096
-SUMS_DB = 10 * math.log10(1 + 5 * math.sqrt(2 / SUMS))
+FP32_DB = 80.0
+FLOAT_MARGIN_DB = -3.0  # an INT8 graph may have twice the noise of its simulation
+INT8_MARGIN_DB = -20 * math.log10(1 + math.sqrt(2))  # the two noises beside each other, at worst: -7.66 dB
+NOISIER_DB = -20 * math.log10(2)  # a graph may be twice as far from float64 as PyTorch is: -6.02 dB
+VALUES, LEAST_VALUES = 1 << 17, 4096  # kept of a part's outputs together, and of each at least
+SAMPLE_DB = 1.0  # the SQNR of kept values may be this much below that of all
+ENOUGH_DB = 20.0  # what is kept in half precision is this much closer than the tolerance asks
 SIGNIFICANT = 5  # bits of an inner part's input; see `round_input`
 _SPARSE = 0.125  # share of values other than zero up to which they are kept with their places
-_SIGNS, _PLACES, _IMAGES, _DEPTH = range(4)  # streams
+_PLACES, _IMAGES, _DEPTH = range(1, 4)  # streams
+_PATCHES = 100  # and one for each size of patch
 
 
-def tolerance_db(quantization_db: float | None = None) -> float:
-    """The least SQNR of a graph's output beside PyTorch's.
+def tolerance_db(quantization_db: float | None = None, pytorch_db: float | None = None) -> float:
+    """The least SQNR of a graph's output beside its reference; docs/verify.md derives it.
 
-    Derived in docs/verify.md: 80 dB for FP32; for a graph that rounds, 3 dB below the SQNR of the fake-quantized module
-    against the float one on the same inputs, `quantization_db`.
+    Args:
+        quantization_db: for a graph that rounds, the SQNR of its simulation in PyTorch against the float module.
+        pytorch_db: where the reference is in float64, the SQNR of PyTorch's own float32 against it.
     """
-    return FP32_DB if quantization_db is None else min(FP32_DB, quantization_db + INT8_MARGIN_DB)
+    if quantization_db is not None:
+        return min(FP32_DB, quantization_db + INT8_MARGIN_DB)
+    return FP32_DB if pytorch_db is None else min(FP32_DB, pytorch_db + NOISIER_DB)
 
 
-def judge(difference: TensorDifference, quantization_db: float | None = None) -> dict[str, Any]:
-    """max_abs, cosine, sqnr_db, with tolerance_db, quantization_db (where there is one) and passed."""
-    entry: dict[str, Any] = {**difference, "tolerance_db": tolerance_db(quantization_db)}
+def judge(
+    difference: TensorDifference,
+    quantization_db: float | None = None,
+    float_db: float | None = None,
+    pytorch_db: float | None = None,
+    limit: float | None = None,
+) -> dict[str, Any]:
+    """max_abs, cosine, sqnr_db, with tolerance_db (or `limit`, if lower than FP32's, in its place) and passed, and where they
+    are given quantization_db, float_db (the graph against the float module) with float_tolerance_db, and pytorch_db (see
+    `tolerance_db`)."""
+    least = tolerance_db(quantization_db, pytorch_db) if limit is None else min(FP32_DB, limit)
+    entry: dict[str, Any] = {**difference, "tolerance_db": least}
+    entry["passed"] = bool(difference["sqnr_db"] >= entry["tolerance_db"])
+    if pytorch_db is not None:
+        entry["pytorch_db"] = pytorch_db
     if quantization_db is not None:
         entry["quantization_db"] = quantization_db
-    entry["passed"] = bool(difference["sqnr_db"] >= entry["tolerance_db"])
+        if float_db is not None:
+            entry["float_db"] = float_db
+            entry["float_tolerance_db"] = min(FP32_DB, quantization_db + FLOAT_MARGIN_DB)
+            entry["passed"] &= bool(float_db >= entry["float_tolerance_db"])
     return entry
+
+
+def what_is_wrong(row: Mapping[str, Any]) -> str:
+    """What is wrong with an output that did not pass, in words. row: its figures on a frame."""
+    if row["sqnr_db"] is None:
+        return "found NaN or infinite values"
+    if row["sqnr_db"] >= row["tolerance_db"]:
+        if row.get("float_db", 0) is None or row.get("float_db", 0) < row.get("float_tolerance_db", 0):
+            return (
+                f"found {row['float_db']:.1f} dB SQNR against the float module, expected "
+                f"{row['float_tolerance_db']:.1f} dB or more"
+            )
+        found = row.get("optimized_db")
+        what = "NaN or infinite values" if found is None else f"{found:.1f} dB SQNR"
+        return f"found {what} with ONNX Runtime's optimizer on, expected {row['tolerance_db']:.1f} dB or more"
+    return f"found {row['sqnr_db']:.1f} dB SQNR, expected {row['tolerance_db']:.1f} dB or more"
 
 
 def _words(stream: int, count: int, seed: int = 0) -> np.ndarray:
@@ -96,6 +127,40 @@ def random_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
         np.eye(4),
     )
     return FrameArrays(f"random:{seed}", *(array.astype(np.float32) for array in arrays))
+
+
+def made_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
+    """A made-up keyframe that is shaped as real ones are, for exports without data; the same bits on every machine.
+
+    img: patches of 32, 8 and 2 pixels in one another, dark ones and bright ones. depth: a lidar's lines, every fourth row below
+    a horizon at two fifths of the height, one pixel in eight, on a plane with things standing on it. The cameras stand in a
+    ring, as in `random_frame`.
+
+    Args:
+        settings: a manifest's `pipeline` section.
+    """
+    frame = random_frame(settings, seed)
+    count, (height, width) = len(settings["cameras"]), settings["image"]["size"]
+
+    def patches(size: int, channels: int) -> np.ndarray:
+        rows, columns = -(-height // size), -(-width // size)
+        words = _words(_PATCHES + size, count * rows * columns * channels, seed) & np.uint64(255)
+        made = words.astype(np.int64).reshape(count, rows, columns, channels)
+        return made.repeat(size, 1).repeat(size, 2)[:, :height, :width]
+
+    pixels = ((4 * patches(32, 3) + 2 * patches(8, 3) + patches(2, 3)) // 7).astype(np.uint8)
+    image = settings["image"]
+    frame.img = np.stack([normalize(one, image["mean"], image["std"]) for one in pixels])
+    low, high, _ = settings["vtransform"]["dbound"]
+    rows = np.arange(height, dtype=np.float64)
+    plane = low + (high - low) * 0.04 * height / np.maximum(rows - 0.4 * height, 0.04 * height)
+    nearer = 1 - patches(16, 1)[..., 0] / 512.0
+    metres = np.maximum(plane[None, :, None] * nearer, low)
+    hits = (_words(_DEPTH, count * height * width, seed) & np.uint64(7)).reshape(count, height, width) == 0
+    hits &= ((rows >= 0.4 * height) & (rows % 4 == 0))[None, :, None]
+    frame.depth = np.where(hits, metres, 0.0).astype(np.float32)[:, None]
+    frame.token = f"made-up:{seed}"
+    return frame
 
 
 def check_frame(settings: Mapping[str, Any], frame: Any, token: str) -> None:
@@ -204,47 +269,47 @@ def unpack(packed: Mapping[str, np.ndarray], shape: Sequence[int], image: Mappin
     return packed["raw"].reshape(shape)
 
 
-def _sums(flat: np.ndarray) -> np.ndarray:
-    words = _words(_SIGNS, flat.size)
-    signed = np.where(words & np.uint64(1), flat, -flat)
-    which = ((words >> np.uint64(1)) % np.uint64(SUMS)).astype(np.int64)
-    return np.bincount(which, weights=signed, minlength=SUMS).astype(np.float32)
+def _value_places(size: int, count: int) -> np.ndarray:
+    """int64[count]: a place in each of `count` equal stretches of a tensor."""
+    edges = np.arange(count + 1, dtype=np.int64) * size // count
+    words = _words(_PLACES, count)
+    return edges[:-1] + (words % np.diff(edges).astype(np.uint64)).astype(np.int64)
 
 
-def _places(size: int) -> np.ndarray:
-    edges = np.arange(VALUES + 1, dtype=np.int64) * size // VALUES
-    widths = np.diff(edges)
-    return edges[:-1] + (_words(_PLACES, VALUES) % widths.astype(np.uint64)).astype(np.int64)
+def store(reference: np.ndarray, tolerance: float, outputs: int = 1) -> dict[str, np.ndarray]:
+    """What is kept of one of a part's `outputs`: `whole`, or `some` of its values at places that follow from its size.
+
+    In half precision where that is closer to the reference than `tolerance` (dB) asks by ENOUGH_DB, so that it costs 0.05 dB
+    of it; else in float32.
+    """
+    most = max(LEAST_VALUES, VALUES // outputs)
+    whole = reference.size <= most
+    kept = reference.astype(np.float32)
+    if not whole:
+        kept = kept.ravel()[_value_places(reference.size, most)]
+    with np.errstate(over="ignore"):
+        half = kept.astype(np.float16)
+    finite = bool(np.isfinite(half).all()) and bool(np.isfinite(kept).all())
+    enough = finite and compare_tensors(kept, half.astype(np.float32))["sqnr_db"] >= tolerance + ENOUGH_DB
+    return {"whole" if whole else "some": half if enough else kept}
 
 
-def summarize(reference: np.ndarray) -> dict[str, np.ndarray]:
-    """What is kept of a reference output: `whole`, or `sums`, `values` and `energy`."""
-    flat = reference.astype(np.float64).ravel()
-    if flat.size <= SUMS:
-        return {"whole": reference.astype(np.float32)}
-    return {"sums": _sums(flat), "values": flat[_places(flat.size)].astype(np.float32), "energy": np.array(flat @ flat)}
-
-
-def compare_summary(summary: Mapping[str, np.ndarray], candidate: np.ndarray) -> tuple[TensorDifference, float]:
-    """Compares a tensor with the summary of its reference.
+def compare_stored(stored: Mapping[str, np.ndarray], candidate: np.ndarray) -> tuple[TensorDifference, float]:
+    """Compares a tensor with what `store` kept of its reference.
 
     Returns:
-        the figures (max_abs over the kept values alone), and by how many dB sqnr_db may be too low: 0 or SUMS_DB.
+        the figures, over the kept values, and by how many dB sqnr_db may be too low: 0, or SAMPLE_DB where some are kept.
 
     Raises:
-        UserError: a value that is not finite.
+        UserError: a value that is not finite, other shapes.
     """
-    if "whole" in summary:
-        return compare_tensors(summary["whole"].reshape(candidate.shape), candidate), 0.0
-    flat = candidate.astype(np.float64).ravel()
-    if not np.isfinite(flat).all():
+    if "whole" in stored:
+        return compare_tensors(stored["whole"].astype(np.float32).reshape(candidate.shape), candidate), 0.0
+    if not np.isfinite(candidate).all():
         raise NotFiniteError("compare: found NaN or infinite values, expected finite tensors")
-    difference = _sums(flat).astype(np.float64) - summary["sums"]
-    noise, signal, energy = float(difference @ difference), float(summary["energy"]), float(flat @ flat)
-    norms = math.sqrt(signal * energy)
-    cosine = 1.0 if noise == 0 else (signal + energy - noise) / (2 * norms) if norms else 0.0
-    largest = np.abs(flat[_places(flat.size)] - summary["values"].astype(np.float64)).max()
-    return {"max_abs": float(largest), "cosine": cosine, "sqnr_db": decibels(signal, noise)}, SUMS_DB
+    kept = stored["some"]
+    values = candidate.ravel()[_value_places(candidate.size, kept.size)]
+    return compare_tensors(kept.astype(np.float32), values.astype(np.float32)), SAMPLE_DB
 
 
 def write_summary(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -298,16 +363,16 @@ class Summary:
         """What the part took in.
 
         Raises:
-            UserError: the random frame comes out otherwise here than at the export.
+            UserError: the made-up frame comes out otherwise here than at the export.
         """
         specs = self.parts[part]["inputs"]
         names = list(specs)
         if frame == 0 and part == "camera.backbone":
-            made = [random_frame(self.settings, self.about["seed"] + n) for n in range(self.about["batch"])]
+            made = [made_frame(self.settings, self.about["seed"] + n) for n in range(self.about["batch"])]
             arrays = {name: np.stack([getattr(one, name) for one in made]) for name in names}
-            if digest(arrays) != self.about["random_sha256"]:
+            if digest(arrays) != self.about["made_sha256"]:
                 raise UserError(
-                    f"{self._path}: the random frame of seed {self.about['seed']} comes out otherwise here than at the "
+                    f"{self._path}: the made-up frame of seed {self.about['seed']} comes out otherwise here than at the "
                     "export; numpy's PCG64 or its float32 arithmetic differs: please report it"
                 )
             return arrays
@@ -320,5 +385,27 @@ class Summary:
         return result
 
     def reference(self, part: str, frame: int, output: str) -> dict[str, np.ndarray]:
-        """The summary of what PyTorch gave, for `compare_summary`."""
+        """What is kept of PyTorch's output, for `compare_stored`."""
         return self._group(f"{frame}/{part}/out/{output}/")
+
+    def unquantized(self, part: str, frame: int, output: str) -> dict[str, np.ndarray]:
+        """The same of the float module's output; empty for a graph that does not round."""
+        return self._group(f"{frame}/{part}/float/{output}/")
+
+    def sites(self, part: str) -> dict[str, Site]:
+        """The reference of an INT8 part's sites.
+
+        Raises:
+            UserError: what is kept does not fit the manifest.
+        """
+        about = self.parts[part]["sites"]
+        names = [entry["tensor"] for entry in about["pairs"]] + list(about["outputs"])
+        packed = self._group(f"sites/{part}/")
+        found = {}
+        for index, name in enumerate(names):
+            own = {key.removeprefix(f"{index}/"): value for key, value in packed.items() if key.startswith(f"{index}/")}
+            try:
+                found[name] = Site.unpack(name, own)
+            except KeyError as error:
+                raise UserError(f"{self._path}: {part}: {name}: {error} is missing: damaged; export again") from None
+        return found

@@ -123,6 +123,7 @@ class _Calls:
         # By a tensor's id, which is its own only while it lives: nothing is kept alive for this.
         producers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._stack: list[str] = []
+        self._listed: dict[int, list[tuple[str, nn.Module, bool]]] = {}
 
         def record(path: str, module: nn.Module, inputs: Any, result: torch.Tensor) -> None:
             scope = "".join(f"/{name}" for name in self._stack)
@@ -148,18 +149,28 @@ class _Calls:
                     i for i in range(at + 1, len(self.calls)) if self.calls[i].path == call.consumer
                 )
 
+    def _modules(self, root: nn.Module) -> list[tuple[str, nn.Module, bool]]:
+        """Path, module, and whether it has no children but quantizers, of every module but the root."""
+        if id(root) not in self._listed:
+            found = []
+            for path, module in root.named_modules():
+                if path:
+                    leaf = not any(not isinstance(child, Quantizer) for child in module.children())
+                    # Weight quantizers are called too, but are looked at beside their layer.
+                    found.append((path, module, leaf and not path.endswith("weight_quantizer")))
+            self._listed[id(root)] = found
+        return self._listed[id(root)]
+
     @contextmanager
-    def _watched(self, record: Callable[[str, nn.Module, Any, torch.Tensor], None]) -> Iterator[None]:
-        """Hooks on every module of the part; `record(path, module, inputs, result)` for those without children."""
-        root = self.part.wrapper
+    def _watched(
+        self, record: Callable[[str, nn.Module, Any, torch.Tensor], torch.Tensor | None], root: nn.Module | None = None
+    ) -> Iterator[None]:
+        """Hooks on every module of the part (or of `root`, a copy of it); `record(path, module, inputs, result)` for those
+        without children, whose result is what `record` returns, if it returns something."""
+        root = self.part.wrapper if root is None else root
         self._stack = []
         handles = []
-        for path, module in root.named_modules():
-            if not path:
-                continue
-            # Weight quantizers are called too, but are looked at beside their layer.
-            leaf = not any(not isinstance(child, Quantizer) for child in module.children())
-            leaf &= not path.endswith("weight_quantizer")
+        for path, module, leaf in self._modules(root):
 
             def before(_: nn.Module, __: Any, label: str = _label(path)) -> None:
                 self._stack.append(label)
@@ -170,10 +181,10 @@ class _Calls:
                 result: Any,
                 path: str = path.removeprefix("detector."),
                 leaf: bool = leaf,
-            ) -> None:
-                if leaf and isinstance(result, torch.Tensor):
-                    record(path, module, inputs, result)
+            ) -> torch.Tensor | None:
+                other = record(path, module, inputs, result) if leaf and isinstance(result, torch.Tensor) else None
                 self._stack.pop()
+                return other
 
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         try:
@@ -195,15 +206,6 @@ class _Calls:
 
         with self._watched(record):
             return self.part.run(self.feeds)
-
-
-def _scope(node: onnx.NodeProto) -> tuple[str, int]:
-    """A node's scope without its number, and the number: ("/decoder/relu", 1) of "/decoder/relu_1/Relu"."""
-    scope = node.name.rpartition("/")[0]
-    stem, _, number = scope.rpartition("_")
-    if number.isdigit() and stem and not stem.endswith("/"):
-        return stem, int(number)
-    return scope, 0
 
 
 class _Matches:
@@ -228,24 +230,32 @@ class _Matches:
         return scope[-1]
 
     def _match(self) -> None:
-        # A scope such as "quant_x_2" is a call's own where a call has it, else the third call of "quant_x".
-        known = {call.scope for call in self.calls.calls}
-        scopes: dict[str, dict[int, list[onnx.NodeProto]]] = defaultdict(lambda: defaultdict(list))
+        scopes: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.nodes:
-            if not node.name.startswith("/") or node.op_type == "Constant" or not node.output:
-                continue
-            whole = node.name.rpartition("/")[0]
-            stem, number = (whole, 0) if whole in known else _scope(node)
-            scopes[stem][number].append(node)
+            if node.name.startswith("/") and node.op_type != "Constant" and node.output:
+                scopes[node.name.rpartition("/")[0]].append(node)
+        # The third call of "quant_x" is written "quant_x_2", as the first of a quantizer of that name: these are told apart by
+        # their order.
+        counts: dict[str, int] = defaultdict(int)
         calls: dict[str, list[int]] = defaultdict(list)
         for at, call in enumerate(self.calls.calls):
             off = isinstance(call.module, Quantizer) and call.module._disabled
             if not off and not isinstance(call.module, nn.Identity | nn.Dropout):
-                calls[call.scope].append(at)
+                number = counts[call.scope]
+                counts[call.scope] += 1
+                calls[f"{call.scope}_{number}" if number else call.scope].append(at)
         for scope, own in calls.items():
-            for number, at in enumerate(own):
-                nodes = scopes[scope].get(number)
-                node = self._nodes_of(self.calls.calls[at].module, nodes) if nodes else None
+            nodes = scopes.get(scope, [])
+            if len(own) > 1:
+                kinds = [node for node in nodes if node.op_type == nodes[-1].op_type]
+                ends = [nodes.index(node) + 1 for node in kinds]
+                if len(ends) != len(own):
+                    continue
+                pieces = [nodes[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+            else:
+                pieces = [nodes]
+            for at, piece in zip(own, pieces, strict=True):
+                node = self._nodes_of(self.calls.calls[at].module, piece) if piece else None
                 if node is not None:
                     self.call_of[node.output[0]] = at
 

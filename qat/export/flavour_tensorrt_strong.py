@@ -27,8 +27,8 @@ Tolerance (`tolerance_db`), as the SQNR against the FP32-typed graph or the PyTo
   for each operator, constant and cast, counted in the graph), whose errors add in power: 10·log10(R) less. The allowance for
   folded batch norms and cancellation is that for FP32 graphs, 15 dB (95 derived, 80 asked: `qat.export.verify`), for they
   magnify any format's errors alike. Forty layers of operator, weight and bias: 74.3 − 20.8 − 15 = 38.5 dB.
-- INT8: FP16's errors carry values over quantization thresholds, and as with FP32's the roundings may in the end be as good
-  as independent: 3 dB below the SQNR of the quantization itself. FP16's own noise, as above, adds to it.
+- INT8: FP16's errors carry values over quantization thresholds, and as with FP32's the graph's noise may be twice that of the
+  simulation and opposed to it: 7.7 dB below the SQNR of the quantization itself. FP16's own noise, as above, adds to it.
 
 ONNX Runtime's CPU has no FP16 kernels for most operators: it computes them in FP32 and leaves out the rounding between two of
 them, so a tensor that overflows FP16 may go unnoticed. `rounded` writes every rounding out, and `verify_strong` runs both.

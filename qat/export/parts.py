@@ -22,6 +22,7 @@ from qat.export.calibration_cache import strip_qdq, write_calibration_cache
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.lookups import opset_of
+from qat.export.padded_pool import pads_into_pools
 from qat.export.passes import in_flavour
 from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
@@ -162,7 +163,7 @@ def export_parts(
         calibration_cache: also write each part's scales as a TensorRT calibration cache, with the graph without Q/DQ that
             it is for (`qat.export.calibration_cache`).
         reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
-        seed: of the random frame for verification.
+        seed: of the made-up frame for verification.
         frames: real ones to verify on too, what `qat.runtime.SampleTensors` describes, preprocessed for this model.
 
     Returns:
@@ -287,4 +288,6 @@ def _graph(part: TorchPart, name: str, feeds: Mapping[str, np.ndarray], form: Fo
         # tensorrt-strong raises the opset itself, where the types ask for it
         opset = OPSET if form.strong or form.opset is None else form.opset
         model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, opset, form.dynamic_batch)
-    return simplify(model, name)
+    model = simplify(model, name)
+    pads_into_pools(model)
+    return model

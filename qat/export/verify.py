@@ -1,12 +1,14 @@
-"""Each exported graph beside the PyTorch module it came from, on the same inputs: a random frame and real ones.
+"""Each exported graph beside the PyTorch module it came from, on the same inputs: a made-up frame and real ones.
 
-ONNX Runtime runs the graph as it is in the file (its optimizer off): what is checked is the file, not one backend's
-fusions. docs/verify.md derives the tolerances, and says what verification.npz holds for `bevqat verify`.
+ONNX Runtime runs the graph as it is in the file (its optimizer off), so that what is checked is the file; then once with the
+optimizer on, whose rewrites may compute something else (onnxruntime#24737). An INT8 graph is also checked site by site
+(`qat.export.sites`). docs/verify.md derives the tolerances, and says what verification.npz holds for `bevqat verify`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,25 @@ import onnx
 import torch
 
 from qat.core.files import sha256
+from qat.core.sites import Runner, check_sites, runner_of, tile
 from qat.core.tensors import compare_tensors, frame_digest
 from qat.core.verification import (
     FILE,
     check_frame,
     digest,
     judge,
+    made_frame,
     pack,
     random_frame,
     round_input,
-    summarize,
+    store,
     write_summary,
 )
 from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.bisect import diagnose
 from qat.export.flavour_tensorrt_strong import verify_strong
 from qat.export.lookups import constants
+from qat.export.sites import SiteReference, prepared
 from qat.export.torch_parts import TorchPart
 from qat.lean.modes import quantizers_off, recording_scales
 
@@ -64,6 +69,7 @@ def verify_part(
     feeds: Mapping[str, np.ndarray],
     unquantized: Mapping[str, np.ndarray] | None = None,
     where: str = "compare",
+    pytorch: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compares what one graph computes with what its module did.
 
@@ -73,22 +79,23 @@ def verify_part(
         feeds: the inputs of both.
         unquantized: for an INT8 graph, the module's outputs with its quantizers off; None for a graph without QDQ.
         where: the frame and the part, for messages.
+        pytorch: where `reference` is in float64, what PyTorch's own float32 gives.
 
     Returns:
-        for each output: max_abs, cosine, sqnr_db, tolerance_db, passed, and for INT8 quantization_db, the SQNR of the
-        fake-quantized module against the float one.
+        for each output what `judge` says.
     """
     opened = graph if isinstance(graph, PlainGraph) else PlainGraph(graph)
-    candidate = opened.run(feeds)
-    return {
-        name: judge(
+    candidate = opened.run({name: feeds[name].astype(spec.dtype, copy=False) for name, spec in opened.inputs.items()})
+    found = {}
+    for name, value in reference.items():
+        own, exact = (None if arrays is None else arrays[name] for arrays in (pytorch, unquantized))
+        found[name] = judge(
             compare_tensors(value, candidate[name], f"{where}: {name}"),
-            None
-            if unquantized is None
-            else compare_tensors(unquantized[name], value, f"{where}: {name} quantized")["sqnr_db"],
+            None if exact is None else compare_tensors(exact, value, f"{where}: {name} quantized")["sqnr_db"],
+            None if exact is None else compare_tensors(exact, candidate[name], f"{where}: {name}")["sqnr_db"],
+            None if own is None else compare_tensors(value, own, f"{where}: {name} in PyTorch")["sqnr_db"],
         )
-        for name, value in reference.items()
-    }
+    return found
 
 
 def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,16 +111,34 @@ def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _reserve(entry: Mapping[str, Any]) -> float:
+    """By how many dB an entry is within its tolerances, at the nearest of them."""
+    found = min(entry[key] for key in ("sqnr_db", "runtime_db", "optimized_db") if key in entry)
+    reserves = [found - entry["tolerance_db"]]
+    if "float_db" in entry:
+        reserves.append(entry["float_db"] - entry["float_tolerance_db"])
+    return min(reserves)
+
+
 def _worst(entries: Sequence[Mapping[str, Any]], tokens: Sequence[str]) -> dict[str, Any]:
     """The figures of the frame that is nearest to its tolerance, its token, and the figures of all frames in a row."""
-    at = min(range(len(entries)), key=lambda i: entries[i]["sqnr_db"] - entries[i]["tolerance_db"])
+    at = min(range(len(entries)), key=lambda i: (entries[i]["passed"], _reserve(entries[i])))
     rows = [_rounded(entry) for entry in entries]
     return {
         **rows[at],
         "passed": all(entry["passed"] for entry in entries),
         "frame": tokens[at],
-        "frames": {name: [row[name] for row in rows] for name in rows[at] if name != "passed"},
+        "frames": {
+            name: [row.get(name) for row in rows]
+            for name in dict.fromkeys(k for row in rows for k in row)
+            if name != "passed"
+        },
     }
+
+
+def _doubled(wrappers: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """A copy of a detector's parts in float64."""
+    return {name: wrapper.double() for name, wrapper in copy.deepcopy(dict(wrappers)).items()}
 
 
 @dataclass
@@ -154,10 +179,10 @@ class Verification:
             detector: float, or quantized and in the state in which it is exported.
             parts: its parts, in their order.
             settings: the manifest's `pipeline` section.
-            frames: real ones, what `qat.runtime.SampleTensors` describes; beside these, the random one.
-            seed: of the random frame; of a batch of them, of the first.
+            frames: real ones, what `qat.runtime.SampleTensors` describes; beside these, a made-up one.
+            seed: of the made-up frame; of a batch of them, of the first.
             batches: samples in an input: that of the file, or one that a graph for any number is traced with, and others
-                that it is verified with too, on random frames. A real frame fills its batch alone.
+                that it is verified with too, on made-up frames. A real frame fills its batch alone.
 
         Raises:
             UserError: a frame has other cameras or another image size.
@@ -166,25 +191,26 @@ class Verification:
         self.batch = batches[0]
 
         def made(count: int) -> list[Any]:
-            return [random_frame(settings, seed + n) for n in range(count)]
+            return [made_frame(settings, seed + n) for n in range(count)]
 
-        self.running = [_Running(f"random:{seed}", made(self.batch))]
+        self.running = [_Running(f"made-up:{seed}", made(self.batch))]
         for frame in frames:
             token = str(getattr(frame, "token", None) or frame_digest(frame))
             check_frame(settings, frame, token)
             self.running.append(_Running(token, [frame] * self.batch))
         self.kept = len(self.running)
-        self.running += [_Running(f"random:{seed} in a batch of {count}", made(count)) for count in batches[1:]]
+        self.running += [_Running(f"made-up:{seed} in a batch of {count}", made(count)) for count in batches[1:]]
         self.first = next(iter(self.parts))
         for running in self.running:
             names = self.parts[self.first].wrapper.inputs
             running.feeds = {name: np.stack([getattr(frame, name) for frame in running.frames]) for name in names}
-        self.random_sha256 = digest(self.running[0].feeds)
+        self.made_sha256 = digest(self.running[0].feeds)
         # Between the parts, tensors are large: those of one frame are kept, a real one if there is one.
         self.whole = 1 if self.kept > 1 else 0
         self.stored: dict[str, list[int]] = {}
         self.arrays: dict[str, np.ndarray] = {}
         self.passed = True
+        self._made: dict[str, dict[str, torch.nn.Module]] = {}
 
     @property
     def feeds(self) -> dict[str, np.ndarray]:
@@ -208,67 +234,168 @@ class Verification:
                 types.
 
         Returns:
-            the part's `verification` (each output's figures), `scales` (see `compare_scales`) and, where something is
-            out of tolerance, `divergence`: the first diverging layers. (Not of a strongly typed graph, where every layer
-            rounds: look at the same detector's `tensorrt` flavour.)
+            the part's `verification` (each output's figures), `scales` (see `compare_scales`), of an INT8 graph `sites`, and
+            where something is out of tolerance, `divergence`: the sites that are, and the first diverging layers. (These not
+            of a strongly typed graph, where every layer rounds: look at the same detector's `tensorrt` flavour.)
         """
         part = self.parts[name]
-        opened = PlainGraph(graph)
+        opened, optimized = PlainGraph(graph), PlainGraph(graph, optimized=True)
+        written = onnx.load_from_string(graph)
         rounds = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
         self.stored[name] = list(range(self.kept)) if name == self.first else [self.whole]
+        sites = None
+        if rounds:
+            half = typed is not None
+            base = self._copies("base", lambda: prepared({n: p.wrapper for n, p in self.parts.items()}, half))
+            sites = SiteReference(
+                part,
+                base[name],
+                lambda: self._copies("exact", lambda: _doubled(base))[name],
+                graph,
+                self.running[self.whole].feeds,
+                half,
+            )
         entries: dict[str, list[dict[str, Any]]] = {}
         scales: list[np.ndarray] = []
         outputs = []
         for index, running in enumerate(self.running):
-            where = f"frame {running.token}: {name}"
-            exact = None
+            feeds, where = running.feeds, f"frame {running.token}: {name}"
+            exact = own = None
             if rounds:
                 with quantizers_off(self.detector):
-                    exact = part.run(running.feeds)
-            with recording_scales(self.detector) as seen:
-                reference = part.run(running.feeds)
-            scales = scales or seen
+                    exact = part.run(feeds)
+            if index == 0:
+                with recording_scales(self.detector) as scales:
+                    reference = part.run(feeds)
+            if sites is not None and typed is None:
+                reference = sites.simulate(feeds)
+            elif index:
+                reference = part.run(feeds)
             if typed is None:
-                compared = verify_part(opened, reference, running.feeds, exact, where)
+                compared = verify_part(opened, reference, feeds, exact, where)
+                if not rounds and not all(entry["passed"] for entry in compared.values()):
+                    reference, own = self._in_float64(name, feeds), reference
+                    compared = verify_part(opened, reference, feeds, exact, where, own)
             else:
-                compared = verify_strong(onnx.load_from_string(graph), typed, reference, running.feeds, exact, where)
+                compared = verify_strong(written, typed, reference, feeds, exact, where)
+            if index == self.whole:
+                again = verify_part(optimized, reference, feeds, exact, where, own)
+                for output, entry in compared.items():
+                    entry["optimized_db"] = again[output]["sqnr_db"]
+                    entry["passed"] &= entry["optimized_db"] >= entry["tolerance_db"]
             for output, entry in compared.items():
                 entries.setdefault(output, []).append(entry)
             if index in self.stored[name]:
-                self._keep(index, name, running.feeds, reference)
-            outputs.append(reference)
+                tolerances = {output: entry["tolerance_db"] for output, entry in compared.items()}
+                self._keep(index, name, feeds, reference, exact, tolerances)
+            outputs.append(reference if own is None else own)
         report = {output: _worst(found, [r.token for r in self.running]) for output, found in entries.items()}
         kept = compare_scales(graph_scales(model), scales)
         result: dict[str, Any] = {"verification": report, "scales": kept}
-        if not (kept["passed"] and all(entry["passed"] for entry in report.values())):
-            self.passed = False
-        if not (kept["passed"] and all(entry["passed"] for entry in report.values())) and typed is None:
-            output, frame = min(
-                ((o, i) for o, found in entries.items() for i in range(len(found))),
-                key=lambda at: entries[at[0]][at[1]]["sqnr_db"] - entries[at[0]][at[1]]["tolerance_db"],
-            )
-            found = diagnose(onnx.load_from_string(graph), model, part, self.running[frame].feeds, output)
-            result["divergence"] = [
-                {**layer.to_json(), "output": output, "frame": self.running[frame].token} for layer in found
+        passed = kept["passed"] and all(entry["passed"] for entry in report.values())
+        wrong: list[dict[str, Any]] = []
+        if sites is not None:
+            result["sites"], wrong = self._check_sites(name, sites)
+        if not passed and typed is None:
+            plain = [(o, i) for o, found in entries.items() for i in range(len(found))]
+            output, frame = min(plain, key=lambda at: _reserve(entries[at[0]][at[1]]))
+            wrong += [
+                {**layer.to_json(), "output": output, "frame": self.running[frame].token}
+                for layer in diagnose(written, model, part, self.running[frame].feeds, output)
             ]
+        if wrong:
+            result["divergence"] = wrong
+        if not passed or (sites is not None and not result["sites"]["passed"]):
+            self.passed = False
         self._advance(name, outputs)
         return result
+
+    def _copies(self, kind: str, make: Callable[[], dict[str, torch.nn.Module]]) -> dict[str, torch.nn.Module]:
+        """A copy of the parts, made when it is first needed."""
+        if kind not in self._made:
+            self._made[kind] = make()
+        return self._made[kind]
+
+    def _in_float64(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What a part computes in float64, in its place in PyTorch."""
+        wrappers = {n: p.wrapper for n, p in self.parts.items()}
+        exact = TorchPart(self._copies("float64", lambda: _doubled(wrappers))[name])
+        return exact.run({key: value.astype(np.float64) for key, value in feeds.items()})
+
+    def _check_sites(self, name: str, reference: SiteReference) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The part's `sites` and what of them diverges: on the codes of a real frame, and on patches of these, which are kept,
+        with the optimizer on too."""
+        feeds = self.running[self.whole].feeds
+        codes = reference.codes(feeds)
+        patches = reference.patches(codes)
+        repeated = {site: tile(patch, codes[site].shape) for site, patch in patches.items()}
+        cut = reference.cut
+        wrong: dict[str, dict[str, Any]] = {}
+        runners: dict[bool, Runner] = {}
+        worst: dict[str, Any] = {"off": 0.0, "slack": 0.0, "share": 0.0}
+        for given, kept in ((codes, None), (repeated, patches)):
+            if reference.problems:
+                break
+            sites = reference.sites(feeds, given, kept)
+            if missing := sorted(set(cut.sites) - set(sites)):
+                reference.problems += [f"{site}: PyTorch computes nothing there" for site in missing]
+                break
+            for optimized in (False, True) if kept else (False,):
+                if optimized not in runners:
+                    runners[optimized] = runner_of(cut, sites, optimized=optimized)
+                found = check_sites(cut, sites, feeds, given, runners[optimized])
+                for row in reference.failures(found):
+                    row["note"] += " with ONNX Runtime's optimizer on" if optimized else ""
+                    wrong.setdefault(row["node"], row)
+                worst = max([worst, *found.values()], key=lambda entry: entry["off"] - entry["slack"])
+            if kept is not None:
+                for index, site in enumerate(sites):
+                    for key, value in sites[site].pack().items():
+                        self.arrays[f"sites/{name}/{index}/{key}"] = value
+        pairs = [
+            {
+                "tensor": pair.codes,
+                "node": pair.node,
+                "module": reference.modules.get(pair.codes, pair.node),
+                "dtype": pair.dtype,
+                "scale": pair.scale.ravel().tolist(),
+                "zero_point": pair.zero.ravel().tolist(),
+            }
+            for pair in cut.pairs.values()
+        ]
+        about = {
+            "frame": self.whole,
+            "pairs": pairs,
+            "outputs": cut.outputs,
+            "problems": reference.problems,
+            "failed": len(wrong),
+            "worst": {key: float(f"{worst[key]:.4g}") for key in ("off", "slack", "share")},
+            "passed": not (wrong or reference.problems),
+        }
+        return about, list(wrong.values())
 
     def skip(self, name: str) -> None:
         """Takes the frames on past a part that is not written."""
         self._advance(name, [self.parts[name].run(running.feeds) for running in self.running])
 
     def _keep(
-        self, index: int, name: str, feeds: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]
+        self,
+        index: int,
+        name: str,
+        feeds: Mapping[str, np.ndarray],
+        reference: Mapping[str, np.ndarray],
+        unquantized: Mapping[str, np.ndarray] | None,
+        tolerances: Mapping[str, float],
     ) -> None:
         stem = f"{index}/{name}"
-        if index > 0 or name != self.first:  # the random frame is made again from its seed
+        if index > 0 or name != self.first:  # the made-up frame is made again from its seed
             for tensor, array in feeds.items():
                 for key, value in pack(array, self.settings["image"]).items():
                     self.arrays[f"{stem}/in/{tensor}/{key}"] = value
-        for output, array in reference.items():
-            for key, value in summarize(array).items():
-                self.arrays[f"{stem}/out/{output}/{key}"] = value
+        for kind, arrays in (("out", reference), ("float", unquantized or {})):
+            for output, array in arrays.items():
+                for key, value in store(array, tolerances[output], len(arrays)).items():
+                    self.arrays[f"{stem}/{kind}/{output}/{key}"] = value
 
     def _advance(self, name: str, outputs: Sequence[Mapping[str, np.ndarray]]) -> None:
         names = list(self.parts)
@@ -301,5 +428,5 @@ class Verification:
             "file": FILE,
             "sha256": sha256(folder / FILE),
             "stored": self.stored,
-            "random_sha256": self.random_sha256,
+            "made_sha256": self.made_sha256,
         }

@@ -1,7 +1,7 @@
 """A folder of exported parts beside what PyTorch gave at the export, on any machine, without PyTorch.
 
-The folder's verification.npz holds the inputs and summaries of PyTorch's outputs (`qat.core.verification`), manifest.json
-the tolerances.
+The folder's verification.npz holds inputs and outputs (`qat.core.verification`) and what each quantizer's neighbourhood
+computes (`qat.core.sites`), manifest.json the tolerances, scales and zero points.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import FILE, load_manifest, pipeline_of
 from qat.core.manifest_schema import check_verification
+from qat.core.onnx_cut import Cut
 from qat.core.onnx_file import check_graph, graph_opset
-from qat.core.verification import Summary, compare_summary
+from qat.core.sites import check_sites, grid_problems, runner_of, site_line
+from qat.core.verification import Summary, compare_stored, what_is_wrong
 from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
 
 AS_IT_IS = "onnxruntime, optimizer off"
+SHOWN = 5  # lines of what is wrong with one part
 
 
 class _Runner(Protocol):
@@ -60,7 +63,7 @@ def _file_problems(path: Path, part: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _open(path: Path, precision: str, backend: str | None, options: Options) -> _Runner:
+def _open(path: Path, precision: str, backend: str | None, options: Options, optimized: bool = False) -> _Runner:
     if backend is not None:
         return build(path, backend, precision, options)
     try:
@@ -70,33 +73,85 @@ def _open(path: Path, precision: str, backend: str | None, options: Options) -> 
             raise
         raise UserError("the package onnxruntime is not installed; mend by: pip install onnxruntime") from None
     check_graph(path)
-    return PlainGraph(path, options.threads)
+    return PlainGraph(path, options.threads, optimized)
+
+
+def _compare(stored: Mapping[str, np.ndarray], found: np.ndarray, limit: float) -> dict[str, Any]:
+    if not np.isfinite(found).all():
+        return {"max_abs": None, "cosine": None, "sqnr_db": None, "tolerance_db": limit, "passed": False}
+    figures, slack = compare_stored(stored, found)
+    return {**figures, "tolerance_db": limit, "passed": bool(figures["sqnr_db"] >= limit - slack)}
 
 
 def _verify_part(
-    name: str, part: Mapping[str, Any], runner: _Runner, summary: Summary, tokens: list[str]
+    name: str,
+    part: Mapping[str, Any],
+    runner: _Runner,
+    summary: Summary,
+    tokens: list[str],
+    optimized: _Runner | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For each output the frame that is nearest to its tolerance, and all frames."""
+    """For each output the frame that is nearest to its tolerance, and all frames; on the last also what `optimized` gives."""
     rows: dict[str, list[dict[str, Any]]] = {output: [] for output in part["verification"]}
     for index in summary.frames(name):
         feeds = summary.inputs(name, index)
-        found = runner.run(
-            {tensor: feeds[tensor].astype(spec.dtype, copy=False) for tensor, spec in runner.inputs.items()}
-        )
+
+        def run(one: _Runner, feeds: Mapping[str, np.ndarray] = feeds) -> dict[str, np.ndarray]:
+            return one.run(
+                {tensor: feeds[tensor].astype(spec.dtype, copy=False) for tensor, spec in one.inputs.items()}
+            )
+
+        found = run(runner)
+        again = run(optimized) if optimized is not None and index == summary.frames(name)[-1] else {}
         for output, described in part["verification"].items():
-            limit = described["frames"]["tolerance_db"][index]
-            row: dict[str, Any] = {"frame": tokens[index]}
-            if np.isfinite(found[output]).all():
-                figures, slack = compare_summary(summary.reference(name, index, output), found[output])
-                row |= {**figures, "tolerance_db": limit, "passed": bool(figures["sqnr_db"] >= limit - slack)}
-            else:
-                row |= {"max_abs": None, "cosine": None, "sqnr_db": None, "tolerance_db": limit, "passed": False}
+            limits = described["frames"]
+            limit = limits["tolerance_db"][index]
+            stored = summary.reference(name, index, output)
+            row: dict[str, Any] = {"frame": tokens[index], **_compare(stored, found[output], limit)}
+            if (least := limits.get("float_tolerance_db", {index: None})[index]) is not None:
+                beside = _compare(summary.unquantized(name, index, output), found[output], least)
+                row |= {"float_db": beside["sqnr_db"], "float_tolerance_db": least}
+                row["passed"] &= beside["passed"]
+            if output in again:
+                beside = _compare(stored, again[output], limit)
+                row["optimized_db"] = beside["sqnr_db"]
+                row["passed"] &= beside["passed"]
             rows[output].append(row)
     result = {}
     for output, entries in rows.items():
-        worst = min(entries, key=lambda e: -np.inf if e["sqnr_db"] is None else e["sqnr_db"] - e["tolerance_db"])
+        worst = min(entries, key=lambda e: (e["passed"], _reserve(e)))
         result[output] = {**worst, "passed": all(e["passed"] for e in entries), "frames": entries}
     return result
+
+
+def _reserve(row: Mapping[str, Any]) -> float:
+    """By how many dB a row is within its tolerances, at the nearest of them."""
+    pairs = (("sqnr_db", "tolerance_db"), ("optimized_db", "tolerance_db"), ("float_db", "float_tolerance_db"))
+    return min(-np.inf if row[key] is None else row[key] - row[limit] for key, limit in pairs if key in row)
+
+
+def _check_sites(
+    name: str, part: Mapping[str, Any], path: Path, summary: Summary, options: Options
+) -> tuple[dict[str, Any], list[str]]:
+    """How many sites there are and have failed, and what is wrong with them, with the optimizer off and on."""
+    about = part["sites"]
+    cut = Cut(path.read_bytes())
+    problems = grid_problems(cut, about["pairs"])
+    modules = {entry["tensor"]: entry["module"] for entry in about["pairs"]}
+    report: dict[str, Any] = {"checked": len(cut.sites), "failed": 0, "passed": not problems}
+    sites = summary.sites(name)
+    if set(cut.sites) != set(sites):
+        return report, problems
+    feeds = summary.inputs(name, about["frame"])
+    failed: dict[str, str] = {}
+    for optimized in (False, True):
+        runner = runner_of(cut, sites, options.threads, optimized)
+        for site, entry in check_sites(cut, sites, feeds, runner=runner).items():
+            if not entry["passed"] and site not in failed:
+                line = site_line({**entry, "codes": site in cut.pairs}, modules.get(site, f"output {site}"))
+                failed[site] = line + (" with ONNX Runtime's optimizer on" if optimized else "")
+    report |= {"failed": len(failed), "passed": not (problems or failed)}
+    return report, problems + list(failed.values())
 
 
 def verify_folder(
@@ -118,9 +173,11 @@ def verify_folder(
 
     Returns:
         folder, model, precision, flavour, backend, passed, and for each part: file, passed, problems (of the file: sha256,
-        opset, tensors) and outputs: the figures of the frame that is nearest to its tolerance (max_abs, cosine, sqnr_db,
-        tolerance_db, passed, frame; sqnr_db None where values are not finite) and the same for all `frames`. A part
-        with problems is not run.
+        opset, tensors; of sites: scales and values), sites (how many were checked and failed, of an INT8 graph without a
+        backend) and outputs: the figures of the frame that is nearest to its tolerance (max_abs, cosine, sqnr_db,
+        tolerance_db, passed, frame; sqnr_db None where values are not finite; float_db and float_tolerance_db of an INT8
+        graph against the float module; optimized_db with the optimizer on) and the same for all `frames`. A part whose
+        file has problems is not run.
 
     Raises:
         UserError: no manifest or no verification.npz, a changed verification.npz, or an unknown part or backend.
@@ -154,7 +211,11 @@ def verify_folder(
             entry["problems"] += _tensors("input", part["inputs"], runner.inputs)
             entry["problems"] += _tensors("output", part["outputs"], runner.outputs)
             if not entry["problems"]:
-                entry["outputs"] = _verify_part(name, part, runner, summary, tokens)
+                optimized = _open(path, precision, None, options, True) if backend is None else None
+                entry["outputs"] = _verify_part(name, part, runner, summary, tokens, optimized)
+                if backend is None and "sites" in part:
+                    entry["sites"], wrong = _check_sites(name, part, path, summary, options)
+                    entry["problems"] += wrong
         outputs_pass = all(output["passed"] for output in entry["outputs"].values())
         entry["passed"] = not entry["problems"] and outputs_pass
         report[name] = entry
@@ -182,7 +243,10 @@ def print_verification(found: Mapping[str, Any]) -> None:
         table.add_column(column, justify="right")
     wrong = []
     for name, part in found["parts"].items():
-        wrong += [f"{part['file']}: {problem}" for problem in part["problems"]]
+        shown = part["problems"][:SHOWN]
+        wrong += [f"{part['file']}: {problem}" for problem in shown]
+        if len(part["problems"]) > SHOWN:
+            wrong.append(f"{part['file']}: and {len(part['problems']) - SHOWN} more")
         for output, row in part["outputs"].items():
             finite = row["sqnr_db"] is not None
             figures = (
@@ -191,13 +255,11 @@ def print_verification(found: Mapping[str, Any]) -> None:
             verdict = "ok" if row["passed"] else "FAILED"
             table.add_row(name, output, *figures, f"{row['tolerance_db']:.1f}", str(len(row["frames"])), verdict)
             if not row["passed"]:
-                what = f"{row['sqnr_db']:.1f} dB SQNR" if finite else "NaN or infinite values"
-                wrong.append(
-                    f"{part['file']}: {output}: found {what} on frame {row['frame']}, expected "
-                    f"{row['tolerance_db']:.1f} dB or more"
-                )
+                wrong.append(f"{part['file']}: {output}: {what_is_wrong(row)} on frame {row['frame']}")
     results_console(120).print(table)
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     if not wrong:
-        print(f"{len(found['parts'])} parts give what PyTorch gave at their export")
+        sites = sum(part.get("sites", {}).get("checked", 0) for part in found["parts"].values())
+        also = f", at {sites} sites within them too" if sites else ""
+        print(f"{len(found['parts'])} parts give what PyTorch gave at their export{also}")

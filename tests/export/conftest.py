@@ -1,5 +1,8 @@
 """A small quantized detector for the tests of this folder."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ from qat.export import pipeline_settings
 from qat.export.verify import random_frame
 from qat.lean import quantize_detector
 from qat.lean.modes import quantizers_off
+
+sys.path.insert(0, str(Path(__file__).parent))  # damage.py: pytest's importlib mode leaves this folder out
 
 
 def calibrated(detector, settings):
@@ -39,3 +44,9 @@ def settings(fresh_config, small_cameras):
 @pytest.fixture(scope="session")
 def quantized(fresh_config, settings, make_detector):
     return calibrated(make_detector(fresh_config()), settings)
+
+
+@pytest.fixture(scope="session")
+def calibrate_largest():
+    """(float detector, settings) → a quantized one, ranges the largest magnitudes on one made-up frame."""
+    return calibrated

@@ -22,7 +22,7 @@ from qat.runtime import Pipeline
 
 @pytest.fixture(autouse=True)
 def away_from_example_data(tmp_path, monkeypatch):
-    """Exports here are verified on the random frame alone."""
+    """Exports here are verified on the made-up frame alone."""
     monkeypatch.chdir(tmp_path)
 
 

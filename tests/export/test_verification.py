@@ -18,10 +18,12 @@ from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
 from qat.core.tensors import compare_tensors
+from qat.core.verification import made_frame
 from qat.export import export_parts, pipeline_settings, torch_parts
 from qat.export.bisect import _Calls, _Matches, diagnose
 from qat.export.flavour_cpu import to_cpu
 from qat.export.verify import Verification, random_frame
+from qat.runtime.verify import verify_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,8 +105,8 @@ def faulty(monkeypatch):
 
 def test_every_output_has_the_figures_of_every_frame_and_those_of_the_worst(exported, detector, settings, frames):
     manifest = load_manifest(exported)
-    assert manifest["verification"]["frames"] == ["random:0", "first", "second"]
-    made = [random_frame(settings, 0), *frames]
+    assert manifest["verification"]["frames"] == ["made-up:0", "first", "second"]
+    made = [made_frame(settings, 0), *frames]
     backbone = torch_parts(detector)["camera.backbone"]
     import onnxruntime
 
@@ -132,7 +134,10 @@ def test_every_output_has_the_figures_of_every_frame_and_those_of_the_worst(expo
 def test_int8_has_a_tolerance_of_each_frames_own(exported_int8):
     manifest = load_manifest(exported_int8)
     found = manifest["parts"]["fuser"]["verification"]["middle"]["frames"]
-    assert found["tolerance_db"] == pytest.approx(np.minimum(80, np.array(found["quantization_db"]) - 3), abs=2e-3)
+    lost = np.array(found["quantization_db"])
+    assert found["float_tolerance_db"] == pytest.approx(np.minimum(80, lost - 3), abs=2e-3)
+    # What is twice as noisy as the simulation may be this far from it: noises of amplitudes 1 and √2, opposed.
+    assert found["tolerance_db"] == pytest.approx(np.minimum(80, lost - 20 * np.log10(1 + 2**0.5)), abs=2e-3)
     assert len(set(found["tolerance_db"])) == 3 and manifest["verification"]["passed"]
 
 
@@ -304,8 +309,27 @@ def test_a_failed_export_says_which_layer_and_leaves_the_other_parts_alone(tmp_p
     manifest = export_parts(quantized, tmp_path / "out", "int8", flavour="onnxruntime", cameras=small_cameras)
     assert not manifest["verification"]["passed"]
     layer = manifest["parts"]["fuser"]["divergence"][0]
-    assert layer["module"] == "parts.decoder.quant_decoder_backbone_1_0_relu" and layer["frame"] == "random:0"
+    assert layer["module"] == "parts.decoder.quant_decoder_backbone_1_0_relu" and layer["frame"] == "made-up:0"
     assert not any("divergence" in other for name, other in manifest["parts"].items() if name != "fuser")
+
+
+def test_a_graph_as_near_to_float64_as_pytorch_passes_below_80_db(
+    tmp_path, detector, small_cameras, monkeypatch, faulty
+):
+    """As with resnest50d, where PyTorch has 73 dB itself: here float32 has less than what is asked."""
+    monkeypatch.setattr("qat.core.verification.FP32_DB", 190.0)
+
+    def export():
+        manifest = export_parts(detector, tmp_path / "out", "fp32", cameras=small_cameras, only=["fuser"])
+        return manifest["parts"]["fuser"]["verification"]["middle"]
+
+    right = export()
+    assert right["passed"] and right["pytorch_db"] < 150
+    assert right["tolerance_db"] == pytest.approx(right["pytorch_db"] - 20 * np.log10(2), abs=2e-3)
+    assert verify_folder(tmp_path / "out")["passed"]
+    faulty("fuser", lambda graph: scale_weight(graph, "backbone.1.0/conv2/", 1 + 1e-5))
+    wrong = export()
+    assert not wrong["passed"] and 80 < wrong["sqnr_db"] < wrong["tolerance_db"]
 
 
 @pytest.fixture
@@ -324,7 +348,7 @@ def test_the_command_verifies_on_example_data_unless_told_otherwise(checkpoint, 
     assert main(["export-camera", "--ckpt", str(checkpoint), *data]) == 0
     used = json.loads(out.read_text())["verification"]["frames"]
     samples = json.loads((ROOT / "example-data/v1.0-synth/sample.json").read_text())
-    assert used[0] == "random:0" and used[1] in {sample["token"] for sample in samples} and len(used) == 2
+    assert used[0] == "made-up:0" and used[1] in {sample["token"] for sample in samples} and len(used) == 2
     assert main(["verify", str(out.parent)]) == 0
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)  # where there is no example-data
@@ -336,7 +360,7 @@ def test_a_divergence_is_printed(checkpoint, monkeypatch, tmp_path, capsys, faul
     monkeypatch.chdir(tmp_path)
     faulty("fuser", lambda graph: scale_weight(graph, "backbone.1.0/conv2/", -3))
     assert main(["export-camera", "--ckpt", str(checkpoint)]) == 1
-    assert json.loads((tmp_path / "onnx_fp32/manifest.json").read_text())["verification"]["frames"] == ["random:0"]
+    assert json.loads((tmp_path / "onnx_fp32/manifest.json").read_text())["verification"]["frames"] == ["made-up:0"]
     error = capsys.readouterr().err
     assert "first diverging layer: Conv /backbone/backbone.1/backbone.1.0/conv2/Conv" in error
     assert "PyTorch's decoder.backbone.1.0.conv2: " in error and "dB before it" in error
@@ -365,7 +389,7 @@ def test_a_keyframe_folder_serves_as_data(checkpoint, tmp_path, frames):
     (folder / "info.json").write_text(json.dumps({"categories": {}, "sample": sample}))
     assert main(["export-camera", "--ckpt", str(checkpoint), "--data", str(folder)]) == 0
     manifest = load_manifest(tmp_path / "onnx_fp32")
-    assert manifest["verification"]["frames"] == ["random:0", "mine"]
+    assert manifest["verification"]["frames"] == ["made-up:0", "mine"]
     assert main(["export-camera", "--ckpt", str(checkpoint), "--data", str(folder), "--split", "calib"]) == 2
 
 

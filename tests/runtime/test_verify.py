@@ -13,7 +13,6 @@ import pytest
 from onnx import numpy_helper
 
 from qat.cli import main
-from qat.core import verification
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest
@@ -21,14 +20,17 @@ from qat.core.onnx_file import graph_opset
 from qat.core.preprocess import normalize
 from qat.core.tensors import compare_tensors
 from qat.core.verification import (
-    SUMS,
-    SUMS_DB,
+    LEAST_VALUES,
+    SAMPLE_DB,
+    VALUES,
     Summary,
-    compare_summary,
+    compare_stored,
+    digest,
+    made_frame,
     pack,
     random_frame,
     round_input,
-    summarize,
+    store,
     unpack,
 )
 from qat.engine import Options
@@ -137,43 +139,28 @@ def test_rounding_keeps_five_bits_and_rounds_half_to_even():
     np.testing.assert_array_equal(round_input(round_input(values)), round_input(values))
 
 
-@pytest.mark.parametrize("shape", ["spread", "one value", "few large values"])
-def test_sums_tell_the_whole_tensors_sqnr_within_what_is_derived(shape):
-    """Against the figure over all values, for errors that a sample of the values would catch and for those it would not."""
-    rng = np.random.default_rng(3)
-    reference = rng.standard_normal((1, 50, 100, 100)).astype(np.float32)
-    noise = np.zeros_like(reference)
-    if shape == "spread":
-        noise += rng.standard_normal(reference.shape).astype(np.float32) * np.float32(1e-3)
-    elif shape == "one value":
-        noise.ravel()[123_456] = 5
-    else:
-        noise.ravel()[rng.integers(0, noise.size, 50)] = 3
-    exact = compare_tensors(reference, reference + noise)
-    found, slack = compare_summary(summarize(reference), reference + noise)
-    assert slack == SUMS_DB == pytest.approx(10 * math.log10(1 + 5 * math.sqrt(2 / 4096)))
-    assert found["sqnr_db"] == pytest.approx(exact["sqnr_db"], abs=SUMS_DB)
-    assert found["cosine"] == pytest.approx(exact["cosine"], abs=1e-6)
-    assert found["max_abs"] <= exact["max_abs"]
+def test_an_output_is_kept_in_half_precision_where_that_is_enough():
+    reference = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
+    (half,) = store(reference, 30.0).values()
+    (full,) = store(reference, 80.0).values()  # FP16 holds it to 74 dB
+    assert half.dtype == np.float16 and full.dtype == np.float32 and half.shape == full.shape == reference.shape
+    assert store(reference * 1e6, 30.0)["whole"].dtype == np.float32  # beyond its range
+    found, slack = compare_stored({"whole": half}, reference * np.float32(1.1))
+    assert slack == 0 and found["sqnr_db"] == pytest.approx(20, abs=0.05)
+    assert compare_stored({"whole": full}, reference)[0]["sqnr_db"] == 200
 
 
-def test_the_estimates_spread_is_the_derived_one():
-    """Over 200 independent errors, the mean is |d|² and the relative standard deviation √(2/SUMS)."""
-    rng = np.random.default_rng(0)
-    ratios = []
-    summary = summarize(np.zeros(20_000, np.float32))
-    for _ in range(200):
-        noise = rng.standard_normal(20_000).astype(np.float32)
-        sums = verification._sums(noise.astype(np.float64)).astype(np.float64) - summary["sums"]
-        ratios.append(float(sums @ sums) / float(noise.astype(np.float64) @ noise))
-    assert np.mean(ratios) == pytest.approx(1, abs=4 * math.sqrt(2 / SUMS / 200))
-    assert np.std(ratios) == pytest.approx(math.sqrt(2 / SUMS), rel=0.2)
-
-
-def test_small_tensors_are_kept_whole():
-    reference = np.linspace(-1, 1, 100, dtype=np.float32).reshape(1, 1, 10, 10)
-    found, slack = compare_summary(summarize(reference), reference * np.float32(1.01))
-    assert slack == 0 and found == compare_tensors(reference, reference * np.float32(1.01))
+def test_of_a_large_output_some_values_of_every_stretch_are_kept():
+    reference = np.random.default_rng(3).standard_normal((1, 8, 100, 100)).astype(np.float32)
+    stored = store(reference, 80.0, outputs=VALUES // LEAST_VALUES)
+    assert list(stored) == ["some"] and stored["some"].size == LEAST_VALUES
+    noise = np.random.default_rng(4).standard_normal(reference.shape).astype(np.float32) * np.float32(1e-3)
+    found, slack = compare_stored(stored, reference + noise)
+    assert slack == SAMPLE_DB
+    assert found["sqnr_db"] == pytest.approx(compare_tensors(reference, reference + noise)["sqnr_db"], abs=SAMPLE_DB)
+    one = reference.copy()
+    one[0, 5] *= 1.01  # a channel alone
+    assert compare_stored(stored, one)[0]["sqnr_db"] < 60
 
 
 def test_the_random_frame_is_the_same_everywhere(fresh_config, small_cameras):
@@ -185,6 +172,19 @@ def test_the_random_frame_is_the_same_everywhere(fresh_config, small_cameras):
     assert frame.img.mean() == pytest.approx(0, abs=0.02) and frame.img.std() == pytest.approx(1, abs=0.02)
     assert (frame.depth > 0).mean() == pytest.approx(0.05, abs=0.01)
     assert frame.depth[frame.depth > 0].min() >= 1 and frame.depth.max() <= 13
+
+
+def test_the_made_up_frame_is_shaped_as_real_ones_are(fresh_config, small_cameras):
+    settings = pipeline_settings(fresh_config(), small_cameras)
+    frame, again = made_frame(settings, 0), made_frame(settings, 0)
+    assert digest({"img": frame.img}) == digest({"img": again.img}) and frame.token == "made-up:0"
+    assert digest({"img": frame.img}) != digest({"img": made_frame(settings, 1).img})
+    assert "pixels" in pack(frame.img[None], settings["image"])  # of 8-bit images
+    steps = [np.abs(np.diff(frame.img, axis=-1))[..., at].mean() for at in (0, 1)]
+    assert steps[0] == 0 < steps[1] < frame.img.std()  # neighbours are alike
+    found = frame.depth[frame.depth > 0]
+    assert 0.005 < (frame.depth > 0).mean() < 0.04 and 1 <= found.min() < found.max() <= 13
+    assert not frame.depth[:, :, : int(0.4 * 64)].any()
 
 
 def test_a_changed_file_fails_and_the_other_parts_are_verified(folder, capsys):

@@ -1,0 +1,431 @@
+"""The reference of an INT8 graph's sites (`qat.core.sites`): what PyTorch computes in each, on the same codes.
+
+A part runs with hooks on its quantizers. Each hook sees the unrounded value, and hands on codes: those of its rounding, or
+given ones. In one run with given codes every segment between two quantizers is computed by itself, for what comes out of a
+segment is looked at and not used.
+
+What the graph's flavour rounds beside activations is rounded in PyTorch too (`prepared`, `_Hooks`): weights, always; biases
+to the scale of the products (s32) in the CPU flavours; weights, biases, scales and every layer's result to FP16 in
+`tensorrt-strong`.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from qat.core.onnx_cut import Cut, Pair
+from qat.core.sites import Site, cut_patch, places, site_line
+from qat.export.bisect import _Calls, _Matches
+from qat.export.fp16 import LEAST_SCALE
+from qat.export.intermediates import fixed_inputs, tensor_types
+from qat.export.lookups import consumers
+from qat.export.torch_parts import TorchPart
+from qat.lean.quantizer import BOUND, Quantizer
+
+NHWC = (0, 2, 3, 1)
+POOLING = ("Resize", "MaxPool")
+
+
+def expected_grids(quantizer: Quantizer, half: bool) -> list[tuple[np.ndarray, int, str]]:
+    """The (scale, zero point, dtype of codes) that a graph may have for a quantizer: one of these, and no other.
+
+    Today the CPU flavours write u8 for what is simulated in s8, and a tensor that is never negative twice as fine; once the
+    simulation is the flavour's own (`Form.applied`), one is left: the quantizer's.
+    """
+    steps = quantizer.steps.cpu().numpy().astype(np.float32)
+    if quantizer.unsigned:
+        return [(steps, 0, "uint8")]
+    finer = (steps.astype(np.float64) * BOUND / 255).astype(np.float32)
+    grids = [(steps, 0, "int8"), (steps, 128, "uint8"), (finer, 0, "uint8")]
+    if half:
+        grids.append((steps.astype(np.float16).astype(np.float32), 0, "int8"))
+    return grids
+
+
+def _is_one_of(pair: Pair, grids: Sequence[tuple[np.ndarray, int, str]]) -> bool:
+    return any(
+        pair.dtype == dtype
+        and pair.scale.size == scale.size
+        and np.allclose(pair.scale.ravel(), scale.ravel(), rtol=2.0**-22, atol=0)
+        and bool((pair.zero == zero).all())
+        for scale, zero, dtype in grids
+    )
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    return x.half().to(x.dtype)
+
+
+@torch.no_grad()
+def prepared(wrappers: Mapping[str, nn.Module], half: bool) -> dict[str, nn.Module]:
+    """A copy of a detector's parts whose weights are the rounded ones, with their quantizers off: hooks round activations."""
+    copies = copy.deepcopy(dict(wrappers))
+    seen: set[nn.Module] = set()
+    for wrapper in copies.values():
+        own = [module for module in wrapper.modules() if module not in seen]
+        seen.update(own)
+        _prepare(own, half)
+    return copies
+
+
+def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
+    layer: Any  # nn.Module's attributes have no types of their own
+    for layer in modules:
+        quantizer = getattr(layer, "weight_quantizer", None)
+        if not isinstance(quantizer, Quantizer) or quantizer._disabled:
+            continue
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        # Divided by the scale, as ONNX defines it: times the scale's inverse, as PyTorch has it, some fall on the other side
+        # of a half.
+        steps = quantizer._amax.detach() / BOUND
+        rounded = (weight / steps).round().clamp(-BOUND - 1, BOUND) * steps
+        if half:
+            # As `qat.export.flavour_tensorrt_strong`: FP16 scales, a tiny one rounded anew with the least that FP16 holds.
+            coarse = (steps < LEAST_SCALE) & (steps.max() >= LEAST_SCALE)
+            stepped = torch.where(coarse, torch.full_like(steps, LEAST_SCALE), steps)
+            codes = torch.where(coarse, (weight / stepped).round(), (rounded / steps).round()).clamp(-128, 127)
+            rounded = codes * (stepped.half().float() if bool((stepped >= LEAST_SCALE).all()) else stepped)
+        layer.weight = nn.Parameter(rounded, requires_grad=False)
+        if (shift := getattr(layer, "background_shift", None)) is not None:
+            bias = layer.bias
+            layer.bias = nn.Parameter(shift.clone() if bias is None else bias + shift, requires_grad=False)
+            layer.background_shift = None
+        layer.product_steps = steps.flatten()
+    for module in modules:
+        if isinstance(module, Quantizer):
+            module._disabled = True
+        elif half:
+            rounded_weight = hasattr(module, "product_steps")
+            for name, parameter in module.named_parameters(recurse=False):
+                if not (rounded_weight and name == "weight"):
+                    parameter.copy_(_half(parameter))
+
+
+@dataclass
+class _Place:
+    """What the graph rounds in PyTorch, and its pair. perm: from PyTorch's layout to the graph's, None for the same."""
+
+    pair: Pair
+    perm: tuple[int, ...] | None = None
+
+    def to_graph(self, value: torch.Tensor) -> torch.Tensor:
+        return value if self.perm is None else value.permute(*self.perm)
+
+    def to_torch(self, value: torch.Tensor) -> torch.Tensor:
+        return value if self.perm is None else value.permute(*np.argsort(self.perm).tolist())
+
+
+Look = Callable[[str, torch.Tensor], None]
+
+
+def _pooling(func: Any) -> str | None:
+    """The ONNX operator of a pooling that the CPU flavours round before (`qat.export.early_rounding`); None for all else."""
+    if func is nn.functional.interpolate or str(func).startswith("aten.upsample"):
+        return "Resize"
+    pools = (nn.functional.max_pool2d, torch.max_pool2d)
+    return "MaxPool" if func in pools or str(func).startswith("aten.max_pool2d") else None
+
+
+class _Poolings(TorchFunctionMode):
+    """Inside the block, `change(operator, tensor)` sees and may replace what each pooling takes in."""
+
+    def __init__(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (operator := _pooling(func)) is not None:
+            if args:
+                args = (self.change(operator, args[0]), *args[1:])
+            else:
+                kwargs = {**kwargs, "input": self.change(operator, kwargs["input"])}
+        return func(*args, **kwargs)
+
+
+class _Hooks:
+    """A run of one prepared part with codes of its own or given ones."""
+
+    def __init__(
+        self, owner: SiteReference, wrapper: nn.Module, given: Mapping[str, np.ndarray] | None, look: Look
+    ) -> None:
+        self.owner, self.wrapper, self.given, self.look = owner, wrapper, given, look
+        self.count = 0
+        self.pooled = dict.fromkeys(POOLING, 0)
+        self.rounded: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # by id of what was rounded
+        self.made: dict[int, tuple[weakref.ref[torch.Tensor], Pair]] = {}  # by id of what came out
+
+    def record(self, path: str, module: nn.Module, inputs: Any, result: torch.Tensor) -> torch.Tensor | None:
+        at, self.count = self.count, self.count + 1
+        place = self.owner.places.get(at)
+        if place is None:
+            if at in self.owner.lost:
+                # Equal pairs on one tensor may be one in the graph.
+                alive, source = self.rounded.get(id(inputs[0]), (None, -1))
+                if alive is not None and alive() is inputs[0]:
+                    self.owner.lost.discard(at)
+                    self.owner.same[at] = source
+            if at in self.owner.same:
+                place = self.owner.places[self.owner.same[at]]
+                return self._hand_on(place, inputs[0])
+            return _half(result) if self.owner.half and result.dtype == torch.float32 else None
+        self.rounded[id(inputs[0])] = weakref.ref(inputs[0]), at
+        return self._look_and_round(place, inputs[0])
+
+    def _look_and_round(self, place: _Place, value: torch.Tensor) -> torch.Tensor:
+        if self.owner.half and value.dtype == torch.float32:
+            value = _half(value)
+        self.look(place.pair.codes, place.to_graph(value))
+        return self._hand_on(place, value)
+
+    def pool(self, operator: str, value: torch.Tensor) -> torch.Tensor:
+        """What the next pooling of this kind takes in instead of `value`."""
+        place = self.owner.early.get((operator, self.pooled[operator]))
+        self.pooled[operator] += 1
+        return value if place is None else self._look_and_round(place, value)
+
+    def _hand_on(self, place: _Place, value: torch.Tensor) -> torch.Tensor:
+        pair = place.pair
+        shape = [1] * value.ndim
+        if pair.scale.size > 1:
+            shape[1] = -1
+        scale = torch.from_numpy(pair.scale.reshape(shape)).to(value.dtype)
+        zero = torch.from_numpy(pair.zero.reshape(shape)).to(value.dtype)
+        if self.given is None:
+            codes = (value / scale).round_().add_(zero).clamp_(*pair.limits)
+        else:
+            codes = place.to_torch(torch.from_numpy(self.given[pair.codes])).to(value.dtype)
+        result = (codes - zero) * scale
+        if self.owner.half and result.dtype == torch.float32:
+            result = _half(result)
+        result = result.contiguous()
+        self.made[id(result)] = weakref.ref(result), pair
+        return result
+
+    def before_layer(self, layer: Any, inputs: Any) -> None:
+        """Rounds a convolution's bias to the scale of its products, as the CPU flavours store it."""
+        bias, steps = layer.float_bias, layer.product_steps
+        alive, pair = self.made.get(id(inputs[0]), (None, None))
+        if alive is None or alive() is not inputs[0] or pair is None or pair.scale.size > 1:
+            return
+        # In float64, as `qat.export.unsigned`: in float32 some would fall on the other side of a half.
+        scale = (float(pair.scale.ravel()[0]) * steps.double()).float().double()
+        with torch.no_grad():
+            layer.bias.copy_((bias.double() / scale).round() * scale)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        handles = []
+        if self.owner.round_biases:
+            for layer in self.wrapper.modules():
+                if isinstance(layer, nn.Conv2d) and hasattr(layer, "product_steps") and layer.bias is not None:
+                    if not hasattr(layer, "float_bias"):
+                        layer.float_bias = layer.bias.detach().clone()
+                    handles.append(layer.register_forward_pre_hook(self.before_layer))
+        double = next(self.wrapper.parameters()).dtype == torch.float64
+        values = {name: array.astype(np.float64) if double else array for name, array in feeds.items()}
+        try:
+            with self.owner.calls._watched(self.record, self.wrapper), _Poolings(self.pool):
+                return TorchPart(self.wrapper).run(values)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class SiteReference:
+    """One INT8 part in PyTorch beside its graph's sites.
+
+    cut: the graph's pieces. modules: each site's name → the quantizer's path in the detector. problems: what does not match:
+    a quantizer without a pair, a pair without a quantizer, a scale or zero point that is not the quantizer's.
+    """
+
+    def __init__(
+        self,
+        part: TorchPart,
+        base: nn.Module,
+        exact: Callable[[], nn.Module],
+        graph: bytes,
+        feeds: Mapping[str, np.ndarray],
+        half: bool = False,
+    ) -> None:
+        """Matches the graph's pairs with the quantizers.
+
+        Args:
+            part: in the state of the export.
+            base: its copy out of `prepared`. exact: gives that in float64.
+            graph: the file's bytes.
+            feeds: some inputs, to find the order of the calls with.
+            half: whether the graph is typed FP16.
+        """
+        self.half, self._base, self._exact = half, base, exact
+        self.cut = Cut(graph)
+        self.calls = _Calls(part, feeds)
+        model = onnx.load_from_string(graph)
+        # Convolutions whose biases are s32, as the CPU flavours store them.
+        self.round_biases = any(
+            node.op_type == "DequantizeLinear" and node.name.endswith("_bias_dq") for node in model.graph.node
+        )
+        matches = _Matches(model, self.calls)
+        self.places: dict[int, _Place] = {}
+        self.same: dict[int, int] = {}
+        self.modules: dict[str, str] = {}
+        self.problems: list[str] = []
+        self.early: dict[tuple[str, int], _Place] = {}  # by the order of the poolings: not all have a module in PyTorch
+        back: dict[str, list[str]] = {}
+        early: dict[str, onnx.NodeProto] = {}  # pairs of `qat.export.early_rounding`
+        readers = consumers(model.graph)
+        for node in model.graph.node:
+            if node.op_type == "DequantizeLinear":
+                back.setdefault(node.input[0], []).append(node.output[0])
+                after = readers[node.output[0]]
+                if len(after) == 1 and after[0].op_type in POOLING:
+                    early[node.input[0]] = after[0]
+        order: dict[str, tuple[str, int]] = {}
+        for operator in POOLING:
+            named = [node.name for node in model.graph.node if node.op_type == operator]
+            order |= {name: (operator, index) for index, name in enumerate(named)}
+        for name, pair in self.cut.pairs.items():
+            found = [matches.call_of[o] for o in back.get(name, ()) if o in matches.call_of]
+            if not found and (pooling := early.get(name)) is not None:
+                self.early[order[pooling.name]] = _Place(pair)
+                self.modules[name] = f"the input of {pooling.name}"
+                continue
+            call = self.calls.calls[found[0]] if found else None
+            if call is None or not isinstance(call.module, Quantizer):
+                self.problems.append(f"{pair.node or name}: no quantizer of the module's")
+                continue
+            self.modules[name] = call.path
+            self.places[found[0]] = _Place(pair)
+            grids = expected_grids(call.module, half)
+            if not _is_one_of(pair, grids):
+                scale, _, dtype = grids[0]
+                self.problems.append(
+                    f"{call.path}: found scale {pair.scale.ravel()[0]:.9g}, zero point {pair.zero.ravel()[0]} ({pair.dtype}), "
+                    f"its quantizer has {scale[0]:.9g} ({dtype})"
+                )
+        for name in self.cut.outputs:
+            self.modules[name] = f"output {name}"
+        self.lost = {
+            at
+            for at, call in enumerate(self.calls.calls)
+            if isinstance(call.module, Quantizer) and not call.module._disabled and at not in self.places
+        }
+        self._shapes(model, feeds)
+
+    def _shapes(self, model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> None:
+        """Which sites have another layout in the graph: a pass may have left their channels last."""
+        types = tensor_types(fixed_inputs(model, feeds))
+        for at, place in self.places.items():
+            here = tuple(d.dim_value for d in types[place.pair.codes].shape.dim)
+            there = self.calls.calls[at].shape
+            if here != there and len(there) == 4 and here == tuple(there[axis] for axis in NHWC):
+                place.perm = NHWC
+
+    def simulate(self, feeds: Mapping[str, np.ndarray], look: Look = lambda name, value: None) -> dict[str, np.ndarray]:
+        """The part's outputs in PyTorch's simulation of the graph: the module's own, on the graph's grids.
+
+        `look(site, value)` sees what each quantizer rounds, in the graph's layout.
+        """
+        found = _Hooks(self, self._base, None, look).run(feeds)
+        for at in sorted(self.lost):
+            self.problems.append(f"{self.calls.calls[at].path}: its quantizer's Q/DQ pair is missing")
+        self.lost = set()
+        return found
+
+    def sites(
+        self,
+        feeds: Mapping[str, np.ndarray],
+        codes: Mapping[str, np.ndarray],
+        patches: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[str, Site]:
+        """The reference of every site on these inputs and codes. patches: what the codes repeat, to be kept with it."""
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def run(wrapper: nn.Module) -> dict[str, np.ndarray]:
+            found: dict[str, np.ndarray] = {}
+
+            def look(name: str, value: torch.Tensor) -> None:
+                pair = self.cut.pairs[name]
+                shapes[name] = tuple(value.shape)
+                at = places(value.numel())
+                if pair.scale.size > 1:
+                    shape = [-1 if axis == 1 else 1 for axis in range(value.ndim)]
+                    scale, zero = (
+                        torch.from_numpy(pair.scale).reshape(shape),
+                        torch.from_numpy(pair.zero).reshape(shape),
+                    )
+                    found[name] = (value / scale + zero).reshape(-1).double().numpy()[at]
+                else:
+                    flat = value.reshape(-1).numpy()[at].astype(np.float64)
+                    found[name] = flat / np.float64(pair.scale.ravel()[0]) + np.float64(pair.zero.ravel()[0])
+
+            for name, value in _Hooks(self, wrapper, codes, look).run(feeds).items():
+                shapes[name] = value.shape
+                found[name] = value.ravel()[places(value.size)].astype(np.float64)
+            return found
+
+        noisy, exact = run(self._base), run(self._exact())
+        return {
+            name: Site.of(
+                name, shapes[name], self.cut.pairs.get(name), (patches or {}).get(name), exact[name], noisy[name]
+            )
+            for name in self.cut.sites
+            if name in exact
+        }
+
+    def codes(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every site's codes on these inputs."""
+        found: dict[str, np.ndarray] = {}
+
+        def look(name: str, value: torch.Tensor) -> None:
+            pair = self.cut.pairs[name]
+            shape = [-1 if axis == 1 and pair.scale.size > 1 else 1 for axis in range(value.ndim)]
+            scale, zero = torch.from_numpy(pair.scale).reshape(shape), torch.from_numpy(pair.zero).reshape(shape)
+            codes = (value / scale).round_().add_(zero).clamp_(*pair.limits)
+            found[name] = np.ascontiguousarray(codes.numpy().astype(pair.dtype))
+
+        self.simulate(feeds, look)
+        return found
+
+    def patches(self, codes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A patch of each site's codes."""
+        modules = {name.removeprefix("detector."): module for name, module in self._base.named_modules()}
+        last = {
+            place.pair.codes
+            for at, place in self.places.items()
+            if place.perm is not None or isinstance(modules.get(self.calls.calls[at].consumer), nn.Linear)
+        }
+        return {
+            name: cut_patch(value, value.ndim - 1 if name in last or value.ndim < 4 else 1)
+            for name, value in codes.items()
+        }
+
+    def failures(self, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Those of `check_sites`' entries that did not pass, as the manifest's `divergence` has them."""
+        rows = []
+        for name, entry in found.items():
+            if not entry["passed"]:
+                pair = self.cut.pairs.get(name)
+                module = self.modules.get(name, name)
+                row = {**entry, "codes": pair is not None}
+                node = name if pair is None else pair.node or name
+                rows.append(
+                    {
+                        "what": "site",
+                        "node": node,
+                        "operator": "QuantizeLinear" if pair else "output",
+                        "module": module,
+                        "note": site_line(row, module),
+                    }
+                )
+        return rows
