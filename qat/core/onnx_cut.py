@@ -21,6 +21,7 @@ from qat.core.onnx_file import Node, _fields, _integers, _message, _read_node, _
 
 _DTYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}
 _CODES = {"uint8": 2, "int8": 3}
+SCALED = "_input_dq"  # one that multiplies what it reads by a constant too (`qat.export.hard_sigmoid`)
 FOUND = "/found"  # behind the name of a segment's codes
 
 
@@ -152,7 +153,7 @@ class Cut:
             if node.kind == "QuantizeLinear":
                 scale, zero, dtype = self._grid(node, constants)
                 self.pairs[node.outputs[0]] = Pair(node.outputs[0], node.name, node.inputs[0], dtype, scale, zero)
-            elif node.kind == "DequantizeLinear":
+            elif node.kind == "DequantizeLinear" and not node.name.endswith(SCALED):
                 scale, zero, _ = self._grid(node, constants)
                 self.back.append((node.inputs[0], scale, zero))
 

@@ -21,34 +21,26 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from qat.core.onnx_cut import Cut, Pair
 from qat.core.sites import Site, cut_patch, places, site_line
 from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
-from qat.export.lookups import consumers
 from qat.export.torch_parts import TorchPart
-from qat.lean.quantizer import BOUND, Quantizer
+from qat.lean.quantizer import Quantizer
 
 NHWC = (0, 2, 3, 1)
-POOLING = ("Resize", "MaxPool")
 
 
 def expected_grids(quantizer: Quantizer, half: bool) -> list[tuple[np.ndarray, int, str]]:
-    """The (scale, zero point, dtype of codes) that a graph may have for a quantizer: one of these, and no other.
-
-    Today the CPU flavours write u8 for what is simulated in s8, and a tensor that is never negative twice as fine; once the
-    simulation is the flavour's own (`Form.applied`), one is left: the quantizer's.
-    """
-    steps = quantizer.steps.cpu().numpy().astype(np.float32)
-    if quantizer.unsigned:
-        return [(steps, 0, "uint8")]
-    finer = (steps.astype(np.float64) * BOUND / 255).astype(np.float32)
-    grids = [(steps, 0, "int8"), (steps, 128, "uint8"), (finer, 0, "uint8")]
+    """The (scale, zero point, dtype of codes) that a graph may have for a quantizer: its own, or that with an FP16 scale."""
+    scale, zero = quantizer.parameters_of_rounding()
+    steps = scale.cpu().numpy().astype(np.float32)
+    dtype = "int8" if quantizer.spec.low < 0 else "uint8"
+    grids = [(steps, zero, dtype)]
     if half:
-        grids.append((steps.astype(np.float16).astype(np.float32), 0, "int8"))
+        grids.append((steps.astype(np.float16).astype(np.float32), zero, dtype))
     return grids
 
 
@@ -88,8 +80,9 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
         assert isinstance(weight, torch.Tensor)
         # Divided by the scale, as ONNX defines it: times the scale's inverse, as PyTorch has it, some fall on the other side
         # of a half.
-        steps = quantizer._amax.detach() / BOUND
-        rounded = (weight / steps).round().clamp(-BOUND - 1, BOUND) * steps
+        amax, spec = quantizer.range.detach(), quantizer.spec
+        steps = (amax if spec.per_channel else amax.max().reshape([1] * weight.ndim)) / spec.levels
+        rounded = (weight / steps).round().clamp(spec.low, spec.high) * steps
         if half:
             # As `qat.export.flavour_tensorrt_strong`: FP16 scales, a tiny one rounded anew with the least that FP16 holds.
             coarse = (steps < LEAST_SCALE) & (steps.max() >= LEAST_SCALE)
@@ -129,31 +122,6 @@ class _Place:
 Look = Callable[[str, torch.Tensor], None]
 
 
-def _pooling(func: Any) -> str | None:
-    """The ONNX operator of a pooling that the CPU flavours round before (`qat.export.early_rounding`); None for all else."""
-    if func is nn.functional.interpolate or str(func).startswith("aten.upsample"):
-        return "Resize"
-    pools = (nn.functional.max_pool2d, torch.max_pool2d)
-    return "MaxPool" if func in pools or str(func).startswith("aten.max_pool2d") else None
-
-
-class _Poolings(TorchFunctionMode):
-    """Inside the block, `change(operator, tensor)` sees and may replace what each pooling takes in."""
-
-    def __init__(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.change = change
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if (operator := _pooling(func)) is not None:
-            if args:
-                args = (self.change(operator, args[0]), *args[1:])
-            else:
-                kwargs = {**kwargs, "input": self.change(operator, kwargs["input"])}
-        return func(*args, **kwargs)
-
-
 class _Hooks:
     """A run of one prepared part with codes of its own or given ones."""
 
@@ -162,7 +130,6 @@ class _Hooks:
     ) -> None:
         self.owner, self.wrapper, self.given, self.look = owner, wrapper, given, look
         self.count = 0
-        self.pooled = dict.fromkeys(POOLING, 0)
         self.rounded: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # by id of what was rounded
         self.made: dict[int, tuple[weakref.ref[torch.Tensor], Pair]] = {}  # by id of what came out
 
@@ -189,12 +156,6 @@ class _Hooks:
         self.look(place.pair.codes, place.to_graph(value))
         return self._hand_on(place, value)
 
-    def pool(self, operator: str, value: torch.Tensor) -> torch.Tensor:
-        """What the next pooling of this kind takes in instead of `value`."""
-        place = self.owner.early.get((operator, self.pooled[operator]))
-        self.pooled[operator] += 1
-        return value if place is None else self._look_and_round(place, value)
-
     def _hand_on(self, place: _Place, value: torch.Tensor) -> torch.Tensor:
         pair = place.pair
         shape = [1] * value.ndim
@@ -219,7 +180,7 @@ class _Hooks:
         alive, pair = self.made.get(id(inputs[0]), (None, None))
         if alive is None or alive() is not inputs[0] or pair is None or pair.scale.size > 1:
             return
-        # In float64, as `qat.export.unsigned`: in float32 some would fall on the other side of a half.
+        # In float64, as `qat.export.integer_weights`: in float32 some would fall on the other side of a half.
         scale = (float(pair.scale.ravel()[0]) * steps.double()).float().double()
         with torch.no_grad():
             layer.bias.copy_((bias.double() / scale).round() * scale)
@@ -235,7 +196,7 @@ class _Hooks:
         double = next(self.wrapper.parameters()).dtype == torch.float64
         values = {name: array.astype(np.float64) if double else array for name, array in feeds.items()}
         try:
-            with self.owner.calls._watched(self.record, self.wrapper), _Poolings(self.pool):
+            with self.owner.calls._watched(self.record, self.wrapper):
                 return TorchPart(self.wrapper).run(values)
         finally:
             for handle in handles:
@@ -280,26 +241,12 @@ class SiteReference:
         self.same: dict[int, int] = {}
         self.modules: dict[str, str] = {}
         self.problems: list[str] = []
-        self.early: dict[tuple[str, int], _Place] = {}  # by the order of the poolings: not all have a module in PyTorch
         back: dict[str, list[str]] = {}
-        early: dict[str, onnx.NodeProto] = {}  # pairs of `qat.export.early_rounding`
-        readers = consumers(model.graph)
         for node in model.graph.node:
             if node.op_type == "DequantizeLinear":
                 back.setdefault(node.input[0], []).append(node.output[0])
-                after = readers[node.output[0]]
-                if len(after) == 1 and after[0].op_type in POOLING:
-                    early[node.input[0]] = after[0]
-        order: dict[str, tuple[str, int]] = {}
-        for operator in POOLING:
-            named = [node.name for node in model.graph.node if node.op_type == operator]
-            order |= {name: (operator, index) for index, name in enumerate(named)}
         for name, pair in self.cut.pairs.items():
             found = [matches.call_of[o] for o in back.get(name, ()) if o in matches.call_of]
-            if not found and (pooling := early.get(name)) is not None:
-                self.early[order[pooling.name]] = _Place(pair)
-                self.modules[name] = f"the input of {pooling.name}"
-                continue
             call = self.calls.calls[found[0]] if found else None
             if call is None or not isinstance(call.module, Quantizer):
                 self.problems.append(f"{pair.node or name}: no quantizer of the module's")

@@ -50,7 +50,10 @@ def tensor_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def quantize_graph(
-    graph: fx.GraphModule, keep_float: Sequence[FloatRule] = (), inputs: dict[str, float] | None = None
+    graph: fx.GraphModule,
+    keep_float: Sequence[FloatRule] = (),
+    inputs: dict[str, float] | None = None,
+    round_outputs: bool = False,
 ) -> Inventory:
     """Places the quantizers of every flavour in `graph`, in place, and switches those of the default flavour on.
 
@@ -60,8 +63,9 @@ def quantize_graph(
 
     Args:
         inputs: what the graph's inputs never go below, by name.
+        round_outputs: what only goes out of the graph may be rounded too, in flavours whose backend is faster so.
     """
-    placement = Placement(graph, keep_float)
+    placement = Placement(graph, keep_float, round_outputs)
     for rule in RULES.values():
         rule(placement)
     inventory = Inventory(kept=placement.kept)

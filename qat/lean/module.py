@@ -124,6 +124,7 @@ def quantize(
     keep_float: Iterable[str | tuple[str, str] | FloatRule] = (),
     method: str = "mse",
     percentile: float = 99.99,
+    round_outputs: bool = False,
 ) -> QuantizedModule:
     """Traces a module, folds its batch norms, places quantizers by rules and calibrates them.
 
@@ -138,6 +139,7 @@ def quantize(
         keep_float: layers that stay float, as patterns of their paths (shell style), `PATTERN=reason` or (pattern, reason).
         method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.
         percentile: share of magnitudes inside the range, in percent, for `percentile`.
+        round_outputs: the outputs may be rounded too where that makes the layer before them an integer one (ONNX Runtime).
 
     Returns:
         the simulation; `summary()` lists what is INT8 and what is not, `qat.export.export_module` writes the ONNX file.
@@ -152,7 +154,7 @@ def quantize(
     rules = float_rules(keep_float)
     graph = trace(module, example_inputs)
     fold_batch_norm(graph)
-    inventory = quantize_graph(graph, rules)
+    inventory = quantize_graph(graph, rules, round_outputs=round_outputs)
     check_rules(rules, inventory.kept, inventory.quantized)
     made = QuantizedModule(graph, inventory, example_inputs).eval()
     count = 0

@@ -52,6 +52,7 @@ class Placement:
 
     graph: fx.GraphModule
     keep_float: Sequence[FloatRule] = ()
+    round_outputs: bool = False  # whether what only goes out of the graph may be rounded
     # producer → consumer → the role in which it takes the tensor
     requests: dict[fx.Node, dict[fx.Node, str]] = field(default_factory=dict)
     weighted: list[fx.Node] = field(default_factory=list)
