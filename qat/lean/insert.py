@@ -84,6 +84,7 @@ def quantize_graph(
                 on &= own.get(tensor, on)
             everywhere = all(role in flavour.roles for flavour in FLAVOURS.values())
             edges.setdefault((on, "" if everywhere else role), []).append(consumer)
+        last = tensor  # quantizers of one tensor stand in a row, the main one first
         for (on, role), takers in sorted(edges.items(), key=lambda item: (item[0][1] != "", -len(item[0][0]))):
             if not on:
                 continue
@@ -102,8 +103,8 @@ def quantize_graph(
                 if one is not None:
                     one.least = min(one.least, least[tensor])
             inventory.quantizers.setdefault(name, []).append(tensor.name)
-            with graph.graph.inserting_after(tensor):
-                rounded = graph.graph.call_module(name, (tensor,))
+            with graph.graph.inserting_after(last):
+                rounded = last = graph.graph.call_module(name, (tensor,))
             rounded.meta = {PATH: name, **({"val": tensor.meta["val"]} if "val" in tensor.meta else {})}
             for consumer in takers:
                 consumer.replace_input_with(tensor, rounded)
