@@ -24,6 +24,7 @@ from qat.core.verification import (
     FILE,
     check_frame,
     digest,
+    input_patch,
     judge,
     made_frame,
     pack,
@@ -143,11 +144,12 @@ def _doubled(wrappers: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Modu
 
 @dataclass
 class _Running:
-    """A batch of frames on its way through the parts. feeds: what the next part takes in."""
+    """A batch of frames on its way through the parts. feeds: what the next part takes in. patch: what these repeat, if so."""
 
     token: str
     frames: list[Any]
     feeds: dict[str, np.ndarray] = field(default_factory=dict)
+    patch: np.ndarray | None = None
 
 
 class Verification:
@@ -389,8 +391,12 @@ class Verification:
     ) -> None:
         stem = f"{index}/{name}"
         if index > 0 or name != self.first:  # the made-up frame is made again from its seed
+            patch = self.running[index].patch
             for tensor, array in feeds.items():
-                for key, value in pack(array, self.settings["image"]).items():
+                packed = pack(array if patch is None else patch, self.settings["image"])
+                if patch is not None:
+                    packed["patch_shape"] = np.array(patch.shape, np.int64)
+                for key, value in packed.items():
                     self.arrays[f"{stem}/in/{tensor}/{key}"] = value
         for kind, arrays in (("out", reference), ("float", unquantized or {})):
             for output, array in arrays.items():
@@ -414,7 +420,10 @@ class Verification:
                 value = pooled.numpy()
             else:
                 (value,) = output.values()
-            running.feeds = {tensor: round_input(value)}
+            value = round_input(value)
+            # Of the frame that is kept, a large tensor is replaced by a patch, repeated.
+            running.patch = input_patch(value) if running is self.running[self.whole] else None
+            running.feeds = {tensor: value if running.patch is None else tile(running.patch, value.shape)}
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Writes verification.npz and returns the manifest's `verification` section."""
