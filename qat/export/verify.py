@@ -262,7 +262,8 @@ class Verification:
         outputs = []
         for index, running in enumerate(self.running):
             feeds, where = running.feeds, f"frame {running.token}: {name}"
-            exact = own = None
+            exact: dict[str, np.ndarray] | None = None
+            own: dict[str, np.ndarray] | None = None
             if rounds:
                 with quantizers_off(self.detector):
                     exact = part.run(feeds)
@@ -273,18 +274,30 @@ class Verification:
                 reference = sites.simulate(feeds)
             elif index:
                 reference = part.run(feeds)
-            if typed is None:
-                compared = verify_part(opened, reference, feeds, exact, where)
-                if not rounds and not all(entry["passed"] for entry in compared.values()):
-                    reference, own = self._in_float64(name, feeds), reference
+
+            def compare(
+                reference: Mapping[str, np.ndarray],
+                own: Mapping[str, np.ndarray] | None = None,
+                index: int = index,
+                feeds: Mapping[str, np.ndarray] = feeds,
+                exact: Mapping[str, np.ndarray] | None = exact,
+                where: str = where,
+            ) -> dict[str, dict[str, Any]]:
+                if typed is None:
                     compared = verify_part(opened, reference, feeds, exact, where, own)
-            else:
-                compared = verify_strong(written, typed, reference, feeds, exact, where)
-            if index == self.whole:
-                again = verify_part(optimized, reference, feeds, exact, where, own)
-                for output, entry in compared.items():
-                    entry["optimized_db"] = again[output]["sqnr_db"]
-                    entry["passed"] &= entry["optimized_db"] >= entry["tolerance_db"]
+                else:
+                    compared = verify_strong(written, typed, reference, feeds, exact, where)
+                if index == self.whole:
+                    again = verify_part(optimized, reference, feeds, exact, where, own)
+                    for output, entry in compared.items():
+                        entry["optimized_db"] = again[output]["sqnr_db"]
+                        entry["passed"] &= entry["optimized_db"] >= entry["tolerance_db"]
+                return compared
+
+            compared = compare(reference)
+            if not rounds and typed is None and not all(entry["passed"] for entry in compared.values()):
+                reference, own = self._in_float64(name, feeds), reference
+                compared = compare(reference, own)
             for output, entry in compared.items():
                 entries.setdefault(output, []).append(entry)
             if index in self.stored[name]:
@@ -334,7 +347,7 @@ class Verification:
         cut = reference.cut
         wrong: dict[str, dict[str, Any]] = {}
         runners: dict[bool, Runner] = {}
-        worst: dict[str, Any] = {"off": 0.0, "slack": 0.0, "share": 0.0}
+        figures: list[dict[str, Any]] = []
         for given, kept in ((codes, None), (repeated, patches)):
             if reference.problems:
                 break
@@ -349,7 +362,7 @@ class Verification:
                 for row in reference.failures(found):
                     row["note"] += " with ONNX Runtime's optimizer on" if optimized else ""
                     wrong.setdefault(row["node"], row)
-                worst = max([worst, *found.values()], key=lambda entry: entry["off"] - entry["slack"])
+                figures += found.values()
             if kept is not None:
                 for index, site in enumerate(sites):
                     for key, value in sites[site].pack().items():
@@ -365,6 +378,9 @@ class Verification:
             }
             for pair in cut.pairs.values()
         ]
+        worst = max(
+            figures, key=lambda entry: entry["off"] - entry["slack"], default={"off": 0.0, "slack": 0.0, "share": 0.0}
+        )
         about = {
             "frame": self.whole,
             "pairs": pairs,
