@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint types unit audit tensorrt-lab clean
+.PHONY: demo test lint types unit nightly audit tensorrt-lab clean
 
 $(READY): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ types: $(READY)
 # One thread in each of the two processes: they share the cores.
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What takes too long for `make test`: the controls of verification at every site of camera-tiny, 188 right exports.
+nightly: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m nightly
 
 # Licences and known vulnerabilities of what is installed, and ruff's security rules (which `make lint` has too).
 audit: $(READY)

@@ -53,22 +53,23 @@ def tile(patch: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.ascontiguousarray(np.tile(patch, counts)[tuple(slice(size) for size in shape)])
 
 
-def cut_patch(codes: np.ndarray, channels: int) -> np.ndarray:
-    """A patch of a tensor's codes with all of its channels (their axis): of 16 places the one whose codes vary most."""
-    size = [n if axis == channels else min(n, SIDE) for axis, n in enumerate(codes.shape)]
+def cut_patch(codes: np.ndarray, channels: int, side: int = SIDE, most: int = PATCH) -> np.ndarray:
+    """A patch of a tensor's codes (or values) with all of its channels (their axis), `side` long along other axes if it then has
+    `most` values or fewer: of 16 places the one whose codes vary most."""
+    size = [n if axis == channels else min(n, side) for axis, n in enumerate(codes.shape)]
     size[0] = size[0] if channels == 0 else 1
-    while np.prod(size) > PATCH:
+    while np.prod(size) > most:
         axis = max((a for a in range(len(size)) if a != channels), key=lambda a: size[a], default=channels)
         if size[axis] == 1:
             axis = channels
         size[axis] = -(-size[axis] // 2)
     words = np.random.PCG64([codes.size, _STREAM + 1]).random_raw(16 * codes.ndim).reshape(16, -1)
-    best, most = None, -1.0
+    best, widest = None, -1.0
     for row in words:
         at = [int(word % np.uint64(n - s + 1)) for word, n, s in zip(row, codes.shape, size, strict=True)]
         found = codes[tuple(slice(a, a + s) for a, s in zip(at, size, strict=True))]
-        if (varies := float(found.astype(np.float32).std())) > most:
-            best, most = found, varies
+        if (varies := float(found.astype(np.float32).std())) > widest:
+            best, widest = found, varies
     assert best is not None
     return np.ascontiguousarray(best)
 

@@ -25,7 +25,7 @@ from qat.core.files import sha256
 from qat.core.frame import FrameArrays
 from qat.core.geometry import camera_ring
 from qat.core.preprocess import normalize
-from qat.core.sites import Site
+from qat.core.sites import Site, cut_patch, tile
 from qat.core.tensors import TensorDifference, compare_tensors
 
 FILE = "verification.npz"
@@ -36,6 +36,7 @@ NOISIER_DB = -20 * math.log10(2)  # a graph may be twice as far from float64 as 
 VALUES, LEAST_VALUES = 1 << 17, 4096  # kept of a part's outputs together, and of each at least
 SAMPLE_DB = 1.0  # the SQNR of kept values may be this much below that of all
 ENOUGH_DB = 20.0  # what is kept in half precision is this much closer than the tolerance asks
+INPUT_MOST, INPUT_SIDE = 1 << 20, 64  # values of an inner part's input beyond which a patch is repeated, and its sides
 SIGNIFICANT = 5  # bits of an inner part's input; see `round_input`
 _SPARSE = 0.125  # share of values other than zero up to which they are kept with their places
 _PLACES, _IMAGES, _DEPTH = range(1, 4)  # streams
@@ -212,6 +213,16 @@ def round_input(array: np.ndarray) -> np.ndarray:
     return ((bits + half) >> np.uint32(drop) << np.uint32(drop)).view(np.float32)
 
 
+def input_patch(array: np.ndarray) -> np.ndarray | None:
+    """A patch of a large tensor [N,C,H,W] that stands for it, repeated; None for a tensor that is small enough to be kept.
+
+    As `round_input`, it is done before either side computes with it.
+    """
+    if array.ndim != 4 or array.size <= INPUT_MOST:
+        return None
+    return cut_patch(array, 1, INPUT_SIDE, INPUT_MOST // 2)
+
+
 def _pixels(array: np.ndarray, image: Mapping[str, Any]) -> np.ndarray | None:
     """The uint8[…,3,H,W] that normalises to this array, bit for bit; None where there is none."""
     if array.ndim < 3 or array.shape[-3] != 3:
@@ -253,7 +264,10 @@ def pack(array: np.ndarray, image: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def unpack(packed: Mapping[str, np.ndarray], shape: Sequence[int], image: Mapping[str, Any]) -> np.ndarray:
-    """The float32 tensor that `pack` took."""
+    """The float32 tensor that `pack` took, or with `patch_shape` the patch that it took, repeated to `shape`."""
+    if "patch_shape" in packed:
+        rest = {key: value for key, value in packed.items() if key != "patch_shape"}
+        return tile(unpack(rest, [int(n) for n in packed["patch_shape"]], image), shape)
     if "pixels" in packed:
         pixels = np.cumsum(packed["pixels"], axis=-1, dtype=np.uint8)
         return _normalized(pixels, image).reshape(shape)

@@ -53,7 +53,8 @@ _OPERATORS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Divergence:
-    """A layer. what: "output" where its result differs, "scale" where its quantizer is missing or another.
+    """A layer. what: "output" where its result differs, "scale" where its quantizer is missing or another. (A third kind,
+    "site", is `qat.export.sites`' own.)
 
     node, operator: of the ONNX graph; module: its path in the detector. sqnr_db, tolerance_db: of the layer's result
     beside PyTorch's, None where the graph has no such tensor. before_db: the lowest SQNR among the nearest matched
@@ -80,6 +81,8 @@ class Divergence:
 
 def describe(layer: Mapping[str, Any]) -> str:
     """One line for a manifest's entry of `divergence`."""
+    if layer["what"] == "site":
+        return str(layer["note"])
     text = f"first diverging layer: {layer['operator']} {layer['node']}, PyTorch's {layer['module']}"
     if "note" in layer:
         text += f": {layer['note']}"

@@ -24,6 +24,7 @@ from qat.core.verification import (
     FILE,
     check_frame,
     digest,
+    input_patch,
     judge,
     made_frame,
     pack,
@@ -143,11 +144,12 @@ def _doubled(wrappers: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Modu
 
 @dataclass
 class _Running:
-    """A batch of frames on its way through the parts. feeds: what the next part takes in."""
+    """A batch of frames on its way through the parts. feeds: what the next part takes in. patch: what these repeat, if so."""
 
     token: str
     frames: list[Any]
     feeds: dict[str, np.ndarray] = field(default_factory=dict)
+    patch: np.ndarray | None = None
 
 
 class Verification:
@@ -260,7 +262,8 @@ class Verification:
         outputs = []
         for index, running in enumerate(self.running):
             feeds, where = running.feeds, f"frame {running.token}: {name}"
-            exact = own = None
+            exact: dict[str, np.ndarray] | None = None
+            own: dict[str, np.ndarray] | None = None
             if rounds:
                 with quantizers_off(self.detector):
                     exact = part.run(feeds)
@@ -271,18 +274,30 @@ class Verification:
                 reference = sites.simulate(feeds)
             elif index:
                 reference = part.run(feeds)
-            if typed is None:
-                compared = verify_part(opened, reference, feeds, exact, where)
-                if not rounds and not all(entry["passed"] for entry in compared.values()):
-                    reference, own = self._in_float64(name, feeds), reference
+
+            def compare(
+                reference: Mapping[str, np.ndarray],
+                own: Mapping[str, np.ndarray] | None = None,
+                index: int = index,
+                feeds: Mapping[str, np.ndarray] = feeds,
+                exact: Mapping[str, np.ndarray] | None = exact,
+                where: str = where,
+            ) -> dict[str, dict[str, Any]]:
+                if typed is None:
                     compared = verify_part(opened, reference, feeds, exact, where, own)
-            else:
-                compared = verify_strong(written, typed, reference, feeds, exact, where)
-            if index == self.whole:
-                again = verify_part(optimized, reference, feeds, exact, where, own)
-                for output, entry in compared.items():
-                    entry["optimized_db"] = again[output]["sqnr_db"]
-                    entry["passed"] &= entry["optimized_db"] >= entry["tolerance_db"]
+                else:
+                    compared = verify_strong(written, typed, reference, feeds, exact, where)
+                if index == self.whole:
+                    again = verify_part(optimized, reference, feeds, exact, where, own)
+                    for output, entry in compared.items():
+                        entry["optimized_db"] = again[output]["sqnr_db"]
+                        entry["passed"] &= entry["optimized_db"] >= entry["tolerance_db"]
+                return compared
+
+            compared = compare(reference)
+            if not rounds and typed is None and not all(entry["passed"] for entry in compared.values()):
+                reference, own = self._in_float64(name, feeds), reference
+                compared = compare(reference, own)
             for output, entry in compared.items():
                 entries.setdefault(output, []).append(entry)
             if index in self.stored[name]:
@@ -332,7 +347,7 @@ class Verification:
         cut = reference.cut
         wrong: dict[str, dict[str, Any]] = {}
         runners: dict[bool, Runner] = {}
-        worst: dict[str, Any] = {"off": 0.0, "slack": 0.0, "share": 0.0}
+        figures: list[dict[str, Any]] = []
         for given, kept in ((codes, None), (repeated, patches)):
             if reference.problems:
                 break
@@ -347,7 +362,7 @@ class Verification:
                 for row in reference.failures(found):
                     row["note"] += " with ONNX Runtime's optimizer on" if optimized else ""
                     wrong.setdefault(row["node"], row)
-                worst = max([worst, *found.values()], key=lambda entry: entry["off"] - entry["slack"])
+                figures += found.values()
             if kept is not None:
                 for index, site in enumerate(sites):
                     for key, value in sites[site].pack().items():
@@ -363,6 +378,9 @@ class Verification:
             }
             for pair in cut.pairs.values()
         ]
+        worst = max(
+            figures, key=lambda entry: entry["off"] - entry["slack"], default={"off": 0.0, "slack": 0.0, "share": 0.0}
+        )
         about = {
             "frame": self.whole,
             "pairs": pairs,
@@ -389,8 +407,12 @@ class Verification:
     ) -> None:
         stem = f"{index}/{name}"
         if index > 0 or name != self.first:  # the made-up frame is made again from its seed
+            patch = self.running[index].patch
             for tensor, array in feeds.items():
-                for key, value in pack(array, self.settings["image"]).items():
+                packed = pack(array if patch is None else patch, self.settings["image"])
+                if patch is not None:
+                    packed["patch_shape"] = np.array(patch.shape, np.int64)
+                for key, value in packed.items():
                     self.arrays[f"{stem}/in/{tensor}/{key}"] = value
         for kind, arrays in (("out", reference), ("float", unquantized or {})):
             for output, array in arrays.items():
@@ -414,7 +436,10 @@ class Verification:
                 value = pooled.numpy()
             else:
                 (value,) = output.values()
-            running.feeds = {tensor: round_input(value)}
+            value = round_input(value)
+            # Of the frame that is kept, a large tensor is replaced by a patch, repeated.
+            running.patch = input_patch(value) if running is self.running[self.whole] else None
+            running.feeds = {tensor: value if running.patch is None else tile(running.patch, value.shape)}
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Writes verification.npz and returns the manifest's `verification` section."""

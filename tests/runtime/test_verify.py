@@ -106,6 +106,18 @@ def test_inputs_come_back_bit_for_bit(folder, exported):
     assert not any(name.startswith("0/camera.backbone/in") for name in names)
 
 
+def test_a_large_input_is_a_patch_repeated(tmp_path, make_detector, fresh_config, small_cameras, monkeypatch):
+    monkeypatch.setattr("qat.core.verification.INPUT_MOST", 4000)
+    monkeypatch.setattr("qat.core.verification.INPUT_SIDE", 8)
+    export_parts(make_detector(fresh_config()), tmp_path / "out", "fp32", cameras=small_cameras)
+    summary = Summary(tmp_path / "out", load_manifest(tmp_path / "out"))
+    assert "0/camera.vtransform/in/feat_in/patch_shape" in np.load(tmp_path / "out" / "verification.npz").files
+    (value,) = summary.inputs("camera.vtransform", 0).values()
+    assert value.shape == (1, 10, 32, 24)
+    np.testing.assert_array_equal(value[:, :, :8, :8], value[:, :, 8:16, 16:24])
+    assert verify_folder(tmp_path / "out")["passed"]
+
+
 @pytest.mark.parametrize(
     ("array", "form"),
     [
