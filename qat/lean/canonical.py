@@ -350,9 +350,10 @@ class _Canonical:
             self.graph.erase_node(node)
 
     def layers(self) -> None:
+        known: dict[fx.Node, bool] = {}
         for node in list(self.graph.nodes):
-            if node.op != "call_function":
-                continue
+            if node.op != "call_function" or self._is_constant(node, known, True):
+                continue  # of a weight that is computed from parameters, which `constant` evaluates
             if node.target in CONVOLUTIONS:
                 self._convolution(node)
             elif node.target is aten.linear.default:

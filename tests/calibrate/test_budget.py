@@ -16,7 +16,7 @@ from qat.calibrate.sensitivity import measure_sensitivity
 from qat.cli import main
 from qat.core.errors import UserError
 from qat.data.synth import SynthOptions, generate
-from qat.lean.modes import quantizers, watched_on
+from qat.lean.modes import quantizers
 from qat.lean.units import only_on, units
 
 
@@ -114,16 +114,16 @@ def test_an_interrupted_search_runs_no_frame_twice(quantized, broken, tiny_frame
 def test_a_convolution_left_float_is_not_rounded_by_the_other_flavour_either(quantized):
     """The onnxruntime flavour rounds outputs of convolutions before adds; the budget has not measured that."""
     own = quantizers(quantized.parts)
-    watched = {f"{part}.{name}" for part, inventory in quantized.inventory.items() for name in inventory.watched}
-    watched = {name for name in watched if name.partition(".")[0] not in quantized.parts_off}
-    with watched_on(quantized):
-        assert all(not own[name]._disabled for name in watched)
+    outputs = {name for name, quantizer in own.items() if quantizer.role == "output"}
+    outputs = {name for name in outputs if name.partition(".")[0] not in quantized.parts_off}
+    with quantized.in_flavour("onnxruntime"):
+        assert all(not own[name]._disabled for name in outputs)
     before = next(u for u in units(quantized) if any("conv2" in layer or "layers.1" in layer for layer in u.layers))
     for name in before.quantizers:
-        own[name].disable()
-    with watched_on(quantized):
-        off = {name for name in watched if own[name]._disabled}
-    assert 0 < len(off) < len(watched)
+        own[name].off = True
+    with quantized.in_flavour("onnxruntime"):
+        off = {name for name in outputs if own[name]._disabled}
+    assert 0 < len(off) < len(outputs)
 
 
 def test_what_is_chosen_is_what_the_real_detector_gives(quantized, broken, tiny_frames, tmp_path):

@@ -226,7 +226,7 @@ def test_the_teacher_never_changes(ptq, data, tmp_path):
 def test_a_reload_in_a_new_process_gives_identical_bytes(ptq, data, tmp_path):
     path = run(ptq, data, tmp_path / "out").checkpoint
     model, recipe = load_ptq(path)
-    assert saved(path)["schema"] == 2 and recipe["finetune"]["steps"] == 4
+    assert saved(path)["schema"] == 3 and recipe["finetune"]["steps"] == 4
     sample = NuScenesDataset(data, "a", model.config)[0]
     inputs = {"img": torch.from_numpy(sample.img), "depth": torch.from_numpy(sample.depth)}
     torch.save(inputs, tmp_path / "inputs.pth")
@@ -261,8 +261,8 @@ def test_trained_weights_of_another_network_are_refused(ptq, data, tmp_path):
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match="weights differ"):
         load_ptq(path)
-    torch.save({**checkpoint, "schema": 3}, path)
-    with pytest.raises(UserError, match="found schema 3, expected 1 or 2"):
+    torch.save({**checkpoint, "schema": 4}, path)
+    with pytest.raises(UserError, match="found schema 4, expected 1 or 2 or 3"):
         load_ptq(path)
 
 

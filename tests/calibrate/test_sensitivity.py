@@ -217,7 +217,8 @@ def test_histograms_go_on_after_an_interruption_and_do_not_depend_on_the_order(
 def test_int8_and_what_stays_float_are_all_of_the_network(quantized, tiny_frames, tmp_path):
     off = units(quantized)[2]
     for name in off.quantizers:
-        quantizers(quantized.parts)[name].disable()
+        quantizers(quantized.parts)[name].off = True
+    quantized.use(quantized.flavour)
     recipe = {"budget": {"drop": 0.001, "of": "map"}}
     found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k", recipe=recipe)
     assert sum(group.macs_share for group in found.floats) + found.together.macs_share == pytest.approx(1, abs=1e-5)

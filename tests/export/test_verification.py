@@ -21,8 +21,9 @@ from qat.core.tensors import compare_tensors
 from qat.core.verification import made_frame
 from qat.export import export_parts, pipeline_settings, torch_parts
 from qat.export.bisect import _Calls, _Matches, diagnose
-from qat.export.flavour_cpu import to_cpu
+from qat.export.passes import in_flavour
 from qat.export.verify import Verification, random_frame
+from qat.lean.flavours import FLAVOURS
 from qat.runtime.verify import verify_folder
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +177,7 @@ def test_every_layer_of_every_part_finds_its_node(exported, exported_int8, float
     for name, (part, feeds) in parts.items():
         calls = _Calls(part, feeds)
         model = onnx.load(folder / f"{name}.onnx")
-        matches = _Matches(to_cpu(model) if kind == "onnxruntime" else model, calls)
+        matches = _Matches(in_flavour(model, FLAVOURS[kind]) if kind == "onnxruntime" else model, calls)
         layers = [i for i, c in enumerate(calls.calls) if hasattr(c.module, "weight") and c.module.weight.ndim > 1]
         missing = {calls.calls[at].path.rpartition("vtransform.")[2] for at in set(layers) - set(matches.names)}
         # the CPU flavours' products leave their results channels-last
@@ -242,7 +243,7 @@ def test_a_changed_weight_of_an_int8_graph_is_named_by_its_layer(exported_int8, 
     """By its values: what is changed is the weight before its rounding, and the scale is its quantizer's own."""
     model = onnx.load(exported_int8 / "fuser.onnx")
     scale_weight(model.graph, "/conv1_1/", -0.9)
-    graph = to_cpu(model) if flavour == "onnxruntime" else model
+    graph = in_flavour(model, FLAVOURS[flavour]) if flavour == "onnxruntime" else model
     (layer,) = diagnose(graph, model, *int8_parts["fuser"], "middle")
     assert layer.what == "output" and layer.module == "parts.decoder.decoder.backbone.1.0.conv1"
     assert layer.node == "/decoder/conv1_1/Conv" and layer.sqnr_db < 10 < 40 < layer.before_db

@@ -180,9 +180,9 @@ PTQ = {
     "range no tensor": (lambda ptq: _ranges(ptq, **{RANGE: [1, 2]}), f"amax: {RANGE}: found a list, expected a tensor"),
     "range unknown": (
         lambda ptq: _ranges(ptq, **{"nothing.q": torch.ones(())}),
-        "found quantizers that the network has not: nothing.q",
+        "found quantizers that the network lacks: nothing.q",
     ),
-    "newer schema": (lambda ptq: {"schema": 3}, "found schema 3, expected 1 or 2; update bevqat"),
+    "newer schema": (lambda ptq: {"schema": 4}, "found schema 4, expected 1 or 2 or 3; update bevqat"),
     "no config": (lambda ptq: {"config": None}, "config: found none, expected a section"),
     "config a list": (lambda ptq: {"config": [1]}, "config: found a list, expected a section"),
     "disabled a number": (lambda ptq: {"disabled": 3}, "disabled: found a int, expected a list of names"),
