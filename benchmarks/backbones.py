@@ -69,7 +69,11 @@ def config_of(name: str) -> dict[str, Any]:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stages = len(timm.create_model(name, pretrained=False, features_only=True).feature_info)
-    return {"type": "timm", "model_name": name, "out_indices": [max(stages - 3, 0), max(stages - 2, 0)] if stages > 2 else [stages - 1]}
+    return {
+        "type": "timm",
+        "model_name": name,
+        "out_indices": [max(stages - 3, 0), max(stages - 2, 0)] if stages > 2 else [stages - 1],
+    }
 
 
 def one(name: str) -> dict[str, Any]:
@@ -103,7 +107,9 @@ def one(name: str) -> dict[str, Any]:
 
         with torch.no_grad(), found, quantizers_off(quantized):
             floats = quantized(images[2][:1])
-        row["float_error"] = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, floats, strict=True))
+        row["float_error"] = max(
+            float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, floats, strict=True)
+        )
         row["flavours"] = {}
         for flavour in FLAVOURS:
             quantized.use(flavour)
@@ -155,19 +161,23 @@ def main() -> None:
             try:
                 run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
                 lines = run.stdout.strip().splitlines()
-                rows[name] = json.loads(lines[-1]) if run.returncode == 0 and lines else {
-                    "name": name, "outcome": "died", "error": run.stderr[-500:]
-                }
+                rows[name] = (
+                    json.loads(lines[-1])
+                    if run.returncode == 0 and lines
+                    else {"name": name, "outcome": "died", "error": run.stderr[-500:]}
+                )
             except subprocess.TimeoutExpired:
                 rows[name] = {"name": name, "outcome": "too slow", "error": f"over {SECONDS} s"}
             file.write_text(json.dumps(rows, indent=1))
         row = rows[name]
         print(f"{n + 1:3} {name:40} {row['outcome']:18} {row.get('error', '')[:150]}", flush=True)
     chosen = [rows[name] for name in names]
-    print("\n| network | outcome | INT8 layers | INT8 share | quantization, dB | beside the simulation, dB (tensorrt, strong, ONNX Runtime, OpenVINO) |")
+    print(
+        "\n| network | outcome | INT8 layers | INT8 share | quantization, dB | beside the simulation, dB (tensorrt, strong, ONNX Runtime, OpenVINO) |"
+    )
     print("|---|---|---|---|---|---|")
     for row in chosen:
-        if "flavours" in row and row["flavours"]:
+        if row.get("flavours"):
             own = row["flavours"]["tensorrt"]
             beside = ", ".join(f"{entry['sqnr_db']:.0f}" for entry in row["flavours"].values())
             print(

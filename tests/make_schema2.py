@@ -28,7 +28,13 @@ from qat.models import CameraBEVDetector, build_model
 CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "resnet": ({"type": "ResNet", "depth": 18, "out_indices": [1, 2]}, [128, 256]),
     "swin": (
-        {"type": "SwinTransformer", "embed_dims": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "out_indices": [1, 2]},
+        {
+            "type": "SwinTransformer",
+            "embed_dims": 8,
+            "depths": [1, 1, 2],
+            "num_heads": [1, 2, 2],
+            "out_indices": [1, 2],
+        },
         [16, 32],
     ),
     "mobilenet": ({"type": "timm", "model_name": "mobilenetv3_small_050", "out_indices": [2, 3]}, [16, 24]),
@@ -93,7 +99,9 @@ def _trained(quantized: Any, model: CameraBEVDetector, frame: Any) -> dict[str, 
     from qat.models.run import run_frame
 
     before = set(quantized.weights())
-    shifts = {path for path, layer in quantized.parts.named_modules() if getattr(layer, "background_shift", None) is not None}
+    shifts = {
+        path for path, layer in quantized.parts.named_modules() if getattr(layer, "background_shift", None) is not None
+    }
     quantized.absorb_background()
     with torch.no_grad():
         for parameter in quantized.parts.parameters():

@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
+from qat.calibrate.old_names import absorbed_layers, old_names, old_weights, really_off
 from qat.core.config import check_config
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
-from qat.calibrate.old_names import absorbed_layers, old_names, old_weights, really_off
 from qat.lean import QuantizedDetector
 from qat.lean.flavours import FLAVOURS
 from qat.lean.modes import quantizers
@@ -56,7 +56,9 @@ def save_ptq(
         trained: `model`'s weights are others than folding `float_model` gives; they are written too.
     """
     placement = {
-        "keep_float": [[rule.pattern, rule.reason, *([list(rule.flavours)] if rule.flavours else [])] for rule in model.keep_float],
+        "keep_float": [
+            [rule.pattern, rule.reason, *([list(rule.flavours)] if rule.flavours else [])] for rule in model.keep_float
+        ],
         "parts_off": {name: list(flavours) for name, flavours in model.off_in.items()},
         "background": model.background,
         "absorbed": sorted(model.absorbed),

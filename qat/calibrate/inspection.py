@@ -111,7 +111,11 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
                     layer.weight.numel(),
                     scales.numel(),
                     (float(scales.min()), float(scales.max())),
-                    "off" if off or layer.weight_quantizer.off else "watched" if layer.weight_quantizer._disabled else "on",
+                    "off"
+                    if off or layer.weight_quantizer.off
+                    else "watched"
+                    if layer.weight_quantizer._disabled
+                    else "on",
                 )
             )
             if layer.weight_quantizer.off and not off:

@@ -18,7 +18,6 @@ from torch import nn
 
 from qat.core.errors import UserError
 
-
 MOST_BYTES = 2**31
 # What torch's exporter raises about a network that it does not know how to write.
 UNEXPORTABLE = (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError, LookupError, AttributeError)

@@ -27,7 +27,7 @@ from qat.export.passes import in_flavour
 from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.verify import Verification
-from qat.lean.flavours import FLAVOURS, flavour_of
+from qat.lean.flavours import flavour_of
 from qat.lean.modes import qdq_tracing, quantizers_off, seven_bit_weights
 
 PRECISIONS = ("fp32", "fp16", "int8")

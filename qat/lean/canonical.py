@@ -74,7 +74,9 @@ ACTIVATIONS: dict[Any, Callable[[Mapping[str, Any]], nn.Module]] = {
     aten.relu.default: _activation(nn.ReLU),
     aten.relu6.default: _activation(nn.ReLU6),
     aten.hardtanh.default: lambda given: (
-        nn.ReLU6() if (given["min_val"], given["max_val"]) == (0, 6) else nn.Hardtanh(given["min_val"], given["max_val"])
+        nn.ReLU6()
+        if (given["min_val"], given["max_val"]) == (0, 6)
+        else nn.Hardtanh(given["min_val"], given["max_val"])
     ),
     aten.leaky_relu.default: _activation(nn.LeakyReLU, "negative_slope"),
     aten.silu.default: _activation(nn.SiLU),
@@ -163,7 +165,9 @@ class _Canonical:
         kinds: dict[str, set[str]] = {}
         for node in self.graph.nodes:
             if node.op == "call_function" and "nn_module_stack" in node.meta:
-                kinds.setdefault(self._stack(node), set()).add(str(node.target).split(".")[1] if "aten" in str(node.target) else str(node.target))
+                kinds.setdefault(self._stack(node), set()).add(
+                    str(node.target).split(".")[1] if "aten" in str(node.target) else str(node.target)
+                )
         return {
             path
             for path, found in kinds.items()
@@ -188,7 +192,9 @@ class _Canonical:
         self.taken.add(found)
         return found
 
-    def place(self, node: fx.Node, path: str, module: nn.Module, sources: tuple[fx.Node, ...], key: tuple[Any, ...]) -> None:
+    def place(
+        self, node: fx.Node, path: str, module: nn.Module, sources: tuple[fx.Node, ...], key: tuple[Any, ...]
+    ) -> None:
         """Puts a call of `module` in a node's place; one that was made from the same `key` is called again."""
         key = (path, type(module), *key)
         if key not in self.made:
@@ -242,7 +248,9 @@ class _Canonical:
                 continue  # of a larger constant
             value = self._evaluate(node)
             if isinstance(value, torch.Tensor):
-                path = self._free(f"constants.{self.path(node, node.name)}".replace("constants.constants.", "constants."))
+                path = self._free(
+                    f"constants.{self.path(node, node.name)}".replace("constants.constants.", "constants.")
+                )
                 self.tensors[path] = value.clone()
                 with self.graph.inserting_before(node):
                     stored = self.graph.get_attr(path)
@@ -395,7 +403,9 @@ class _Canonical:
             return stack
         return f"{stack}.{name}" if stack else name
 
-    def _build(self, kind: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> nn.Module:
+    def _build(
+        self, kind: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor | None, **options: Any
+    ) -> nn.Module:
         layer = kind(**options, bias=bias is not None, device="meta")
         layer.weight = self._parameter(weight)
         if bias is not None:
@@ -512,7 +522,6 @@ class _Canonical:
                 node.meta[PATH] = self.path(node, name.rstrip("_"))
             else:
                 node.meta[PATH] = str(node.target)
-
 
     def finish(self) -> fx.GraphModule:
         """The graph over a tree of what it calls and reads."""

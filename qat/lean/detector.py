@@ -189,7 +189,11 @@ class QuantizedDetector(nn.Module):
         for part, graph in self.parts.items():
             assert isinstance(graph, fx.GraphModule)
             for path, taken in backgrounds(graph).items() if self.absorbed else ():
-                if f"{part}.{path}" in self.absorbed and taken.quantizer is not None and taken.quantizer.spec.levels == 255:
+                if (
+                    f"{part}.{path}" in self.absorbed
+                    and taken.quantizer is not None
+                    and taken.quantizer.spec.levels == 255
+                ):
                     taken.quantizer.spec = U8_COARSE
 
     def camera_logits(self, img: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:

@@ -32,7 +32,9 @@ def float_rules(given: Iterable[str | tuple[str, str] | FloatRule]) -> list[Floa
         elif isinstance(one, str):
             pattern, _, reason = one.partition("=")
             if not pattern:
-                raise UserError(f"keep-float: found {one!r}, expected PATTERN or PATTERN=reason, such as backbone.conv1")
+                raise UserError(
+                    f"keep-float: found {one!r}, expected PATTERN or PATTERN=reason, such as backbone.conv1"
+                )
             found.append(FloatRule(pattern, reason or KEPT))
         else:
             found.append(FloatRule(*one))
@@ -47,7 +49,9 @@ def check_rules(rules: Sequence[FloatRule], kept: Iterable[str], layers: Iterabl
     for rule in rules:
         if not fnmatch.filter(kept, rule.pattern):
             some = ", ".join(layers[:3]) or "none"
-            raise UserError(f"keep-float {rule.pattern}: no layer has such a path; `bevqat inspect` lists them, such as {some}")
+            raise UserError(
+                f"keep-float {rule.pattern}: no layer has such a path; `bevqat inspect` lists them, such as {some}"
+            )
 
 
 @dataclass
@@ -166,7 +170,9 @@ def quantize(
             except UNTRACEABLE as error:
                 if isinstance(error, UserError):
                     raise
-                raise UserError(f"calibration batch {count}: {type(module).__name__} fails on it: {first_line(error)}") from error
+                raise UserError(
+                    f"calibration batch {count}: {type(module).__name__} fails on it: {first_line(error)}"
+                ) from error
             count += 1
     if count == 0:
         raise UserError("calibration: found no batches, expected at least one")

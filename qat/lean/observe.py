@@ -18,7 +18,9 @@ ALL_ZERO = 1e-6  # amax of a tensor that was zero on every frame: any positive s
 
 
 @contextmanager
-def observing(module: nn.Module, by_channel: Mapping[str, Any] | None = None) -> Iterator[dict[str, HistogramCalibrator]]:
+def observing(
+    module: nn.Module, by_channel: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, HistogramCalibrator]]:
     """Inside the block the network computes in float and every activation quantizer records, those of other flavours too.
 
     by_channel: paths of quantizers that note each channel's largest magnitude and energy.

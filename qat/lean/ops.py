@@ -158,7 +158,9 @@ def least_values(graph: fx.GraphModule, inputs: dict[str, float] | None = None) 
             least = 0.0 if of(node.args[0]) >= 0 and of(node.args[1]) >= 0 else gated(graph, node)
         elif is_zero_pad(node):
             least = min(of(source), 0.0)
-        elif node.target in (*MAX_POOLS, *RESHAPES, *MOVES, *PARTS, *RESIZES, *AVERAGE_POOLS) or node.target == "expand":
+        elif (
+            node.target in (*MAX_POOLS, *RESHAPES, *MOVES, *PARTS, *RESIZES, *AVERAGE_POOLS) or node.target == "expand"
+        ):
             least = of(source)
         elif node.target in (aten.exp.default, aten.abs.default, aten.square.default):
             least = 0.0

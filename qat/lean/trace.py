@@ -48,7 +48,9 @@ class _Method(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         given = iter(tensors)
-        return getattr(self.net, self.method)(*(next(given) if isinstance(a, torch.Tensor) else a for a in self.arguments))
+        return getattr(self.net, self.method)(
+            *(next(given) if isinstance(a, torch.Tensor) else a for a in self.arguments)
+        )
 
 
 @contextmanager
@@ -132,7 +134,9 @@ def _plain(traced: fx.GraphModule, module: nn.Module, method: str, arguments: Se
             values[node].meta = dict(node.meta)
         elif node.op == "output":
             flat = node.args[0]
-            nested = pytree.tree_unflatten([values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in flat], out_spec)
+            nested = pytree.tree_unflatten(
+                [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in flat], out_spec
+            )
             graph.output(nested)
         elif node.target not in ASSERTIONS and not str(node.target).startswith("_guards"):
             values[node] = graph.node_copy(node, values.__getitem__)

@@ -14,8 +14,8 @@ from qat.export.graph import op_counts, simplify
 from qat.export.graph import trace as to_onnx
 from qat.export.passes import in_flavour
 from qat.export.verify import compare_scales, graph_scales
-from qat.lean.fold import fold_batch_norm
 from qat.lean.flavours import FLAVOURS
+from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import quantize_graph
 from qat.lean.layers import ScaleShift
 from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, recording_scales

@@ -70,7 +70,10 @@ def test_what_a_tensor_never_goes_below_is_told_by_the_operators_before_it(name)
     expected = -np.inf if LEAST[name] is None else LEAST[name]
     assert least[taken] == pytest.approx(expected, abs=1e-4)
     with torch.no_grad():
-        assert LEAST[name] is None or float(MIDDLES[name](Network(MIDDLES[name]), torch.randn(9, 8, 9, 9) * 9).min()) >= expected - 1e-5
+        assert (
+            LEAST[name] is None
+            or float(MIDDLES[name](Network(MIDDLES[name]), torch.randn(9, 8, 9, 9) * 9).min()) >= expected - 1e-5
+        )
 
 
 @pytest.mark.parametrize("name", MIDDLES)
@@ -113,7 +116,11 @@ def test_a_transposed_convolutions_weight_has_one_scale_on_tensorrt_and_one_a_ch
     assert weight.spec == S8_TENSOR and weight.steps.shape == (1,)
     export_module(quantized, tmp_path / "net.onnx")
     model = onnx.load(tmp_path / "net.onnx")
-    axes = [[a.i for a in node.attribute if a.name == "axis"] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    axes = [
+        [a.i for a in node.attribute if a.name == "axis"]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    ]
     assert axes.count([0]) == 1 and [1] not in axes  # the convolution's; the others are per tensor
     assert quantized.use("openvino") and weight.spec == S8 and weight.steps.shape == (6,)
 
@@ -125,7 +132,9 @@ def test_an_export_is_its_simulation(name, flavour, tmp_path):
     report = export_module(quantized, tmp_path / "net.onnx")
     assert all(entry["passed"] for entry in report.values())
     # A step of the last convolution's input somewhere, at most: far below what the quantization itself costs. (FP16 costs more.)
-    assert flavour == "tensorrt-strong" or all(entry["sqnr_db"] > entry["quantization_db"] + 10 for entry in report.values())
+    assert flavour == "tensorrt-strong" or all(
+        entry["sqnr_db"] > entry["quantization_db"] + 10 for entry in report.values()
+    )
 
 
 def optimized(path, tmp_path):

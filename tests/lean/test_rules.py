@@ -76,8 +76,12 @@ def test_the_identity_shares_the_quantizer_of_the_convolution_beside_it():
     # the image; relu(stem), for conv1 and for the add, since nn.Identity is not there; relu(conv1); conv2's output
     assert len(inventory.quantizers) == 4
     assert sorted(map(len, inventory.quantizers.values())) == [1, 1, 1, 1]
-    assert {type(graph.get_submodule(user.target)).__name__ if user.op == "call_module" else "add"
-            for node in graph.graph.nodes if node.target == "quant_relu" for user in node.users} == {"QuantizedConv2d", "add"}
+    assert {
+        type(graph.get_submodule(user.target)).__name__ if user.op == "call_module" else "add"
+        for node in graph.graph.nodes
+        if node.target == "quant_relu"
+        for user in node.users
+    } == {"QuantizedConv2d", "add"}
 
 
 def test_an_add_that_no_convolution_feeds_has_both_inputs_on_one_scale():

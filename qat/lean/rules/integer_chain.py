@@ -89,7 +89,12 @@ def integer_chain(placement: Placement) -> None:
             continue
         if passes_values_on(node) or is_resize(node):
             source = source_of(node)
-            if source in rounded and source is not None and source.op != "placeholder" and node.target not in (*RESHAPES, *MOVES):
+            if (
+                source in rounded
+                and source is not None
+                and source.op != "placeholder"
+                and node.target not in (*RESHAPES, *MOVES)
+            ):
                 placement.quantize(source, node, ROLE)
                 placement.tie(source, node)
                 ask(node)

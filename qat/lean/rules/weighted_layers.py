@@ -32,7 +32,9 @@ def weighted_layers(placement: Placement) -> None:
             placement.keep(path, "weighted_layers", f"a convolution in {dims}, which the backends have in float alone")
             continue
         rules = placement.float_rules(path)
-        for found in sorted(rules, key=lambda one: bool(one.flavours), reverse=True):  # one for all flavours has the last word
+        for found in sorted(
+            rules, key=lambda one: bool(one.flavours), reverse=True
+        ):  # one for all flavours has the last word
             placement.keep(path, "keep_float", found.reason, found.flavours)
         if not placement.flavours(node):
             continue
