@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import fx
 
@@ -102,23 +103,21 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
         for path in inventory.quantized:
             layer = graph.get_submodule(path)
             assert isinstance(layer, LAYERS)
-            scales = layer.weight_quantizer._amax.flatten() / BOUND
+            weights, weight = layer.weight_quantizer, layer.weight
+            assert isinstance(weights, Quantizer) and isinstance(weight, torch.Tensor)
+            scales = weights.range.flatten() / BOUND
             found.layers.append(
                 Layer(
                     part,
                     path,
                     type(layer).__name__.removeprefix("Quantized"),
-                    layer.weight.numel(),
+                    weight.numel(),
                     scales.numel(),
                     (float(scales.min()), float(scales.max())),
-                    "off"
-                    if off or layer.weight_quantizer.off
-                    else "watched"
-                    if layer.weight_quantizer._disabled
-                    else "on",
+                    "off" if off or weights.off else "watched" if weights._disabled else "on",
                 )
             )
-            if layer.weight_quantizer.off and not off:
+            if weights.off and not off:
                 found.floats.append(FloatLayer(part, path, "budget", "its INT8 costs more mAP than the budget allows"))
         found.floats += [
             FloatLayer(part, name, kept.rule, kept.reason, kept.flavours) for name, kept in inventory.kept.items()

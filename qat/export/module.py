@@ -60,9 +60,9 @@ def export_module(
     flat = _Flat(module).eval()
     arguments = [value.detach() for value in tensors]
     with torch.inference_mode():
-        simulated = flat(*module.example_inputs)  # type: ignore[arg-type]
+        simulated = flat(*module.example_inputs)
         with quantizers_off(module):
-            exact = flat(*module.example_inputs)  # type: ignore[arg-type]
+            exact = flat(*module.example_inputs)
     results = list(outputs or [f"output_{n}" for n in range(len(simulated))])
     if len(results) != len(simulated):
         raise UserError(f"outputs: found {len(results)} names, expected {len(simulated)}")

@@ -64,7 +64,7 @@ def _ranges_as_tensors(module: nn.Module) -> Iterator[None]:
     """
     own = quantizers(module).values()
     for quantizer in own:
-        quantizer._quant_forward = partial(_fake_quantize, quantizer)
+        quantizer._quant_forward = partial(_fake_quantize, quantizer)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -257,7 +257,7 @@ class _Canonical:
                 stored.meta = dict(node.meta)
                 node.replace_all_uses_with(stored)
             elif isinstance(value, int | float | bool):
-                node.replace_all_uses_with(value)  # type: ignore[arg-type]
+                node.replace_all_uses_with(value)
         drop_dead(self.graph)
 
     # Passes
@@ -288,12 +288,12 @@ class _Canonical:
                 elif node.target in (aten.flatten.using_ints, aten.unflatten.int):
                     continue
                 else:
-                    sizes = node.args[1]  # type: ignore[assignment]
+                    sizes = node.args[1]
                 node.target, node.args, node.kwargs = torch.reshape, (node.args[0], sizes), {}
             elif node.target is aten.expand.default:
-                source, wanted = node.args[0].meta["val"].shape, list(node.meta["val"].shape)  # type: ignore[union-attr]
+                source, wanted = node.args[0].meta["val"].shape, list(node.meta["val"].shape)
                 lead = len(wanted) - len(source)
-                given = list(node.args[1])  # type: ignore[arg-type]
+                given = list(node.args[1])
                 kept = [-1 if i >= lead and str(source[i - lead]) == str(n) else given[i] for i, n in enumerate(wanted)]
                 node.op, node.target, node.args = "call_method", "expand", (node.args[0], *kept)
             elif node.target is aten.sym_size.int:
@@ -372,7 +372,7 @@ class _Canonical:
             elif node.target is aten.addmm.default and all(v == 1 for v in node.kwargs.values()):
                 self._linear(node, node.args[1], node.args[2], node.args[0], transposed=True)
             elif node.target is aten.einsum.default:
-                equation, tensors = node.args[0], tuple(node.args[1])  # type: ignore[arg-type]
+                equation, tensors = node.args[0], tuple(node.args[1])
                 self.place(node, self.path(node, "einsum"), Einsum(str(equation)), tensors, (id(node),))
             elif node.target is aten.batch_norm.default:
                 self._batch_norm(node)
@@ -419,8 +419,8 @@ class _Canonical:
         dims = int(kind.__name__[-2])
         if weight is None or (given["bias"] is not None and bias is None):
             sources = tuple(v for v in (given["input"], given["weight"], given["bias"]) if isinstance(v, fx.Node))
-            target, options = node.target, {k: v for k, v in given.items() if k not in ("input", "weight", "bias")}
-            module = DynamicConvolution(target, options)
+            kept = {k: v for k, v in given.items() if k not in ("input", "weight", "bias")}
+            module = DynamicConvolution(node.target, kept)
             self.place(node, self.path(node, "conv"), module, sources, (id(node),))
             return
 
@@ -454,7 +454,7 @@ class _Canonical:
             pad, source = before, source.args[0]
         layer = self._build(kind, weight, bias, **options)
         if pad is not None:
-            layer.pad = pad
+            layer.pad = pad  # type: ignore[assignment]
         key = (self._identity(given["weight"], node), self._identity(given["bias"], node), repr(options), pad)
         self.place(node, self._owner(node, given["weight"], "conv"), layer, (source,), key)
 
@@ -506,10 +506,11 @@ class _Canonical:
                 f"{stack or node.name}: found a batch norm without running statistics, expected one that has them: it "
                 "normalises by the batch at hand, which no export keeps; set track_running_stats=True and train"
             )
-        module = ScaleShift(*values, eps=float(given["eps"]))
+        weight, bias, mean, variance = values
+        module = ScaleShift(weight, bias, mean, variance, float(given["eps"]))
         key = tuple(self._identity(given[n], node) for n in ("weight", "bias", "running_mean", "running_var"))
-        mean = given["running_mean"]
-        owner = str(mean.target).removesuffix(".running_mean") if isinstance(mean, fx.Node) else stack
+        source = given["running_mean"]
+        owner = str(source.target).removesuffix(".running_mean") if isinstance(source, fx.Node) else stack
         self.place(node, owner, module, (given["input"],), key)
 
     def name_paths(self) -> None:
@@ -519,7 +520,7 @@ class _Canonical:
                 node.meta[PATH] = str(node.target)
             elif node.op == "call_function":
                 name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-                node.meta[PATH] = self.path(node, name.rstrip("_"))
+                node.meta[PATH] = self.path(node, str(name).rstrip("_"))
             else:
                 node.meta[PATH] = str(node.target)
 

@@ -91,7 +91,7 @@ def folded_layer(layer: nn.Module, norm: ScaleShift) -> nn.Module:
         scaled = (parted * factor.reshape(shape)).reshape(own.shape)
     else:
         scaled = own.detach() * factor.reshape(-1, *(1,) * (own.ndim - 1))
-    shift = torch.zeros_like(mean) if before is None else before.detach()  # type: ignore[union-attr]
+    shift = before.detach() if isinstance(before, torch.Tensor) else torch.zeros_like(mean)
     result.weight = nn.Parameter(scaled, requires_grad=own.requires_grad)
     result.bias = nn.Parameter((shift - mean) * torch.rsqrt(variance + norm.eps) * weight + bias)
     return result

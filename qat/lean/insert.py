@@ -117,7 +117,9 @@ def quantize_graph(
         module = submodule(graph, node)
         assert module is not None
         layer = quantized_layer(module)
-        layer.weight_quantizer.flavours = own[node]
+        weights = layer.weight_quantizer
+        assert isinstance(weights, Quantizer)
+        weights.flavours = own[node]
         replace_module(graph, path, layer)
         inventory.quantized.append(path)
     graph.graph.lint()

@@ -78,7 +78,7 @@ class Einsum(nn.Module):
     def macs(self, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> int:
         """Multiply-accumulates of a call: one for each combination of all indices."""
         terms = self.equation.replace(" ", "").split("->")[0].split(",")
-        sizes = {}
+        sizes: dict[str, int] = {}
         for term, tensor in zip(terms, inputs, strict=True):
             letters = [c for c in term if c.isalpha()]
             if "..." in term:

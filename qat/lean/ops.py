@@ -63,7 +63,7 @@ def two_tensors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def is_add(node: fx.Node) -> bool:
     """Whether the node adds two computed tensors."""
-    return node.target in ADDS and two_tensors(node) is not None and node.kwargs.get("alpha", 1) == 1
+    return node.target in ADDS and two_tensors(node) is not None and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def is_multiplication(node: fx.Node) -> bool:

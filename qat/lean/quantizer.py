@@ -192,17 +192,16 @@ class _Rounded:
     background_shift: added to the bias while the weight is rounded (`qat.lean.background`), float32[out channels].
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     weight_quantizer: Quantizer
     background_shift: torch.Tensor | None
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         bias: torch.Tensor | None = self.bias
         if self.background_shift is not None and not self.weight_quantizer._disabled:
             bias = self.background_shift if bias is None else bias + self.background_shift
         weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.padded(input), weight, bias)  # type: ignore[attr-defined, no-any-return]
+        result: torch.Tensor = self._conv_forward(self.padded(input), weight, bias)
+        return result
 
 
 class QuantizedConv1d(_Rounded, Conv1d):
@@ -222,18 +221,12 @@ class _RoundedTranspose:
 
     weight_quantizer: Quantizer
 
-    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        function = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[self.weight.ndim]  # type: ignore[attr-defined]
-        return function(  # type: ignore[no-any-return, operator]
-            input,
-            self.weight_quantizer(self.weight),  # type: ignore[attr-defined]
-            self.bias,  # type: ignore[attr-defined]
-            self.stride,  # type: ignore[attr-defined]
-            self.padding,  # type: ignore[attr-defined]
-            self.output_padding,  # type: ignore[attr-defined]
-            self.groups,  # type: ignore[attr-defined]
-            self.dilation,  # type: ignore[attr-defined]
-        )
+    def forward(self: Any, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        function: Any = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[self.weight.ndim]
+        weight = self.weight_quantizer(self.weight)
+        form = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        result: torch.Tensor = function(input, weight, self.bias, *form)
+        return result
 
 
 class QuantizedConvTranspose1d(_RoundedTranspose, nn.ConvTranspose1d):

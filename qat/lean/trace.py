@@ -112,7 +112,7 @@ def first_line(error: BaseException) -> str:
 def _plain(traced: fx.GraphModule, module: nn.Module, method: str, arguments: Sequence[object]) -> fx.GraphModule:
     """The traced graph over `module`'s own paths, with the method's arguments and its nested output; no guards."""
     own = dict(traced.state_dict(keep_vars=True))
-    out_spec = traced._out_spec if hasattr(traced, "_out_spec") else traced.graph._codegen.pytree_info.out_spec
+    out_spec: Any = traced._out_spec
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     root: dict[str, Any] = {}

@@ -48,8 +48,10 @@ def units(model: QuantizedDetector) -> list[Unit]:
         for node in graph.graph.nodes:
             if node.op == "call_module" and node.target in inventory.quantized:
                 layer = f"{part}.{node.target}"
-                if str(node.args[0].target) in fed and layer not in fed[str(node.args[0].target)]:  # type: ignore[union-attr]
-                    fed[str(node.args[0].target)].append(layer)  # type: ignore[union-attr]
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                if layer not in fed.get(str(source.target), [layer]):
+                    fed[str(source.target)].append(layer)
         for name, layers in fed.items():
             weights = [f"{layer}.weight_quantizer" for layer in layers]
             found.append(Unit(f"{part}.{name}", part, (f"{part}.{name}", *weights), tuple(layers)))

@@ -29,7 +29,10 @@ from qat.lean.modes import qdq_tracing, quantizers_off
 SCALES = {"x": 1 / 32, "c": 1 / 40}
 
 
-def residual_block(weights, bias=0.1, zero=np.int8(0)):
+ZERO = np.int8(0)
+
+
+def residual_block(weights, bias=0.1, zero=ZERO):
     """x ─► QDQ ─┬─► 1×1 Conv ─► Relu ─► QDQ ─► 1×1 Conv ─► Add ─► Relu ─► y
     └───────────────────────────────────────────┘"""
     values, nodes = {"z": zero}, []

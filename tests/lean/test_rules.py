@@ -45,7 +45,7 @@ def is_add(node):
 
 def test_residual_add_quantizes_the_identity_only():
     graph = traced(Residual())
-    inventory = quantize_graph(graph)
+    quantize_graph(graph)
     (sources,) = inputs_of(graph, is_add)
     rounded = [name for name in sources if isinstance(graph.get_submodule(_target(graph, name)), Quantizer)]
     on = [name for name in rounded if not graph.get_submodule(_target(graph, name))._disabled]
