@@ -52,6 +52,8 @@ def test_damage_to_camera_tiny_fails(exported, kind, count):
         own = [site for site in sites if (name, site) in chosen]
         damaged, done = damage(data, kind, own, {site: sites[site].shape for site in own})
         missed = undetected(data, damaged, done, sites, feeds, part["sites"]["pairs"])
-        assert not any(missed.values()), missed
+        # Depth bins that are zero nearly everywhere change by less than FP16 tells when two are swapped.
+        half = exported.name == "tensorrt-strong"
+        assert all(effect <= (sites[site].slack if half else 0) for site, effect in missed.items()), missed
         found += len(done) - len(missed)
     assert found >= 10
