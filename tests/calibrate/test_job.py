@@ -9,7 +9,9 @@ import torch
 import yaml
 
 from qat.calibrate import calibrate, load_ptq
+from qat.calibrate.inspection import inspect_checkpoint
 from qat.calibrate.job import calibrate_checkpoint
+from qat.cli import main
 from qat.core.errors import UserError
 from qat.data.synth import SynthOptions, generate
 
@@ -122,3 +124,35 @@ def test_auto_is_a_method_for_each_part(files, data, tmp_path):
     assert any(not torch.equal(mse["amax"][name], widest["amax"][name]) for name in mse["amax"] if "decoder." in name)
     assert "head.quant_x" not in named["equalized"]
     assert named["amax"]["head.quant_x"] < widest["amax"]["head.quant_x"]
+
+
+@pytest.mark.parametrize(("count", "equalized"), [(2, False), (3, True)])
+def test_channels_are_not_equalized_on_one_or_two_frames(tiny_model, tiny_frames, count, equalized):
+    """What they leave small may be large on the next (case 15)."""
+    skew = 2.0 ** -torch.linspace(0, 7, tiny_model.vtransform.C)
+    with torch.no_grad():
+        last = [m for m in tiny_model.vtransform.downsample.modules() if isinstance(m, torch.nn.BatchNorm2d)][-1]
+        last.weight.mul_(skew)
+        last.bias.mul_(skew)
+    assert bool(calibrate(tiny_model, tiny_frames[:count])[0].equalized) == equalized
+
+
+def test_layers_kept_float_by_a_pattern_are_listed_with_its_reason_and_stay_so_in_every_flavour(
+    files, data, tmp_path, capsys
+):
+    flags = ["--config", files["config"], "--ckpt", files["checkpoint"], "--data", data, "--split", "a"]
+    flags += ["--out", tmp_path / "ptq.pth", "--keep-float", "encoders.camera.neck.*=the neck is small"]
+    assert main(["calibrate", *map(str, flags), "--keep-float", "*.layer1.0.conv1"]) == 0
+    assert "the neck is small" in capsys.readouterr().out
+    found = inspect_checkpoint(tmp_path / "ptq.pth")
+    reasons = {f.name: f.reason for f in found.floats if f.rule == "keep_float" and not f.flavours}
+    assert reasons.pop("encoders.camera.vtransform.dtransform.0").startswith("its input is raw metres")
+    assert reasons.pop("encoders.camera.backbone.layer1.0.conv1") == "asked for with keep_float"
+    assert reasons and set(reasons.values()) == {"the neck is small"} and all(".neck." in name for name in reasons)
+    assert not {layer.path for layer in found.layers} & set(reasons)
+
+
+def test_a_pattern_that_fits_no_layer_is_one_line(files, data, tmp_path):
+    with pytest.raises(UserError, match=r"keep-float nothing\.\*: no layer has such a path"):
+        calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / "ptq.pth", keep_float=["nothing.*"])
+    assert not (tmp_path / "ptq.pth").exists()
