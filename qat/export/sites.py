@@ -247,6 +247,14 @@ class SiteReference:
                 back.setdefault(node.input[0], []).append(node.output[0])
         for name, pair in self.cut.pairs.items():
             found = [matches.call_of[o] for o in back.get(name, ()) if o in matches.call_of]
+            if not found:  # a pass may have replaced its DequantizeLinear: by the name of its QuantizeLinear
+                scope = pair.node.split("/")[-2:-1]
+                found = [
+                    at
+                    for at, call in enumerate(self.calls.calls)
+                    if isinstance(call.module, Quantizer) and [call.path.rpartition(".")[2]] == scope
+                ]
+                found = found if len(found) == 1 else []
             call = self.calls.calls[found[0]] if found else None
             if call is None or not isinstance(call.module, Quantizer):
                 self.problems.append(f"{pair.node or name}: no quantizer of the module's")
