@@ -34,6 +34,7 @@ from qat.lean.ops import is_add, is_concat
 from qat.lean.placement import FloatRule
 from qat.lean.quantizer import Quantizer, weight_axis
 from qat.lean.trace import submodule
+from qat.lean.units import UNIT_ROLES
 from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
 from qat.models.checkpoint import take_branch, under_prefix
 
@@ -236,7 +237,7 @@ def _set_activations(
     silent: dict[str, list[str]] = {name: [] for name in inventory.quantizers}
     for node in graph.graph.nodes:
         quantizer = submodule(graph, node)
-        if not isinstance(quantizer, Quantizer) or node.target not in values or quantizer.role == "output":
+        if not isinstance(quantizer, Quantizer) or node.target not in values or quantizer.role not in UNIT_ROLES:
             continue
         for user in node.users:
             path = str(user.target)
@@ -257,7 +258,7 @@ def _set_activations(
         full = f"{part}.{name}"
         if not found:
             quantizer.off = quantizer._disabled = True
-            if quantizer.role != "output":
+            if quantizer.role in UNIT_ROLES:
                 report.without_range.append(full)
             continue
         quantizer.set_range(torch.tensor(max(found.values())))

@@ -16,6 +16,7 @@ from qat.lean import QuantizedDetector
 from qat.lean.background import backgrounds
 from qat.lean.layers import ScaleShift
 from qat.lean.modes import quantizers
+from qat.lean.units import UNIT_ROLES
 
 # Buffers that an old file has among its weights; `inverse` is what an equalized channel is multiplied by.
 TABLES = ("relative_position_index", "attn_mask", "num_batches_tracked", "inverse")
@@ -30,14 +31,15 @@ def old_names(model: QuantizedDetector, checkpoint: Mapping[str, Any]) -> Callab
     Raises:
         KeyError: a part has another number of them than the file.
     """
-    own = [name for name, quantizer in quantizers(model.parts).items() if quantizer.shares is None]
+    own_quantizers = quantizers(model.parts)
+    own = [name for name, quantizer in own_quantizers.items() if quantizer.shares is None]
     theirs = list(dict.fromkeys([*checkpoint["amax"], *checkpoint["disabled"]]))
     changed = [name for name in theirs if name not in set(own)]
     found: dict[str, str] = {}
     for part in model.parts:
         before = [name for name in changed if name.startswith(f"{part}.")]
         after = [name for name in own if name.startswith(f"{part}.") and name not in set(theirs)]
-        after = [name for name in after if not name.endswith(("weight_quantizer", "_output"))]
+        after = [name for name in after if not own_quantizers[name].weights and own_quantizers[name].role in UNIT_ROLES]
         if not before:
             continue
         if len(before) != len(after):

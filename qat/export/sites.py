@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import nn
+from torch import fx, nn
 
 from qat.core.onnx_cut import Cut, Pair
 from qat.core.sites import Site, cut_patch, places, site_line
@@ -28,7 +28,9 @@ from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
 from qat.export.torch_parts import TorchPart
+from qat.lean.canonical import size
 from qat.lean.quantizer import Quantizer
+from qat.lean.trace import submodule
 
 NHWC = (0, 2, 3, 1)
 
@@ -120,6 +122,22 @@ class _Place:
 
 
 Look = Callable[[str, torch.Tensor], None]
+
+
+def _constant_quantizers(wrapper: nn.Module) -> set[nn.Module]:
+    """Quantizers of what depends on no input, but on sizes: the graph has their results as constants."""
+    found: set[nn.Module] = set()
+    for graph in wrapper.modules():
+        if not isinstance(graph, fx.GraphModule):
+            continue
+        live: set[fx.Node] = set()
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" or (node.target is not size and live.intersection(node.all_input_nodes)):
+                live.add(node)
+        calls = [(node, submodule(graph, node)) for node in graph.graph.nodes]
+        own = {module for node, module in calls if isinstance(module, Quantizer) and node not in live}
+        found |= own - {module for node, module in calls if module is not None and node in live}
+    return found
 
 
 class _Hooks:
@@ -270,10 +288,14 @@ class SiteReference:
                 )
         for name in self.cut.outputs:
             self.modules[name] = f"output {name}"
+        constant = _constant_quantizers(part.wrapper)
         self.lost = {
             at
             for at, call in enumerate(self.calls.calls)
-            if isinstance(call.module, Quantizer) and not call.module._disabled and at not in self.places
+            if isinstance(call.module, Quantizer)
+            and not call.module._disabled
+            and at not in self.places
+            and call.module not in constant
         }
         self._shapes(model, feeds)
 

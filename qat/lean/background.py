@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from qat.lean.layers import ScaleShift
-from qat.lean.ops import MAX_POOLS
+from qat.lean.ops import MAX_POOLS, is_multiplication
 from qat.lean.quantizer import QuantizedConv2d, Quantizer
 from qat.lean.trace import submodule
 
@@ -77,6 +77,11 @@ def backgrounds(graph: fx.GraphModule) -> dict[str, BackgroundInput]:
     for node in graph.graph.nodes:
         if node.op == "placeholder" and node.target == SOURCE:
             values[node] = torch.zeros(1, dtype=torch.float64)
+            continue
+        if is_multiplication(node):  # x · gate(x)
+            factors = [values.get(source) for source in node.args[:2]]
+            if factors[0] is not None and factors[1] is not None:
+                values[node] = factors[0] * factors[1]
             continue
         single = (node.op == "call_module" and len(node.args) == 1) or node.target in MAX_POOLS
         source = node.args[0] if single else None

@@ -342,8 +342,8 @@ class _Canonical:
             self.graph.erase_node(node)
 
     def unfuse_gates(self) -> None:
-        """x · gate(x) for SiLU and HardSwish, as opset 13 writes them: what is between may be rounded."""
-        gates = {aten.silu.default: aten.sigmoid.default, aten.hardswish.default: aten.hardsigmoid.default}
+        """x · gate(x) for HardSwish, as opset 13 writes it: what is between may be rounded."""
+        gates = {aten.hardswish.default: aten.hardsigmoid.default}
         for node in list(self.graph.nodes):
             if node.target not in gates:
                 continue

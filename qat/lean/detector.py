@@ -242,9 +242,8 @@ class QuantizedDetector(nn.Module):
         return [{"feat_out": self.downsample(bev)}] if is_camera_branch(self.config) else self.bev_head(bev)
 
     def activation_quantizers(self) -> dict[str, TensorQuantizer]:
-        """Quantizers of activations by `part.name`, those switched off too."""
-        named = quantizers(self.parts)
-        return {name: q for name, q in named.items() if not name.endswith("weight_quantizer")}
+        """Quantizers of activations that have ranges of their own by `part.name`, those switched off too."""
+        return {name: q for name, q in quantizers(self.parts).items() if not q.weights and q.shares is None}
 
     def equalizable(self) -> dict[str, list[str]]:
         """Quantizers by `part.name` whose channels can be equalized (`qat.lean.equalize`), with their consumers' paths."""
@@ -357,7 +356,7 @@ class QuantizedDetector(nn.Module):
             raise KeyError(f"found quantizers that the network lacks: {_few(strange)}")
         needed = {name for name, quantizer in own.items() if quantizer.shares is None}
         if without := sorted(needed - set(amax) - set(disabled)):
-            raise KeyError(f"found no range (amax) for {len(without)} of {len(own)} quantizers: {_few(without)}")
+            raise KeyError(f"found no range (amax) for {len(without)} of {len(needed)} quantizers: {_few(without)}")
         for name, tensor in amax.items():
             before = own[name].amax  # of weights, already that of the weights themselves; others have none yet
             shape = [] if before is None else list(before.shape)

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from qat.lean.canonical import arguments
-from qat.lean.layers import Linear, ScaleShift
+from qat.lean.quantizer import Quantizer
 from qat.lean.trace import aten, submodule
 
 ADDS = (aten.add.Tensor,)
@@ -148,8 +148,8 @@ def least_values(graph: fx.GraphModule, inputs: dict[str, float] | None = None) 
             least = LEAST[type(module)]
         elif isinstance(module, nn.LeakyReLU):
             least = 0.0 if of(source) >= 0 else -infinite
-        elif module is not None and not isinstance(module, Linear | ScaleShift) and hasattr(module, "_amax"):
-            least = of(source)  # a quantizer
+        elif isinstance(module, Quantizer):
+            least = of(source)
         elif is_concat(node):
             least = min((of(value) for value in concatenated(node)), default=-infinite)
         elif node.target in ADDS:
@@ -175,9 +175,16 @@ def least_values(graph: fx.GraphModule, inputs: dict[str, float] | None = None) 
 
 def gated(graph: fx.GraphModule, node: fx.Node) -> float:
     """What x · sigmoid(x) and x · hardsigmoid(x) never go below; −∞ of another product."""
-    for gate, value in (node.args[:2], node.args[1::-1]):
+
+    def unrounded(value: object) -> object:
+        while isinstance(value, fx.Node) and isinstance(submodule(graph, value), Quantizer):
+            value = value.args[0]
+        return value
+
+    a, b = (unrounded(value) for value in node.args[:2])
+    for gate, value in ((a, b), (b, a)):
         module = submodule(graph, gate)
-        if isinstance(gate, fx.Node) and source_of(gate) is value:
+        if isinstance(gate, fx.Node) and unrounded(source_of(gate)) is value:
             if isinstance(module, nn.Sigmoid):
                 return LEAST[nn.SiLU]
             if isinstance(module, nn.Hardsigmoid):

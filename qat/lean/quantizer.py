@@ -76,6 +76,15 @@ class Quantizer(TensorQuantizer):
             super().__setattr__(name, value)
 
     @property
+    def amax(self) -> torch.Tensor | None:
+        """As `range`; None where none was set."""
+        return getattr(self if self.shares is None else self.shares, "_amax", None)
+
+    @amax.setter
+    def amax(self, value: torch.Tensor) -> None:
+        self.set_range(value)
+
+    @property
     def range(self) -> torch.Tensor:
         """The magnitude that `spec.levels` steps reach: one value, or one for each channel with all dimensions kept.
 

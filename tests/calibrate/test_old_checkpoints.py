@@ -55,6 +55,12 @@ def case(request, fresh_config, small_cameras, tmp_path_factory):
     return Case(request.param, fresh_config(), small_cameras, tmp_path_factory.mktemp("old"))
 
 
+def seen_then(model):
+    """What is off in every flavour, but for the sites that the version which wrote the file did not observe."""
+    own = quantizers(model.parts)
+    return [name for name in model.float_names() if own[name].role != "integer" or own[name].amax is not None]
+
+
 def test_the_seed_gives_the_weights_that_were_calibrated(case):
     assert made.digest(case.model.state_dict()) == case.stored["weights_sha256"]
 
@@ -99,7 +105,7 @@ def test_what_was_off_for_want_of_another_flavour_alone_is_on_in_that(case):
             own = quantizers(case.quantized.parts)
             for name in outputs & set(own):
                 assert own[name]._disabled == flavour.startswith("tensorrt"), (flavour, name)
-    assert not case.quantized.float_names()
+    assert not seen_then(case.quantized)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +150,7 @@ def test_what_a_budget_left_float_stays_so_in_every_flavour(tuned, tmp_path):
     assert set(kept) <= set(case.checkpoint["amax"])
     torch.save({**case.checkpoint, "disabled": [*case.checkpoint["disabled"], *kept]}, tmp_path / "ptq.pth")
     model, _ = load_ptq(tmp_path / "ptq.pth")
-    assert model.float_names() == sorted(kept, key=list(quantizers(model.parts)).index)
+    assert seen_then(model) == sorted(kept, key=list(quantizers(model.parts)).index)
     for flavour in FLAVOURS:
         model.use(flavour)
         assert all(quantizers(model.parts)[name]._disabled for name in kept), flavour

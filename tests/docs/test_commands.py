@@ -40,6 +40,9 @@ SMALLER = {
 ELSEWHERE = ("tensorrt", "onnxruntime-tensorrt", "onnxruntime-cuda", "openvino-gpu", "openvino-npu")
 # Parsed by the script's own parser and not run. Their measurements run on tiny networks in tests/benchmarks.
 ONLY_PARSED = {
+    "backbones.py": "an hour for sixty networks",
+    "flavour_accuracy.py": "minutes on 500 keyframes",
+    "peers_networks.py": "needs the peers, and minutes of an idle machine",
     "calibration.py": "minutes on the full-size camera part",
     "corrections.py": "minutes on camera-tiny",
     "engine_settings.py": "a process for every setting, minutes",

@@ -141,7 +141,8 @@ def padded(make_detector, fresh_config):
     return detector
 
 
-@pytest.mark.parametrize("flavour", ["fp32", *FLAVOURS])
+# In the onnxruntime flavour Q/DQ stand between the two, which keeps the optimizer from joining them.
+@pytest.mark.parametrize("flavour", ["fp32", "tensorrt", "tensorrt-strong", "openvino"])
 def test_an_optimizer_that_breaks_the_graph_fails(
     tmp_path, padded, settings, small_cameras, calibrate_largest, monkeypatch, flavour
 ):

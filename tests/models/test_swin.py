@@ -110,15 +110,15 @@ def tiny_swin():
     ],
 )
 def test_it_computes_what_the_plain_definition_does(tiny_swin, size, options):
-    net = tiny_swin(size, **options)
-    image = torch.randn(2, 3, *size)
+    net = tiny_swin(size, **options).double()  # in float32 two right orders of a sum differ by more on some processors
+    image = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         found = net(image)
         expected = plain_swin(image[1], net.state_dict(), {**TINY, **options})
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert a[1].shape == b.shape and float(b.std()) > 0.1
-        assert torch.allclose(a[1], b, atol=2e-5), float((a[1] - b).abs().max())
+        assert torch.allclose(a[1], b, atol=1e-9), float((a[1] - b).abs().max())
 
 
 def test_merged_patches_are_in_unfolds_order():
