@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 SIZE = (224, 224)  # that a network is drawn for
-SIZES = ((96, 96), SIZE)  # the first that it runs at is used: sites are checked at every place of the graph
+SIZES = ((96, 96), SIZE)  # the first that it runs at is used, else its own: every site of the graph is checked
 MOST_PARAMETERS = 60e6
 SECONDS = 900
 
@@ -82,16 +82,20 @@ def runs_at(name: str) -> tuple[Any, tuple[int, int]]:
     """A network in eval mode, and the first of `SIZES` that it takes."""
     import torch
 
-    from qat.models.backbone import build_backbone
+    from qat.models.backbone import build_backbone  # before timm: it prepares torchvision
 
-    for size in SIZES:
+    import timm  # isort: skip
+
+    native = timm.get_pretrained_cfg_value(name, "input_size") or (3, *SIZE)
+    sizes = (*SIZES, (int(native[1]), int(native[2])))
+    for size in sizes:
         try:
             network = build_backbone(config_of(name), size).eval()
             with torch.no_grad():
                 network(torch.zeros(2, 3, *size))
             return network, size
         except Exception:
-            if size == SIZES[-1]:
+            if size == sizes[-1]:
                 raise
     raise AssertionError
 

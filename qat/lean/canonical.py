@@ -127,10 +127,11 @@ def out_of_place(graph: fx.Graph) -> None:
         changed = node.args[0]
         packet = getattr(aten, name, None)
         overload = getattr(packet, str(node.target).rpartition(".")[2], None) if packet is not None else None
-        base = changed
+        base, alone = changed, True
         while isinstance(base, fx.Node) and is_view(base) and not mutates(base):
             base = base.args[0]
-        if overload is None or not isinstance(changed, fx.Node) or base is not changed:
+            alone &= isinstance(base, fx.Node) and base.op == "call_function" and len(base.users) == 1
+        if overload is None or not isinstance(changed, fx.Node) or not (base is changed or alone):
             raise UserError(f"{node.name}: changes a part of a tensor in place; compute a new tensor instead")
         node.target = overload
         for user in list(changed.users):
@@ -265,6 +266,10 @@ class _Canonical:
     def erase_inert(self) -> None:
         for node in list(self.graph.nodes):
             source = node.args[0] if node.args else None
+            if node.target is aten.cat.default and isinstance(source, list | tuple) and len(source) == 1:
+                node.replace_all_uses_with(source[0])  # of one tensor
+                self.graph.erase_node(node)
+                continue
             if node.op != "call_function" or not isinstance(source, fx.Node):
                 continue
             same = node.target in INERT or (

@@ -323,3 +323,41 @@ def test_quantizers_are_named_by_path_and_call(tmp_path):
     net = seeded(Repeated(1))
     names = list(quantizers(quantize(net, (torch.randn(2, 3, 8, 8),))))
     assert [name.removeprefix("graph.") for name in names] == ["conv.weight_quantizer", "quant_x", "quant_relu"]
+
+
+class Ghost(nn.Module):
+    """Adds to all channels of a concatenation, taken as a slice, in place: nothing else reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        y = torch.cat([self.a(x), self.b(x)], 1)[:, :8]
+        y += 1.5
+        return self.c(torch.cat([y.relu()], 1))
+
+
+def test_a_slice_that_is_changed_in_place_is_right_where_nothing_else_reads_its_memory():
+    net = seeded(Ghost())
+    same(net, trace(net, (torch.zeros(2, 3, 6, 6),)), 3, 6, 6)
+
+
+class Embedding(nn.Module):
+    """A convolution of positions, which depend on no input but on the batch's size."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.stem = nn.Conv2d(1, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        rows = torch.ones(len(x), 1, *x.shape[2:]).cumsum(2)
+        return self.stem(x) + self.positions(rows / 8)
+
+
+@pytest.mark.parametrize("net", [Ghost(), Embedding()])
+def test_a_concatenation_of_one_and_a_constant_that_is_rounded_are_no_missing_pairs(net, tmp_path):
+    quantized = quantize(seeded(net), (torch.randn(2, 3, 8, 8),))
+    report = export_module(quantized, tmp_path / "net.onnx")
+    assert report.passed, report.failures
+    assert report.sites >= 2
