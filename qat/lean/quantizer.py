@@ -37,7 +37,6 @@ S8 = Spec()
 S8_TENSOR = Spec(per_channel=False)
 U8 = Spec(0, 255, 255, 0)  # from zero up: twice as fine as s8
 U8_COARSE = Spec(0, 255, 127, 0)  # from zero up, with s8's step
-U8_SHIFTED = Spec(0, 255, 127, 128)  # s8, stored in u8
 U8_AFFINE = Spec(0, 255, 255, None)  # from the smallest value to the largest
 
 

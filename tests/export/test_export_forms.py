@@ -100,7 +100,7 @@ def test_the_vtransform_is_int8_where_asked_for(tmp_path, quantized, small_camer
 
 
 def test_reduced_range_keeps_weights_to_seven_bits(tmp_path, quantized, small_cameras):
-    ranges = {name: q._amax.clone() for name, q in quantizers(quantized).items()}
+    ranges = {name: q.range.clone() for name, q in quantizers(quantized).items()}
     manifest = export_parts(
         quantized, tmp_path / "out", "int8", cameras=small_cameras, flavour="onnxruntime", reduce_range=True
     )
@@ -112,7 +112,7 @@ def test_reduced_range_keeps_weights_to_seven_bits(tmp_path, quantized, small_ca
         largest = max([largest, *(int(np.abs(w.astype(int)).max()) for w in weights if w.ndim == 4)])
     assert largest == 63
     for name, quantizer in quantizers(quantized).items():
-        assert (quantizer._amax == ranges[name]).all(), name
+        assert (quantizer.range == ranges[name]).all(), name
 
 
 @pytest.mark.parametrize(
