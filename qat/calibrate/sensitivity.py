@@ -424,7 +424,7 @@ def measure_histograms(
         UserError: a frame gives values that are not finite.
     """
     own = quantizers(model.parts)
-    ranges = [float(own[unit.quantizers[0]].amax) for unit in chosen]
+    ranges = [float(own[unit.quantizers[0]].range) for unit in chosen]
     named = [__version__, key, model.config, [[unit.name, amax] for unit, amax in zip(chosen, ranges, strict=True)]]
     name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     totals = [_Tally(unit.name, amax) for unit, amax in zip(chosen, ranges, strict=True)]
