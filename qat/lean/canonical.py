@@ -553,6 +553,19 @@ class _Canonical:
         return made
 
 
+def merge_equal(graph: fx.Graph) -> None:
+    """What is computed twice from the same tensors is computed once: one tensor has one quantizer."""
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_module", "get_attr") or "rand" in str(node.target):
+            continue
+        key = f"{node.op} {node.target} {node.args} {node.kwargs}"
+        same = first.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
 def drop_dead(graph: fx.Graph) -> None:
     """Takes out what no output needs."""
     for node in reversed(list(graph.nodes)):
@@ -579,6 +592,7 @@ def canonicalize(graph: fx.GraphModule) -> fx.GraphModule:
     passes.unfuse_attention()
     passes.unfuse_gates()
     passes.layers()
+    merge_equal(graph.graph)
     passes.name_paths()
     drop_dead(graph.graph)
     return passes.finish()
