@@ -29,7 +29,7 @@ from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
 from qat.export.torch_parts import TorchPart
 from qat.lean.canonical import size
-from qat.lean.quantizer import Quantizer
+from qat.lean.quantizer import Quantizer, Spec
 from qat.lean.trace import submodule
 
 NHWC = (0, 2, 3, 1)
@@ -154,6 +154,13 @@ class _Hooks:
     def record(self, path: str, module: nn.Module, inputs: Any, result: torch.Tensor) -> torch.Tensor | None:
         at, self.count = self.count, self.count + 1
         place = self.owner.places.get(at)
+        if place is None and at in self.owner.constants:  # rounded in the graph's constants
+            quantizer = self.owner.constants[at]
+            scale, zero = quantizer.parameters_of_rounding()
+            codes = (inputs[0] / scale.to(inputs[0].dtype)).round().add(zero)
+            spec: Spec = quantizer.spec
+            clipped = codes.clamp(spec.low, spec.high)
+            return (clipped - zero) * scale.to(inputs[0].dtype)
         if place is None:
             if at in self.owner.lost:
                 # Equal pairs on one tensor may be one in the graph.
@@ -289,6 +296,10 @@ class SiteReference:
         for name in self.cut.outputs:
             self.modules[name] = f"output {name}"
         constant = _constant_quantizers(part.wrapper)
+        self.constants: dict[int, Quantizer] = {}
+        for at, call in enumerate(self.calls.calls):
+            if isinstance(call.module, Quantizer) and call.module in constant and not call.module._disabled:
+                self.constants[at] = call.module
         self.lost = {
             at
             for at, call in enumerate(self.calls.calls)

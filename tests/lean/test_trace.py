@@ -104,7 +104,7 @@ def test_a_convolution_called_with_and_without_its_norm_keeps_both_forms():
             self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
 
         def forward(self, x):
-            return self.bn(self.conv(x)) + self.conv(x)
+            return self.bn(self.conv(x)) + self.conv(x.relu())
 
     net = seeded(Net())
     graph = trace(net, (torch.zeros(2, 3, 4, 4),))
