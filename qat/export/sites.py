@@ -298,8 +298,9 @@ class SiteReference:
         constant = _constant_quantizers(part.wrapper)
         self.constants: dict[int, Quantizer] = {}
         for at, call in enumerate(self.calls.calls):
-            if isinstance(call.module, Quantizer) and call.module in constant and not call.module._disabled:
-                self.constants[at] = call.module
+            module = call.module
+            if module in constant and isinstance(module, Quantizer) and not module._disabled:
+                self.constants[at] = module
         self.lost = {
             at
             for at, call in enumerate(self.calls.calls)
