@@ -30,6 +30,9 @@ TRACKED = "num_batches_tracked"
 NETWORK = ("encoders.", "decoder.", "heads.", "backbone.", "neck.", "vtransform.")  # how names of a detector begin
 
 
+LONGEST = 1000  # characters of a name that a network gives; damaged files have names without end
+
+
 def has_tensors(value: Any) -> bool:
     """Whether it is a state dict."""
     return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
@@ -44,7 +47,10 @@ def without_wrappers(state: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     found = {name: name for name in state}
     for prefix in ANYWHERE:
-        found = {name: own.replace(prefix, "") if isinstance(own, str) else own for name, own in found.items()}
+        found = {
+            name: own.replace(prefix, "") if isinstance(own, str) and len(own) < LONGEST else own
+            for name, own in found.items()
+        }
     while True:
         names = [own for own in found.values() if isinstance(own, str) and own not in COUNTERS]
         prefix = next((p for p in OUTER if _is_wrapped(names, p)), "")
