@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EACH = 2500
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kinds", [("manifest", "onnx"), ("config", "checkpoint")], ids="-".join)
 def test_damaged_files_end_in_one_clear_line_or_a_right_result(tmp_path, kinds):
     command = [sys.executable, "-W", "ignore", "-m", "tests.reliability.fuzz", "--cases", str(EACH * len(kinds))]
