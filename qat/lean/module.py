@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,8 +44,6 @@ def float_rules(given: Iterable[str | tuple[str, str] | FloatRule]) -> list[Floa
 
 def check_rules(rules: Sequence[FloatRule], kept: Iterable[str], layers: Iterable[str]) -> None:
     """Raises `UserError` for a rule that no layer fits."""
-    import fnmatch
-
     kept, layers = list(kept), list(layers)
     for rule in rules:
         if not fnmatch.filter(kept, rule.pattern):

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qat.lean.quantizer import S8, Spec
+from qat.lean.quantizer import S8, U8, U8_AFFINE, Spec
 
 
 @dataclass(frozen=True)
 class Flavour:
     """A policy; subclasses say how sites are rounded.
 
-    roles: in which a tensor is rounded. passes: names of the passes over the ONNX graph, in order. integer_weights: weights
-    and biases are stored as integers.
+    roles: in which a tensor is rounded. passes: names of the passes over the ONNX graph, in order.
     """
 
     name: str
@@ -28,3 +27,10 @@ class Flavour:
     def weight(self, layer: nn.Module) -> Spec:
         """How a layer's weights are rounded."""
         return S8
+
+
+class UnsignedFlavour(Flavour):
+    """Activations in u8: from zero up where nothing is negative, else from the smallest to the largest value."""
+
+    def activation(self, least: float) -> Spec:
+        return U8 if least >= 0 else U8_AFFINE

@@ -6,18 +6,12 @@ negative is rounded from zero up, twice as fine as s8; the rest from its smalles
 
 from __future__ import annotations
 
-from qat.lean.flavours.base import Flavour
-from qat.lean.quantizer import U8, U8_AFFINE, Spec
+from qat.lean.flavours.base import UnsignedFlavour
 
 ROLES = frozenset({"input", "identity", "add", "concat", "output", "integer"})
 
 
-class _Unsigned(Flavour):
-    def activation(self, least: float) -> Spec:
-        return U8 if least >= 0 else U8_AFFINE
-
-
-ONNXRUNTIME = _Unsigned(
+ONNXRUNTIME = UnsignedFlavour(
     "onnxruntime",
     ROLES,
     ("integer_weights", "conv_as_matmul", "scale_as_product", "global_pool", "hard_sigmoid_as_sum", "silu"),
