@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 FLOAT16, INT8, UINT8 = 10, 3, 2  # of onnx.TensorProto.DataType
+MOST_OPSET = 1000  # any domain's; ONNX 1.23 is at 28
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What hands its input's values on: the Q/DQ pair of a weight may have them between itself and its consumer.
 PASSES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast")
@@ -193,6 +194,17 @@ def _value_info(data: memoryview) -> tuple[str, int, bool]:
     return _text(_message(data, 1)), _number(tensor, 1), all(_number(axis, 1) > 0 for axis in axes)
 
 
+def _opset(imported: memoryview) -> int:
+    """The version that an OperatorSetId asks for. Raises `ValueError` where it is none: OpenVINO 2026.4 counts down from it."""
+    version = 0
+    for number, value in _fields(imported):
+        if number == 2 and isinstance(value, int):
+            version = value  # the last one counts, for protobuf too
+            if version > MOST_OPSET:
+                raise ValueError(f"opset {version}")
+    return version
+
+
 def _read(data: memoryview) -> Outline:
     outline = Outline()
     graph: memoryview | None = None
@@ -201,10 +213,13 @@ def _read(data: memoryview) -> Outline:
             if graph is not None:  # protobuf would read the two as one
                 raise ValueError("two graphs")
             graph = value
-        elif (
-            number == 8 and isinstance(value, memoryview) and not len(_message(value, 1))
-        ):  # the default domain is unnamed
-            outline.opset = _number(value, 2)
+        elif number == 8 and isinstance(value, memoryview):
+            version = _opset(value)
+            if not len(_message(value, 1)):  # the default domain is unnamed
+                outline.opset = version
+        elif number == 25 and isinstance(value, memoryview):  # a function of the model's own
+            for imported in _messages(value, 9):
+                _opset(imported)
     if graph is None:
         raise ValueError("no graph")
     declared: list[tuple[str, bool]] = []

@@ -273,6 +273,15 @@ def test_a_tensor_whose_data_do_not_fill_its_shape_is_refused(tmp_path, change):
     assert "a tensor of shape [2, 2] with " in refused(check_graph, path)
 
 
+@pytest.mark.parametrize("domain", ["", "ai.onnx.ml"])
+def test_an_opset_without_end_reaches_no_runtime(tmp_path, domain):
+    made = model([helper.make_node("Relu", ["x"], ["y"])])
+    made.opset_import.append(helper.make_opsetid(domain, 2**31 - 1))
+    path = written(tmp_path, made)
+    for backend in CPU_BACKENDS:
+        assert "opset 2147483647" in refused(build, path, backend, "fp32", Options(1, None))
+
+
 def test_two_graphs_in_one_file_are_refused(tmp_path):
     path = written(tmp_path, model([helper.make_node("Relu", ["x"], ["y"])]))
     path.write_bytes(path.read_bytes() * 2)
