@@ -161,6 +161,17 @@ def check_used(session: ort.InferenceSession, device: str) -> None:
         raise UserError(f"onnxruntime: {device} took none of the graph's operators, all went to {others}")
 
 
+def _session(source: str | bytes, options: ort.SessionOptions, **arguments: Any) -> Any:
+    """A session. From opset 17 on ONNX Runtime's optimizer (1.31) makes one LayerNormalization of an FP32 layer norm behind a Cast
+    from FP16, and leaves that Cast out, which is an invalid graph: then the session does without that rewrite."""
+    try:
+        return ort.InferenceSession(source, options, **arguments)
+    except Exception as error:  # onnxruntime's own exceptions have no base class below Exception
+        if "LayerNormFusion" not in str(error):
+            raise
+        return ort.InferenceSession(source, options, **arguments, disabled_optimizers=["LayerNormFusionL1"])
+
+
 def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str, dict[str, str]]]) -> Any:
     device = providers[0][0]
     if device != CPU:
@@ -170,7 +181,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
                 ort.preload_dlls()
         ort.set_default_logger_severity(4)  # a provider that does not start is told below, in one line
     try:
-        session = ort.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
+        session = _session(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:
         if device == TENSORRT and "install TensorRT libraries" in str(error):
             library = _missing_library(device)
@@ -212,7 +223,7 @@ class PlainGraph:
         source = graph if isinstance(graph, bytes) else str(graph)
         name = "the graph" if isinstance(graph, bytes) else graph
         try:
-            self._session = ort.InferenceSession(source, options, providers=[CPU])
+            self._session = _session(source, options, providers=[CPU])
         except Exception as error:  # onnxruntime's own exceptions have no base class below Exception
             raise UserError(f"{name}: ONNX Runtime cannot read it: {' '.join(str(error).split())}") from None
         self.inputs = _specs(self._session.get_inputs(), name)

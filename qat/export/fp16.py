@@ -5,7 +5,8 @@
 
 A node is either FP16 or FP32. A node stays FP32
 
-- for what it is: softmax and the sums between the last product and it, a layer norm (decomposed or not), operators on
+- for what it is: softmax and the sums between the last product and it, a layer norm or RMS norm (decomposed or not), a division
+  by what a constant below FP16's numbers keeps above zero (x / max(‖x‖, 1e-12)) with the norm in front, operators on
   geometry and indices (ScatterND, ScatterElements, CumSum, Range, GridSample), what is computed from inputs that the
   caller names as geometry, operators without an FP16 form in the graph's opset (QuantizeLinear and DequantizeLinear
   before 19), and what only moves values from one FP32 node to others;
@@ -18,7 +19,7 @@ A node is either FP16 or FP32. A node stays FP32
   So a tensor whose values are mostly flushed underflows, and the tail of a softmax beside its peak does not;
 - for its constants, by the same two rules;
 - for the scale of a Q/DQ pair: below 2⁻¹⁷ half of FP16's spacing (2⁻²⁵) is more than 2⁻⁸ of the scale, half an INT8 step on
-  the largest value; above 65504/128 what it dequantizes overflows.
+  the largest value; above 65504/128 what it dequantizes may overflow, and what reads that stays FP32 too.
 
 What overflows inside an operator (a sum) is not seen here; TensorRT sums in FP32 in its convolutions and products.
 
@@ -245,32 +246,60 @@ class _Plan:
         return [k for k in self.consumers[name] if self.graph.node[k].op_type in operators]
 
     def layer_norms(self) -> None:
-        """x − mean, its square's mean, + eps, √, the division, and the affine pair behind it."""
+        """x − mean, its square's mean, + eps, √, the division (or the product with 1/√), and the affine pair behind it; an RMS
+        norm has no mean."""
         nodes = self.graph.node
         for k, node in enumerate(nodes):
             if node.op_type != "Sqrt" or (plus := self._made_by(node.input[0], "Add")) is None:
                 continue
             variance = next((m for i in nodes[plus].input if (m := self._made_by(i, "ReduceMean")) is not None), None)
             square = self._made_by(nodes[variance].input[0], "Pow", "Mul") if variance is not None else None
-            centred = self._made_by(nodes[square].input[0], "Sub") if square is not None else None
-            mean = self._made_by(nodes[centred].input[1], "ReduceMean") if centred is not None else None
-            if variance is None or square is None or centred is None or mean is None:
+            if variance is None or square is None:
                 continue
-            members = [mean, centred, square, variance, plus, k]
-            for divide in self._users(node.output[0], "Div"):
+            members = [square, variance, plus, k]
+            squared = nodes[square].input[0]
+            if (centred := self._made_by(squared, "Sub")) is not None:
+                mean = self._made_by(nodes[centred].input[1], "ReduceMean")
+                members += [centred] if mean is None else [mean, centred]
+            for divide in self._users(node.output[0], "Div", "Reciprocal"):
                 members.append(divide)
-                behind = divide
-                for operator in ("Mul", "Add"):
-                    affine = [
-                        user
-                        for user in self._users(nodes[behind].output[0], operator)
-                        if any(name in self.constants for name in nodes[user].input)
-                    ]
-                    if len(affine) == 1:
-                        behind = affine[0]
-                        members.append(behind)
+                inverse = nodes[divide].op_type == "Reciprocal" or nodes[divide].input[0] in self.constants
+                for behind in self._users(nodes[divide].output[0], "Mul") if inverse else [divide]:
+                    members += [behind, *self._affine(behind)]
             for member in members:
                 self.keep(member, "layer norm")
+
+    def _affine(self, k: int) -> list[int]:
+        """The product with a constant and the sum with one behind a node, where they are all that reads it."""
+        found = []
+        for operator in ("Mul", "Add"):
+            users = [
+                user
+                for user in self._users(self.graph.node[k].output[0], operator)
+                if any(name in self.constants for name in self.graph.node[user].input)
+            ]
+            if len(users) == 1:
+                k = users[0]
+                found.append(k)
+        return found
+
+    def guarded_divisions(self) -> None:
+        """A division by what a constant holds above zero, where FP16 has that constant as zero: x / max(‖x‖, 1e-12) is 0/0 there
+        for a row of zeros. The norm in front stays FP32 too: what it squares may be flushed to zero. After `stored_values`."""
+        nodes = self.graph.node
+        for k, node in enumerate(nodes):
+            if node.op_type != "Div":
+                continue
+            at = self.producer.get(node.input[1])
+            while at is not None and nodes[at].op_type in MOVERS:
+                at = self.producer.get(nodes[at].input[0])
+            if at is None or self.reasons.get(at, ("", ""))[0] != "constant underflow":
+                continue
+            self.keep(k, "division")
+            norm = self._made_by(nodes[at].input[0], "ReduceL1", "ReduceL2", "Sqrt")
+            while norm is not None:
+                self.keep(norm, "division")
+                norm = self._made_by(nodes[norm].input[0], "ReduceSum", "ReduceMean", "Pow", "Mul")
 
     def from_geometry(self, geometry: Collection[str]) -> None:
         """What is computed from geometry alone. Where it meets features it has become weights or a mask."""
@@ -302,6 +331,22 @@ class _Plan:
             for name in (*(node.input[i] for i in self.half_inputs.get(k, ())), *node.output):
                 if self.is_float(name) and name in ranges and (reason := ranges[name].reason):
                     self.keep(k, reason, name)
+
+    def full_codes(self) -> None:
+        """What takes in, or hands on, the largest code of a DequantizeLinear whose scale lets that overflow: other frames than those
+        that were seen may have it."""
+        bounds: dict[str, float] = {}
+        for k, node in enumerate(self.graph.node):
+            if node.op_type == "DequantizeLinear":
+                scale = self.constants.get(node.input[1])
+                bound = 0.0 if scale is None else float(scale.max(initial=0)) * 128
+            else:
+                bound = max((bounds.get(name, 0.0) for name in node.input), default=0.0)
+                if bound > LARGEST:
+                    self.keep(k, "overflow", next(name for name in node.input if bounds.get(name, 0.0) == bound))
+                if node.op_type not in (*EXACT, "AveragePool"):
+                    continue
+            bounds.update((name, bound) for name in node.output if self.is_float(name))
 
     def between(self, full_outputs: Collection[str]) -> None:
         """What moves values from FP32 nodes to FP32 nodes alone: a detour through FP16 would only round them."""
@@ -516,7 +561,9 @@ def to_fp16(
     plan.layer_norms()
     plan.from_geometry(geometry)
     plan.stored_values()
+    plan.guarded_divisions()
     plan.seen_values(ranges)
+    plan.full_codes()
     io = [v.name for v in (*model.graph.input, *model.graph.output) if plan.is_float(v.name)]
     misfits = {name for name in io if name in geometry or name in plan.constants or ranges[name].reason}
     full = set(io) if keep_io else misfits

@@ -57,7 +57,13 @@ def _is_one_of(pair: Pair, grids: Sequence[tuple[np.ndarray, int, str]]) -> bool
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:
-    return x.half().to(x.dtype)
+    """x with FP16's 11 bits; what is beyond its range is rounded as if it were not: the graph has it in FP32 (`qat.export.fp16`),
+    and where it has not, its infinity must not be what is expected."""
+    rounded = x.half().to(x.dtype)
+    if not bool(rounded.isinf().any()):
+        return rounded
+    fraction, exponent = torch.frexp(x)
+    return torch.where(rounded.isinf() & x.isfinite(), torch.ldexp((fraction * 2**11).round() / 2**11, exponent), rounded)
 
 
 @torch.no_grad()
