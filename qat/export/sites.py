@@ -11,6 +11,7 @@ to the scale of the products (s32) in the CPU flavours; weights, biases, scales 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 import onnx
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from qat.core.onnx_cut import Cut, Pair
 from qat.core.sites import Site, cut_patch, places, site_line
@@ -63,7 +65,9 @@ def _half(x: torch.Tensor) -> torch.Tensor:
     if not bool(rounded.isinf().any()):
         return rounded
     fraction, exponent = torch.frexp(x)
-    return torch.where(rounded.isinf() & x.isfinite(), torch.ldexp((fraction * 2**11).round() / 2**11, exponent), rounded)
+    return torch.where(
+        rounded.isinf() & x.isfinite(), torch.ldexp((fraction * 2**11).round() / 2**11, exponent), rounded
+    )
 
 
 @torch.no_grad()
@@ -127,6 +131,18 @@ class _Place:
         return value if self.perm is None else value.permute(*np.argsort(self.perm).tolist())
 
 
+class _HalfArithmetic(TorchDispatchMode):
+    """Sums, products and quotients between modules (a residual sum, a norm that is written out) are rounded to FP16 too."""
+
+    ROUNDED = (torch.ops.aten.add, torch.ops.aten.sub, torch.ops.aten.mul, torch.ops.aten.div)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in self.ROUNDED and result.dtype == torch.float32:
+            return _half(result)
+        return result
+
+
 Look = Callable[[str, torch.Tensor], None]
 
 
@@ -158,6 +174,10 @@ class _Hooks:
         self.made: dict[int, tuple[weakref.ref[torch.Tensor], Pair]] = {}  # by id of what came out
 
     def record(self, path: str, module: nn.Module, inputs: Any, result: torch.Tensor) -> torch.Tensor | None:
+        with _disable_current_modes():
+            return self._record(module, inputs, result)
+
+    def _record(self, module: nn.Module, inputs: Any, result: torch.Tensor) -> torch.Tensor | None:
         at, self.count = self.count, self.count + 1
         place = self.owner.places.get(at)
         if place is None and at in self.owner.constants:  # rounded in the graph's constants
@@ -228,7 +248,8 @@ class _Hooks:
         values = {name: array.astype(np.float64) if double else array for name, array in feeds.items()}
         try:
             with self.owner.calls._watched(self.record, self.wrapper):
-                return TorchPart(self.wrapper).run(values)
+                with _HalfArithmetic() if self.owner.half and not double else contextlib.nullcontext():
+                    return TorchPart(self.wrapper).run(values)
         finally:
             for handle in handles:
                 handle.remove()

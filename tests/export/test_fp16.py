@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
+from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.flavour_tensorrt_strong import rounded, tolerance_db
 from qat.export.fp16 import rounding_count, to_fp16
 from qat.export.graph import simplify, trace
@@ -196,6 +197,84 @@ def test_a_decomposed_layer_norm_stays_fp32_and_its_neighbours_do_not():
     a = np.maximum(x, 0).astype(np.float64)
     normed = (a - a.mean(-1, keepdims=True)) / np.sqrt(a.var(-1, keepdims=True) + 1e-5) * gamma + beta
     np.testing.assert_allclose(run(half, {"x": x})[0], (normed + a).mean(-1, keepdims=True), rtol=2**-9)
+
+
+@pytest.mark.parametrize("inverse", ["Div", "Reciprocal"])
+def test_an_rms_norm_stays_fp32(inverse):
+    random = np.random.default_rng(0)
+    x = (300 * random.standard_normal((5, 16))).astype(np.float32)  # its square does not fit
+    gamma = random.standard_normal(16).astype(np.float32)
+    one = ("Div", "one root", "inverse") if inverse == "Div" else ("Reciprocal", "root", "inverse")
+    nodes = [
+        ("Relu", "x", "a"),
+        ("Mul", "a a", "square"),
+        ("ReduceMean", "square", "mean", {"axes": [-1]}),
+        ("Add", "mean eps", "plus"),
+        ("Sqrt", "plus", "root"),
+        one,
+        ("Mul", "a inverse", "normed"),
+        ("Mul", "normed gamma", "scaled"),
+        ("Relu", "scaled", "y"),
+    ]
+    constants = {"eps": np.float32(1e-5), "one": np.float32(1), "gamma": gamma}
+    if inverse != "Div":
+        del constants["one"]
+    half, report = to_fp16(graph(nodes, {"x": x.shape}, {"y": x.shape}, constants), [])
+    inside = ("square", "mean", "plus", "root", "inverse", "normed", "scaled")
+    assert kept(report) == dict.fromkeys(inside, "layer norm")
+    a = np.maximum(x, 0).astype(np.float64)
+    expected = np.maximum(a / np.sqrt(np.square(a).mean(-1, keepdims=True) + 1e-5) * gamma, 0)
+    np.testing.assert_allclose(run(half, {"x": x})[0], expected, rtol=2**-9)
+
+
+def test_a_row_of_zeros_divided_by_its_guarded_norm_is_zero():
+    nodes = [
+        ("Relu", "x", "a"),
+        ("ReduceL2", "a", "norm", {"axes": [-1]}),
+        ("Clip", "norm least", "held"),
+        ("Expand", "held shape", "wide"),
+        ("Div", "a wide", "unit"),
+        ("Add", "unit unit", "y"),
+    ]
+    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    x[1] = 0
+    constants = {"least": np.float32(1e-12), "shape": np.int64([3, 8])}
+    half, report = to_fp16(graph(nodes, {"x": x.shape}, {"y": x.shape}, constants), [{"x": x[[0, 2, 2]]}])
+    assert {"norm", "held", "unit"} <= kept(report).keys() and "a" not in kept(report)
+    a = np.maximum(x, 0)
+    expected = 2 * a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(run(half, {"x": x})[0], expected, rtol=2**-9, atol=2**-11)
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(500.0, TensorProto.FLOAT16), (530.0, TensorProto.FLOAT)])
+def test_what_the_largest_code_overflows_is_not_in_fp16_behind_it_either(scale, kind):
+    """Frames that never reach the largest code say nothing of it."""
+    nodes = [
+        ("QuantizeLinear", "x s z", "q"),
+        ("DequantizeLinear", "q s z", "d"),
+        ("Concat", "d d", "c", {"axis": 1}),
+        ("AveragePool", "c", "p", {"kernel_shape": [2, 2]}),
+        ("Relu", "p", "r"),
+        ("Mul", "r k", "y"),
+    ]
+    constants = {"s": np.float32(scale), "z": np.int8(0), "k": np.float32(1e-3)}
+    model = graph(nodes, {"x": (1, 1, 2, 2)}, {"y": (1, 2, 1, 1)}, constants, 19)
+    half, report = to_fp16(model, [{"x": np.full((1, 1, 2, 2), 1000, np.float32)}])
+    assert {types(half).get(name) for name in "cpr"} == {kind}
+    assert ("r" in kept(report)) == (kind == TensorProto.FLOAT)
+    assert np.isfinite(run(half, {"x": np.full((1, 1, 2, 2), 1e6, np.float32)})[0]).all()
+
+
+def test_onnx_runtime_runs_a_layer_norm_between_fp16_layers_from_opset_17_on():
+    """Its optimizer leaves a Cast out there, and then refuses its own graph."""
+    random = np.random.default_rng(0)
+    x, gamma, beta = (random.standard_normal(shape).astype(np.float32) for shape in ((5, 16), 16, 16))
+    nodes = [("Relu", "x", "a"), *layer_norm("a", "normed"), ("Add", "normed a", "sum"), ("Relu", "sum", "y")]
+    constants = {"two": np.float32(2), "eps": np.float32(1e-5), "gamma": gamma, "beta": beta}
+    model = graph(nodes, {"x": x.shape}, {"y": x.shape}, constants)
+    half, _ = to_fp16(onnx.version_converter.convert_version(model, 19), [{"x": x}])
+    plain, optimized = (PlainGraph(half.SerializeToString(), optimized=on).run({"x": x})["y"] for on in (False, True))
+    np.testing.assert_allclose(optimized, plain, atol=2**-9)
 
 
 def test_a_constant_that_both_precisions_read_is_exact_for_fp32():
