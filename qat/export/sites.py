@@ -247,9 +247,9 @@ class _Hooks:
         double = next(self.wrapper.parameters()).dtype == torch.float64
         values = {name: array.astype(np.float64) if double else array for name, array in feeds.items()}
         try:
-            with self.owner.calls._watched(self.record, self.wrapper):
-                with _HalfArithmetic() if self.owner.half and not double else contextlib.nullcontext():
-                    return TorchPart(self.wrapper).run(values)
+            rounding = _HalfArithmetic() if self.owner.half and not double else contextlib.nullcontext()
+            with self.owner.calls._watched(self.record, self.wrapper), rounding:
+                return TorchPart(self.wrapper).run(values)
         finally:
             for handle in handles:
                 handle.remove()
