@@ -6,7 +6,7 @@ segment is looked at and not used.
 
 What the graph's flavour rounds beside activations is rounded in PyTorch too (`prepared`, `_Hooks`): weights, always; biases
 to the scale of the products (s32) in the CPU flavours; weights, biases, scales and every layer's result to FP16 in
-`tensorrt-strong`.
+`tensorrt-strong`, sums and products between layers too.
 """
 
 from __future__ import annotations
