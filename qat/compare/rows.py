@@ -95,6 +95,9 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
                 f"{folder}: exported from {source['file']} with sha256 {source['sha256'][:12]}…, expected {named} "
                 "as they are now; export again"
             )
+        if source is not None and source["sha256"] == float_hash and bool(source.get("ema")) != sources.ema:
+            made = "the averaged weights" if source.get("ema") else "weights that were not averaged"
+            raise UserError(f"{folder}: exported from {made} of {sources.ckpt}, expected the same of --ema for both")
 
 
 def _check_whole(sources: Sources, quantized: QuantizedDetector | None) -> None:

@@ -151,6 +151,7 @@ def export_checkpoint(
         source.precision,
         flavour=flavour,
         checkpoint=source.path,
+        ema=ema,
         recipe=source.recipe,
         frames=real,
         **form,
@@ -179,6 +180,7 @@ def export_programs(
         folder,
         source.precision,
         checkpoint=source.path,
+        ema=ema,
         recipe=source.recipe,
         parts=list(build_wrappers(source.detector)) if parts is None else parts,
     )

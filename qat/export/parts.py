@@ -139,6 +139,7 @@ def export_parts(
     calibration_cache: bool = False,
     seed: int = 0,
     frames: Sequence[Any] = (),
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Writes a detector's ONNX parts and manifest.json into `out`, whole or not at all, and verifies each part.
 
@@ -152,7 +153,7 @@ def export_parts(
         flavour: "tensorrt" for symmetric s8 Q/DQ on float weights; "tensorrt-strong" for strongly typed networks, with
             precision in the graph's types (`qat.export.flavour_tensorrt_strong`); "onnxruntime" and "openvino" for what
             these fuse on a CPU, INT8 only (`qat.lean.flavours`).
-        checkpoint: where the weights came from; its name and sha256 go into the manifest.
+        checkpoint: where the weights came from; its name and sha256 go into the manifest. ema: whether they are its averaged ones.
         recipe: how the quantizers were calibrated, for the manifest.
         cameras: names in the order of the inputs; None for those of the detector's config.
         opset: 13 to 20; None for 13, and for INT8 of tensorrt-strong 19, the first with FP16 scales.
@@ -190,7 +191,8 @@ def export_parts(
     detector.eval()
     settings = pipeline_settings(detector.config, cameras)
     with form.applied(detector):
-        return _export(detector, Path(out), form, settings, checkpoint, recipe, seed, frames)
+        head = manifest_head(settings, form.precision, checkpoint, recipe, ema)
+        return _export(detector, Path(out), form, head, seed, frames)
 
 
 TYPES = {
@@ -212,18 +214,17 @@ def _export(
     detector: Any,
     out: Path,
     form: Form,
-    settings: dict[str, Any],
-    checkpoint: str | Path | None,
-    recipe: Mapping[str, Any] | None,
+    head: dict[str, Any],
     seed: int,
     frames: Sequence[Any],
 ) -> dict[str, Any]:
+    settings = head["pipeline"]
     parts = torch_parts(detector)
     left = form.chosen(parts)
     batches = (form.batch, form.batch + 1) if form.dynamic_batch else (form.batch,)
     verification = Verification(detector, parts, settings, frames, seed, batches)
     manifest = {
-        **manifest_head(settings, form.precision, checkpoint, recipe),
+        **head,
         "flavour": form.flavour,
         "types": TYPES.get(f"{form.precision} {form.flavour}", TYPES[form.precision]),
         "opset": form.opset or OPSET,

@@ -119,6 +119,7 @@ def export_pt2(
     parts: Sequence[str] = PARTS,
     cameras: Sequence[str] | None = None,
     seed: int = 0,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Writes a detector's parts as .pt2 files with manifest.json into `out`, whole or not at all.
 
@@ -130,7 +131,7 @@ def export_pt2(
         detector: a `qat.models.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
         out: the folder.
         precision: "int8" with torch's fake-quantize operators where the detector's quantizers are on; "fp32" without.
-        checkpoint: where the weights came from; its name and sha256 go into the manifest.
+        checkpoint: where the weights came from; its name and sha256 go into the manifest. ema: whether they are its averaged ones.
         recipe: how the quantizers were calibrated, for the manifest.
         parts: which ones, by name.
         cameras: names in the order of the inputs; None for those of the detector's config.
@@ -154,7 +155,7 @@ def export_pt2(
     settings = pipeline_settings(detector.config, cameras)
     state: AbstractContextManager[None] = nullcontext() if precision == "int8" else quantizers_off(detector)
     manifest = {
-        **manifest_head(settings, precision, checkpoint, recipe),
+        **manifest_head(settings, precision, checkpoint, recipe, ema),
         "format_of_parts": "pt2",
         "types": "FP32 tensors" + (", rounded by torch's fake-quantize operators" if precision == "int8" else ""),
     }

@@ -72,7 +72,11 @@ def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] | None =
 
 
 def manifest_head(
-    settings: Mapping[str, Any], precision: str, checkpoint: str | Path | None, recipe: Mapping[str, Any] | None
+    settings: Mapping[str, Any],
+    precision: str,
+    checkpoint: str | Path | None,
+    recipe: Mapping[str, Any] | None,
+    ema: bool,
 ) -> dict[str, Any]:
     """What every manifest says, whatever the format of the parts; `parts` is empty.
 
@@ -80,6 +84,7 @@ def manifest_head(
         settings: `pipeline_settings`.
         checkpoint: where the weights came from; its name and sha256 go into the manifest, and the model's name.
         recipe: how the quantizers were calibrated; for INT8.
+        ema: whether the weights are a float checkpoint's averaged ones.
     """
     head: dict[str, Any] = {
         "format": FORMAT,
@@ -94,7 +99,11 @@ def manifest_head(
     }
     if checkpoint is not None:
         head["model"] = Path(checkpoint).resolve().parent.name
-        head["checkpoint"] = {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}
+        head["checkpoint"] = {
+            "file": Path(checkpoint).name,
+            "sha256": sha256(checkpoint),
+            **({"ema": True} if ema else {}),
+        }
     return head
 
 

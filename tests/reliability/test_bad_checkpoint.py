@@ -280,6 +280,14 @@ def test_every_verb_says_which_weights_it_took_and_ema_takes_the_others(work, ve
     compare = ["compare", "--ckpt", "both.pth", "--config", "config.yaml", "--ptq", "out/ptq.pth", "--data", "data"]
     assert main([*compare, "--split", "calib", "--out", "out/compare"]) == 2
     assert "out/ptq.pth: calibrated from the averaged weights of both.pth" in capsys.readouterr().err
+    torch.save({"state_dict": state, "state_dict_ema": state}, work / "both.pth")
+    exported = ["export-camera", "--ckpt", "both.pth", "--config", "config.yaml", "--frames", "0"]
+    assert main([*exported, "--ema", "--out", "averaged"]) == main([*exported, "--out", "plain"]) == 0
+    compare = ["compare", "--ckpt", "both.pth", "--config", "config.yaml", "--data", "data"]
+    for folder, ema, made in (("averaged", [], "the averaged weights"), ("plain", ["--ema"], "weights that were not")):
+        capsys.readouterr()
+        assert main([*compare, *ema, "--split", "calib", "--onnx", folder, "--out", "out/compare"]) == 2
+        assert f"{folder}: exported from {made}" in capsys.readouterr().err
 
 
 def test_blocks_that_the_config_has_not(work, verbs, refused):
