@@ -221,6 +221,23 @@ def test_a_file_that_is_no_graph_is_refused_in_one_line(tmp_path, options, backe
     assert "\n" not in str(error.value)
 
 
+def test_openvino_takes_a_model_of_its_own_and_nobody_else_does(tmp_path, options):
+    import openvino as ov
+
+    linear_relu(tmp_path / "g.onnx")
+    ov.save_model(ov.Core().read_model(tmp_path / "g.onnx"), tmp_path / "g.xml", compress_to_fp16=False)
+    x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    runs = [
+        engine.build(tmp_path / name, "openvino", "fp32", options).run({"x": x})["y"] for name in ("g.onnx", "g.xml")
+    ]
+    np.testing.assert_array_equal(*runs)
+    with pytest.raises(UserError, match=r"g\.xml: not an ONNX graph"):
+        engine.build(tmp_path / "g.xml", "onnxruntime", "fp32", options)
+    (tmp_path / "g.xml").write_bytes(b"<?xml version='1.0'?><net>")
+    with pytest.raises(UserError, match=r"g\.xml: OpenVINO cannot read it"):
+        engine.build(tmp_path / "g.xml", "openvino", "fp32", options)
+
+
 def test_unknown_backend_precision_and_file_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"backend: found 'tpu', expected one of openvino, openvino-gpu, .*onnxruntime"):
         linear_relu(tmp_path / "g.onnx")
