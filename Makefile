@@ -28,7 +28,8 @@ types: $(READY)
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# What takes too long for `make test`: the controls of verification at every site of camera-tiny, 188 right exports.
+# What takes too long for `make test`: kills at twenty moments of every verb, fuzzing, every command of the docs, the controls of
+# verification at every site of camera-tiny, 188 right exports.
 nightly: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m nightly
 

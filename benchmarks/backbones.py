@@ -199,19 +199,25 @@ def main() -> None:
         print(f"{n + 1:3} {name:40} {row['outcome']:18} {row.get('error', '')[:150]}", flush=True)
     chosen = [rows[name] for name in names]
     print(
-        "\n| network | outcome | INT8 layers | INT8 share | quantization, dB | beside the simulation, dB (tensorrt, strong, ONNX Runtime, OpenVINO) |"
+        "\n| network | INT8 layers | float | INT8 share | quantization, dB | file beside simulation, dB |\n|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|")
     for row in chosen:
-        if row.get("flavours"):
+        if row["outcome"] == "works":
             own = row["flavours"]["tensorrt"]
             beside = ", ".join(f"{entry['sqnr_db']:.0f}" for entry in row["flavours"].values())
             print(
-                f"| {row['name']} | {row['outcome']} | {own['int8_layers']} | {own['int8_share']:.1%} | "
+                f"| {row['name']} | {own['int8_layers']} | {own['float']} | {own['int8_share']:.1%} | "
                 f"{own['quantization_db']:.0f} | {beside} |"
             )
-        else:
-            print(f"| {row['name']} | {row['outcome']}: {row.get('error', '')[:120]} | | | | |")
+    print()
+    for row in chosen:
+        if row["outcome"] != "works":
+            failed = [
+                f"{name}: {entry['failures'][:1]}"
+                for name, entry in row.get("flavours", {}).items()
+                if not entry["passed"]
+            ]
+            print(f"- {row['name']}: {row['outcome']}; {row.get('error') or ', '.join(failed)}")
     print(f"\n{sum(row['outcome'] == 'works' for row in chosen)} of {len(chosen)} work")
 
 

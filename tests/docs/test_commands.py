@@ -255,6 +255,7 @@ def help_of(verb: str) -> str:
     return re.split(r"\nexamples?:\n", text, maxsplit=1)[1]
 
 
+@pytest.mark.nightly
 def test_every_command_runs(checkout, monkeypatch, capsys):
     """One test, so that one process makes what they share; it tells of every page that fails, by its first bad command."""
     monkeypatch.chdir(checkout)

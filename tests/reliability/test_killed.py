@@ -64,6 +64,7 @@ def runs(request, inputs, tmp_path) -> Runs:
     return Runs(stage, commands(), argv, folder, log, {})
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "runs",
     ["calibrate", "sensitivity", "finetune", "train", "export", "build", "compare", "report"],
@@ -103,6 +104,7 @@ def test_killed_at_twenty_moments_the_next_run_ends_as_if_nothing_had_been(runs:
     assert hits >= MUST_HIT
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("runs", ["calibrate", "build"], indirect=True)
 def test_ctrl_c_at_any_moment_is_one_line_and_leaves_as_little(runs: Runs, request) -> None:
     first = runs.run.run(runs.argv, runs.folder, runs.log)
