@@ -286,6 +286,15 @@ def test_a_pages_blocks_are_shell_python_or_said_to_be_text(page):
             assert code and all(exec(line, {}) is None for line in imports)
 
 
+@pytest.mark.nightly
+def test_the_library_example_runs_by_itself(tmp_path):
+    """In a process of its own: the order of its imports matters."""
+    (block,) = (block for block in blocks((ROOT / "docs" / "quantize.md").read_text()) if kind_of(block) == PYTHON)
+    done = subprocess.run([sys.executable, "-c", block.text], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "{'fc': 'the classifier'}"
+
+
 def test_launchers_are_the_verbs():
     """`python qat/calibrate.py` is what `bevqat calibrate` is; one process for one of them, for it imports everything anew."""
     launchers = {path.stem for path in (ROOT / "qat").glob("*.py")} - {"__init__"}
