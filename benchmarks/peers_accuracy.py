@@ -49,6 +49,7 @@ from qat.engine import Options, build
 from qat.evaluate import difference, evaluate_detections, resample
 from qat.export import torch_parts
 from qat.export.checkpoint import export_checkpoint
+from qat.lean.flavours import DEFAULT
 from qat.lean.observe import counting_macs
 from qat.models import load_float_model
 from qat.runtime import Pipeline
@@ -299,14 +300,15 @@ def our_candidates(job: Job, ptq: Path | None) -> tuple[Row, list[Candidate]]:
         )
         seconds = time.perf_counter() - begin
     folders = {}
-    for flavour in ("openvino", "onnxruntime"):
+    for flavour in ("openvino", "onnxruntime", DEFAULT):
         folders[flavour], _ = export_checkpoint(ptq, "int8", job.out / "ours" / f"onnx_int8_{flavour}", flavour=flavour)
-    sources = Sources(job.ckpt, ptq, [], list(folders.values()), job.config_file)
-    rows, facts = load_rows(sources, tuple(folders), job.options)
+    engines = ("openvino", "onnxruntime")
+    sources = Sources(job.ckpt, ptq, [], [folders[backend] for backend in engines], job.config_file)
+    rows, facts = load_rows(sources, engines, job.options)
     simulated, _ = load_rows(Sources(job.ckpt, ptq, [], [], job.config_file), (), job.options)  # in the default flavour
     result = []
     for row in [*simulated[1:], *(row for row in rows[1:] if not row.simulated)]:
-        folder = folders.get(row.backend, folders["openvino"])
+        folder = folders.get(row.backend, folders[DEFAULT])
         files = [folder / part["file"] for part in load_manifest(folder)["parts"].values()]
         result.append(Candidate("ours", facts["recipe"]["method"], row, *integer_convolutions(files), seconds))
     return rows[0], result

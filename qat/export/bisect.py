@@ -33,6 +33,7 @@ from qat.core.verification import tolerance_db
 from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.lookups import constants, producers
 from qat.export.torch_parts import TorchPart
+from qat.lean.layers import ScaleShift
 from qat.lean.modes import quantizers_off
 from qat.lean.quantizer import Quantizer
 
@@ -153,12 +154,13 @@ class _Calls:
                 )
 
     def _modules(self, root: nn.Module) -> list[tuple[str, nn.Module, bool]]:
-        """Path, module, and whether it has no children but quantizers, of every module but the root."""
+        """Path, module, and whether it calls no others but quantizers, of every module but the root."""
         if id(root) not in self._listed:
             found = []
             for path, module in root.named_modules():
                 if path:
                     leaf = not any(not isinstance(child, Quantizer) for child in module.children())
+                    leaf = leaf or isinstance(module, ScaleShift)  # timm's have their activation function inside
                     # Weight quantizers are called too, but are looked at beside their layer.
                     found.append((path, module, leaf and not path.endswith("weight_quantizer")))
             self._listed[id(root)] = found

@@ -10,6 +10,7 @@ from qat.export.conv_as_matmul import convs_to_matmuls
 from qat.export.global_pool import means_to_pools
 from qat.export.hard_sigmoid import hard_sigmoids_to_clips, hard_sigmoids_to_sums
 from qat.export.integer_weights import store_integers
+from qat.export.scale_as_depthwise import scales_to_depthwise
 from qat.export.scale_as_product import scales_to_products
 from qat.export.silu import silus_to_one
 from qat.export.sunk_transpose import sink_transposes
@@ -30,6 +31,7 @@ PASSES: dict[str, Callable[[onnx.ModelProto], int]] = {
     "global_pool": means_to_pools,
     "hard_sigmoid_as_sum": hard_sigmoids_to_sums,
     "hard_sigmoid_as_clip": hard_sigmoids_to_clips,
+    "scale_as_depthwise": scales_to_depthwise,
     "silu": silus_to_one,  # the last one: shapes cannot be inferred behind what it adds
 }
 

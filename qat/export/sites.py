@@ -29,8 +29,10 @@ from qat.core.sites import Site, cut_patch, places, site_line
 from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
+from qat.export.scale_as_depthwise import as_integers
 from qat.export.torch_parts import TorchPart
 from qat.lean.canonical import size
+from qat.lean.layers import ScaleShift
 from qat.lean.quantizer import Quantizer, Spec
 from qat.lean.trace import submodule
 
@@ -236,8 +238,26 @@ class _Hooks:
         with torch.no_grad():
             layer.bias.copy_((bias.double() / scale).round() * scale)
 
+    @torch.no_grad()
+    def before_scale(self, layer: Any, inputs: Any) -> None:
+        """Rounds a batch norm's scale and shift as the convolution that the graph has for it (`qat.export.scale_as_depthwise`)."""
+        alive, pair = self.made.get(id(inputs[0]), (None, None))
+        if alive is None or alive() is not inputs[0] or pair is None:
+            return
+        scale, shift = (value.float().numpy() for value in layer.floats)
+        codes, steps, biases, products = (
+            value.astype(np.float64) for value in as_integers(scale, shift, float(pair.scale.ravel()[0]))
+        )
+        layer.scale.copy_(torch.from_numpy(codes * steps))
+        layer.shift.copy_(torch.from_numpy(biases * products))
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         handles = []
+        for path, layer in self.wrapper.named_modules():
+            if path.removeprefix("detector.") in self.owner.depthwise:
+                if not hasattr(layer, "floats"):
+                    layer.floats = [value.detach().clone() for value in (layer.scale, layer.shift)]
+                handles.append(layer.register_forward_pre_hook(self.before_scale))
         if self.owner.round_biases:
             for layer in self.wrapper.modules():
                 if isinstance(layer, nn.Conv2d) and hasattr(layer, "product_steps") and layer.bias is not None:
@@ -289,6 +309,12 @@ class SiteReference:
             node.op_type == "DequantizeLinear" and node.name.endswith("_bias_dq") for node in model.graph.node
         )
         matches = _Matches(model, self.calls)
+        operators = {name: node.op_type for node in model.graph.node for name in node.output}
+        self.depthwise = {
+            self.calls.calls[at].path
+            for name, at in matches.call_of.items()
+            if isinstance(self.calls.calls[at].module, ScaleShift) and operators[name] == "Conv"
+        }
         self.places: dict[int, _Place] = {}
         self.same: dict[int, int] = {}
         self.modules: dict[str, str] = {}

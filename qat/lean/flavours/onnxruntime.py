@@ -14,5 +14,13 @@ ROLES = frozenset({"input", "identity", "add", "concat", "output", "integer"})
 ONNXRUNTIME = UnsignedFlavour(
     "onnxruntime",
     ROLES,
-    ("integer_weights", "conv_as_matmul", "scale_as_product", "global_pool", "hard_sigmoid_as_sum", "silu"),
+    (
+        "integer_weights",
+        "conv_as_matmul",
+        "scale_as_product",
+        "global_pool",
+        "hard_sigmoid_as_sum",
+        "scale_as_depthwise",
+        "silu",
+    ),
 )

@@ -16,8 +16,10 @@ ConvInteger takes four times as long as a float convolution.
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
+from qat.lean.layers import ScaleShift
 from qat.lean.ops import (
     MOVES,
     RESHAPES,
@@ -33,6 +35,7 @@ from qat.lean.ops import (
 )
 from qat.lean.placement import Placement, rule
 
+aten = torch.ops.aten
 ROLE = "integer"
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 KERNELS = (nn.LeakyReLU, nn.Hardsigmoid)
@@ -51,6 +54,12 @@ def is_silu_part(placement: Placement, node: fx.Node) -> bool:
         if isinstance(gate, fx.Node) and isinstance(placement.module(gate), nn.Sigmoid) and source_of(gate) is value:
             return True
     return False
+
+
+def is_scale_shift(placement: Placement, node: fx.Node) -> bool:
+    """Whether a node is a batch norm of images by itself (`qat.export.scale_as_depthwise`)."""
+    value = node.meta.get("val")
+    return isinstance(placement.module(node), ScaleShift) and getattr(value, "ndim", None) == 4
 
 
 def behind(placement: Placement, node: fx.Node) -> fx.Node:
@@ -99,8 +108,18 @@ def integer_chain(placement: Placement) -> None:
                 placement.tie(source, node)
                 ask(node)
             continue
+        if is_scale_shift(placement, node) or (
+            node.target is aten.avg_pool2d.default
+            and any(is_concat(user) or is_scale_shift(placement, user) for user in node.users)
+        ):
+            source = source_of(node)
+            if source in rounded and source is not None:
+                placement.quantize(source, node, ROLE)
+                ask(behind(placement, node))
+            continue
         if is_concat(node):
-            if not all(user in placement.requests.get(node, {}) for user in node.users):
+            readers = [user for user in node.users if not is_scale_shift(placement, user)]
+            if not all(user in placement.requests.get(node, {}) for user in readers):
                 continue  # a float reader takes it: copying bytes would gain nothing
             taken = concatenated(node)
         elif is_add(node) or is_multiplication(node):

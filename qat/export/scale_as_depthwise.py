@@ -1,0 +1,103 @@
+"""A pass of the ONNX Runtime flavour: a scale and a shift of each channel between roundings become a depthwise 1×1 convolution.
+
+    before   x ─► DQ ─► · a ─► + b ─► Relu ─► Q ─►          after   x ─► DQ ─► Conv(a in s8, b in s32) ─► Relu ─► Q ─►
+
+That is a batch norm with no layer in front of it (DenseNet, RepVGG): one integer kernel for it, where ONNX Runtime has a product and a
+sum, in integers or, as here, in float. Nothing more is rounded than a convolution's bias: with one scale a channel the weight is
+exactly ±127 steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from qat.export.lookups import constants, consumers, producers
+
+MOST = 127
+LARGEST_BIAS = 2.0**30  # steps
+
+
+def _channels(value: np.ndarray | None) -> np.ndarray | None:
+    """The values of a constant [1,C,1,1] or [C,1,1]; None of others."""
+    if value is None or value.dtype != np.float32 or value.ndim not in (3, 4) or value.size < 2:
+        return None
+    return value.reshape(-1) if value.shape[-3] == value.size else None
+
+
+def as_integers(
+    scale: np.ndarray, shift: np.ndarray, step: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Weights s8[C] and their steps float32[C], biases s32[C] and their steps float32[C]. step: of the input."""
+    largest = np.abs(shift.astype(np.float64)) / (step * LARGEST_BIAS)
+    steps = np.maximum(np.abs(scale.astype(np.float64)) / MOST, largest)
+    steps = np.where(steps > 0, steps, 1.0).astype(np.float32)
+    products = (np.float64(step) * steps.astype(np.float64)).astype(np.float32)
+    biases = np.rint(shift.astype(np.float64) / products.astype(np.float64)).astype(np.int32)
+    return np.rint(scale / steps).astype(np.int8), steps, biases, products
+
+
+def scales_to_depthwise(model: onnx.ModelProto) -> int:
+    """Rewrites them in place; returns how many."""
+    graph = model.graph
+    known, readers, producer = constants(graph), consumers(graph), producers(graph)
+    outputs = {value.name for value in graph.output}
+    removed: set[str] = set()  # outputs of the sums that go
+    made: dict[str, list[onnx.NodeProto]] = {}  # by the output of the product in whose place they are
+    added: dict[str, np.ndarray] = {}
+
+    def alone(node: onnx.NodeProto, kind: str) -> onnx.NodeProto | None:
+        following = readers[node.output[0]]
+        fits = node.output[0] not in outputs and len(following) == 1 and following[0].op_type == kind
+        return following[0] if fits else None
+
+    for product in graph.node:
+        total = alone(product, "Add") if product.op_type == "Mul" else None
+        if total is None:
+            continue
+        taken = [name for name in product.input if name not in known]
+        scale = next((_channels(known.get(name)) for name in product.input if name in known), None)
+        shift = next((_channels(known.get(name)) for name in total.input if name in known), None)
+        before = producer.get(taken[0]) if len(taken) == 1 else None
+        if scale is None or shift is None or scale.size != shift.size or before is None:
+            continue
+        step = known.get(before.input[1]) if before.op_type == "DequantizeLinear" else None
+        if step is None or step.size != 1 or alone(alone(total, "Relu") or total, "QuantizeLinear") is None:
+            continue
+        stem = total.output[0]
+        integers = as_integers(scale, shift, float(step.reshape(())))
+        names = ("weight_s8", "weight_scale", "bias_s32", "bias_scale")
+        added |= {f"{stem}_{name}": value for name, value in zip(names, integers, strict=True)}
+        added[f"{stem}_weight_s8"] = integers[0].reshape(-1, 1, 1, 1)
+        added[f"{stem}_weight_zero"] = np.zeros(scale.size, np.int8)
+        weight = [f"{stem}_weight_s8", f"{stem}_weight_scale", f"{stem}_weight_zero"]
+        bias = [f"{stem}_bias_s32", f"{stem}_bias_scale"]
+        made[product.output[0]] = [
+            helper.make_node("DequantizeLinear", weight, [f"{stem}_weight"], name=f"{stem}_weight_dq", axis=0),
+            helper.make_node("DequantizeLinear", bias, [f"{stem}_bias"], name=f"{stem}_bias_dq", axis=0),
+            helper.make_node(
+                "Conv",
+                [taken[0], f"{stem}_weight", f"{stem}_bias"],
+                [stem],
+                name=total.name,
+                group=scale.size,
+                kernel_shape=[1, 1],
+            ),
+        ]
+        removed.add(stem)
+    if made:
+        nodes = [
+            copy
+            for node in graph.node
+            if node.output[0] not in removed
+            for copy in made.get(node.output[0], [onnx.NodeProto.FromString(node.SerializeToString())])
+        ]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        used = {name for node in nodes for name in node.input}
+        kept = [value for value in graph.initializer if value.name in used]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
+    return len(made)
