@@ -12,6 +12,7 @@ from qat.export.conv_as_matmul import convs_to_matmuls
 from qat.export.global_pool import means_to_pools
 from qat.export.hard_sigmoid import hard_sigmoids_to_clips, hard_sigmoids_to_sums
 from qat.export.passes import in_flavour
+from qat.export.scale_as_depthwise import scales_to_depthwise
 from qat.export.scale_as_product import scales_to_products
 from qat.export.silu import silus_to_one
 from qat.export.sunk_transpose import sink_transposes
@@ -311,3 +312,57 @@ def test_each_backend_has_its_own_rewrites(flavour, expected):
     model = behind_a_rounding(*nodes, shape=(1, 16, 1, 1), **unit())
     model = in_flavour(model, FLAVOURS[flavour])
     assert expected <= {node.op_type for node in model.graph.node}
+
+
+def scale_and_shift(scale, shift, relu, order=("x_dq", "a")):
+    """Q ─► DQ ─► · a ─► + b (─► Relu) ─► Q ─► DQ, x → y."""
+    constants = {
+        "s": np.asarray(SCALE),
+        "z": np.asarray(np.uint8(128)),
+        "t": np.asarray(SCALE / 3, np.float32),
+        "u": np.asarray(np.uint8(0 if relu else 100)),
+        "a": scale.reshape(1, -1, 1, 1),
+        "b": shift.reshape(1, -1, 1, 1),
+    }
+    nodes = [*pair("x"), helper.make_node("Mul", list(order), ["m"]), helper.make_node("Add", ["m", "b"], ["c"])]
+    nodes += [helper.make_node("Relu", ["c"], ["r"])] if relu else []
+    model = graph([*nodes, *pair("r" if relu else "c", "t", "u")], constants, [1, len(scale), 6, 8], len(scale))
+    model.graph.node[-1].output[0] = "y"
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_scale_and_a_shift_between_roundings_run_as_one_integer_convolution(x, relu, tmp_path):
+    rng = np.random.default_rng(0)
+    scale, shift = rng.normal(0, 1, 16).astype(np.float32), rng.normal(0, 1, 16).astype(np.float32)
+    scale[3], shift[4], shift[5], scale[6], shift[6] = 0, 0, 100, 1e-9, 1
+    model = scale_and_shift(scale, shift, relu, ("x_dq", "a") if relu else ("a", "x_dq"))
+    before = run(model, x)
+    assert scales_to_depthwise(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    assert not {"Mul", "Add"} & {node.op_type for node in model.graph.node}
+    for optimized in (False, True):
+        different = run(model, x, optimized) != before
+        assert different.mean() < 0.01  # a tie may fall on the other side: the bias is within 1/254 of a step
+        np.testing.assert_allclose(run(model, x, optimized), before, atol=float(SCALE / 3) * 1.01)
+    assert operators(model, tmp_path)["QLinearConv"] == 1
+
+
+def test_a_scale_and_a_shift_that_something_else_reads_or_that_no_rounding_follows_stay():
+    ones = np.ones(16, np.float32)
+    for change in ("float behind", "float before", "output", "one number"):
+        model = scale_and_shift(ones, ones, False)
+        if change == "float behind":
+            model.graph.node[4].op_type = "Sigmoid"
+            del model.graph.node[4].input[1:], model.graph.node[5:]
+            model.graph.node[4].output[0] = "y"
+        elif change == "float before":
+            model.graph.node[2].input[0] = "x"
+        elif change == "output":
+            model.graph.output.append(helper.make_tensor_value_info("m", TensorProto.FLOAT, [1, 16, 6, 8]))
+        else:
+            (a,) = (value for value in model.graph.initializer if value.name == "a")
+            a.CopyFrom(numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "a"))
+        before = model.SerializeToString()
+        assert scales_to_depthwise(model) == 0 and model.SerializeToString() == before, change

@@ -162,3 +162,37 @@ def test_the_tensorrt_flavours_round_the_same():
     with torch.no_grad():
         assert torch.equal(quantized.use("tensorrt")(images()), quantized.use("tensorrt-strong")(images()))
         assert not torch.equal(quantized.use("tensorrt")(images()), quantized.use("openvino")(images()))
+
+
+class Dense(nn.Module):
+    """Convolutions whose results are concatenated again and again, a batch norm in front of each: DenseNet's block and transition."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(12), nn.BatchNorm2d(12)])
+        self.convs = nn.ModuleList([nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(12, 12, 1)])
+        self.last = nn.Conv2d(12, 5, 1)
+        for norm in self.norms:
+            nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+            nn.init.uniform_(norm.running_var, 0.2, 2)
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([x, self.convs[0](self.norms[0](x).relu())], 1)
+        x = nn.functional.avg_pool2d(self.convs[1](self.norms[1](x).relu()), 2)
+        return self.last(self.norms[2](x).relu())
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_batch_norms_behind_concatenations_and_pools(flavour, tmp_path):
+    torch.manual_seed(0)
+    quantized = quantize(Dense().eval(), (images(),), round_outputs=True).use(flavour)
+    report = export_module(quantized, tmp_path / "net.onnx")
+    assert report.passed, report.failures
+    if flavour == "onnxruntime":
+        found = optimized(tmp_path / "net.onnx", tmp_path)
+        assert found["QLinearConv"] == 4 + 3 and found["QLinearConcat"] == 1  # each batch norm is one
+        assert not {"Conv", "FusedConv", "Mul", "Add", "Concat", "AveragePool", "Relu"} & set(found)
