@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from qat.export.lookups import consumers, producers
+from qat.export.lookups import consumers, producers, replace_nodes
 
 PLAIN = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads": [0] * 4, "group": 1}
 
@@ -87,10 +87,5 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
         if len(readers[weight_dq.output[0]]) == 1:
             dropped.add(weight_dq.output[0])
         changed += 1
-    del graph.node[:]
-    graph.node.extend(node for node in nodes if node.output[0] not in dropped)
-    used = {name for node in graph.node for name in node.input}
-    kept = [value for value in graph.initializer if value.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    replace_nodes(graph, [node for node in nodes if node.output[0] not in dropped])
     return changed

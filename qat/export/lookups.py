@@ -1,8 +1,9 @@
-"""What the passes over ONNX graphs look up."""
+"""What the passes over ONNX graphs look up, and how they put other nodes in place."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,20 @@ def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
 def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """The node that gives each tensor."""
     return {name: node for node in graph.node for name in node.output}
+
+
+def replace_nodes(
+    graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto], added: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Gives a graph these nodes, its own or new ones, and these constants more; constants that no node reads go."""
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    used = {name for node in copies for name in node.input}
+    kept = [value for value in graph.initializer if value.name in used]
+    kept += [numpy_helper.from_array(value, name) for name, value in (added or {}).items()]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:

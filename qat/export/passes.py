@@ -25,13 +25,13 @@ def _convs_as_matmuls(model: onnx.ModelProto) -> int:
 
 
 PASSES: dict[str, Callable[[onnx.ModelProto], int]] = {
+    "scale_as_depthwise": scales_to_depthwise,
     "integer_weights": store_integers,
     "conv_as_matmul": _convs_as_matmuls,
     "scale_as_product": scales_to_products,
     "global_pool": means_to_pools,
     "hard_sigmoid_as_sum": hard_sigmoids_to_sums,
     "hard_sigmoid_as_clip": hard_sigmoids_to_clips,
-    "scale_as_depthwise": scales_to_depthwise,
     "silu": silus_to_one,  # the last one: shapes cannot be inferred behind what it adds
 }
 

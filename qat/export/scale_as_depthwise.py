@@ -1,9 +1,9 @@
 """A pass of the ONNX Runtime flavour: a scale and a shift of each channel between roundings become a depthwise 1×1 convolution.
 
-    before   x ─► DQ ─► · a ─► + b ─► Relu ─► Q ─►          after   x ─► DQ ─► Conv(a in s8, b in s32) ─► Relu ─► Q ─►
+    before   x ─► DQ ─► · a ─► + b ─► Relu ─► Q ─►          after   x ─► DQ ─► Conv(a ─► Q ─► DQ, b) ─► Relu ─► Q ─►
 
 That is a batch norm with no layer in front of it (DenseNet, RepVGG): one integer kernel for it, where ONNX Runtime has a product and a
-sum, in integers or, as here, in float. Nothing more is rounded than a convolution's bias: with one scale a channel the weight is
+sum, in integers or, as here, in float. (`qat.export.integer_weights` stores a in s8 and b in s32 after this.) Nothing more is rounded than a convolution's bias: with one scale a channel the weight is
 exactly ±127 steps.
 """
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from qat.export.lookups import constants, consumers, producers
+from qat.export.lookups import constants, consumers, producers, replace_nodes
 
 MOST = 127
 LARGEST_BIAS = 2.0**30  # steps
@@ -26,16 +26,11 @@ def _channels(value: np.ndarray | None) -> np.ndarray | None:
     return value.reshape(-1) if value.shape[-3] == value.size else None
 
 
-def as_integers(
-    scale: np.ndarray, shift: np.ndarray, step: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weights s8[C] and their steps float32[C], biases s32[C] and their steps float32[C]. step: of the input."""
-    largest = np.abs(shift.astype(np.float64)) / (step * LARGEST_BIAS)
-    steps = np.maximum(np.abs(scale.astype(np.float64)) / MOST, largest)
-    steps = np.where(steps > 0, steps, 1.0).astype(np.float32)
-    products = (np.float64(step) * steps.astype(np.float64)).astype(np.float32)
-    biases = np.rint(shift.astype(np.float64) / products.astype(np.float64)).astype(np.int32)
-    return np.rint(scale / steps).astype(np.int8), steps, biases, products
+def weight_steps(scale: np.ndarray, shift: np.ndarray, step: float) -> np.ndarray:
+    """float32[C]: each channel's step, in which its shift fits an s32 bias too. step: of the input."""
+    least = np.abs(shift.astype(np.float64)) / (step * LARGEST_BIAS)
+    steps = np.maximum(np.abs(scale.astype(np.float64)) / MOST, least)
+    return np.where(steps > 0, steps, 1.0).astype(np.float32)
 
 
 def scales_to_depthwise(model: onnx.ModelProto) -> int:
@@ -66,19 +61,17 @@ def scales_to_depthwise(model: onnx.ModelProto) -> int:
         if step is None or step.size != 1 or alone(alone(total, "Relu") or total, "QuantizeLinear") is None:
             continue
         stem = total.output[0]
-        integers = as_integers(scale, shift, float(step.reshape(())))
-        names = ("weight_s8", "weight_scale", "bias_s32", "bias_scale")
-        added |= {f"{stem}_{name}": value for name, value in zip(names, integers, strict=True)}
-        added[f"{stem}_weight_s8"] = integers[0].reshape(-1, 1, 1, 1)
-        added[f"{stem}_weight_zero"] = np.zeros(scale.size, np.int8)
-        weight = [f"{stem}_weight_s8", f"{stem}_weight_scale", f"{stem}_weight_zero"]
-        bias = [f"{stem}_bias_s32", f"{stem}_bias_scale"]
+        weight = [f"{stem}_weight", f"{stem}_weight_scale", f"{stem}_weight_zero"]
+        steps = weight_steps(scale, shift, float(step.reshape(())))
+        added |= zip(weight, (scale.reshape(-1, 1, 1, 1), steps, np.zeros(scale.size, np.int8)), strict=True)
+        added[f"{stem}_shift"] = shift
+        pair = [f"{stem}_weight_q", f"{stem}_weight_dq"]
         made[product.output[0]] = [
-            helper.make_node("DequantizeLinear", weight, [f"{stem}_weight"], name=f"{stem}_weight_dq", axis=0),
-            helper.make_node("DequantizeLinear", bias, [f"{stem}_bias"], name=f"{stem}_bias_dq", axis=0),
+            helper.make_node("QuantizeLinear", weight, pair[:1], name=f"{stem}_weight_quantize", axis=0),
+            helper.make_node("DequantizeLinear", [pair[0], *weight[1:]], pair[1:], name=pair[1], axis=0),
             helper.make_node(
                 "Conv",
-                [taken[0], f"{stem}_weight", f"{stem}_bias"],
+                [taken[0], pair[1], f"{stem}_shift"],
                 [stem],
                 name=total.name,
                 group=scale.size,
@@ -87,17 +80,6 @@ def scales_to_depthwise(model: onnx.ModelProto) -> int:
         ]
         removed.add(stem)
     if made:
-        nodes = [
-            copy
-            for node in graph.node
-            if node.output[0] not in removed
-            for copy in made.get(node.output[0], [onnx.NodeProto.FromString(node.SerializeToString())])
-        ]
-        del graph.node[:]
-        graph.node.extend(nodes)
-        used = {name for node in nodes for name in node.input}
-        kept = [value for value in graph.initializer if value.name in used]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
-        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in added.items())
+        kept = (node for node in graph.node if node.output[0] not in removed)
+        replace_nodes(graph, [new for node in kept for new in made.get(node.output[0], [node])], added)
     return len(made)

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from qat.export.conv_as_matmul import PLAIN
-from qat.export.lookups import constants, consumers
+from qat.export.lookups import constants, consumers, replace_nodes
 from qat.export.sunk_transpose import TO_NCHW, TO_NHWC
 
 CHAIN = ("Relu", "QuantizeLinear", "DequantizeLinear")
@@ -72,10 +72,4 @@ def _rewrite(graph: onnx.GraphProto, conv: onnx.NodeProto, last: onnx.NodeProto,
         found += nodes if node is conv else [node]
         if node is last:
             found.append(back)
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in found]
-    del graph.node[:]
-    graph.node.extend(copies)
-    used = {name for node in graph.node for name in node.input}
-    kept = [value for value in graph.initializer if value.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    replace_nodes(graph, found)

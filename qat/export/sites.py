@@ -29,7 +29,7 @@ from qat.core.sites import Site, cut_patch, places, site_line
 from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
-from qat.export.scale_as_depthwise import as_integers
+from qat.export.scale_as_depthwise import weight_steps
 from qat.export.torch_parts import TorchPart
 from qat.lean.canonical import size
 from qat.lean.layers import ScaleShift
@@ -133,6 +133,11 @@ class _Place:
         return value if self.perm is None else value.permute(*np.argsort(self.perm).tolist())
 
 
+def _codes(value: torch.Tensor, scale: torch.Tensor, zero: Any, limits: tuple[int, int]) -> torch.Tensor:
+    """As QuantizeLinear has them, in the value's own type."""
+    return (value / scale).round_().add_(zero).clamp_(*limits)
+
+
 class _HalfArithmetic(TorchDispatchMode):
     """Sums, products and quotients between modules (a residual sum, a norm that is written out) are rounded to FP16 too."""
 
@@ -164,6 +169,13 @@ def _constant_quantizers(wrapper: nn.Module) -> set[nn.Module]:
     return found
 
 
+def _whole_products(bias: torch.Tensor, step: float, steps: torch.Tensor) -> torch.Tensor:
+    """A bias in whole steps of the products. In float64, as `qat.export.integer_weights`: in float32 some would fall on the other
+    side of a half."""
+    scale = (step * steps.double()).float().double()
+    return (bias.double() / scale).round() * scale
+
+
 class _Hooks:
     """A run of one prepared part with codes of its own or given ones."""
 
@@ -184,11 +196,10 @@ class _Hooks:
         place = self.owner.places.get(at)
         if place is None and at in self.owner.constants:  # rounded in the graph's constants
             quantizer = self.owner.constants[at]
-            scale, zero = quantizer.parameters_of_rounding()
-            codes = (inputs[0] / scale.to(inputs[0].dtype)).round().add(zero)
             spec: Spec = quantizer.spec
-            clipped = codes.clamp(spec.low, spec.high)
-            return (clipped - zero) * scale.to(inputs[0].dtype)
+            scale, zero = quantizer.parameters_of_rounding()
+            scale = scale.to(inputs[0].dtype)
+            return (_codes(inputs[0], scale, zero, (spec.low, spec.high)) - zero) * scale
         if place is None:
             if at in self.owner.lost:
                 # Equal pairs on one tensor may be one in the graph.
@@ -217,7 +228,7 @@ class _Hooks:
         scale = torch.from_numpy(pair.scale.reshape(shape)).to(value.dtype)
         zero = torch.from_numpy(pair.zero.reshape(shape)).to(value.dtype)
         if self.given is None:
-            codes = (value / scale).round_().add_(zero).clamp_(*pair.limits)
+            codes = _codes(value, scale, zero, pair.limits)
         else:
             codes = place.to_torch(torch.from_numpy(self.given[pair.codes])).to(value.dtype)
         result = (codes - zero) * scale
@@ -227,36 +238,37 @@ class _Hooks:
         self.made[id(result)] = weakref.ref(result), pair
         return result
 
-    def before_layer(self, layer: Any, inputs: Any) -> None:
-        """Rounds a convolution's bias to the scale of its products, as the CPU flavours store it."""
-        bias, steps = layer.float_bias, layer.product_steps
+    def _input_step(self, inputs: Any) -> float | None:
+        """The step of what a layer takes in, if one quantizer's, with one step, gave it."""
         alive, pair = self.made.get(id(inputs[0]), (None, None))
         if alive is None or alive() is not inputs[0] or pair is None or pair.scale.size > 1:
-            return
-        # In float64, as `qat.export.integer_weights`: in float32 some would fall on the other side of a half.
-        scale = (float(pair.scale.ravel()[0]) * steps.double()).float().double()
-        with torch.no_grad():
-            layer.bias.copy_((bias.double() / scale).round() * scale)
+            return None
+        return float(pair.scale.ravel()[0])
+
+    @torch.no_grad()
+    def before_layer(self, layer: Any, inputs: Any) -> None:
+        """Rounds a convolution's bias to the scale of its products, as the CPU flavours store it."""
+        step = self._input_step(inputs)
+        if step is not None:
+            layer.bias.copy_(_whole_products(layer.float_bias, step, layer.product_steps))
 
     @torch.no_grad()
     def before_scale(self, layer: Any, inputs: Any) -> None:
         """Rounds a batch norm's scale and shift as the convolution that the graph has for it (`qat.export.scale_as_depthwise`)."""
-        alive, pair = self.made.get(id(inputs[0]), (None, None))
-        if alive is None or alive() is not inputs[0] or pair is None:
-            return
-        scale, shift = (value.float().numpy() for value in layer.floats)
-        codes, steps, biases, products = (
-            value.astype(np.float64) for value in as_integers(scale, shift, float(pair.scale.ravel()[0]))
-        )
-        layer.scale.copy_(torch.from_numpy(codes * steps))
-        layer.shift.copy_(torch.from_numpy(biases * products))
+        step = self._input_step(inputs)
+        if step is not None:
+            scale, shift = layer.floats
+            steps = torch.from_numpy(weight_steps(scale.numpy(), shift.numpy(), step))
+            layer.scale.copy_((scale / steps).round().double() * steps.double())
+            layer.shift.copy_(_whole_products(shift, step, steps))
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         handles = []
-        for path, layer in self.wrapper.named_modules():
+        layer: Any  # nn.Module's attributes have no types of their own
+        for path, layer in self.wrapper.named_modules() if self.owner.depthwise else ():
             if path.removeprefix("detector.") in self.owner.depthwise:
                 if not hasattr(layer, "floats"):
-                    layer.floats = [value.detach().clone() for value in (layer.scale, layer.shift)]
+                    layer.floats = [value.detach().clone().float() for value in (layer.scale, layer.shift)]
                 handles.append(layer.register_forward_pre_hook(self.before_scale))
         if self.owner.round_biases:
             for layer in self.wrapper.modules():
@@ -433,7 +445,7 @@ class SiteReference:
             pair = self.cut.pairs[name]
             shape = [-1 if axis == 1 and pair.scale.size > 1 else 1 for axis in range(value.ndim)]
             scale, zero = torch.from_numpy(pair.scale).reshape(shape), torch.from_numpy(pair.zero).reshape(shape)
-            codes = (value / scale).round_().add_(zero).clamp_(*pair.limits)
+            codes = _codes(value, scale, zero, pair.limits)
             found[name] = np.ascontiguousarray(codes.numpy().astype(pair.dtype))
 
         self.simulate(feeds, look)

@@ -7,10 +7,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
-from qat.export import export_module
+from qat.export import export_module, module
+from qat.export.passes import in_flavour
 from qat.lean import quantize
 from qat.lean.flavours import FLAVOURS
 from qat.lean.modes import quantizers
@@ -196,3 +198,29 @@ def test_batch_norms_behind_concatenations_and_pools(flavour, tmp_path):
         found = optimized(tmp_path / "net.onnx", tmp_path)
         assert found["QLinearConv"] == 4 + 3 and found["QLinearConcat"] == 1  # each batch norm is one
         assert not {"Conv", "FusedConv", "Mul", "Add", "Concat", "AveragePool", "Relu"} & set(found)
+
+
+@pytest.mark.parametrize("damage", ["weight_s8", "weight_scale", "bias_s32"])
+@pytest.mark.parametrize("at", range(3))
+def test_damage_to_a_batch_norms_convolution_fails(damage, at, tmp_path, monkeypatch):
+    """Weights one step off, one channel's scale doubled, one bias lost: `scale_as_depthwise` is seen by verification. (Weights of all
+    channels: behind a ReLU one may be zero whatever its weight.)"""
+
+    def damaged(model, flavour):
+        model = in_flavour(model, flavour)
+        conv = [node for node in model.graph.node if any(a.name == "group" and a.i > 1 for a in node.attribute)][at]
+        made = {node.output[0]: node for node in model.graph.node}
+        weight, bias = (made[name].input for name in conv.input[1:])
+        name = {"weight_s8": weight[0], "weight_scale": weight[1], "bias_s32": bias[0]}[damage]
+        (stored,) = (value for value in model.graph.initializer if value.name == name)
+        array = numpy_helper.to_array(stored).copy()
+        worst = np.s_[:] if damage == "weight_s8" else np.abs(array).argmax()
+        change = {"weight_s8": lambda v: v - np.sign(v), "weight_scale": lambda v: 2 * v, "bias_s32": np.zeros_like}
+        array[worst] = change[damage](array[worst])
+        stored.CopyFrom(numpy_helper.from_array(array, name))
+        return model
+
+    monkeypatch.setattr(module, "in_flavour", damaged)
+    torch.manual_seed(0)
+    quantized = quantize(Dense().eval(), (images(),), round_outputs=True).use("onnxruntime")
+    assert not export_module(quantized, tmp_path / "net.onnx").passed

@@ -15,12 +15,12 @@ ONNXRUNTIME = UnsignedFlavour(
     "onnxruntime",
     ROLES,
     (
+        "scale_as_depthwise",
         "integer_weights",
         "conv_as_matmul",
         "scale_as_product",
         "global_pool",
         "hard_sigmoid_as_sum",
-        "scale_as_depthwise",
         "silu",
     ),
 )

@@ -6,9 +6,10 @@
              conv ─► add ─► relu ─► pool                    conv ─► Q ─► add ─► relu ─► Q ─► pool
 
 Its convolutions are integers only where Q follows them (a ReLU in between folds into the rounding); without it the whole layer is
-float. A batch norm by itself becomes one (`qat.export.scale_as_depthwise`). LeakyReLU, HardSigmoid and global average pooling have integer kernels worth their rounding everywhere; adds, products,
-sigmoids and concatenations where everything that they take is rounded anyhow. A SiLU's sigmoid and product stay float between
-their roundings: as one float kernel they are faster than as two integer ones. Other backends round none of this.
+float. A batch norm by itself becomes one of them (`qat.export.scale_as_depthwise`). LeakyReLU, HardSigmoid and global average
+pooling have integer kernels worth their rounding everywhere; adds, products, sigmoids and concatenations where everything that they
+take is rounded anyhow. A SiLU's sigmoid and product stay float between their roundings: as one float kernel they are faster than as
+two integer ones. Other backends round none of this.
 
 What only goes out of the graph is not rounded unless asked for (`round_outputs`): its convolution is then float, since ONNX Runtime's
 ConvInteger takes four times as long as a float convolution.
