@@ -45,29 +45,33 @@ def without_wrappers(state: Mapping[str, Any], source: str) -> dict[str, Any]:
     Raises:
         UserError: two names are one without prefixes.
     """
-    found = {name: name for name in state}
+    if not any(isinstance(name, str) for name in state):
+        return dict(state)
+    # Pairs, not dictionaries that are built again and again: a damaged file's names may all have one hash.
+    found = [(name, value) for name, value in state.items()]
     for prefix in ANYWHERE:
-        found = {
-            name: own.replace(prefix, "") if isinstance(own, str) and len(own) < LONGEST else own
-            for name, own in found.items()
-        }
+        found = [
+            (name.replace(prefix, "") if isinstance(name, str) and len(name) < LONGEST else name, value)
+            for name, value in found
+        ]
     while True:
-        names = [own for own in found.values() if isinstance(own, str) and own not in COUNTERS]
+        names = [name for name, _ in found if isinstance(name, str) and name not in COUNTERS]
         prefix = next((p for p in OUTER if _is_wrapped(names, p)), "")
         if not prefix:
             break
-        found = {
-            name: own.removeprefix(prefix) if isinstance(own, str) else own
-            for name, own in found.items()
-            if own not in COUNTERS
-        }
-    if len(set(found.values())) < len(found):
+        found = [
+            (name.removeprefix(prefix) if isinstance(name, str) else name, value)
+            for name, value in found
+            if name not in COUNTERS
+        ]
+    result = dict(found)
+    if len(result) < len(found):
         seen: set[Any] = set()
-        twice = next(own for own in found.values() if own in seen or seen.add(own))  # type: ignore[func-returns-value]
+        twice = next(name for name, _ in found if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise UserError(
             f"{source}: found {twice} with and without a wrapper's prefix, expected it once; save one network's state_dict()"
         )
-    return {own: state[name] for name, own in found.items()}
+    return result
 
 
 def _is_wrapped(names: list[str], prefix: str) -> bool:

@@ -229,6 +229,12 @@ def test_a_name_of_endless_length_is_refused_in_little_time(tmp_path):
     assert "model.pth" in refused(load_checkpoint, path)
 
 
+def test_names_of_one_hash_are_put_into_a_dictionary_once(tmp_path):
+    """Each dictionary of n of them takes n²/2 comparisons."""
+    torch.save({n * (2**61 - 1): None for n in range(16_000)}, tmp_path / "model.pth")
+    assert "model.pth" in refused(load_checkpoint, tmp_path / "model.pth", seconds=4.0)
+
+
 # ONNX
 
 
