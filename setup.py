@@ -17,7 +17,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["qat", "qat.*"]),
-    package_data={"qat": ["py.typed"], "qat.report": ["page.css", "page.js"], "qat.runtime": ["pooling.cu"]},
+    package_data={
+        "qat": ["py.typed"],
+        "qat.report": ["page.css", "page.js"],
+        "qat.families.bevfusion.pooling": ["pooling.cu"],
+    },
     install_requires=[
         "torch>=2.4",
         "timm>=1.0",

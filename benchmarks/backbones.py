@@ -29,7 +29,7 @@ SECONDS = 900
 
 def drawn(seed: int, count: int) -> list[str]:
     """Names of timm models."""
-    from qat.models.backbone import build_backbone  # before timm: it prepares torchvision
+    from qat.families.bevfusion.networks.backbone import build_backbone  # before timm: it prepares torchvision
 
     import timm  # isort: skip
     import torch  # isort: skip
@@ -64,7 +64,7 @@ def drawn(seed: int, count: int) -> list[str]:
 
 def config_of(name: str) -> dict[str, Any]:
     """A backbone's config: its last two stages."""
-    import qat.models  # noqa: F401  # before timm: it prepares torchvision
+    import qat.families.bevfusion.networks  # noqa: F401  # before timm: it prepares torchvision
 
     import timm  # isort: skip
     import torch  # isort: skip
@@ -83,7 +83,7 @@ def runs_at(name: str) -> tuple[Any, tuple[int, int]]:
     """A network in eval mode, and the first of `SIZES` that it takes."""
     import torch
 
-    from qat.models.backbone import build_backbone  # before timm: it prepares torchvision
+    from qat.families.bevfusion.networks.backbone import build_backbone  # before timm: it prepares torchvision
 
     import timm  # isort: skip
 

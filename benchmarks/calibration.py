@@ -10,7 +10,7 @@ HistogramCalibrator with its defaults (2048 bins) at the same places, then `load
 CUDA-BEVFusion calibrates. A last, untimed pass measures what each range costs: the squared error of rounding the frames'
 real tensors to s8 with scale amax/127.
 
-Without --ckpt the weights are random (seed 0) and batch norm is set from two frames (`qat.models.random_model`). Pictures
+Without --ckpt the weights are random (seed 0) and batch norm is set from two frames (`qat.families.bevfusion.random_init.random_model`). Pictures
 narrower than the config's pipeline expects are enlarged.
 """
 
@@ -32,13 +32,14 @@ from command import check_least, one_line_errors
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 
-from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.data import NuScenesDataset, Sample
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.random_init import random_model
+from qat.families.bevfusion.state import load_float_model
 from qat.lean import QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.modes import quantizers, quantizers_off
-from qat.models import load_float_model, random_model
 
 MODES = ("plain", "ours", "theirs")
 EQUAL = 1e-3  # two ranges whose errors differ by less than this share are called equal

@@ -30,13 +30,13 @@ from rich.table import Table
 from torch import fx, nn
 
 from qat.calibrate.ptq import calibrate, run_frame
-from qat.core.config import load_config
 from qat.data import NuScenesDataset
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.state import load_float_model
 from qat.lean import AUTO, QuantizedDetector
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import QuantizedConv2d, weight_range
 from qat.lean.units import units
-from qat.models import load_float_model
 
 HOT = 0.1  # heat above which a cell is an object's
 BOX_MAPS = ("reg", "height", "dim")

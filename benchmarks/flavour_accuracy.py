@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qat.boxes.detections import Detections
 from qat.calibrate import load_ptq
 from qat.calibrate.checkpoint import load_float_reference
-from qat.core.centerhead import Detections
 from qat.core.files import sha256
 from qat.core.progress import progress_bar
 from qat.data import NuScenesDataset
 from qat.evaluate import evaluate_detections, paired_bootstrap
-from qat.models.run import boxes_of, run_frame
+from qat.families.bevfusion.run import boxes_of, run_frame
 
 
 def row_boxes(name: str, ptq: Path, dataset: NuScenesDataset, cache: Path) -> dict[str, Detections]:

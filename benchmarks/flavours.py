@@ -36,7 +36,6 @@ from rich.console import Console
 from rich.table import Table
 
 from qat.calibrate.ptq import calibrate
-from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import write_json
 from qat.core.rounds import turned
@@ -45,10 +44,12 @@ from qat.core.versions import versions
 from qat.data import Sample
 from qat.engine import Engine, Options, build
 from qat.export import export_parts
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.detector import CameraBEVDetector
+from qat.families.bevfusion.random_init import random_model
+from qat.families.bevfusion.state import load_float_model
 from qat.lean import QuantizedDetector, auto_methods, quantize_detector
 from qat.lean.detector import KEEP_FLOAT
-from qat.models import load_float_model, random_model
-from qat.models.detector import CameraBEVDetector
 
 PART = "camera.backbone"
 Feeds = dict[str, np.ndarray]

@@ -96,7 +96,7 @@ class TorchRow(TimedRow):
         import torch
 
         from qat.export.torch_parts import TorchPart, build_wrappers
-        from qat.models import build_model
+        from qat.families.bevfusion.detector import build_model
 
         if threads:
             torch.set_num_threads(threads)

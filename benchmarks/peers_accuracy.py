@@ -38,7 +38,6 @@ from qat.calibrate.ptq import run_frame
 from qat.compare.accuracy import run_accuracy
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
-from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import read_json, sha256, write_json
 from qat.core.manifest import PARTS, load_manifest
@@ -49,9 +48,10 @@ from qat.engine import Options, build
 from qat.evaluate import difference, evaluate_detections, resample
 from qat.export import torch_parts
 from qat.export.checkpoint import export_checkpoint
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.state import load_float_model
 from qat.lean.flavours import DEFAULT
 from qat.lean.observe import counting_macs
-from qat.models import load_float_model
 from qat.runtime import Pipeline
 
 # What ours quantizes; the vtransform's downsampling stays float, as in CUDA-BEVFusion, unless --vtransform.

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-import qat.models  # noqa: F401  # before timm: it prepares torchvision
+import qat.families.bevfusion.networks  # noqa: F401  # before timm: it prepares torchvision
 from qat.core.rounds import no_collection, turned
 
 NETWORKS = (

@@ -42,15 +42,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qat.compare.machine import machine_facts
-from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import write_json
-from qat.core.geometry import PoolPattern
 from qat.core.rounds import no_collection, turned
 from qat.core.versions import versions
 from qat.data import NuScenesDataset, Sample
 from qat.data.frame import load_frame
 from qat.engine import Options
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.pooling.geometry import PoolPattern
 from qat.runtime import Calibration, PatternCache, Pipeline, pool
 
 GOAL = 0.5

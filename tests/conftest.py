@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from qat.core.config import load_config
-from qat.models import build_model
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.detector import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

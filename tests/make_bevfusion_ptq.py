@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from qat.models import build_model
+from qat.families.bevfusion.detector import build_model
 
 NORMS = (nn.BatchNorm2d,)
 FLOAT = "encoders.camera.vtransform.depthnet.6"

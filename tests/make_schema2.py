@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qat.models import CameraBEVDetector, build_model
+from qat.families.bevfusion.detector import CameraBEVDetector, build_model
 
 # Backbones whose quantizers were named by the numbers of functions (quant_matmul_3, quant_mul_1, quant_add), and their channels.
 CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
@@ -96,7 +96,7 @@ def _trained(quantized: Any, model: CameraBEVDetector, frame: Any) -> dict[str, 
     """What a checkpoint of trained weights holds beside, all of them grown by a hundredth for training: the names of the weights,
     and those biases that the corrections went into."""
     from qat.calibrate.checkpoint import save_ptq
-    from qat.models.run import run_frame
+    from qat.families.bevfusion.run import run_frame
 
     before = set(quantized.weights())
     shifts = {
@@ -129,7 +129,7 @@ def main(out: str) -> None:
     from qat.calibrate.checkpoint import save_ptq
     from qat.export import pipeline_settings
     from qat.export.verify import random_frame
-    from qat.models.run import run_frame
+    from qat.families.bevfusion.run import run_frame
 
     spec = importlib.util.spec_from_file_location("small", Path(__file__).parent / "conftest.py")
     assert spec is not None and spec.loader is not None

@@ -15,7 +15,6 @@ import numpy as np
 
 from qat.benchmark.counting import Count, count_parts, roofline_ms
 from qat.benchmark.environment import environment, gpu_memory_mb, load_average
-from qat.benchmark.inputs import Inputs, made_up, recorded
 from qat.benchmark.peaks import Peaks, measure_peaks
 from qat.benchmark.plan import Planned, plan
 from qat.benchmark.plot import draw
@@ -28,6 +27,7 @@ from qat.core.manifest import FILE, PARTS
 from qat.core.progress import Done, progress_bar
 from qat.core.rounds import turned
 from qat.engine import Options, described
+from qat.families.bevfusion.inputs import Inputs, made_up, recorded
 from qat.runtime.engines import run_options
 
 FORMAT, SCHEMA = "bevqat-benchmark", 1

@@ -234,5 +234,5 @@ class Worker:
 
 
 def start_row(spec: RowSpec, frames: Sequence[Any]) -> Worker:
-    """A process that builds a row; frames: `qat.benchmark.inputs.Inputs`."""
+    """A process that builds a row; frames: `qat.families.bevfusion.inputs.Inputs`."""
     return Worker(spec.name, _Row, spec, list(frames))

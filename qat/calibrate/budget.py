@@ -20,18 +20,18 @@ import torch
 from rich.table import Table
 
 from qat import __version__
+from qat.boxes.detections import Detections
 from qat.calibrate.sensitivity import Metric, Sensitivity
-from qat.core.centerhead import Detections
 from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import read_arrays, write_arrays, write_figure
 from qat.core.frame import Frame
 from qat.core.progress import progress_bar
 from qat.core.tensors import frame_digest
+from qat.families.bevfusion.run import boxes_of, run_frame
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers
 from qat.lean.units import Unit, only_on, units
-from qat.models.run import boxes_of, run_frame
 
 
 @dataclass(frozen=True)

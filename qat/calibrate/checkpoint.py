@@ -28,15 +28,16 @@ from typing import Any
 import torch
 
 from qat.calibrate.old_names import absorbed_layers, old_names, old_weights, really_off
-from qat.core.config import check_config
+from qat.checkpoints.reading import load_checkpoint, save_plain
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
+from qat.families.bevfusion.config import check_config
+from qat.families.bevfusion.detector import CameraBEVDetector, build_model
+from qat.families.bevfusion.state import load_state
 from qat.lean import QuantizedDetector
 from qat.lean.flavours import FLAVOURS
 from qat.lean.modes import quantizers
 from qat.lean.placement import FloatRule
-from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
-from qat.models.checkpoint import save_plain
 
 FORMAT = "bevqat-ptq"
 SCHEMA, READ = 3, (1, 2, 3)

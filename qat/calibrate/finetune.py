@@ -22,18 +22,18 @@ from torch import distributed, nn
 
 import qat
 from qat.calibrate.checkpoint import load_float_reference, load_ptq, save_ptq
-from qat.calibrate.distill import Outputs, distillation_losses, run_network
 from qat.calibrate.distributed import agree, device, only_writers, place
+from qat.checkpoints.reading import save_plain
 from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import atomic_path, atomic_set, check_same_run, reading_left, sha256, write_json
-from qat.core.geometry import PoolPattern
 from qat.core.locks import one_writer
 from qat.core.progress import StepLog, drawn_ahead, progress_bar
 from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, images_digest, version_in
 from qat.data.augment import AugmentedSet
+from qat.families.bevfusion.distill import Outputs, distillation_losses, run_network
+from qat.families.bevfusion.pooling.geometry import PoolPattern
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
-from qat.models.checkpoint import save_plain
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FinetuneOptions:
 
     ema: decay of an exponential average of the weights, which is then what is saved; 0 for none. learn_ranges: the
     ranges of activations are trained too, at `range_lr` in log2 units. augment: as in training of the float network.
-    amp: bfloat16 layers on a GPU. The weights are of the losses of `qat.calibrate.distill`.
+    amp: bfloat16 layers on a GPU. The weights are of the losses of `qat.families.bevfusion.distill`.
     """
 
     steps: int = 1000

@@ -22,11 +22,14 @@ import torch
 from torch import fx, nn
 
 from qat.calibrate.checkpoint import save_ptq
-from qat.core.config import load_config
+from qat.checkpoints.reading import load_checkpoint
 from qat.core.errors import UserError
 from qat.core.files import atomic_set, sha256
 from qat.core.locks import one_writer
 from qat.core.provenance import made_by
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.detector import CameraBEVDetector, build_model
+from qat.families.bevfusion.state import load_state, take_branch, under_prefix
 from qat.lean import QuantizedDetector
 from qat.lean.detector import PARTS_OFF, trace_parts
 from qat.lean.layers import CONVOLUTIONS, ScaleShift
@@ -35,8 +38,6 @@ from qat.lean.placement import FloatRule
 from qat.lean.quantizer import Quantizer, weight_axis
 from qat.lean.trace import submodule
 from qat.lean.units import UNIT_ROLES
-from qat.models import CameraBEVDetector, build_model, load_checkpoint, load_state
-from qat.models.checkpoint import take_branch, under_prefix
 
 INPUT = ("_input_quantizer", "input_quantizer")
 WEIGHT = ("_weight_quantizer", "weight_quantizer")
@@ -373,7 +374,7 @@ def load_foreign_file(
 
     Args:
         checkpoint: what `load_checkpoint` read from `path`.
-        config: the detector's, or the branch's (`qat.core.config.camera_branch`).
+        config: the detector's, or the branch's (`qat.families.bevfusion.config.camera_branch`).
 
     Raises:
         UserError: as `load_foreign`; nothing of a camera branch under the prefix.

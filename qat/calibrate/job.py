@@ -16,7 +16,6 @@ from qat.calibrate.checkpoint import save_ptq
 from qat.calibrate.distributed import device, only_writers, place
 from qat.calibrate.ptq import CalibrationReport, calibrate, int8_layers
 from qat.calibrate.sensitivity import Metric, measure_sensitivity
-from qat.core.config import load_config, need_boxes
 from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import atomic_set, sha256, write_json
@@ -25,11 +24,13 @@ from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
 from qat.data import NuScenesDataset, check_annotated
 from qat.data.sample import Sample
+from qat.families.bevfusion.config import load_config, need_boxes
+from qat.families.bevfusion.random_init import random_model
+from qat.families.bevfusion.state import load_float_branch, load_float_model
 from qat.lean import Inventory, QuantizedDetector, auto_methods, quantize_detector
 from qat.lean.detector import KEEP_FLOAT
 from qat.lean.module import check_rules, float_rules
 from qat.lean.placement import Kept
-from qat.models import load_float_branch, load_float_model, random_model
 
 FEW_FRAMES = 8
 

@@ -12,14 +12,14 @@ import torch
 from qat.calibrate.distributed import agree, merge_calibrators, total
 from qat.core.errors import NotFiniteError, UserError
 from qat.core.frame import Frame
+from qat.families.bevfusion.detector import CameraBEVDetector
+from qat.families.bevfusion.run import run_frame
 from qat.lean import METHODS, QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.equalize import channel_scales
 from qat.lean.modes import quantizers
 from qat.lean.observe import counting_macs, observing, set_ranges
 from qat.lean.quantizer import Quantizer
-from qat.models import CameraBEVDetector
-from qat.models.run import run_frame
 
 FEW_FRAMES = 3  # channels are not equalized on fewer: what one or two frames leave small may be large on the next
 

@@ -21,9 +21,8 @@ from rich.table import Table
 from torch import nn
 
 from qat import __version__
+from qat.boxes.detections import Detections
 from qat.calibrate.ptq import check_frame
-from qat.core.centerhead import Detections
-from qat.core.config import is_camera_branch, need_boxes
 from qat.core.console import results_console
 from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import read_arrays, read_json, sha256, write_arrays, write_figure, write_json
@@ -31,13 +30,14 @@ from qat.core.frame import Frame
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
 from qat.core.tensors import decibels, frame_digest
+from qat.families.bevfusion.config import is_camera_branch, need_boxes
+from qat.families.bevfusion.run import boxes_of, frame_tensors
 from qat.lean import QuantizedDetector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.observe import counting_macs
 from qat.lean.quantizer import BOUND
 from qat.lean.units import Unit, only_on, units
-from qat.models.run import boxes_of, frame_tensors
 
 # The decoder's map; all of the head's maps together; and these in the cells where the float network sees an object. A
 # camera branch alone has the first, which is then what its downsampling gives.

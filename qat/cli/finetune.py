@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
     from qat.calibrate import load_ptq
     from qat.calibrate.distributed import process_group
     from qat.calibrate.finetune import FinetuneOptions, finetune
-    from qat.core.config import need_boxes
     from qat.data import check_annotated
+    from qat.families.bevfusion.config import need_boxes
 
     names = {field.name for field in dataclasses.fields(FinetuneOptions)}
     options = FinetuneOptions(**{name: value for name, value in vars(args).items() if name in names})
@@ -129,7 +129,7 @@ def _held_out_figures(args: argparse.Namespace, held_out: tuple[Path, str], trai
     from qat.core.files import write_json
     from qat.core.progress import progress_bar
     from qat.evaluate import evaluate_detections
-    from qat.train.loop import detect
+    from qat.families.bevfusion.training.loop import detect
 
     models = {"float": load_float_reference(args.ckpt)[0], "ptq": load_ptq(args.ckpt)[0], "qat": load_ptq(trained)[0]}
     figures = {}

@@ -48,15 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Checks and prints."""
     from qat.calibrate import load_ptq
+    from qat.checkpoints.reading import load_checkpoint
     from qat.cli import FAILED, OK
     from qat.compare.health import check_detector, check_parts, print_health, saturated
-    from qat.core.config import load_config
     from qat.core.errors import UserError
     from qat.core.manifest import load_manifest, pipeline_of
     from qat.core.progress import counted
     from qat.data import NuScenesDataset
     from qat.export.checkpoint import config_of
-    from qat.models import load_checkpoint, load_float_branch, load_float_model
+    from qat.families.bevfusion.config import load_config
+    from qat.families.bevfusion.state import load_float_branch, load_float_model
 
     if not 0 <= args.saturation <= 1:
         raise UserError(f"--saturation: found {args.saturation}, expected a share from 0 to 1")

@@ -34,11 +34,11 @@ def run(args: argparse.Namespace) -> int:
     """Draws the sheet."""
     from PIL import Image
 
-    from qat.core.config import load_config
     from qat.core.files import atomic_path
     from qat.data import NuScenesDataset
     from qat.data.frame import load_frame
     from qat.data.overlay import draw_sample
+    from qat.families.bevfusion.config import load_config
 
     config = load_config(args.config)
     if args.frame:

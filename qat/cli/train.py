@@ -71,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints the held-out figures."""
-    from qat.core.config import is_camera_branch, load_config, need_training
     from qat.data import NuScenesDataset, version_in
-    from qat.train import TrainOptions, train
+    from qat.families.bevfusion.config import is_camera_branch, load_config, need_training
+    from qat.families.bevfusion.training import TrainOptions, train
 
     for name, low in (("steps", 1), ("batch", 1), ("variants", 1)):
         if getattr(args, name) < low:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qat.boxes.detections import Detections
 from qat.compare.rows import Row
-from qat.core.centerhead import Detections
 from qat.core.errors import NotFiniteError
 from qat.core.files import read_arrays, write_arrays
 from qat.core.tensors import decibels, frame_digest

@@ -14,12 +14,12 @@ from qat.calibrate.job import calibrate_checkpoint
 from qat.calibrate.sensitivity import WORST, measure_sensitivity, write_sensitivity
 from qat.compare.rows import Sources
 from qat.compare.run import CACHE, CompareOptions, Comparison, compare
-from qat.core.config import load_config
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.locks import one_writer
 from qat.data import NuScenesDataset
 from qat.export.checkpoint import export_checkpoint
+from qat.families.bevfusion.config import load_config
 
 # folder name, precision, flavour: each CPU backend gets the form that it fuses
 EXPORTS = (

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qat.core.centerhead import Detections
-from qat.core.geometry import box_corners, box_corners_bev
+from qat.boxes.detections import Detections
+from qat.boxes.geometry import box_corners, box_corners_bev
 from qat.data import Sample
 
 SCORES = 0.1, 0.4  # within these, of boxes that are drawn and compared

@@ -21,11 +21,11 @@ from rich.table import Table
 from torch import nn
 
 from qat.calibrate.ptq import run_frame
-from qat.core.config import is_camera_branch
 from qat.core.console import results_console
 from qat.core.manifest import load_manifest, pipeline_of
 from qat.core.onnx_file import load_graph
 from qat.export.lookups import constants
+from qat.families.bevfusion.config import is_camera_branch
 from qat.lean.quantizer import Quantizer
 from qat.runtime import Pipeline, SampleTensors
 

@@ -15,17 +15,18 @@ import torch
 
 from qat import __version__
 from qat.calibrate import load_ptq
-from qat.core.config import need_boxes
+from qat.checkpoints.reading import load_checkpoint
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.manifest import load_manifest, pipeline_of
 from qat.engine import Options, find_backend, passed_over, takes_bfloat16
 from qat.export import pipeline_settings, torch_parts
 from qat.export.checkpoint import config_of
+from qat.families.bevfusion.config import need_boxes
+from qat.families.bevfusion.state import load_float_model
 from qat.lean import QuantizedDetector
 from qat.lean.flavours import DEFAULT, FLAVOURS
 from qat.lean.modes import quantizers
-from qat.models import load_checkpoint, load_float_model
 from qat.runtime import Pipeline
 
 PARTS = {"camera.backbone": "camera", "camera.vtransform": "vtransform", "fuser": "decoder", "head.bbox": "head"}

@@ -100,9 +100,7 @@ def _told(target: Path) -> Iterator[None]:
         if error.errno not in _PLACE:
             raise
         raise _refusal(target, error) from None
-    except (
-        RuntimeError
-    ):  # native code that opens the file itself; torch writes through files of Python's instead (qat.models.checkpoint)
+    except RuntimeError:  # native code that opens the file itself; torch writes through files of Python's instead (qat.checkpoints.reading)
         try:
             full = shutil.disk_usage(target.parent).free < _ALMOST_FULL
         except OSError:

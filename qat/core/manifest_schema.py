@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.core.grid import cells, depth_count
+from qat.families.bevfusion.grid import cells, depth_count
 
 # Far above any detector's: a frustum, a grid or an image beyond these is a damaged number.
 MOST_CAMERAS, MOST_PIXELS, MOST_CELLS, MOST_POINTS, MOST_BOXES = 64, 1 << 26, 1 << 24, 1 << 28, 1 << 20
@@ -158,7 +158,7 @@ _PIPELINE = _section(
     head=_or(_null, _HEAD),
     head_maps=_list(_text),
 )
-_NEEDED = ("heatmap", "height", "dim", "rot")  # `qat.core.centerhead.decode`
+_NEEDED = ("heatmap", "height", "dim", "rot")  # `qat.boxes.centerhead.decode`
 _OPTIONAL = ("reg", "vel")
 
 

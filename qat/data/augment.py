@@ -10,8 +10,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from qat.boxes.geometry import box_heading, box_yaw
 from qat.core.errors import UserError
-from qat.core.geometry import box_heading, box_yaw, rasterize_depth
+from qat.core.geometry import rasterize_depth
 from qat.core.preprocess import normalize
 from qat.data.dataset import NuScenesDataset
 from qat.data.sample import Keyframe, check_sizes

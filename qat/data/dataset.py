@@ -14,10 +14,10 @@ from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes, get_scenes_of_split, is_predefined_split
 from pyquaternion import Quaternion
 
-from qat.core.config import camera_names
+from qat.boxes.geometry import box_yaw
 from qat.core.errors import UserError
 from qat.core.files import data_path, read_json
-from qat.core.geometry import box_yaw, within
+from qat.core.geometry import within
 from qat.core.preprocess import load_image
 from qat.data.checks import (
     FETCH,
@@ -32,6 +32,7 @@ from qat.data.checks import (
 from qat.data.pipeline import Sweeps, read_pipeline
 from qat.data.points import read_points
 from qat.data.sample import Keyframe, Sample, camera_matrices, prepare
+from qat.families.bevfusion.config import camera_names
 
 MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
 

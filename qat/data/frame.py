@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from qat.core.config import camera_names
+from qat.boxes.geometry import box_yaw
 from qat.core.errors import UserError
 from qat.core.files import data_path, read_json
-from qat.core.geometry import box_yaw, within
+from qat.core.geometry import within
 from qat.core.preprocess import load_image
 from qat.data.pipeline import read_pipeline
 from qat.data.points import read_points
 from qat.data.sample import Keyframe, Sample, camera_matrices, prepare
+from qat.families.bevfusion.config import camera_names
 
 
 def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from qat.core.geometry import box_corners
+from qat.boxes.geometry import box_corners
 from qat.data.sample import Sample
 
 NEAR = 0.1  # metres in front of the camera; edges are cut there
@@ -35,7 +35,7 @@ def draw_boxes(
     img_aug_matrix: np.ndarray,
     palette: Sequence[tuple[int, int, int]] = PALETTE,
 ) -> None:
-    """Draws boxes [K,≥7] (as `qat.core.centerhead.Detections`) into uint8[H,W,3] RGB, the front face's edge thicker."""
+    """Draws boxes [K,≥7] (as `qat.boxes.detections.Detections`) into uint8[H,W,3] RGB, the front face's edge thicker."""
     for corners, label in zip(box_corners(boxes), labels, strict=True):
         seen = corners @ lidar2image[:3, :3].T + lidar2image[:3, 3]
         for k, (a, b) in enumerate(EDGES):

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qat.core.config import test_pipeline
 from qat.core.errors import UserError
 from qat.core.preprocess import ResizeCrop
+from qat.families.bevfusion.config import test_pipeline
 
 # Steps that load what a camera detector does not need, or only repack.
 PASSED_OVER = {

@@ -20,7 +20,7 @@ class Keyframe:
     images: N of uint8[h,w,3] RGB, native size. camera_intrinsics, camera2lidar, lidar2image: [N,4,4]. lidar2ego,
     ego2global: [4,4]. points [M,5]: x, y, z, intensity, seconds before the keyframe, in the lidar frame, gathered and
     filtered as the pipeline says. gt_boxes [K,9] and gt_labels int64[K]: in the convention of
-    `qat.core.centerhead.Detections`, the annotated objects of the config's classes; gt_points int64[K]: lidar points
+    `qat.boxes.detections.Detections`, the annotated objects of the config's classes; gt_points int64[K]: lidar points
     in each, −1 where nobody counted.
     """
 

@@ -15,7 +15,7 @@ import numpy as np
 from nuscenes.eval.common.utils import attr_acc, center_distance, cummean, scale_iou, velocity_l2, yaw_diff
 from nuscenes.eval.detection.constants import TP_METRICS
 
-from qat.core.centerhead import Detections
+from qat.boxes.detections import Detections
 from qat.core.errors import UserError
 from qat.evaluate.detection import SampleEval, sample_eval
 

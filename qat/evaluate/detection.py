@@ -14,9 +14,9 @@ from nuscenes.eval.common.loaders import add_center_dist, filter_eval_boxes, loa
 from nuscenes.eval.detection.data_classes import DetectionBox
 from nuscenes.eval.detection.evaluate import DetectionEval
 
-from qat.core.centerhead import Detections
+from qat.boxes.detections import Detections
+from qat.boxes.geometry import box_heading
 from qat.core.errors import UserError
-from qat.core.geometry import box_heading
 
 # The devkit draws a progress bar on stderr even when told not to be verbose, and even when stderr is no terminal.
 loaders.tqdm = SimpleNamespace(tqdm=lambda items, **_: items)

@@ -10,13 +10,15 @@ from typing import Any
 from qat.calibrate import load_ptq
 from qat.calibrate.checkpoint import load_float_reference
 from qat.calibrate.foreign import load_foreign_file
-from qat.core.config import Branch, camera_branch, check_config, load_config
+from qat.checkpoints.reading import float_weights, load_checkpoint
 from qat.core.errors import UserError
 from qat.export.parts import export_parts
 from qat.export.pt2 import export_pt2
 from qat.export.torch_parts import build_wrappers
-from qat.models import build_model, load_checkpoint, load_state, random_model
-from qat.models.checkpoint import float_weights
+from qat.families.bevfusion.config import Branch, camera_branch, check_config, load_config
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.random_init import random_model
+from qat.families.bevfusion.state import load_state
 
 PTQ_FORMAT = "bevqat-ptq"
 

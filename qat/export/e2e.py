@@ -32,14 +32,6 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
-from qat.core.geometry import (
-    PoolPattern,
-    create_frustum,
-    depth_bins,
-    frustum_to_lidar,
-    grid_size,
-    pooling_pattern,
-)
 from qat.core.locks import only_writer
 from qat.core.manifest import FILE, PARTS, load_manifest, pipeline_of
 from qat.core.onnx_file import load_graph
@@ -48,6 +40,14 @@ from qat.core.verification import judge, random_frame
 from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.graph import op_counts, tensor_specs
 from qat.export.lookups import opset_of
+from qat.families.bevfusion.pooling.geometry import (
+    PoolPattern,
+    create_frustum,
+    depth_bins,
+    frustum_to_lidar,
+    grid_size,
+    pooling_pattern,
+)
 from qat.runtime import Pipeline
 
 DETECTOR = "detector.onnx"

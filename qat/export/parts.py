@@ -24,9 +24,9 @@ from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.lookups import opset_of
 from qat.export.padded_pool import pads_into_pools
 from qat.export.passes import in_flavour
-from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.verify import Verification
+from qat.families.bevfusion.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.lean.flavours import flavour_of
 from qat.lean.modes import qdq_tracing, quantizers_off, seven_bit_weights
 
@@ -146,7 +146,7 @@ def export_parts(
     The same detector gives the same bytes. An earlier `out` is replaced.
 
     Args:
-        detector: a `qat.models.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
+        detector: a `qat.families.bevfusion.detector.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
         out: the folder.
         precision: "int8" writes Q/DQ pairs at the detector's quantizers; "fp32" none; "fp16" the same graph as "fp32",
             for a builder that is told by a flag to run it in FP16.

@@ -20,17 +20,17 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from qat.checkpoints.reading import saving
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.manifest import FILE, PARTS
 from qat.core.progress import progress_bar
 from qat.core.tensors import compare_tensors
-from qat.export.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.export.torch_parts import torch_parts
 from qat.export.verify import random_frame
+from qat.families.bevfusion.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import Quantizer
-from qat.models.checkpoint import saving
 from qat.runtime import Pipeline
 
 PRECISIONS = ("fp32", "int8")
@@ -128,7 +128,7 @@ def export_pt2(
     with torch 2.13; torch does not promise it. An earlier `out` is replaced.
 
     Args:
-        detector: a `qat.models.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
+        detector: a `qat.families.bevfusion.detector.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
         out: the folder.
         precision: "int8" with torch's fake-quantize operators where the detector's quantizers are on; "fp32" without.
         checkpoint: where the weights came from; its name and sha256 go into the manifest. ema: whether they are its averaged ones.

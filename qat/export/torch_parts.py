@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from qat.core.config import is_camera_branch, needs_depth
-from qat.export.settings import head_maps
-from qat.export.wrappers import CameraBackbone, CameraBackboneWithoutDepth, CameraVTransform, Fuser, HeadBBox
+from qat.families.bevfusion.config import is_camera_branch, needs_depth
+from qat.families.bevfusion.parts import CameraBackbone, CameraBackboneWithoutDepth, CameraVTransform, Fuser, HeadBBox
+from qat.families.bevfusion.settings import head_maps
 
 
 def build_wrappers(detector: Any) -> dict[str, nn.Module]:

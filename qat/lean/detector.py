@@ -12,9 +12,10 @@ import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import fx, nn
 
-from qat.core.config import camera_names, is_camera_branch, need_boxes, needs_depth
 from qat.core.errors import UserError
-from qat.core.geometry import PoolPattern
+from qat.families.bevfusion.config import camera_names, is_camera_branch, need_boxes, needs_depth
+from qat.families.bevfusion.detector import CameraBEVDetector
+from qat.families.bevfusion.pooling.geometry import PoolPattern
 from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds
 from qat.lean.equalize import equalizable, equalize
 from qat.lean.flavours import DEFAULT, FLAVOURS, flavour_of
@@ -25,7 +26,6 @@ from qat.lean.ops import least_values
 from qat.lean.placement import FloatRule
 from qat.lean.quantizer import U8_COARSE, Quantizer
 from qat.lean.trace import FIXED_BATCH, trace
-from qat.models import CameraBEVDetector
 
 # part name: the detector's method that is traced; a camera branch alone has the first two
 PARTS = {"camera": "camera_logits", "vtransform": "downsample", "decoder": "decode_bev", "head": "head"}

@@ -5,9 +5,9 @@ detections = pipeline(images, points, Calibration(camera_intrinsics, camera2lida
 print(pipeline.timing_ms)
 """
 
+from qat.families.bevfusion.pooling.cpu import PatternCache, pool
 from qat.runtime.engines import build_engines, load_engines
 from qat.runtime.pipeline import Calibration, PartRunner, Pipeline, SampleTensors
-from qat.runtime.pooling import PatternCache, pool
 
 __all__ = [
     "Calibration",

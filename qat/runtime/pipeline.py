@@ -11,15 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qat.core.centerhead import Detections, decode, maps_from_tensors
+from qat.boxes.centerhead import decode, maps_from_tensors
+from qat.boxes.detections import Detections
 from qat.core.errors import PictureSizeError, UserError
 from qat.core.frame import FrameArrays, SampleTensors
 from qat.core.geometry import rasterize_depth, within
 from qat.core.manifest import load_manifest, pipeline_of
 from qat.core.preprocess import ResizeCrop, normalize
 from qat.engine import BACKENDS, Options, build
+from qat.families.bevfusion.pooling.cpu import PatternCache, pool
 from qat.runtime.engines import check_tensors, is_engines, load_engines, part_precisions
-from qat.runtime.pooling import PatternCache, pool
 
 
 class PartRunner(Protocol):

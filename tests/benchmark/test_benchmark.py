@@ -17,7 +17,6 @@ import pytest
 
 from qat.benchmark import peaks
 from qat.benchmark.counting import count_graph
-from qat.benchmark.inputs import made_up, native_size, recorded
 from qat.benchmark.peaks import Peaks, peak_macs
 from qat.benchmark.plan import asked_backends, plan
 from qat.benchmark.worker import Worker
@@ -28,6 +27,7 @@ from qat.core.errors import UserError
 from qat.core.manifest import load_manifest
 from qat.engine import Options, TensorRtOptions
 from qat.engine.tensorrt_options import Profile
+from qat.families.bevfusion.inputs import made_up, native_size, recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]

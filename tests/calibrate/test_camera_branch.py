@@ -14,13 +14,13 @@ from qat.calibrate.job import BudgetOptions, calibrate_checkpoint, print_summary
 from qat.cli import main
 from qat.compare.health import check_detector
 from qat.compare.rows import Sources, load_rows
-from qat.core.config import is_camera_branch, load_config
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.data.synth import SynthOptions, generate
 from qat.engine import Options
-from qat.models.run import run_frame
-from qat.train.loop import TrainOptions, train
+from qat.families.bevfusion.config import is_camera_branch, load_config
+from qat.families.bevfusion.run import run_frame
+from qat.families.bevfusion.training.loop import TrainOptions, train
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import torch
 from qat.calibrate import calibrate, load_ptq, save_ptq
 from qat.calibrate import finetune as stage
 from qat.calibrate.checkpoint import load_float_reference
-from qat.calibrate.distill import Outputs, box_loss, distillation_losses, heat_loss, relative_error, run_network
 from qat.calibrate.finetune import FinetuneOptions, finetune, learning_rate
 from qat.cli import main
 from qat.core.errors import UserError
@@ -27,6 +26,14 @@ from qat.core.tensors import compare_tensors
 from qat.data import NuScenesDataset
 from qat.data.augment import AugmentedSet
 from qat.data.synth import SynthOptions, generate
+from qat.families.bevfusion.distill import (
+    Outputs,
+    box_loss,
+    distillation_losses,
+    heat_loss,
+    relative_error,
+    run_network,
+)
 from qat.lean import quantize_detector
 from qat.lean.detector import KEEP_FLOAT
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters

@@ -13,12 +13,13 @@ import yaml
 from qat.calibrate import load_ptq, save_ptq
 from qat.calibrate.foreign import import_checkpoint, load_foreign, load_foreign_file
 from qat.calibrate.inspection import inspect_checkpoint
+from qat.checkpoints.reading import load_checkpoint
 from qat.cli import main
-from qat.core.config import camera_branch
 from qat.core.errors import UserError
+from qat.families.bevfusion.config import camera_branch
+from qat.families.bevfusion.detector import build_model
 from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers
-from qat.models import build_model, load_checkpoint
 
 MAKE = Path(__file__).parents[1] / "make_bevfusion_ptq.py"
 BACKBONE = "encoders.camera.backbone"

@@ -16,9 +16,9 @@ from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.export import pipeline_settings
 from qat.export.verify import random_frame
+from qat.families.bevfusion.run import run_frame
 from qat.lean.flavours import FLAVOURS
 from qat.lean.modes import quantizers
-from qat.models.run import run_frame
 
 HERE = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("make_schema2", HERE.parent / "make_schema2.py")

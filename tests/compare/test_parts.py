@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from nuscenes.utils.geometry_utils import view_points
 
+from qat.boxes.detections import Detections
+from qat.boxes.geometry import box_corners
 from qat.compare.accuracy import RowAccuracy, _Cache, run_accuracy
 from qat.compare.frames import disagreement, drawn_from, outlines
 from qat.compare.latency import measure
 from qat.compare.rows import _simulations
-from qat.core.centerhead import Detections
 from qat.core.errors import UserError
-from qat.core.geometry import box_corners
 
 
 class _Recorder:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from qat.core.centerhead import Detections, circle_nms, decode, maps_from_tensors
+from qat.boxes.centerhead import circle_nms, decode, maps_from_tensors
+from qat.boxes.detections import Detections
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import copy
 import pytest
 import yaml
 
-from qat.core.config import camera_branch, check_config, is_camera_branch, load_config, need_boxes
 from qat.core.errors import UserError
+from qat.families.bevfusion.config import camera_branch, check_config, is_camera_branch, load_config, need_boxes
 
 CAMERA = "model.encoders.camera"
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import yaml
 
-from qat.core.config import load_config
-from qat.core.config_tree import defaults_above, resolve
 from qat.core.errors import UserError
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.config_tree import defaults_above, resolve
 
 TASKS = [["car"], ["truck", "bus"]]
 CLASSES = ["car", "truck", "bus"]

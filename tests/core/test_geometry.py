@@ -6,15 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from qat.core.geometry import (
-    box_corners,
-    box_heading,
+from qat.boxes.geometry import box_corners, box_heading
+from qat.core.geometry import rasterize_depth
+from qat.families.bevfusion.pooling.geometry import (
     create_frustum,
     depth_bins,
     frustum_to_lidar,
     grid_size,
     pooling_pattern,
-    rasterize_depth,
 )
 
 BOUNDS = ([-4.0, 4.0, 1.0], [-6.0, 6.0, 2.0], [-2.0, 2.0, 2.0])

@@ -8,7 +8,7 @@ import pytest
 from qat.benchmark import peaks
 from qat.core import machine
 from qat.engine import Options
-from qat.runtime import _pooling_kernel
+from qat.families.bevfusion.pooling import _kernel as _pooling_kernel
 
 
 @pytest.fixture

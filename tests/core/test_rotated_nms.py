@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from shapely.geometry import Polygon
 
-from qat.core._nms_kernel import intersection_area
-from qat.core.centerhead import rotated_nms
-from qat.core.geometry import box_corners_bev
+from qat.boxes._nms_kernel import intersection_area
+from qat.boxes.centerhead import rotated_nms
+from qat.boxes.geometry import box_corners_bev
 
 
 def _boxes(count: int, seed: int, spread: float = 6.0) -> np.ndarray:

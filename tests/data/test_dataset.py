@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pyquaternion import Quaternion
 
+from qat.boxes.geometry import box_corners, box_heading
 from qat.core.errors import UserError
-from qat.core.geometry import box_corners, box_heading
 from qat.data import NuScenesDataset
 
 

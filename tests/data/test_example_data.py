@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qat.core.config import load_config
 from qat.core.files import read_json
 from qat.data import NuScenesDataset
 from qat.data.synth import SynthOptions
 from qat.data.synth.generate import VERSION, write_scene
+from qat.families.bevfusion.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "example-data"

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qat.core.config import load_config
-from qat.core.geometry import box_heading
+from qat.boxes.geometry import box_heading
 from qat.data import NuScenesDataset
 from qat.data.frame import load_frame
 from qat.data.overlay import PALETTE, draw_boxes, draw_sample, project
+from qat.families.bevfusion.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "nuscenes-sample"

@@ -8,12 +8,12 @@ import yaml
 from nuscenes.eval.detection.utils import category_to_detection_name
 from PIL import Image
 
-from qat.core.config import camera_names, check_config
+from qat.boxes.geometry import box_heading
 from qat.core.errors import UserError
-from qat.core.geometry import box_heading
 from qat.data import NuScenesDataset
 from qat.data.tables import CATEGORIES
 from qat.data.writer import Box, Calibration, NuScenesWriter, Picture
+from qat.families.bevfusion.config import camera_names, check_config
 
 TIME = 1_700_000_000_000_000
 K = [[80.0, 0, 47.5], [0, 80.0, 31.0], [0, 0, 1]]

@@ -11,12 +11,12 @@ from docs_pages import ROOT
 from nuscenes.utils.geometry_utils import BoxVisibility, view_points
 from pyquaternion import Quaternion
 
-from qat.core.centerhead import Detections
-from qat.core.config import load_config
+from qat.boxes.detections import Detections
 from qat.core.errors import UserError
 from qat.data import NuScenesDataset
 from qat.data.overlay import draw_sample
 from qat.evaluate import evaluate_detections
+from qat.families.bevfusion.config import load_config
 
 EXAMPLE = ROOT / "examples" / "own_data"
 

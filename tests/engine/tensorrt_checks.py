@@ -130,7 +130,7 @@ def attributes() -> dict[str, list[str]]:
 def unknown_cuda_calls() -> list[str]:
     """Functions and constants of the runtime API, the driver's and NVRTC's that our code names and cuda-bindings has not."""
     words: list[str] = []
-    for file in (Path(cuda.__file__), Path(cuda.__file__).parents[1] / "runtime" / "pooling_cuda.py"):
+    for file in (Path(cuda.__file__), Path(cuda.__file__).parents[1] / "families/bevfusion/pooling/cuda.py"):
         tree = ast.parse(file.read_text())
         words += [str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)]
         words += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qat.core.centerhead import Detections
+from qat.boxes.detections import Detections
 from qat.core.errors import UserError
 from qat.data import NuScenesDataset
 from qat.data.synth import SynthOptions, generate

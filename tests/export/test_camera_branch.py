@@ -10,7 +10,6 @@ import torch
 from qat.calibrate import calibrate, save_ptq
 from qat.cli import main
 from qat.compare.rows import Sources, load_rows
-from qat.core.config import CAMERAS, load_config
 from qat.core.errors import UserError
 from qat.core.manifest import load_manifest
 from qat.core.tensors import compare_tensors
@@ -18,8 +17,10 @@ from qat.engine import Options
 from qat.export import export_parts, pipeline_settings, torch_parts
 from qat.export.checkpoint import export_checkpoint
 from qat.export.verify import random_frame
-from qat.models import build_model, load_float_branch
-from qat.models.run import run_frame
+from qat.families.bevfusion.config import CAMERAS, load_config
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.run import run_frame
+from qat.families.bevfusion.state import load_float_branch
 from qat.runtime import Calibration, Pipeline
 
 PARTS = {

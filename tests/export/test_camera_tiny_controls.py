@@ -9,10 +9,10 @@ from controls import FLAVOURS, int8_parts, undetected
 from damage import KINDS, damage
 
 from qat.calibrate import calibrate
-from qat.core.config import load_config
 from qat.data import NuScenesDataset
 from qat.export import export_parts
-from qat.models.checkpoint import load_float_model
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.state import load_float_model
 
 ROOT = Path(__file__).parents[2]
 SITES = 20

@@ -8,13 +8,13 @@ import torch
 from onnx import TensorProto, helper
 
 from qat.core.errors import UserError
-from qat.core.geometry import depth_bins
 from qat.core.manifest import FILE, load_manifest
 from qat.core.tensors import compare_tensors
 from qat.engine import Options, build
 from qat.export import export_parts, pipeline_settings
 from qat.export.e2e import MATRICES, export_e2e, merge_detector, verify_detector
 from qat.export.verify import random_frame
+from qat.families.bevfusion.pooling.geometry import depth_bins
 from qat.lean import quantize_detector
 from qat.lean.modes import quantizers_off
 from qat.runtime import Pipeline

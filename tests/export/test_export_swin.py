@@ -9,8 +9,10 @@ from qat.calibrate.checkpoint import save_ptq
 from qat.calibrate.ptq import calibrate
 from qat.export import export_parts, pipeline_settings
 from qat.export.verify import random_frame
-from qat.models import build_model, load_state, random_model
-from qat.models.run import run_frame
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.random_init import random_model
+from qat.families.bevfusion.run import run_frame
+from qat.families.bevfusion.state import load_state
 
 SWIN = {
     "type": "SwinTransformer",

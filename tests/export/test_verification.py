@@ -371,7 +371,7 @@ def test_a_keyframe_folder_serves_as_data(checkpoint, tmp_path, frames):
     """In mmdetection3d's form, as shared/nuscenes-sample is."""
     from PIL import Image
 
-    from qat.core.config import CAMERAS
+    from qat.families.bevfusion.config import CAMERAS
 
     folder = tmp_path / "keyframe"
     folder.mkdir()

@@ -8,9 +8,10 @@ from qat.engine import cuda
 
 pytest.importorskip("PIL", reason="qat.runtime needs Pillow, which a TensorRT lab may lack")
 pytest.importorskip("llvmlite", reason="pooling on the CPU, which is compared with, needs llvmlite")
-from qat.core.geometry import camera_ring, create_frustum, frustum_to_lidar, pooling_pattern
-from qat.runtime.pooling import pool
-from qat.runtime.pooling_cuda import DevicePattern, gpu_problem, pool_device
+from qat.core.geometry import camera_ring
+from qat.families.bevfusion.pooling.cpu import pool
+from qat.families.bevfusion.pooling.cuda import DevicePattern, gpu_problem, pool_device
+from qat.families.bevfusion.pooling.geometry import create_frustum, frustum_to_lidar, pooling_pattern
 
 # The driver, the GPU or NVRTC; not the kernel: where that does not compile, these tests fail.
 PROBLEM = gpu_problem()

@@ -14,6 +14,7 @@ from qat.export.graph import op_counts, simplify
 from qat.export.graph import trace as to_onnx
 from qat.export.passes import in_flavour
 from qat.export.verify import compare_scales, graph_scales
+from qat.families.bevfusion.networks.backbone import build_backbone
 from qat.lean.flavours import FLAVOURS
 from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import quantize_graph
@@ -21,7 +22,6 @@ from qat.lean.layers import ScaleShift
 from qat.lean.modes import qdq_tracing, quantizers, quantizers_off, recording_scales
 from qat.lean.quantizer import QUANTIZED, Quantizer
 from qat.lean.trace import trace
-from qat.models.backbone import build_backbone
 
 LAYERS = tuple(quantized for _, quantized in QUANTIZED)
 SIZE = 64, 96

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from qat.core.config import camera_branch
 from qat.core.errors import UserError
-from qat.models import build_model, load_float_branch, load_state
-from qat.models.checkpoint import take_branch
-from qat.models.run import boxes_of, frame_tensors, run_frame
+from qat.families.bevfusion.config import camera_branch
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.run import boxes_of, frame_tensors, run_frame
+from qat.families.bevfusion.state import load_float_branch, load_state, take_branch
 
 
 @pytest.fixture

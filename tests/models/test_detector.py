@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from qat.checkpoints.reading import load_checkpoint
 from qat.core.errors import UserError
-from qat.models import build_model, load_checkpoint, load_float_model, load_state
-from qat.models.backbone import build_backbone
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.networks.backbone import build_backbone
+from qat.families.bevfusion.state import load_float_model, load_state
 
 
 def run(model, frames):

@@ -6,14 +6,15 @@ from decimal import Decimal
 import pytest
 import torch
 
-from qat.core.config import check_config
 from qat.core.errors import UserError
-from qat.core.geometry import grid_size
-from qat.core.grid import bevfusion_cells, cells
-from qat.export.settings import pipeline_settings
-from qat.models import build_model, load_float_model
-from qat.models.run import frame_tensors
-from qat.runtime.pooling import PatternCache
+from qat.families.bevfusion.config import check_config
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.grid import bevfusion_cells, cells
+from qat.families.bevfusion.pooling.cpu import PatternCache
+from qat.families.bevfusion.pooling.geometry import grid_size
+from qat.families.bevfusion.run import frame_tensors
+from qat.families.bevfusion.settings import pipeline_settings
+from qat.families.bevfusion.state import load_float_model
 
 # Steps that people have, and ends at whole numbers of them.
 BOUNDS = [(f"{-half * Decimal(step)}", f"{half * Decimal(step)}", step) for step in ("0.8", "0.3", "0.4", "0.15", "0.6", "0.1")

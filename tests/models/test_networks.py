@@ -6,14 +6,14 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qat.core.geometry import create_frustum, frustum_to_lidar, pooling_pattern
-from qat.models.bev_pool import bev_pool
-from qat.models.blocks import BasicBlock
-from qat.models.centerhead import CenterHead
-from qat.models.decoder import LSSFPN, GeneralizedResNet
-from qat.models.generalized_lssfpn import GeneralizedLSSFPN
-from qat.models.second import SECOND, SECONDFPN
-from qat.models.vtransform import DepthLSSTransform, LSSTransform
+from qat.families.bevfusion.networks.bev_pool import bev_pool
+from qat.families.bevfusion.networks.blocks import BasicBlock
+from qat.families.bevfusion.networks.centerhead import CenterHead
+from qat.families.bevfusion.networks.decoder import LSSFPN, GeneralizedResNet
+from qat.families.bevfusion.networks.generalized_lssfpn import GeneralizedLSSFPN
+from qat.families.bevfusion.networks.second import SECOND, SECONDFPN
+from qat.families.bevfusion.networks.vtransform import DepthLSSTransform, LSSTransform
+from qat.families.bevfusion.pooling.geometry import create_frustum, frustum_to_lidar, pooling_pattern
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from qat.core.config import load_config
 from qat.core.errors import UserError
-from qat.models import build_model
-from qat.models.centerhead import CenterHead
-from qat.models.generalized_lssfpn import GeneralizedLSSFPN
+from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.networks.centerhead import CenterHead
+from qat.families.bevfusion.networks.generalized_lssfpn import GeneralizedLSSFPN
 
 CAMERA = ("model", "encoders", "camera")
 
@@ -141,7 +141,7 @@ def test_swins_null_options_are_refused(tiny_config):
 
 
 def test_nearest_upsampling_takes_align_corners_false(tiny_config, tiny_frames):
-    from qat.models.run import run_frame
+    from qat.families.bevfusion.run import run_frame
 
     config = put(tiny_config, "encoders.camera.neck.upsample_cfg", {"mode": "nearest", "align_corners": False})
     model = build_model(config).eval()

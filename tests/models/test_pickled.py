@@ -19,11 +19,12 @@ import pytest
 import torch
 from torch import nn
 
+from qat.checkpoints import pickled as reader
+from qat.checkpoints import unpickle
+from qat.checkpoints.pickled import module_state, read_pickled
+from qat.checkpoints.reading import load_checkpoint
+from qat.checkpoints.unpickle import Record
 from qat.core.errors import UserError
-from qat.models import load_checkpoint, unpickle
-from qat.models import pickled as reader
-from qat.models.pickled import module_state, read_pickled
-from qat.models.unpickle import Record
 
 HERE = Path(__file__).parent
 

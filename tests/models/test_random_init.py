@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qat.models import random_model
-from qat.models.run import run_frame
+from qat.families.bevfusion.random_init import random_model
+from qat.families.bevfusion.run import run_frame
 
 BACKBONES = {
     "resnet": ({"type": "timm", "model_name": "resnet18", "out_indices": [2, 3]}, [128, 256]),

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from qat.core.errors import UserError
-from qat.core.schema import problems
-from qat.models import build_model, load_state
-from qat.models.backbone import build_backbone
-from qat.models.swin import from_unfold_order, mmdet_name, to_unfold_order
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.networks.backbone import build_backbone
+from qat.families.bevfusion.networks.swin import from_unfold_order, mmdet_name, to_unfold_order
+from qat.families.bevfusion.schema import problems
+from qat.families.bevfusion.state import load_state
 
 WINDOW = 7
 TINY = {

@@ -4,7 +4,7 @@ import pytest
 import timm
 
 from qat.core.errors import UserError
-from qat.models.backbone import build_backbone
+from qat.families.bevfusion.networks.backbone import build_backbone
 
 
 class HubError(Exception):

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from qat.checkpoints.reading import load_checkpoint
 from qat.core.errors import UserError
-from qat.models import load_checkpoint, load_float_model, load_state
+from qat.families.bevfusion.state import load_float_model, load_state
 
 FUSE = "decoder.neck.fuse.0.weight"
 

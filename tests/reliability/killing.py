@@ -38,8 +38,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 MODULES = (
     "matplotlib.figure", "matplotlib.backends.backend_agg", "onnxruntime", "openvino", "onnxsim", "torch.optim.adamw",
     "torch._dynamo", "nuscenes.eval.detection.evaluate", "qat.benchmark.run", "qat.calibrate.finetune", "qat.calibrate.foreign",
-    "qat.calibrate.job", "qat.compare.demo", "qat.evaluate", "qat.export.checkpoint", "qat.train", "qat.data.synth",
-    "qat.engine.onnxruntime_backend", "qat.engine.openvino_backend", "qat.runtime", "qat.core._nms_kernel",
+    "qat.calibrate.job", "qat.compare.demo", "qat.evaluate", "qat.export.checkpoint", "qat.families.bevfusion.training", "qat.data.synth",
+    "qat.engine.onnxruntime_backend", "qat.engine.openvino_backend", "qat.runtime", "qat.boxes._nms_kernel",
 )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def test_a_pipeline_does_not_decode_what_is_not_finite(work, small_scene):
     for name, runner in list(pipeline.parts.items()):
         if name == "fuser":
             pipeline.parts[name] = _Spoiled(runner)
-    from qat.core.config import CAMERAS
+    from qat.families.bevfusion.config import CAMERAS
     from qat.runtime import Calibration
 
     count = len(CAMERAS)

@@ -155,7 +155,7 @@ def test_a_run_on_a_disk_that_gets_full(arguments, size, work):
 
 def test_a_checkpoint_on_a_full_disk(work):
     """torch tells it as a RuntimeError of its own; what the system said is told instead."""
-    from qat.models.checkpoint import save_plain
+    from qat.checkpoints.reading import save_plain
 
     with open("/dev/full", "wb"), pytest.raises(OSError) as error:
         import torch

@@ -159,7 +159,7 @@ def test_a_checkpoints_entries_are_read_and_never_unpacked(name):
     """Names in a zip choose no file on the disk."""
     import zipfile
 
-    from qat.models import load_checkpoint
+    from qat.checkpoints.reading import load_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
         inner = Path(scratch) / "in"

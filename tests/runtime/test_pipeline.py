@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qat.core.centerhead import decode
+from qat.boxes.centerhead import decode
 from qat.core.errors import UserError
 from qat.core.geometry import rasterize_depth
 from qat.core.preprocess import ResizeCrop, normalize

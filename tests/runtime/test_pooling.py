@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat.core.errors import UserError
-from qat.core.geometry import create_frustum, frustum_to_lidar, pooling_pattern
-from qat.runtime.pooling import PatternCache, pool
+from qat.families.bevfusion.pooling.cpu import PatternCache, pool
+from qat.families.bevfusion.pooling.geometry import create_frustum, frustum_to_lidar, pooling_pattern
 
 XBOUND, YBOUND = [-8.0, 8.0, 1.0], [-6.0, 6.0, 0.5]
 DBOUND = [1.0, 9.0, 1.0]

@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 
 from qat.core.errors import UserError
-from qat.core.geometry import pooling_pattern
 from qat.engine import cuda
-from qat.runtime import pooling_cuda
-from qat.runtime.pooling import pool
-from qat.runtime.pooling_cuda import SOURCE, DevicePattern, check_arrays, compile_kernel, gpu_problem, pool_device
+from qat.families.bevfusion.pooling import cuda as pooling_cuda
+from qat.families.bevfusion.pooling.cpu import pool
+from qat.families.bevfusion.pooling.cuda import (
+    SOURCE,
+    DevicePattern,
+    check_arrays,
+    compile_kernel,
+    gpu_problem,
+    pool_device,
+)
+from qat.families.bevfusion.pooling.geometry import pooling_pattern
 
 # The words of CUDA that pooling.cu uses, for a C++ compiler: one operating system's thread for each of a block's, which takes the
 # blocks one after another (so that a block's shared memory can be a static), and barriers that are barriers.

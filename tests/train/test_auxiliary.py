@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qat.train.auxiliary import IGNORED, PixelHead, pixel_loss, pixel_targets, to_tensors
+from qat.families.bevfusion.training.auxiliary import IGNORED, PixelHead, pixel_loss, pixel_targets, to_tensors
 
 FORWARD = np.array(
     [[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]], np.float32

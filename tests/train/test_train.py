@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from qat.core.centerhead import decode
+from qat.boxes.centerhead import decode
+from qat.boxes.geometry import box_heading
 from qat.core.errors import UserError
-from qat.core.geometry import box_heading
 from qat.data import NuScenesDataset
 from qat.data.augment import augment_boxes
 from qat.data.synth import SynthOptions, generate
-from qat.models import build_model
-from qat.train import TrainOptions, train
-from qat.train.augment import TrainSet
-from qat.train.features import FeatureCache
-from qat.train.loop import learning_rate
-from qat.train.losses import depth_loss, gaussian_focal_loss, head_loss
-from qat.train.targets import draw_gaussian, gaussian_radius, make_targets
+from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.training import TrainOptions, train
+from qat.families.bevfusion.training.augment import TrainSet
+from qat.families.bevfusion.training.features import FeatureCache
+from qat.families.bevfusion.training.loop import learning_rate
+from qat.families.bevfusion.training.losses import depth_loss, gaussian_focal_loss, head_loss
+from qat.families.bevfusion.training.targets import draw_gaussian, gaussian_radius, make_targets
 
 
 @pytest.fixture(scope="module")

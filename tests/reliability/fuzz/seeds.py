@@ -19,8 +19,8 @@ from qat.calibrate.checkpoint import save_ptq
 from qat.engine import Options
 from qat.export import export_parts
 from qat.export.pt2 import export_pt2
+from qat.families.bevfusion.detector import build_model
 from qat.lean import quantize_detector
-from qat.models import build_model
 from qat.runtime import build_engines
 from tests.conftest import CAMERAS, _config
 

@@ -1,0 +1,366 @@
+"""Reading a pickled network (`torch.save(model)`) without running any of it and without the packages it was made with.
+
+Both of torch's formats are read: the zip of version 1.6 on (`data.pkl` and one entry a storage), and the older run of
+pickles followed by the storages' bytes (formats: torch/serialization.py). The pickle goes through `qat.checkpoints.unpickle`.
+`torch.load` takes no part, since on the way to its unpickler it may hand a file to TorchScript, unpack a tar or write a
+patch file into the working directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import struct
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat.checkpoints.unpickle import Damaged, Machine, Record, Storage, is_integers
+from qat.core.errors import UserError
+
+# As unpickle's bounds: far above any network's.
+MAX_PICKLE = 256 << 20
+MAX_MODULES = 100_000
+MAX_NAMES = 1_000_000
+MAX_NAME = 1000
+MAX_DEPTH = 100
+
+LONGEST_WORD = (
+    10_000  # bytes of a pickle without white space between them; the numbers in one have it by chance more often
+)
+DOS_FOLDER = 0x10  # among the attributes of a zip's entry
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+
+DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+    "_UntypedStorage": torch.uint8,
+}
+STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage", "torch.cuda.storage")
+
+# What taking apart a damaged file can raise, apart from Damaged: a stack that is too short, a number that is no number …
+FAILURES = (
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    OverflowError,
+    EOFError,
+    OSError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+class _Storages(ABC):
+    """Answers persistent ids: ("storage", class, key, device, elements[, view]) and, before 1.6, ("module", class, …)."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # bytes that all storages together can have
+        self.claimed = 0
+        self.data: dict[str, torch.UntypedStorage] = {}
+
+    @abstractmethod
+    def read(self, key: str, size: int) -> torch.UntypedStorage:
+        """The storage of this key, at least `size` bytes."""
+
+    def __call__(self, identity: Any) -> Any:
+        if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+            return identity[1]  # the class; the source code behind it is of no use
+        if not (isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage"):
+            raise Damaged("a persistent id that is no storage's")
+        _, kind, key, _device, numel, *view = identity
+        dtype = None
+        if isinstance(kind, Record) and kind.args is None and kind.module in STORAGE_MODULES:
+            dtype = DTYPES.get(kind.name)
+        if not isinstance(key, str) or type(numel) is not int or numel < 0:
+            raise Damaged("a storage without key or size")
+        if dtype is None:
+            return Record("torch", "storage", (kind, key, numel))
+        size = numel * dtype.itemsize
+        if key not in self.data:
+            self.claimed += size
+            if self.claimed > self.limit:
+                raise Damaged(f"storage {key[:40]!r} of {size:,} bytes, more than the file has")
+            self.data[key] = self.read(key, size)
+        data = self.data[key]
+        if data.nbytes() < size:
+            raise Damaged(f"storage {key[:40]!r} of {size:,} bytes, of which the file has {data.nbytes():,}")
+        found = Storage(data, dtype, numel)
+        if view and view[0] is not None:
+            if not isinstance(view[0], tuple) or len(view[0]) != 3:
+                raise Damaged("a view of a storage that is none")
+            _, start, length = view[0]
+            if not is_integers([start, length]) or min(start, length) < 0 or start + length > numel:
+                raise Damaged("a view of a storage beyond its end")
+            found = Storage(data, dtype, length, start)
+        return found
+
+
+class _Zipped(_Storages):
+    def __init__(self, archive: zipfile.ZipFile, root: str, limit: int) -> None:
+        super().__init__(limit)
+        self.archive, self.root = archive, root
+
+    def read(self, key: str, size: int) -> torch.UntypedStorage:
+        name = f"{self.root}data/{key}"
+        have = self.archive.getinfo(name).file_size
+        if have < size:
+            raise Damaged(f"storage {key[:40]!r} of {size:,} bytes, of which the file has {have:,}")
+        content = bytearray(self.archive.read(name))
+        return torch.frombuffer(content, dtype=torch.uint8).untyped_storage() if content else torch.UntypedStorage(0)
+
+
+class _Appended(_Storages):
+    """Their bytes come after the pickle; until `fill` they are empty."""
+
+    def read(self, key: str, size: int) -> torch.UntypedStorage:
+        return torch.UntypedStorage(size)
+
+    def fill(self, data: bytes, position: int, keys: Any, elements: Mapping[str, int]) -> None:
+        """Takes them from behind the list of keys: for each, its number of elements in 8 bytes and its values."""
+        if not isinstance(keys, list) or set(keys) != set(self.data):
+            raise Damaged("a list of storages that is not the pickle's")
+        for key in keys:
+            storage = self.data[key]
+            start = position + 8
+            position = start + storage.nbytes()
+            if position > len(data):
+                raise Damaged("the file ends early")
+            if struct.unpack("<q", data[start - 8 : start])[0] != elements[key]:
+                raise Damaged(f"storage {key[:40]!r} of another size than the pickle says")
+            if storage.nbytes():
+                content = torch.frombuffer(bytearray(data[start:position]), dtype=torch.uint8)
+                torch.empty(0, dtype=torch.uint8).set_(storage).copy_(content)
+
+    def __call__(self, identity: Any) -> Any:
+        found = super().__call__(identity)
+        if isinstance(found, Storage):
+            self.elements.setdefault(identity[2], identity[4])
+        return found
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.elements: dict[str, int] = {}
+
+
+def _check_entries(archive: zipfile.ZipFile, path: Path) -> str:
+    """The name of the pickle in a zip that holds it and whatever else torch.save writes; else raises `Damaged`."""
+    entries = archive.infolist()
+    pickles = [entry.filename for entry in entries if re.fullmatch(r"([^/]+/)?data\.pkl", entry.filename)]
+    if len(pickles) != 1:
+        raise Damaged(f"a zip with {len(pickles)} data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in archive.namelist():
+        raise Damaged("a TorchScript archive")
+    # torch.save compresses nothing: what unpacks to more than the file has is no checkpoint.
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise Damaged("a zip with compressed entries")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise Damaged("a zip whose entries overlap")
+    if archive.getinfo(pickles[0]).file_size > MAX_PICKLE:
+        raise Damaged(f"a pickle of more than {MAX_PICKLE >> 20} MiB")
+    return pickles[0]
+
+
+def is_plainly_saved(path: Path) -> bool:
+    """Whether `torch.load(weights_only=True)` can be asked to read a file from elsewhere: a zip such as torch.save writes, in
+    which no name is longer than a name is.
+
+    It unpacks compressed entries of any size, takes for a folder's what is marked as one (and then gives memory that nothing was
+    read into), and words what it refuses with regular expressions whose time grows with the
+    square of the name refused (torch 2.13: 5 s for one of 70,000 characters). The older format it reads no better than
+    `read_pickled`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = archive.read(_check_entries(archive, path))
+            entries = archive.infolist()
+    except (Damaged, *FAILURES, NotImplementedError):
+        return False
+    sound = all(e.compress_size == e.file_size and not e.external_attr & DOS_FOLDER for e in entries)
+    return sound and all(len(word) < LONGEST_WORD for word in pickled.split())
+
+
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        pickled = _check_entries(archive, path)
+        root = pickled.removesuffix("data.pkl")
+        if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+            raise Damaged("tensors of a big-endian machine")
+        return Machine(archive.read(pickled), _Zipped(archive, root, path.stat().st_size)).run()
+
+
+def _no_persistent(_: Any) -> Any:
+    raise Damaged("a persistent id before the checkpoint")
+
+
+def _read_legacy(path: Path) -> Any:
+    data = path.read_bytes()
+    machine = Machine(data, _no_persistent)
+    if not data or data[0] != 0x80 or machine.run() != LEGACY_MAGIC:
+        raise Damaged("no checkpoint's first bytes")
+    position = machine.position
+    header = []
+    for _ in range(2):
+        machine = Machine(data, _no_persistent, position)
+        header.append(machine.run())
+        position = machine.position
+    protocol, system = header
+    if protocol != LEGACY_PROTOCOL:
+        raise Damaged(f"format {protocol!r:.40}")
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise Damaged("tensors of a big-endian machine")
+    storages = _Appended(len(data))
+    machine = Machine(data, storages, position)
+    value = machine.run()
+    keys = Machine(data, _no_persistent, machine.position)
+    listed = keys.run()
+    storages.fill(data, keys.position, listed, storages.elements)
+    return value
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (Damaged, *FAILURES) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if reason == "File is not a zip file":  # it began as one: the list of its entries, at its end, is not there
+            reason = "it ends early"
+        raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason}); save or fetch it again") from None
+
+
+def read_pickled(path: str | Path) -> Any:
+    """What `torch.save` wrote, whatever classes it is of: tensors (on the CPU, parameters too), numbers, text, plain
+    containers, numpy arrays, and a `Record` for everything else. Nothing in the file is run or imported.
+
+    A defaultdict and an OrderedDict are dicts. Tensors share storages as they did; an expanded one stays a view.
+
+    Raises:
+        UserError: not torch's format, damaged, compressed, or it claims more than the file holds.
+    """
+    path = Path(path)
+    with _one_line(path):
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        return _read_zip(path) if zipped else _read_legacy(path)
+
+
+def is_module(value: Any) -> bool:
+    """Whether a record is of an nn.Module."""
+    return isinstance(value, Record) and all(
+        isinstance(value.attributes.get(name), dict) for name in ("_parameters", "_buffers", "_modules")
+    )
+
+
+def _children(record: Record, kind: str) -> Iterator[tuple[str, Any]]:
+    for name, value in record.attributes[kind].items():
+        if isinstance(name, str) and value is not None:
+            yield name, value
+
+
+def unwrapped(record: Record) -> Record:
+    """The network inside a DataParallel, MMDataParallel, DistributedDataParallel."""
+    for _ in range(MAX_DEPTH):
+        inner = record.attributes["_modules"].get("module")
+        if not (record.name.endswith("DataParallel") and is_module(inner)):
+            break
+        record = inner
+    return record
+
+
+def _quantizer(record: Record) -> dict[str, Any]:
+    """A TensorQuantizer's settings, pytorch-quantization's or ModelOpt's, by the names of its attributes."""
+    have = {**record.attributes, **record.attributes["_buffers"], **record.attributes["_parameters"]}
+    clip = record.attributes["_modules"].get("clip")
+    if is_module(clip) and have.get("_learn_amax"):
+        learned = {**clip.attributes, **clip.attributes["_parameters"]}
+        low, high = learned.get("clip_value_min"), learned.get("clip_value_max")
+        if isinstance(low, torch.Tensor) and isinstance(high, torch.Tensor) and low.shape == high.shape:
+            have["_amax"] = torch.maximum(-low, high)
+    return quantizer_settings(have)
+
+
+def quantizer_settings(have: Mapping[str, Any]) -> dict[str, Any]:
+    """A TensorQuantizer's attributes and buffers by name → {"amax": tensor or None, "disabled", "num_bits", "axis": tuple or
+    None, "unsigned", "special": why amax/127 is not its scale, or None}. Untrusted values of other types are as absent."""
+    amax, scaled = have.get("_amax"), have.get("_scale_amax")
+    amax = amax if isinstance(amax, torch.Tensor) and amax.is_floating_point() else None
+    if amax is not None and isinstance(scaled, int | float):
+        amax = amax * scaled
+    axis = have.get("_axis")
+    axes = (
+        (axis,) if type(axis) is int else tuple(axis) if isinstance(axis, tuple | list) and is_integers(axis) else None
+    )
+    bits = have.get("_num_bits", 8)
+    special = None
+    if isinstance(have.get("_pre_quant_scale"), torch.Tensor):
+        special = "it divides its input's channels first (SmoothQuant)"
+    elif have.get("_block_sizes") is not None:
+        special = "it has one scale for each block of values"
+    elif type(bits) is not int:
+        special = "its numbers are floating-point"
+    return {
+        "amax": amax,
+        "disabled": have.get("_disabled") is True or have.get("_if_quant") is False,
+        "num_bits": bits if type(bits) is int else 8,
+        "axis": axes,
+        "unsigned": have.get("_unsigned") is True,
+        "special": special,
+    }
+
+
+def module_state(record: Record, source: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """A pickled network's state dict, by the names that `nn.Module.state_dict` gives, without its quantizers; and those by
+    their paths (as `quantizer_settings`). A module that stands at several paths is listed at each.
+
+    Raises:
+        UserError: too deep or too many modules for a network, which includes one that contains itself.
+    """
+    state: dict[str, torch.Tensor] = {}
+    quantizers: dict[str, dict[str, Any]] = {}
+    waiting = [("", 0, unwrapped(record))]
+    count = 0
+    while waiting:
+        prefix, depth, module = waiting.pop()
+        count += 1
+        children = module.attributes["_modules"]
+        big = count + len(waiting) + len(children) > MAX_MODULES or depth > MAX_DEPTH or len(prefix) > MAX_NAME
+        if big or len(state) + sum(len(module.attributes[kind]) for kind in ("_parameters", "_buffers")) > MAX_NAMES:
+            raise UserError(
+                f"{source}: not a torch checkpoint, or damaged (a network of more than {MAX_MODULES:,} modules or "
+                f"{MAX_NAMES:,} tensors, or {MAX_DEPTH} deep)"
+            )
+        if module.name == "TensorQuantizer":
+            quantizers[prefix.removesuffix(".")] = _quantizer(module)
+            continue
+        passing = module.attributes.get("_non_persistent_buffers_set")
+        passing = passing if isinstance(passing, set) else set()
+        for name, value in _children(module, "_parameters"):
+            if isinstance(value, torch.Tensor):
+                state[prefix + name] = value
+        for name, value in _children(module, "_buffers"):
+            if isinstance(value, torch.Tensor) and name not in passing:
+                state[prefix + name] = value
+        inner = [(f"{prefix}{n}.", depth + 1, child) for n, child in _children(module, "_modules") if is_module(child)]
+        waiting.extend(reversed(inner))  # in order, as the network has them
+    return state, quantizers

@@ -1,0 +1,1 @@
+"""BEV pooling."""

@@ -1,0 +1,270 @@
+"""A float checkpoint's tensors into the detector of a config: names, shapes, BEVFusion's grid, the camera branch by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.checkpoints.reading import float_weights, load_checkpoint
+from qat.checkpoints.weights import OUTER
+from qat.core.console import note
+from qat.core.errors import UserError
+from qat.families.bevfusion.detector import UNBUILDABLE, CameraBEVDetector, build_model
+
+
+def _grouped(names: list[str], words: int = 3) -> str:
+    groups = Counter(".".join(name.split(".")[:words]) for name in names)
+    return ", ".join(f"{group}.* ({count})" for group, count in sorted(groups.items()))
+
+
+DERIVED = "relative_position_index"  # Swin's: fixed by the window's size, in the state dict by mmdet's habit alone
+GEOMETRY = ("dx", "bx", "nx", "frustum")  # the view transform's fixed parameters
+
+
+STAGES = (
+    "stages",
+    "layers",
+    "blocks",
+    "features",
+)  # lists of what runs one after the other, in Swin and timm's networks
+
+
+def _beyond(names: Iterable[str], own: Mapping[str, Any]) -> list[str]:
+    """Those of the names, which the model does not have, that belong to modules of the backbone that this config does not use: a
+    classifier, stages after the last output. Inside a module that is used every tensor counts (another ResNet block in layer1),
+    and so do those of the backbone itself (a position embedding)."""
+    start = f"{BRANCH}backbone."
+    used = {_module(name[len(start) :]) for name in own if name.startswith(start)}
+    last: dict[str, int] = {}
+    for first, number in used:
+        last[first] = max(number, last.get(first, -1))
+    # mmdet's Swin has the merging of patches at the end of the stage before; here it belongs to the stage after.
+    merging = f"{start}stages.{last.get('stages')}.downsample."
+
+    def is_beyond(name: str) -> bool:
+        if not name.startswith(start) or "." not in name[len(start) :]:
+            return False
+        first, number = _module(name[len(start) :])
+        return name.startswith(merging) or first not in last or number > last[first]
+
+    return [name for name in names if is_beyond(name)]
+
+
+def _module(name: str) -> tuple[str, int]:
+    """The module of a backbone that a tensor belongs to: its first word, and the number of a stage (else −1)."""
+    first, _, rest = name.partition(".")
+    second = rest.partition(".")[0]
+    return first, int(second) if first in STAGES and second.isdigit() else -1
+
+
+def _counts(nx: torch.Tensor) -> list[int]:
+    return [int(n) for n in nx.double().nan_to_num(0, 0, 0).tolist()]
+
+
+def _agree(found: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether fixed values are those of the config's bounds, as far as the number format of the file tells."""
+    eps = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+    return torch.allclose(found.double(), own.double(), atol=1e-3, rtol=max(1e-5, eps))
+
+
+def _short(value: torch.Tensor) -> str:
+    numbers = [f"{v:g}" for v in value.flatten()[:3].tolist()]
+    return f"[{', '.join(numbers)}{', …' if value.numel() > 3 else ''}]"
+
+
+BRANCH = "encoders.camera."
+
+
+def _branch_prefixes(names: Iterable[str]) -> list[str]:
+    """The prefixes under which a camera branch lies: only that has a view transform (others too have a backbone)."""
+    split = [name.split(".") for name in names]
+    return list(dict.fromkeys(".".join(w[: w.index("vtransform")]) for w in split if "vtransform" in w[:-1]))
+
+
+def _before(prefix: str) -> str:
+    return f"{prefix.rstrip('.')}." if prefix else ""
+
+
+def _without_outer(prefix: str) -> str:
+    """A branch's prefix without the wrappers' that `load_checkpoint` has taken off the names already."""
+    while outer := next((o for o in OUTER if f"{prefix}.".startswith(o)), ""):
+        prefix = f"{prefix}."[len(outer) :].removesuffix(".")
+    return prefix
+
+
+def under_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What lies under the prefix of a camera branch (as for `take_branch`), by this package's names."""
+    inside: dict[str, Any] = {}
+    for start in dict.fromkeys((prefix, _without_outer(prefix))):
+        before = _before(start)
+        inside = {f"{BRANCH}{name[len(before) :]}": v for name, v in values.items() if name.startswith(before)}
+        if inside:
+            break
+    return inside
+
+
+def take_branch(state: Mapping[str, Any], prefix: str, source: str) -> tuple[dict[str, Any], int]:
+    """The camera branch out of a state dict, by this package's names, and how many of its names were left out.
+
+    Args:
+        prefix: what stands before `.backbone`, `.neck` and `.vtransform` in the file: "encoders.camera" in a BEVFusion
+            model, "module.encoders.camera" in one saved out of DistributedDataParallel, "" in a state dict of the
+            branch alone.
+
+    Raises:
+        UserError: nothing of a camera branch lies there; the prefixes under which one does are named.
+    """
+    inside = under_prefix(state, prefix)
+    if not any(name.startswith(f"{BRANCH}vtransform.") for name in inside):
+        expected = " or ".join(map(repr, _branch_prefixes(state)))
+        if not expected:
+            expected = f"backbone, neck and vtransform under it; its names are {_grouped(list(state), 2)}"
+        raise UserError(f"--prefix: found {prefix!r}, under which {source} has no camera branch, expected {expected}")
+    return inside, len(state) - len(inside)
+
+
+def _check_finite(
+    state: Mapping[str, torch.Tensor], own: Iterable[str], source: str, in_file: Callable[[str], str]
+) -> None:
+    for name in own:
+        tensor = state.get(name)
+        if tensor is not None and tensor.is_floating_point() and not bool((finite := tensor.isfinite()).all()):
+            raise UserError(
+                f"{source}: {in_file(name)}: found NaN or infinity in {int((~finite).sum())} of {tensor.numel()} values, "
+                f"expected finite weights; save an earlier epoch (`bevqat health {source}` shows what they do)"
+            )
+
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    source: str,
+    prefix: str | None = None,
+    finite: bool = True,
+) -> int:
+    """Loads a state dict by name; anything missing, unexpected or of another shape is a `UserError` that lists it, and so
+    is NaN or infinity.
+
+    finite: False takes them, to look at what they do.
+    prefix: loads the camera branch that lies under it (`take_branch`) into a model of that branch alone; what is outside
+    is left out.
+
+    Returns:
+        how many names were left out.
+    """
+    left_out = 0
+    if prefix is not None:
+        state, left_out = take_branch(state, prefix, source)
+
+    def in_file(name: str) -> str:
+        return name if prefix is None else f"{_before(prefix)}{name.removeprefix(BRANCH)}"
+
+    own = model.state_dict()
+    for name in own:
+        if name not in state:
+            continue
+        if not isinstance(state[name], torch.Tensor):
+            raise UserError(
+                f"{source}: {in_file(name)}: found a {type(state[name]).__name__}, expected a tensor; save "
+                "model.state_dict() again"
+            )
+        if state[name].layout is not torch.strided or state[name].is_meta:
+            what = "a tensor without values" if state[name].is_meta else f"a {state[name].layout} tensor"
+            raise UserError(
+                f"{source}: {in_file(name)}: found {what.replace('torch.', '')}, expected a dense one; save model.state_dict() again"
+            )
+        if own[name].is_floating_point() and not state[name].is_floating_point():
+            raise UserError(
+                f"{source}: {in_file(name)}: found {str(state[name].dtype).removeprefix('torch.')}, expected floating-point weights; "
+                "save the network before it is converted to integers"
+            )
+    unknown = [name for name in state if name not in own]
+    beyond = _beyond(unknown, own)
+    extra = [name for name in unknown if name not in beyond]
+    missing = [name for name in own if name not in state and not name.endswith(DERIVED)]
+    wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{source}: {in_file(name)}: found shape {list(state[name].shape)}, the config makes {list(own[name].shape)} "
+            f"({len(wrong)} such tensors); give the config that the checkpoint was trained with"
+        )
+    if missing or extra:
+        parts = [f"missing {_grouped([*map(in_file, missing)])}"] if missing else []
+        parts += [f"unexpected {_grouped([*map(in_file, extra)])}"] if extra else []
+        whole = prefix is None and any(name.startswith(BRANCH) for name in state)
+        if whole and not any(name.startswith(BRANCH) for name in (*missing, *extra)):
+            parts += [
+                "its camera branch fits: calibrate and export-camera take that alone with --prefix encoders.camera"
+            ]
+        raise UserError(f"{source}: does not fit the config: {'; '.join(parts)}")
+    if finite:
+        _check_finite(state, own, source, in_file)
+    if isinstance(model, CameraBEVDetector) and model.keep_cells(_counts(state[f"{BRANCH}vtransform.nx"])):
+        own = model.state_dict()
+        counts = "×".join(map(str, own[f"{BRANCH}vtransform.nx"].tolist()))
+        note(
+            f"{source}: kept its BEV grid of {counts} cells: BEVFusion cuts the quotient of a bound off where it lies just below "
+            "a whole number"
+        )
+    state = dict(state)
+    for name in own:  # a checkpoint's grid decides where features go: another one's shape may be the same
+        if name.rpartition(".")[2] not in GEOMETRY:
+            continue
+        if _agree(state[name], own[name]):
+            state[name] = own[name]  # FP16 and BF16 have rounded what the bounds give exactly
+        else:
+            raise UserError(
+                f"{source}: {in_file(name)}: found {_short(state[name])}, the config's bounds make {_short(own[name])}; give the "
+                "config that the checkpoint was trained with"
+            )
+    if beyond:
+        note(
+            f"{source}: left out {_grouped([*map(in_file, beyond)], 4 if prefix is None else 3)}: modules of the backbone that this "
+            "config does not use"
+        )
+    try:
+        model.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state})
+    except (RuntimeError, *UNBUILDABLE) as error:  # what the checks above cannot see: Swin's windows in another order
+        raise UserError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
+    return left_out
+
+
+def load_float_model(
+    config: Mapping[str, Any], path: str | Path, finite: bool = True, ema: bool = False
+) -> CameraBEVDetector:
+    """The detector of `config` with a float checkpoint's weights, in eval mode. finite: as for `load_state`; ema: as for
+    `load_checkpoint`."""
+    return _load_float(config, path, None, finite, ema)[0]
+
+
+def load_float_branch(
+    config: Mapping[str, Any], path: str | Path, prefix: str, finite: bool = True, ema: bool = False
+) -> tuple[CameraBEVDetector, int]:
+    """The camera branch alone out of a float checkpoint, in eval mode, and how many names of the file were left out.
+
+    Args:
+        config: the branch's (`qat.families.bevfusion.config.camera_branch`).
+        prefix: where it lies in the file, as for `take_branch`.
+        finite: as for `load_state`.
+        ema: as for `load_checkpoint`.
+    """
+    return _load_float(config, path, prefix, finite, ema)
+
+
+def _load_float(
+    config: Mapping[str, Any], path: str | Path, prefix: str | None, finite: bool, ema: bool
+) -> tuple[CameraBEVDetector, int]:
+    checkpoint = load_checkpoint(path, ema)
+    if checkpoint.get("format") == "bevqat-ptq":
+        raise UserError(
+            f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
+        )
+    model = build_model(config)
+    left_out = load_state(model, float_weights(checkpoint, path), str(path), prefix, finite)
+    return model.eval(), left_out

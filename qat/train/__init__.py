@@ -1,5 +1,0 @@
-"""Training of the float detector, so that there is something to quantize where no trained weights can be fetched."""
-
-from qat.train.loop import TrainOptions, train
-
-__all__ = ["TrainOptions", "train"]
