@@ -37,9 +37,9 @@ from qat.data import NuScenesDataset, Sample
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.random_init import random_model
 from qat.families.bevfusion.state import load_float_model
-from qat.lean import QuantizedDetector, quantize_detector
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.modes import quantizers, quantizers_off
+from qat.model.quantized import QuantizedModel
 
 MODES = ("plain", "ours", "theirs")
 EQUAL = 1e-3  # two ranges whose errors differ by less than this share are called equal
@@ -111,7 +111,7 @@ def benchmark(args: argparse.Namespace) -> None:
     samples = load_samples(config, args)
     model = load_float_model(config, args.ckpt) if args.ckpt else random_model(config, seed=0, frames=samples[:2])
     frames = camera_inputs(config, samples)
-    network = quantize_detector(model)
+    network = QuantizedModel(model)
     own = quantizers(network.parts)
     names = [n for n in network.activation_quantizers() if n.startswith("camera.") and own[n].shares is None]
     print(
@@ -147,7 +147,7 @@ def camera_inputs(config: dict[str, Any], samples: Sequence[Sample]) -> list[Inp
 
 
 @contextmanager
-def collecting(network: QuantizedDetector, collectors: dict[str, Any]) -> Iterator[None]:
+def collecting(network: QuantizedModel, collectors: dict[str, Any]) -> Iterator[None]:
     """Inside the block these quantizers hand their inputs over and pass them on unrounded."""
     own = quantizers(network.parts)
     for name, collector in collectors.items():
@@ -163,7 +163,7 @@ def collecting(network: QuantizedDetector, collectors: dict[str, Any]) -> Iterat
             quantizer._calibrator = None
 
 
-def warm_up(network: QuantizedDetector, names: Sequence[str], frame: Inputs) -> dict[str, int]:
+def warm_up(network: QuantizedModel, names: Sequence[str], frame: Inputs) -> dict[str, int]:
     """Runs one frame each way, untimed (what is compiled or allocated once); the number of values of each tensor."""
     sizes: dict[str, int] = {}
 
@@ -200,7 +200,7 @@ class Measured:
 
 
 def measure(
-    network: QuantizedDetector, names: Sequence[str], frames: Sequence[Inputs], rounds: int, peer_search: str
+    network: QuantizedModel, names: Sequence[str], frames: Sequence[Inputs], rounds: int, peer_search: str
 ) -> Measured:
     """Times all three: each frame goes through one after the other, in an order that turns with every frame."""
     passes = {mode: np.zeros((rounds, len(frames))) for mode in MODES}
@@ -274,7 +274,7 @@ def cuda_is_this_device() -> Iterator[bool]:
 
 
 def rounding_errors(
-    network: QuantizedDetector, frames: Sequence[Inputs], ours: dict[str, float], theirs: dict[str, float]
+    network: QuantizedModel, frames: Sequence[Inputs], ours: dict[str, float], theirs: dict[str, float]
 ) -> dict[str, np.ndarray]:
     """Σ (q(x) − x)² of each tensor with our range and with theirs, for tensors that both searched."""
     meters = {name: ErrorMeter((ours[name], amax)) for name, amax in theirs.items() if ours[name] > 0}

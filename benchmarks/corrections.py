@@ -28,21 +28,22 @@ from command import one_line_errors
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
+from XX.AUTO import AUTO
 
 from qat.calibrate.ptq import calibrate, run_frame
 from qat.data import NuScenesDataset
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.state import load_float_model
-from qat.lean import AUTO, QuantizedDetector
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import QuantizedConv2d, weight_range
-from qat.lean.units import units
+from qat.model.quantized import QuantizedModel
+from qat.model.units import units
 
 HOT = 0.1  # heat above which a cell is an object's
 BOX_MAPS = ("reg", "height", "dim")
 
 
-def channel_maxima(model: QuantizedDetector, frames: Sequence, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def channel_maxima(model: QuantizedModel, frames: Sequence, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Largest magnitude of each channel of what these quantizers take, in float."""
     own, found = quantizers(model.parts), {}
 
@@ -62,7 +63,7 @@ def channel_maxima(model: QuantizedDetector, frames: Sequence, names: Sequence[s
     return found
 
 
-def correct_biases(model: QuantizedDetector, frames: Sequence) -> str:
+def correct_biases(model: QuantizedModel, frames: Sequence) -> str:
     """Takes off each layer's bias what rounding its inputs and weights adds to its mean output."""
     own = quantizers(model.parts)
     layers = {layer: own[unit.name] for unit in units(model) for layer in unit.layers}
@@ -91,7 +92,7 @@ def correct_biases(model: QuantizedDetector, frames: Sequence) -> str:
     return f"{len(shifts)} layers"
 
 
-def pairs(model: QuantizedDetector) -> dict[str, tuple[str, list[str]]]:
+def pairs(model: QuantizedModel) -> dict[str, tuple[str, list[str]]]:
     """Quantizers between two convolutions: name → the one before and those after, where nothing but a ReLU is between."""
     found = {}
     for unit in units(model):
@@ -113,7 +114,7 @@ def pairs(model: QuantizedDetector) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def equalize_pairs(model: QuantizedDetector, frames: Sequence) -> str:
+def equalize_pairs(model: QuantizedModel, frames: Sequence) -> str:
     """Gives all channels between two convolutions the range of the largest."""
     own, modules, chosen = quantizers(model.parts), dict(model.parts.named_modules()), pairs(model)
     maxima = channel_maxima(model, frames, list(chosen))
@@ -133,7 +134,7 @@ def equalize_pairs(model: QuantizedDetector, frames: Sequence) -> str:
     return f"{len(chosen)} tensors"
 
 
-def weights_off(model: QuantizedDetector, frames: Sequence) -> str:
+def weights_off(model: QuantizedModel, frames: Sequence) -> str:
     """Leaves all weights float; activations stay rounded."""
     own = quantizers(model.parts)
     count = 0
@@ -144,7 +145,7 @@ def weights_off(model: QuantizedDetector, frames: Sequence) -> str:
     return f"{count} layers"
 
 
-def only_weights(model: QuantizedDetector, frames: Sequence) -> str:
+def only_weights(model: QuantizedModel, frames: Sequence) -> str:
     """Leaves all activations float; weights stay rounded."""
     for name in model.activation_quantizers():
         quantizers(model.parts)[name].disable()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from XX.boxes_of import boxes_of
 
 from qat.boxes.detections import Detections
 from qat.calibrate import load_ptq
@@ -24,7 +25,7 @@ from qat.core.files import sha256
 from qat.core.progress import progress_bar
 from qat.data import NuScenesDataset
 from qat.evaluate import evaluate_detections, paired_bootstrap
-from qat.families.bevfusion.run import boxes_of, run_frame
+from qat.model.runners import run_frame
 
 
 def row_boxes(name: str, ptq: Path, dataset: NuScenesDataset, cache: Path) -> dict[str, Detections]:

@@ -34,6 +34,7 @@ from command import check_least, one_line_errors
 from peers_accuracy import Setting, installed, make_part
 from rich.console import Console
 from rich.table import Table
+from XX.auto_methods import auto_methods
 
 from qat.calibrate.ptq import calibrate
 from qat.core.errors import UserError
@@ -47,9 +48,9 @@ from qat.export import export_parts
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.detector import CameraBEVDetector
 from qat.families.bevfusion.random_init import random_model
+from qat.families.bevfusion.recipe import KEEP_FLOAT
 from qat.families.bevfusion.state import load_float_model
-from qat.lean import QuantizedDetector, auto_methods, quantize_detector
-from qat.lean.detector import KEEP_FLOAT
+from qat.model.quantized import QuantizedModel
 
 PART = "camera.backbone"
 Feeds = dict[str, np.ndarray]
@@ -89,13 +90,13 @@ class Job:
     samples: list[Sample]
     seen: list[Feeds]
     held_out: list[Feeds]
-    networks: dict[Any, QuantizedDetector] = field(default_factory=dict)
+    networks: dict[Any, QuantizedModel] = field(default_factory=dict)
 
-    def quantized(self, keep: Any) -> QuantizedDetector:
+    def quantized(self, keep: Any) -> QuantizedModel:
         """The calibrated network with `keep` in float."""
         if keep not in self.networks:
             method, by_layer = auto_methods(self.config)
-            quantized = quantize_detector(self.model, keep)
+            quantized = QuantizedModel(self.model, keep)
             self.networks[keep], _ = calibrate(quantized, self.samples, method, by_layer=by_layer)
         return self.networks[keep]
 

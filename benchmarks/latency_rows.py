@@ -95,8 +95,8 @@ class TorchRow(TimedRow):
     ) -> None:
         import torch
 
-        from qat.export.torch_parts import TorchPart, build_wrappers
         from qat.families.bevfusion.detector import build_model
+        from qat.model.runners import TorchPart, build_wrappers
 
         if threads:
             torch.set_num_threads(threads)

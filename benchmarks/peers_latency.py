@@ -45,11 +45,11 @@ from qat.benchmark.table import console
 from qat.benchmark.worker import WHOLE, Worker
 from qat.core.errors import UserError
 from qat.core.files import write_json
-from qat.core.manifest import load_manifest
 from qat.core.rounds import turned
 from qat.engine import Options
 from qat.export import export_parts
-from qat.lean.detector import KEEP_FLOAT
+from qat.families.bevfusion.recipe import KEEP_FLOAT
+from qat.manifest import load_manifest
 
 TINY, FULL = Path("model/camera-tiny/config.yaml"), Path("model/resnet50/config.yaml")
 PEERS = ("torch", "torch.compile", "onnxruntime", "openvino", "quantize_static", "nncf", "modelopt-onnx")

@@ -230,6 +230,7 @@ def _config() -> dict:
         "point_cloud_range": [-16.0, -12.0, -5.0, 16.0, 12.0, 3.0],
         "voxel_size": [0.25, 0.25, 8.0],
         "object_classes": ["car", "truck", "pedestrian"],
+        "cameras": list(CAMERAS),
         "model": {
             "encoders": {"camera": camera, "lidar": None},
             "fuser": None,
@@ -311,5 +312,5 @@ def exported_fp32(tmp_path_factory, make_detector):
     from qat.export import export_parts
 
     folder = tmp_path_factory.mktemp("exported") / "onnx_fp32"
-    export_parts(make_detector(_config()), folder, "fp32", cameras=CAMERAS)
+    export_parts(make_detector(_config()), folder, "fp32")
     return folder

@@ -75,9 +75,13 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def flat(maps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+MAPS = ("reg", "height", "dim", "rot", "vel", "heatmap")
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Head maps by `task.name`."""
-    return {f"{n}.{name}": value for n, task in enumerate(maps) for name, value in task.items()}
+    split = [(name.rpartition("_"), value) for name, value in tensors.items()]
+    return {f"{task}.{name}": value for (name, _, task), value in split if name in MAPS}
 
 
 def packed(value: torch.Tensor) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def _trained(quantized: Any, model: CameraBEVDetector, frame: Any) -> dict[str, 
     """What a checkpoint of trained weights holds beside, all of them grown by a hundredth for training: the names of the weights,
     and those biases that the corrections went into."""
     from qat.calibrate.checkpoint import save_ptq
-    from qat.families.bevfusion.run import run_frame
+    from qat.model.runners import run_frame
 
     before = set(quantized.weights())
     shifts = {
@@ -127,9 +131,9 @@ def main(out: str) -> None:
 
     from qat.calibrate import calibrate
     from qat.calibrate.checkpoint import save_ptq
-    from qat.export import pipeline_settings
-    from qat.export.verify import random_frame
-    from qat.families.bevfusion.run import run_frame
+    from qat.families.bevfusion.frames import random_frame
+    from qat.families.bevfusion.settings import pipeline_settings
+    from qat.model.runners import run_frame
 
     spec = importlib.util.spec_from_file_location("small", Path(__file__).parent / "conftest.py")
     assert spec is not None and spec.loader is not None
@@ -140,7 +144,7 @@ def main(out: str) -> None:
     for name in CASES:
         config = config_of(name, small._config())
         model = detector_of(config)
-        settings = pipeline_settings(config, small.CAMERAS)
+        settings = pipeline_settings(config)
         frames = [random_frame(settings, seed) for seed in (1, 2, 3)]
         for seed, frame in enumerate(frames):
             frame.token = f"frame{seed}"

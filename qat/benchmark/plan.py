@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest, pipeline_of
 from qat.engine import CPU_BACKENDS, find_backend, passed_over
+from qat.manifest import load_manifest, pipeline_of
 from qat.runtime.engines import FORMAT_OF_PARTS, engine_section, is_engines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,23 +12,22 @@ from qat.report.charts import ticks
 WIDTH, LEFT, RIGHT, TOP, BAR, GAP = 960, 236, 168, 56, 26, 14
 INK, SOFT, GRID = "#16202c", "#586575", "#e3e8ed"
 # Blue for what runs in engines, orange and grey for what runs beside them; neighbours differ in lightness too.
-COLOURS = {
-    "preprocess": "#b8bec6",
-    "depth": "#8a94a0",
-    "camera.backbone": "#2f6690",
-    "pattern": "#6b3f12",
-    "pooling": "#e07b16",
-    "camera.vtransform": "#7fb2d9",
-    "fuser": "#4b8bbe",
-    "head.bbox": "#a9cfe8",
-    "decode": "#f2b877",
-}
+ENGINES = ("#2f6690", "#7fb2d9", "#4b8bbe", "#a9cfe8")
+HOST = ("#b8bec6", "#8a94a0", "#6b3f12", "#e07b16", "#f2b877", "#c9a06b")
 _FONT = "font-family=\"system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif\""
 _LEGEND = 150  # px to an entry
 
 
 def _milliseconds(value: float) -> str:
     return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def _colours(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str]:
+    """A colour for each stage; those with an engine's size run in engines."""
+    engines = [n for n in names if any("size_mb" in row["sections"].get(n, {}) for row in rows)]
+    others = [n for n in names if n not in engines]
+    pairs = [(engines, ENGINES), (others, HOST)]
+    return {name: palette[n % len(palette)] for group, palette in pairs for n, name in enumerate(group)}
 
 
 def draw(results: Mapping[str, Any]) -> str:
@@ -38,7 +37,9 @@ def draw(results: Mapping[str, Any]) -> str:
     wholes = [row["sections"][WHOLE]["latency_ms"] for row in rows]
     longest = max(whole["median"] for whole in wholes)
     # What is too thin to see, as the look-up of a known pattern is, gets no entry in the legend.
-    stages = [name for name in COLOURS if any(_median(row, name) > 1e-3 * longest for row in rows)]
+    names = dict.fromkeys(name for row in rows for name in row["sections"] if name not in (WHOLE, REBUILD))
+    stages = [name for name in names if any(_median(row, name) > 1e-3 * longest for row in rows)]
+    colours = _colours(rows, list(names))
     columns = max((WIDTH - 40) // _LEGEND, 1)
     top = TOP + 22 * -(-len(stages) // columns)
     bottom = top + len(rows) * (BAR + GAP)
@@ -57,7 +58,7 @@ def draw(results: Mapping[str, Any]) -> str:
     for n, name in enumerate(stages):
         x, y = 20 + n % columns * _LEGEND, TOP + n // columns * 22
         out.append(
-            f'<rect x="{x}" y="{y - 11}" width="12" height="12" rx="2" fill="{COLOURS[name]}"/>'
+            f'<rect x="{x}" y="{y - 11}" width="12" height="12" rx="2" fill="{colours[name]}"/>'
             f'<text x="{x + 18}" y="{y}" font-size="12">{escape(name)}</text>'
         )
     for value in ticks(0, right):
@@ -77,7 +78,7 @@ def draw(results: Mapping[str, Any]) -> str:
             width = _median(row, name) * scale
             if width > 0:
                 out.append(
-                    f'<rect x="{at:.2f}" y="{y}" width="{width:.2f}" height="{BAR}" fill="{COLOURS[name]}">'
+                    f'<rect x="{at:.2f}" y="{y}" width="{width:.2f}" height="{BAR}" fill="{colours[name]}">'
                     f"<title>{escape(name)}: {_milliseconds(_median(row, name))}</title></rect>"
                 )
             at += width

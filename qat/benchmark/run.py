@@ -23,18 +23,16 @@ from qat.benchmark.worker import MOST_RUNS, MOST_SECONDS, REBUILD, STABLE, WHOLE
 from qat.core.errors import UserError
 from qat.core.files import atomic_set, write_json, write_text
 from qat.core.locks import one_writer
-from qat.core.manifest import FILE, PARTS
 from qat.core.progress import Done, progress_bar
 from qat.core.rounds import turned
 from qat.engine import Options, described
-from qat.families.bevfusion.inputs import Inputs, made_up, recorded
+from qat.families import flow_of
+from qat.manifest import FILE
 from qat.runtime.engines import run_options
 
 FORMAT, SCHEMA = "bevqat-benchmark", 1
 NAME = "benchmark"  # of the three files
 Results = dict[str, Any]
-# In the order in which a frame goes through them; "pattern" is the look-up of one that is known.
-SECTIONS = (WHOLE, "preprocess", "depth", PARTS[0], "pattern", "pooling", *PARTS[1:], "decode", REBUILD)
 CSV_FIELDS = (
     *("row", "backend", "precision", "flavour", "section", "median_ms", "p90_ms", "p99_ms", "mean_ms", "samples"),
     *("per_second", "transfer_ms", "outliers", "speedup_vs_fp32", "speedup_vs_best_fp32", "gmacs", "megabytes"),
@@ -74,10 +72,11 @@ def _check(options: BenchmarkOptions) -> None:
             raise UserError(f"--{name}: found {getattr(options, name)}, expected at least {low}")
 
 
-def _frames(options: BenchmarkOptions, settings: Mapping[str, Any]) -> list[Inputs]:
+def _frames(options: BenchmarkOptions, settings: Mapping[str, Any]) -> list[Any]:
+    flow = flow_of(settings)
     if options.data is None:
-        return made_up(settings, options.frames)
-    return recorded(settings, options.data, options.split, options.version, options.frames)
+        return flow.raw_frames(options.frames)
+    return flow.recorded(options.data, options.split, options.version, options.frames)
 
 
 @dataclass
@@ -95,7 +94,7 @@ def _start(
 ) -> list[_Row]:
     """Builds and warms up each row, one after the other; those that a backend refuses are left out, and told."""
     rows: list[_Row] = []
-    inputs: dict[str, list[Inputs]] = {}
+    inputs: dict[str, list[Any]] = {}
     try:
         for n, entry in enumerate(planned):
             done(n, entry.name)
@@ -175,11 +174,11 @@ def _peaks(rows: Sequence[tuple[Planned, dict[str, Count] | str]], options: Opti
 
 
 def _times(row: _Row) -> dict[str, list[list[float]]]:
-    """Milliseconds of each section, by round."""
+    """Milliseconds of each section, by round, in the order in which a frame goes through them."""
     sections = {name: [[t[name] for t in turn["times"]] for turn in row.turns] for name in row.turns[0]["times"][0]}
-    sections[REBUILD] = [[turn[REBUILD]] for turn in row.turns]
-    known = [name for name in SECTIONS if name in sections]
-    return {name: sections[name] for name in [*known, *sorted(sections.keys() - known)]}
+    if REBUILD in row.turns[0]:
+        sections[REBUILD] = [[turn[REBUILD]] for turn in row.turns]
+    return sections
 
 
 def _add_roofline(section: dict[str, Any], counts: Sequence[Count], peaks: Mapping[str, Any]) -> None:
@@ -234,7 +233,7 @@ def _result_row(
         "precision": entry.precision,
         "flavour": entry.flavour,
         "folder": entry.folder.name,
-        "ends_with": "boxes" if entry.manifest["pipeline"].get("branch") is None else "BEV features",
+        "ends_with": "boxes" if flow_of(entry.manifest["pipeline"]).plan.boxes else "BEV features",
         "files": {name: part["sha256"] for name, part in entry.manifest["parts"].items()},
         "options": _row_options(entry, options),
         "build_seconds": row.described["build_seconds"],

@@ -9,10 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qat.benchmark.run import SECTIONS
-from qat.benchmark.worker import WHOLE
+from qat.benchmark.worker import REBUILD, WHOLE
 from qat.core.console import results_console
-from qat.core.manifest import PARTS
 
 BUSY = 0.5  # processes to a core beyond which a machine is called busy
 
@@ -84,19 +82,19 @@ def print_results(results: Mapping[str, Any]) -> None:
         *("GMAC", "MB moved", "roofline", "bound", "size MB"),
         left=2,
     )
-    names = dict.fromkeys([*SECTIONS, *(name for row in rows for name in row["sections"])])
-    for name in (n for n in names if n != WHOLE):
+    names = dict.fromkeys(name for row in rows for name in row["sections"] if name not in (WHOLE, REBUILD))
+    for name in (*names, REBUILD):
         shown = [(row, row["sections"][name]) for row in rows if name in row["sections"]]
         for n, (row, section) in enumerate(shown):
             parts.add_row(
                 name if n == 0 else "",
                 row["name"],
                 *_times(section),
-                f"{section['per_second']:.1f}" if name in PARTS else "",
+                f"{section['per_second']:.1f}" if "transfer_ms" in section else "",
                 _ms(section.get("transfer_ms")),
                 str(section["latency_ms"]["outliers"]["count"]),
-                _ratio(section["speedup_vs_fp32"]) if name in PARTS else "",
-                _ratio(section["speedup_vs_best_fp32"]) if name in PARTS else "",
+                _ratio(section["speedup_vs_fp32"]) if "transfer_ms" in section else "",
+                _ratio(section["speedup_vs_best_fp32"]) if "transfer_ms" in section else "",
                 f"{sum(section['gmacs'].values()):.3f}" if "gmacs" in section else "",
                 f"{section['megabytes']:.1f}" if "megabytes" in section else "",
                 _share(section),

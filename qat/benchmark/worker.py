@@ -90,7 +90,7 @@ class _Row:
     def _once(self, frame: Any) -> tuple[Milliseconds, Milliseconds]:
         begin = time.perf_counter()
         if frame.sample is None:
-            self.pipeline(frame.images, frame.points, frame.calibration)
+            self.pipeline(*frame.raw)
         else:
             self.pipeline.forward(frame.sample)
         total = (time.perf_counter() - begin) * 1e3
@@ -113,8 +113,9 @@ class _Row:
         with no_collection():
             first, _ = self._once(frame)
             counted = [self._once(frame) for _ in range(repeats)]
+        step = self.pipeline.flow.geometry_step
         return {
-            REBUILD: first["pattern"],
+            **({} if step is None else {REBUILD: first[step]}),
             "times": [times for times, _ in counted],
             "transfers": [transfers for _, transfers in counted],
         }
@@ -234,5 +235,5 @@ class Worker:
 
 
 def start_row(spec: RowSpec, frames: Sequence[Any]) -> Worker:
-    """A process that builds a row; frames: `qat.families.bevfusion.inputs.Inputs`."""
+    """A process that builds a row; frames: `Flow.raw_frames`' or `recorded`'s."""
     return Worker(spec.name, _Row, spec, list(frames))

@@ -25,13 +25,13 @@ from qat.calibrate.sensitivity import Metric, Sensitivity
 from qat.core.console import results_console
 from qat.core.errors import UserError
 from qat.core.files import read_arrays, write_arrays, write_figure
-from qat.core.frame import Frame
 from qat.core.progress import progress_bar
-from qat.core.tensors import frame_digest
-from qat.families.bevfusion.run import boxes_of, run_frame
-from qat.lean import QuantizedDetector
+from qat.families.flow import Session
 from qat.lean.modes import quantizers
-from qat.lean.units import Unit, only_on, units
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import to_numpy, torch_feeds, torch_runners
+from qat.model.units import Unit, only_on, units
+from qat.plan import run
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class _Trials:
 
     def __init__(
         self,
-        model: QuantizedDetector,
-        frames: Sequence[Frame],
+        model: QuantizedModel,
+        frames: Sequence[Any],
         metric: Metric,
         shares: Mapping[str, float],
         cache: Path,
@@ -76,7 +76,7 @@ class _Trials:
     ) -> None:
         self.model, self.frames, self.metric, self.shares = model, frames, metric, shares
         self.cache, self.key = cache, key
-        self.every = units(model)
+        self.every, self.runners = units(model), torch_runners(model)
         self.reference: dict[str, float] = {}
         self.points: dict[frozenset[str], BudgetPoint] = {}
         self.reference = self._score([])
@@ -87,13 +87,17 @@ class _Trials:
         name = hashlib.sha256(named.encode()).hexdigest()[:16]
         boxes = {}
         with progress_bar(f"set {len(self.points) + 1}: frames", len(self.frames)) as done:
+            session = Session(self.model.flow)
             for n, frame in enumerate(self.frames):
-                path = self.cache / f"{name}-{frame_digest(frame)}.npz"
+                feeds, digest = session.begin(frame)
+                path = self.cache / f"{name}-{digest}.npz"
                 found = read_arrays(path)
-                if not {"boxes", "scores", "labels"} <= found.keys():
+                if not {"boxes", "scores", "labels"} <= found.keys() or not session.restore(found):
                     with torch.inference_mode(), only_on(self.model, on):
-                        own = boxes_of(run_frame(self.model, frame), self.model.config)
-                    found = {"boxes": own.boxes, "scores": own.scores, "labels": own.labels}
+                        tensors = to_numpy(run(self.model.plan, self.runners, torch_feeds(self.model, feeds)))
+                    session.end(tensors)
+                    own = self.model.flow.decode(tensors)
+                    found = {"boxes": own.boxes, "scores": own.scores, "labels": own.labels, **session.saved()}
                     write_arrays(path, found)
                 boxes[frame.token] = Detections(found["boxes"], found["scores"], found["labels"])
                 done(n + 1)
@@ -119,8 +123,8 @@ def check_budget(budget: float) -> None:
 
 
 def keep_within_budget(
-    model: QuantizedDetector,
-    frames: Sequence[Frame],
+    model: QuantizedModel,
+    frames: Sequence[Any],
     budget: float,
     metric: Metric,
     sensitivity: Sensitivity,

@@ -1,8 +1,9 @@
 """The PTQ checkpoint: plain tensors and containers, from which a new process rebuilds the same quantized network.
 
     {"format": "bevqat-ptq", "schema": 3,
+     "family":     its family's name; absent for BEVFusion's,
      "config":     the model's config,
-     "state_dict": the float weights by BEVFusion's names, batch norm not folded,
+     "state_dict": the float weights by the network's own names, batch norm not folded,
      "amax":       {quantizer path: range},
      "ends":       {quantizer path: the smallest and the largest value seen},
      "disabled":   [quantizer paths that are off in every flavour],
@@ -31,13 +32,11 @@ from qat.calibrate.old_names import absorbed_layers, old_names, old_weights, rea
 from qat.checkpoints.reading import load_checkpoint, save_plain
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
-from qat.families.bevfusion.config import check_config
-from qat.families.bevfusion.detector import CameraBEVDetector, build_model
-from qat.families.bevfusion.state import load_state
-from qat.lean import QuantizedDetector
+from qat.families import DEFAULT, KEY, family_of
 from qat.lean.flavours import FLAVOURS
 from qat.lean.modes import quantizers
 from qat.lean.placement import FloatRule
+from qat.model.quantized import QuantizedModel
 
 FORMAT = "bevqat-ptq"
 SCHEMA, READ = 3, (1, 2, 3)
@@ -45,8 +44,8 @@ SCHEMA, READ = 3, (1, 2, 3)
 
 def save_ptq(
     path: str | Path,
-    model: QuantizedDetector,
-    float_model: CameraBEVDetector,
+    model: QuantizedModel,
+    float_model: Any,
     recipe: Mapping[str, Any],
     trained: bool = False,
 ) -> None:
@@ -67,6 +66,7 @@ def save_ptq(
     checkpoint = {
         "format": FORMAT,
         "schema": SCHEMA,
+        **({} if model.family.name == DEFAULT else {KEY: model.family.name}),
         "config": model.config,
         "state_dict": {name: tensor.detach().cpu() for name, tensor in float_model.state_dict().items()},
         "amax": {name: tensor.cpu() for name, tensor in model.amax().items()},
@@ -81,8 +81,7 @@ def save_ptq(
         save_plain(checkpoint, temporary)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    checkpoint = load_checkpoint(path)
+def _checked(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if checkpoint.get("format") != FORMAT:
         raise UserError(
             f"{path}: found a checkpoint without quantizer ranges, expected a PTQ one; run calibrate on it first"
@@ -146,22 +145,23 @@ def _check_sections(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         raise UserError(
             f"{path}: recipe: background: found {background!r}, expected corrected or absorbed; calibrate again"
         )
-    check_config(checkpoint["config"], f"{path}: config")
+    family_of(checkpoint, str(path)).check_config(checkpoint["config"], f"{path}: config")
 
 
 def _build(
     checkpoint: Mapping[str, Any], path: str | Path, as_saved: bool, finite: bool = True
-) -> tuple[QuantizedDetector, CameraBEVDetector]:
-    """The quantized detector, and the float one. as_saved: with equalized channels and trained weights; otherwise its
+) -> tuple[QuantizedModel, Any]:
+    """The quantized model, and the float one. as_saved: with equalized channels and trained weights; otherwise its
     weights are the float one's, folded."""
     try:
         recipe = checkpoint["recipe"]
-        model = build_model(checkpoint["config"])
-        load_state(model, checkpoint["state_dict"], str(path), finite=finite)
+        family = family_of(checkpoint, str(path))
+        model = family.build(checkpoint["config"])
+        family.load_state(model, checkpoint["state_dict"], str(path), finite=finite)
         rules = [FloatRule(pattern, reason, tuple(*flavours)) for pattern, reason, *flavours in recipe["keep_float"]]
         parts = recipe["parts_off"]
         off = parts if isinstance(parts, Mapping) else dict.fromkeys(parts, tuple(FLAVOURS))
-        quantized = QuantizedDetector(model.eval(), rules, off)
+        quantized = QuantizedModel(model.eval(), rules, off)
         names = (lambda name: name) if checkpoint["schema"] >= 3 else old_names(quantized, checkpoint)
         if as_saved:
             for name, scales in checkpoint.get("equalized", {}).items():
@@ -186,24 +186,34 @@ def _build(
     return quantized, model
 
 
-def load_ptq(path: str | Path, finite: bool = True) -> tuple[QuantizedDetector, dict[str, Any]]:
-    """The quantized detector, calibrated or trained, and its recipe.
+def ptq_of(checkpoint: dict[str, Any], path: str | Path, finite: bool = True) -> tuple[QuantizedModel, Any]:
+    """The quantized model of a checkpoint that `load_checkpoint` read, calibrated or trained, and the float network.
 
     finite: False takes weights that are NaN or infinite, to look at what they do.
 
     Raises:
         UserError: not a PTQ checkpoint, one of another schema, or one whose quantizers do not fit its config.
     """
-    checkpoint = _read(path)
-    return _build(checkpoint, path, as_saved=True, finite=finite)[0], dict(checkpoint["recipe"])
+    return _build(_checked(checkpoint, path), path, as_saved=True, finite=finite)
 
 
-def load_float_reference(path: str | Path) -> tuple[QuantizedDetector, CameraBEVDetector]:
+def reference_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[QuantizedModel, Any]:
     """The float network that a PTQ checkpoint was made from: folded, with every quantizer off; and with its batch norms.
 
-    The two share weights. Raises as `load_ptq`.
+    The two share weights. Raises as `ptq_of`.
     """
-    reference, model = _build(_read(path), path, as_saved=False)
+    reference, model = _build(_checked(checkpoint, path), path, as_saved=False)
     for quantizer in quantizers(reference.parts).values():
         quantizer.off = quantizer._disabled = True
     return reference, model
+
+
+def load_ptq(path: str | Path, finite: bool = True) -> tuple[QuantizedModel, dict[str, Any]]:
+    """The quantized model of a file, and its recipe; raises as `ptq_of`."""
+    checkpoint = load_checkpoint(path)
+    return ptq_of(checkpoint, path, finite)[0], dict(checkpoint["recipe"])
+
+
+def load_float_reference(path: str | Path) -> tuple[QuantizedModel, Any]:
+    """`reference_of` of a file."""
+    return reference_of(load_checkpoint(path), path)

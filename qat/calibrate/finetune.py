@@ -12,7 +12,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from qat.core.files import atomic_path, atomic_set, check_same_run, reading_left
 from qat.core.locks import one_writer
 from qat.core.progress import StepLog, drawn_ahead, progress_bar
 from qat.core.provenance import made_by
-from qat.data import NuScenesDataset, images_digest, version_in
-from qat.data.augment import AugmentedSet
-from qat.families.bevfusion.distill import Outputs, distillation_losses, run_network
-from qat.families.bevfusion.pooling.geometry import PoolPattern
+from qat.data import images_digest, version_in
+from qat.families.family import Family
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import torch_feeds, torch_runners
+from qat.plan import Plan, Runner, run
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class FinetuneOptions:
 
     ema: decay of an exponential average of the weights, which is then what is saved; 0 for none. learn_ranges: the
     ranges of activations are trained too, at `range_lr` in log2 units. augment: as in training of the float network.
-    amp: bfloat16 layers on a GPU. The weights are of the losses of `qat.families.bevfusion.distill`.
+    amp: bfloat16 layers on a GPU. weights: of the family's losses, by their names, instead of the family's own.
     """
 
     steps: int = 1000
@@ -57,10 +59,7 @@ class FinetuneOptions:
     augment: bool = True
     amp: bool = True
     seed: int = 0
-    image_weight: float = 1.0
-    bev_weight: float = 1.0
-    heat_weight: float = 50.0
-    box_weight: float = 0.3
+    weights: Mapping[str, float] = field(default_factory=dict)
     save_seconds: float = 60.0
 
 
@@ -90,10 +89,11 @@ def check_options(options: FinetuneOptions, processes: int = 1) -> None:
         "ema": (0.0, 0.99999),
         "range_lr": (0.0, 1.0),
         "seed": (0, 2**32 - 1),
-        **{f"{name}_weight": (0.0, math.inf) for name in ("image", "bev", "heat", "box")},
+        **{f"{name}_weight": (0.0, math.inf) for name in options.weights},
     }
+    values = {**vars(options), **{f"{name}_weight": weight for name, weight in options.weights.items()}}
     for name, (low, high) in bounds.items():
-        value = getattr(options, name)
+        value = values[name]
         if not (low <= value <= high and math.isfinite(value)) or (name in ("lr", "clip") and value == 0):
             above = f"above {low:g}" if name in ("lr", "clip") else f"at least {low:g}"
             below = "" if math.isinf(high) else f" and at most {high:g}"
@@ -105,29 +105,47 @@ def check_options(options: FinetuneOptions, processes: int = 1) -> None:
         )
 
 
+def check_weights(options: FinetuneOptions, family: Family) -> None:
+    """Raises `UserError` for a weight of a loss that the family does not have."""
+    for name in options.weights:
+        if name not in family.loss_weights:
+            raise UserError(
+                f"--loss-weight: found {name!r}, expected one of {', '.join(family.loss_weights) or 'none'}: the losses of "
+                f"the family {family.name}"
+            )
+
+
 @dataclass
 class _Batch:
-    """This process's frames of a step: img [B,N,3,H,W], depth [B,N,1,H,W], and their pooling patterns."""
+    """This process's frames of a step, the plan's inputs of them, and what its geometry ops give."""
 
     tokens: list[str]
-    img: np.ndarray
-    depth: np.ndarray
-    patterns: list[PoolPattern]
+    feeds: dict[str, Any]
+    geometry: dict[str, Any]
+
+
+@dataclass
+class _Runners:
+    """Of the plan's steps: the float network's, and the trained one's."""
+
+    teacher: dict[str, Runner]
+    student: dict[str, Runner]
 
 
 class _Source:
     """Frames of all data sets, augmented or as the test pipeline gives them."""
 
-    def __init__(
-        self, datasets: Sequence[NuScenesDataset], config: Mapping[str, Any], options: FinetuneOptions
-    ) -> None:
-        self.options = options
-        self.sets = [AugmentedSet(dataset, config) if options.augment else dataset for dataset in datasets]
+    def __init__(self, datasets: Sequence[Any], model: QuantizedModel, options: FinetuneOptions) -> None:
+        self.options, self.flow = options, model.flow
+        self.ops = model.family.ops(model.network)
+        self.sets = [
+            model.family.augmented(dataset, model.config) if options.augment else dataset for dataset in datasets
+        ]
         self.where = [(i, j) for i, dataset in enumerate(datasets) for j in range(len(dataset))]
         if len(self.where) < options.batch:
             raise UserError(f"--batch: found {options.batch}, --data has {len(self.where)} keyframes")
 
-    def batch(self, step: int, pattern: Callable[..., PoolPattern]) -> _Batch:
+    def batch(self, step: int) -> _Batch:
         """What this process sees at a step: a function of the seed, the step and its rank alone. All processes together
         see what one would."""
         rank, size = place()
@@ -138,21 +156,22 @@ class _Source:
         for k in range(rank, self.options.batch, size):
             i, j = self.where[order[start + k]]
             chosen = self.sets[i]
-            if isinstance(chosen, AugmentedSet):
+            if self.options.augment:
                 drawn.append(chosen.draw(j, np.random.default_rng([self.options.seed, 2, step, k])))
             else:
                 drawn.append(chosen[j])
-        names = ("camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
-        return _Batch(
-            [d.token for d in drawn],
-            np.stack([d.img for d in drawn]),
-            np.stack([d.depth for d in drawn]),
-            [pattern(*(getattr(d, name) for name in names)) for d in drawn],
-        )
+        state = {
+            name: np.repeat(value, len(drawn), axis=0) for name, value in self.flow.initial_state().items()
+        }  # every frame begins a scene: gradients do not cross frames
+        feeds = {**self.flow.feeds(drawn), **state}
+        geometry: dict[str, Any] = {}
+        for op in self.flow.plan.geometry:
+            geometry |= self.ops[op.name]({name: feeds[name] for name in op.inputs})
+        return _Batch([d.token for d in drawn], feeds, geometry)
 
-    def ahead(self, step: int, pattern: Callable[..., PoolPattern]) -> Iterator[_Batch]:
+    def ahead(self, step: int) -> Iterator[_Batch]:
         """The batches of `step` and all later steps, each drawn while the one before it is used."""
-        return drawn_ahead(lambda at: self.batch(at, pattern), step, self.options.steps)
+        return drawn_ahead(self.batch, step, self.options.steps)
 
 
 class _State:
@@ -260,8 +279,10 @@ def _average(parameters: Sequence[nn.Parameter], figures: torch.Tensor) -> torch
     return flat[start:]
 
 
-def _check_teacher(outputs: Outputs, tokens: Sequence[str]) -> None:
-    finite = outputs.bev.flatten(1).isfinite().all(1)
+def _check_teacher(plan: Plan, tensors: Mapping[str, Any], tokens: Sequence[str]) -> None:
+    """Raises `NotFiniteError` for a frame on which the float network fails."""
+    first = tensors[next(iter(plan.judged.values()))[0]]
+    finite = first.reshape(len(tokens), -1).isfinite().all(1)
     if not bool(finite.all()):
         token = tokens[int((~finite).nonzero()[0])]
         raise NotFiniteError(
@@ -270,7 +291,12 @@ def _check_teacher(outputs: Outputs, tokens: Sequence[str]) -> None:
 
 
 def _step(
-    state: _State, teacher: Any, batches: Iterator[_Batch], options: FinetuneOptions, where: torch.device, stop: bool
+    state: _State,
+    runners: _Runners,
+    batches: Iterator[_Batch],
+    options: FinetuneOptions,
+    where: torch.device,
+    stop: bool,
 ) -> tuple[dict[str, float], bool]:
     """One step of the optimiser, on the next batch. Returns the losses, averaged over the processes, and whether any of
     them was told to stop.
@@ -279,22 +305,22 @@ def _step(
         UserError: a frame that cannot be read or that the teacher cannot take, in any process; or a loss that is not
             finite.
     """
-    error = None
+    plan, error = state.student.plan, None
+    done = [op.name for op in plan.geometry]
     try:
         batch = next(batches)
-        img, depth = (torch.from_numpy(x).to(where) for x in (batch.img, batch.depth))
+        feeds = {**batch.geometry, **torch_feeds(state.student, batch.feeds)}
         with torch.no_grad():
-            wanted = run_network(teacher, img, depth, batch.patterns, nullcontext())
-        _check_teacher(wanted, batch.tokens)
+            wanted = run(plan, runners.teacher, feeds, done=done)
+        _check_teacher(plan, wanted, batch.tokens)
     except UserError as found_error:
         error = found_error
     agree(error)  # the others would wait for this process's gradients
-    amp = options.amp and where.type == "cuda"
-    precision = torch.autocast(where.type, torch.bfloat16, enabled=amp)
     refresh_weight_ranges(state.student)
-    found = run_network(state.student, img, depth, batch.patterns, precision)
-    losses = distillation_losses(found, wanted)
-    total = torch.stack([getattr(options, f"{name}_weight") * value for name, value in losses.items()]).sum()
+    found = run(plan, runners.student, feeds, done=done)
+    losses = state.student.family.losses(found, wanted, len(batch.tokens))
+    weights = {**state.student.family.loss_weights, **options.weights}
+    total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
     state.optimizer.zero_grad(set_to_none=True)
     total.backward()
     parameters = list(state.parameters.values())
@@ -317,7 +343,7 @@ def _step(
 
 def _train(
     state: _State,
-    teacher: Any,
+    runners: _Runners,
     source: _Source,
     options: FinetuneOptions,
     where: torch.device,
@@ -336,9 +362,9 @@ def _train(
         _deferred_interrupts() as interrupts,
         progress_bar("training", options.steps, state.step, show=rank == 0) as done,
     ):
-        batches = source.ahead(state.step, teacher.vtransform.pattern)
+        batches = source.ahead(state.step)
         while state.step < options.steps:
-            figures, stopping = _step(state, teacher, batches, options, where, bool(interrupts))
+            figures, stopping = _step(state, runners, batches, options, where, bool(interrupts))
             done(state.step, " ".join(f"{name} {value:.4f}" for name, value in figures.items()))
             steps.add(state.step, learning_rate(state.step - 1, options), figures, stopping)
             if stopping:
@@ -387,7 +413,9 @@ def finetune(
         check_options(options, size)
         state = _State(checkpoint, options, where)
         config = state.student.config
-        datasets = [NuScenesDataset(root, split, config, version_in(root, version)) for root, split in data]
+        check_weights(options, state.student.family)
+        family = state.student.family
+        datasets = [family.dataset(root, split, config, version_in(root, version)) for root, split in data]
         tokens = "".join(token for dataset in datasets for token in dataset.tokens)
         run = {
             **{name: value for name, value in asdict(options).items() if name != "save_seconds"},
@@ -399,7 +427,7 @@ def finetune(
         if resume.exists():
             state.load(resume, run)
             quiet(f"{resume}: goes on at step {state.step}")
-        source = _Source(datasets, config, options)
+        source = _Source(datasets, state.student, options)
         reference, float_model = load_float_reference(checkpoint)
     except UserError as found:
         error = found
@@ -423,7 +451,11 @@ def finetune(
     }
     if state.step < options.steps:
         reference.to(device=where, memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
-        _train(state, reference, source, options, where, save, quiet)
+        amp = (
+            partial(torch.autocast, where.type, torch.bfloat16) if options.amp and where.type == "cuda" else nullcontext
+        )
+        runners = _Runners(torch_runners(reference), torch_runners(state.student, amp))
+        _train(state, runners, source, options, where, save, quiet)
         save()
     elif _is_of(result, recipe) and (out / "history.json").exists():
         return FinetuneResult(result, state.history, recipe)

@@ -27,17 +27,15 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_set, sha256
 from qat.core.locks import one_writer
 from qat.core.provenance import made_by
-from qat.families.bevfusion.config import load_config
-from qat.families.bevfusion.detector import CameraBEVDetector, build_model
-from qat.families.bevfusion.state import load_state, take_branch, under_prefix
-from qat.lean import QuantizedDetector
-from qat.lean.detector import PARTS_OFF, trace_parts
+from qat.families import family_named
+from qat.families.family import Family
 from qat.lean.layers import CONVOLUTIONS, ScaleShift
 from qat.lean.ops import is_add, is_concat
 from qat.lean.placement import FloatRule
 from qat.lean.quantizer import Quantizer, weight_axis
 from qat.lean.trace import submodule
-from qat.lean.units import UNIT_ROLES
+from qat.model.quantized import QuantizedModel, traced_parts
+from qat.model.units import UNIT_ROLES
 
 INPUT = ("_input_quantizer", "input_quantizer")
 WEIGHT = ("_weight_quantizer", "weight_quantizer")
@@ -107,9 +105,9 @@ class _Theirs:
         return float(self.all[name]["amax"])
 
 
-def _norms(model: CameraBEVDetector) -> Iterator[tuple[str, nn.Module, str, nn.BatchNorm2d]]:
+def _norms(model: Any) -> Iterator[tuple[str, nn.Module, str, nn.BatchNorm2d]]:
     """Convolutions whose only consumer is a batch norm, and these: path, module, path, module."""
-    for graph in trace_parts(model).values():
+    for graph in traced_parts(model).values():
         for node in graph.graph.nodes:
             source = node.args[0] if node.args else None
             if not isinstance(submodule(graph, node), ScaleShift) or not isinstance(source, fx.Node):
@@ -228,7 +226,7 @@ def _concats(theirs: _Theirs, graph: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _set_activations(
-    model: QuantizedDetector, part: str, theirs: _Theirs, report: _Report, layers: Mapping[str, object]
+    model: QuantizedModel, part: str, theirs: _Theirs, report: _Report, layers: Mapping[str, object]
 ) -> None:
     """Gives one part's activation quantizers their ranges, and switches off those that have none."""
     graph, inventory = model.parts[part], model.inventory[part]
@@ -271,12 +269,12 @@ def _set_activations(
 
 def load_foreign(
     checkpoint: Mapping[str, Any],
-    model: CameraBEVDetector,
+    model: Any,
     source: str | Path,
     ignore_prefixes: Sequence[str] = (),
     keep_float: Sequence[FloatRule] = (),
-    parts_off: Mapping[str, Sequence[str]] = PARTS_OFF,
-) -> tuple[QuantizedDetector, CameraBEVDetector, dict[str, Any]]:
+    parts_off: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[QuantizedModel, Any, dict[str, Any]]:
     """The quantized detector that a checkpoint of another tool describes.
 
     Args:
@@ -286,7 +284,7 @@ def load_foreign(
         source: the file, for messages.
         ignore_prefixes: names in the checkpoint that begin so are no concern of this model ("encoders.lidar.", "fuser.").
         keep_float: layers to leave float besides those that the checkpoint does.
-        parts_off: parts whose quantizers are placed but off, and in which flavours, as for `QuantizedDetector`.
+        parts_off: scopes of parts whose quantizers are placed but off, and in which flavours, as for `QuantizedModel`.
 
     Returns:
         the quantized detector and `model` in eval mode, as `qat.calibrate.save_ptq` takes them; and a report:
@@ -313,10 +311,11 @@ def load_foreign(
     theirs = _Theirs({name: value for name, value in given.items() if not name.startswith(prefixes)})
     report = _Report(source, ignored=len(tensors) + len(given) - len(state) - len(theirs.all))
 
-    blank = QuantizedDetector(model.eval(), keep_float, {})  # where ours can be, whatever the weights
+    model_family = family_named(model.family)
+    blank = QuantizedModel(model, keep_float, {})  # where ours can be, whatever the weights
     pairs = list(_norms(model))
     report.folded = _neutral_norms(pairs, state)
-    load_state(model, state, source)
+    model_family.load_state(model, state, source)
 
     factors = {path: _factor(norm) for path, _, _, norm in pairs}
     rules, ranges = list(keep_float), {}
@@ -335,7 +334,7 @@ def load_foreign(
             f"{next(iter(theirs.all), 'none')}); give the config that the checkpoint was made with"
         )
 
-    quantized = QuantizedDetector(model, rules, parts_off)
+    quantized = QuantizedModel(model, rules, parts_off)
     for part, inventory in quantized.inventory.items():
         for path in inventory.quantized:
             amax, name = ranges[path], theirs.of(path, WEIGHT)
@@ -368,22 +367,26 @@ def _unused(theirs: _Theirs, report: _Report) -> dict[str, str]:
 
 
 def load_foreign_file(
-    path: str | Path, checkpoint: Mapping[str, Any], config: Mapping[str, Any], prefix: str | None = None
-) -> tuple[QuantizedDetector, CameraBEVDetector, dict[str, Any]]:
-    """`load_foreign` of a whole detector, or of the camera branch that lies under `prefix` in the file.
+    path: str | Path,
+    checkpoint: Mapping[str, Any],
+    family: Family,
+    config: Mapping[str, Any],
+    prefix: str | None = None,
+) -> tuple[QuantizedModel, Any, dict[str, Any]]:
+    """`load_foreign` of a whole model, or of the piece of one that lies under `prefix` in the file.
 
     Args:
         checkpoint: what `load_checkpoint` read from `path`.
-        config: the detector's, or the branch's (`qat.families.bevfusion.config.camera_branch`).
+        config: of the network that `family` builds.
 
     Raises:
-        UserError: as `load_foreign`; nothing of a camera branch under the prefix.
+        UserError: as `load_foreign`; nothing of the network under the prefix.
     """
+    left_out = None
     if prefix is not None:
-        state, left_out = take_branch(checkpoint["state_dict"], prefix, str(path))
-        checkpoint = {"state_dict": state, "quantizers": under_prefix(checkpoint["quantizers"], prefix)}
-    quantized, model, report = load_foreign(checkpoint, build_model(config), path)
-    if prefix is not None:
+        checkpoint, left_out = family.take_piece(checkpoint, prefix, str(path))
+    quantized, model, report = load_foreign(checkpoint, family.build(config), path)
+    if left_out is not None:
         report["ignored"] = left_out
     return quantized, model, report
 
@@ -400,12 +403,13 @@ def import_checkpoint(
     Raises:
         UserError: as `load_foreign_file`; no config.
     """
+    from qat.model.opening import read_config
+
     checkpoint = load_checkpoint(path)
     if "quantizers" not in checkpoint:
         raise UserError(f"{path}: found no quantizers of another tool, expected some; run calibrate on it instead")
-    given = path.parent / "config.yaml" if config is None else config
-    settings = load_config(given, None if prefix is None else "camera")
-    quantized, model, report = load_foreign_file(path, checkpoint, settings, prefix)
+    family, settings = read_config(path.parent / "config.yaml" if config is None else config, prefix)
+    quantized, model, report = load_foreign_file(path, checkpoint, family, settings, prefix)
     recipe = {"method": "imported", "imported": {"file": path.name, "sha256": sha256(path), "prefix": prefix}}
     recipe["made"] = {"import-ptq": made_by()}
     budget = (out.with_suffix(f".budget.{kind}") for kind in ("json", "png"))  # of an earlier checkpoint of this name

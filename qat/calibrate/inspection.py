@@ -12,8 +12,8 @@ from torch import fx
 
 from qat.calibrate.checkpoint import load_ptq
 from qat.core.console import results_console
-from qat.lean import QuantizedDetector
 from qat.lean.quantizer import BOUND, QUANTIZED, Quantizer
+from qat.model.quantized import QuantizedModel
 
 LAYERS = tuple(quantized for _, quantized in QUANTIZED)
 
@@ -77,7 +77,7 @@ def _feeds(node: fx.Node) -> list[str]:
     return [str(user.target) if user.op == "call_module" else user.name for user in node.users]
 
 
-def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspection:
+def inspect_detector(model: QuantizedModel, recipe: dict[str, Any]) -> Inspection:
     """Reads a calibrated detector."""
     found = Inspection(recipe)
     for part, inventory in model.inventory.items():
@@ -123,7 +123,7 @@ def inspect_detector(model: QuantizedDetector, recipe: dict[str, Any]) -> Inspec
             FloatLayer(part, name, kept.rule, kept.reason, kept.flavours) for name, kept in inventory.kept.items()
         ]
         if off:
-            reason = "all of the part: CUDA-BEVFusion builds it without QDQ"
+            reason = model.family.recipe(model.config).off_reason or "the part is float as a whole"
             found.floats.append(FloatLayer(part, "*", "parts_off", reason))
     return found
 

@@ -22,15 +22,11 @@ from qat.core.files import atomic_set, sha256, write_json
 from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
-from qat.data import NuScenesDataset, check_annotated
-from qat.data.sample import Sample
-from qat.families.bevfusion.config import load_config, need_boxes
-from qat.families.bevfusion.random_init import random_model
-from qat.families.bevfusion.state import load_float_branch, load_float_model
-from qat.lean import Inventory, QuantizedDetector, auto_methods, quantize_detector
-from qat.lean.detector import KEEP_FLOAT
+from qat.lean import Inventory
 from qat.lean.module import check_rules, float_rules
 from qat.lean.placement import Kept
+from qat.model.opening import open_float, random_model
+from qat.model.quantized import QuantizedModel
 
 FEW_FRAMES = 8
 
@@ -46,7 +42,7 @@ class BudgetOptions:
     drop: float
     data: Path
     split: str
-    metric: Callable[[NuScenesDataset], Metric]
+    metric: Callable[[Any], Metric]
     version: str | None = None
     frames: int | None = None
     ranked_on: int = 4
@@ -56,7 +52,7 @@ class BudgetOptions:
 class CalibrationResult:
     """The quantized detector, what calibration saw, how it was done, and what a budget led to."""
 
-    model: QuantizedDetector
+    model: QuantizedModel
     report: CalibrationReport
     recipe: dict[str, object]
     budget: Budget | None = None
@@ -84,11 +80,11 @@ def calibrate_checkpoint(
     """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
 
     checkpoint: None for random weights drawn with `seed`, to measure latency and numerics with.
-    method: one of `qat.lean.METHODS`, or "auto": what serves each part best (`qat.lean.AUTO`). by_layer goes before it.
+    method: one of `qat.lean.METHODS`, or "auto": what serves each part best (the family's recipe). by_layer goes before it.
     budget: leaves units float for it, and writes `<out>.budget.json` and `.budget.png` beside `out`.
     prefix: takes the camera branch alone, which lies under it in the checkpoint ("encoders.camera" in a whole BEVFusion
     model, "" in a state dict of the branch alone); of the config only that branch is looked at. None for the whole model.
-    keep_float: layers to leave float besides `qat.lean.detector.KEEP_FLOAT`, as `PATTERN` or `PATTERN=reason`.
+    keep_float: layers to leave float besides the family's own, as `PATTERN` or `PATTERN=reason`.
     ema: takes the averaged weights that the checkpoint keeps beside the others.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
@@ -100,43 +96,42 @@ def calibrate_checkpoint(
         raise UserError(f"--percentile: found {percentile}, expected above 50 and at most 100")
     if budget is not None and place()[1] > 1:
         raise UserError("--budget: found several processes, expected one; leave torchrun out")
-    settings = load_config(config, None if prefix is None else "camera")
-    if budget is not None:
-        need_boxes(settings, "--budget", "leave --budget out")
-    title = method
-    if method == "auto":
-        method, parts = auto_methods(settings)
-        by_layer = (*by_layer, *parts)
-    branch: dict[str, object] = {}
     if checkpoint is None:
         if budget is not None:
             raise UserError("--budget: found random weights, expected a trained detector's, whose mAP can fall")
         if ema:
             raise UserError("--ema: found with --init random, expected a checkpoint that has averaged weights")
-        model = random_model(settings, seed)
-    elif prefix is None:
-        model = load_float_model(settings, checkpoint, ema=ema)
+        opened = random_model(config, seed, prefix)
     else:
-        model, left_out = load_float_branch(settings, checkpoint, prefix, ema=ema)
-        branch = {"branch": {"prefix": prefix, "left_out": left_out}}
+        opened = open_float(checkpoint, config, prefix, ema)
+    family, model, settings = opened.family, opened.network, opened.config
+    flow = family.flow(settings)
+    if budget is not None:
+        flow.need_boxes("--budget", "leave --budget out")
+    title, usual = method, family.recipe(settings)
+    if method == "auto":
+        method, by_layer = usual.method, (*by_layer, *usual.by_layer)
+    branch: dict[str, object] = {}
+    if prefix is not None and checkpoint is not None:
+        branch = {"branch": {"prefix": prefix, "left_out": opened.left_out}}
     model.to(device())
-    dataset = NuScenesDataset(data, split, settings, version, frames)
+    dataset = family.dataset(data, split, settings, version, frames)
     scored = None
-    if budget is not None:  # opened before the work begins: what is wrong with it is told at once
+    if budget is not None:  # opened before the work begins: what is wrong with it is reported at once
         check_budget(budget.drop)
-        scored = NuScenesDataset(budget.data, budget.split, settings, budget.version, budget.frames)
-        check_annotated(scored)
+        scored = family.dataset(budget.data, budget.split, settings, budget.version, budget.frames)
+        scored.check_annotated()
     rank, size = place()
     pictures: set[tuple[int, int]] = set()
 
-    def load(token: str) -> Sample:
+    def load(token: str) -> Any:
         sample = dataset.load(token)
-        pictures.update(sample.native_sizes)
+        pictures.update(getattr(sample, "native_sizes", ()))
         return sample
 
-    own = [dataset.tokens[i] for i in range(rank, len(dataset), size)]
+    own = dataset.share(rank, size, bool(flow.plan.state))
     with progress_bar("calibrating", len(own), show=rank == 0) as done:
-        whole = quantize_detector(model, (*rules, *KEEP_FLOAT))
+        whole = QuantizedModel(model, (*rules, *usual.keep_float))
         layers = [path for inventory in whole.inventory.values() for path in inventory.quantized]
         check_rules(rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
         quantized, report = calibrate(
@@ -154,8 +149,8 @@ def calibrate_checkpoint(
         found = _keep_within(budget, quantized, scored, out, sha256(checkpoint))
     quantized.cpu()
     model.cpu()
-    if settings.get("native_size") is None and len(pictures) == 1:  # what is exported then knows what it was made for
-        quantized.config = {**quantized.config, "native_size": list(*pictures)}
+    if len(pictures) == 1:  # what is exported then knows what it was made for
+        quantized.config = family.note_pictures(quantized.config, *pictures)
     report.int8 = int8_layers(quantized)
     recipe: dict[str, object] = {
         "method": title,
@@ -195,9 +190,7 @@ def calibrate_checkpoint(
     return CalibrationResult(quantized, report, recipe, found)
 
 
-def _keep_within(
-    options: BudgetOptions, model: QuantizedDetector, dataset: NuScenesDataset, out: Path, checkpoint: str
-) -> Budget:
+def _keep_within(options: BudgetOptions, model: QuantizedModel, dataset: Any, out: Path, checkpoint: str) -> Budget:
     cache = out.with_suffix(".budget-cache")
     ranges = hashlib.sha256(b"".join(amax.cpu().numpy().tobytes() for amax in model.amax().values())).hexdigest()
     key = f"{checkpoint} {ranges}"

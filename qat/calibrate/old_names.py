@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from qat.lean import QuantizedDetector
 from qat.lean.background import backgrounds
 from qat.lean.layers import ScaleShift
 from qat.lean.modes import quantizers
-from qat.lean.units import UNIT_ROLES
+from qat.model.quantized import QuantizedModel
+from qat.model.units import UNIT_ROLES
 
 # Buffers that an old file has among its weights; `inverse` is what an equalized channel is multiplied by.
 TABLES = ("relative_position_index", "attn_mask", "num_batches_tracked", "inverse")
 
 
-def old_names(model: QuantizedDetector, checkpoint: Mapping[str, Any]) -> Callable[[str], str]:
+def old_names(model: QuantizedModel, checkpoint: Mapping[str, Any]) -> Callable[[str], str]:
     """From a quantizer's name in the file to its name in `model`.
 
     Names that both have are the same. The others are matched part by part in their order, which is that of the graph's rules
@@ -50,7 +50,7 @@ def old_names(model: QuantizedDetector, checkpoint: Mapping[str, Any]) -> Callab
     return lambda name: found.get(name, name)
 
 
-def old_weights(model: QuantizedDetector, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def old_weights(model: QuantizedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Trained weights as `model` has them: an old file has tables of indices and masks among them, and batch norms that
     were not folded whole."""
     own, found = set(model.weights()), dict(weights)
@@ -68,7 +68,7 @@ def old_weights(model: QuantizedDetector, weights: Mapping[str, torch.Tensor]) -
     return {name: tensor for name, tensor in found.items() if name in own or not table(name)}
 
 
-def really_off(model: QuantizedDetector, amax: Collection[str], disabled: Sequence[str]) -> list[str]:
+def really_off(model: QuantizedModel, amax: Collection[str], disabled: Sequence[str]) -> list[str]:
     """What an old file left float in every flavour, of what it lists as off: its default flavour's. Quantizers that it lacks
     are off too: its layers were not seen then."""
     own = quantizers(model.parts)
@@ -83,7 +83,7 @@ def really_off(model: QuantizedDetector, amax: Collection[str], disabled: Sequen
     return found
 
 
-def absorbed_layers(model: QuantizedDetector, recipe: Mapping[str, Any]) -> frozenset[str]:
+def absorbed_layers(model: QuantizedModel, recipe: Mapping[str, Any]) -> frozenset[str]:
     """`part.path` of the layers whose biases hold their corrections."""
     if "absorbed" in recipe:
         return frozenset(recipe["absorbed"])

@@ -5,21 +5,23 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from qat.calibrate.distributed import agree, merge_calibrators, total
 from qat.core.errors import NotFiniteError, UserError
-from qat.core.frame import Frame
-from qat.families.bevfusion.detector import CameraBEVDetector
-from qat.families.bevfusion.run import run_frame
-from qat.lean import METHODS, QuantizedDetector, quantize_detector
+from qat.families.flow import Session
+from qat.lean import METHODS
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.equalize import channel_scales
 from qat.lean.modes import quantizers
 from qat.lean.observe import counting_macs, observing, set_ranges
 from qat.lean.quantizer import Quantizer
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import torch_feeds, torch_runners
+from qat.plan import run
 
 FEW_FRAMES = 3  # channels are not equalized on fewer: what one or two frames leave small may be large on the next
 
@@ -41,18 +43,21 @@ class CalibrationReport:
         return sum(self.macs[name] for name in self.int8) / total if total else 0.0
 
 
-def check_frame(frame: Frame) -> None:
+def check_frame(frame: Any) -> None:
     """Raises `UserError` for a frame that would spoil the ranges: NaN, or an image of one colour."""
     for name in ("img", "depth"):
-        if not np.isfinite(getattr(frame, name)).all():
+        array = getattr(frame, name, None)
+        if array is not None and not np.isfinite(array).all():
             raise UserError(f"calibration frame {frame.token}: {name} has NaN or infinity; leave the frame out")
-    flat = frame.img.reshape(*frame.img.shape[:2], -1)  # normalisation makes three values of black
+    if (img := getattr(frame, "img", None)) is None:
+        return
+    flat = img.reshape(*img.shape[:2], -1)  # normalisation makes three values of black
     constant = np.flatnonzero((flat.min(2) == flat.max(2)).all(1))
     if len(constant):
         raise UserError(f"calibration frame {frame.token}: camera {constant[0]} is one colour; leave the frame out")
 
 
-def _methods(model: QuantizedDetector, method: str, by_layer: Sequence[tuple[str, str]]) -> dict[str, str]:
+def _methods(model: QuantizedModel, method: str, by_layer: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The method of each activation quantizer."""
     names = [name for name, quantizer in model.activation_quantizers().items() if quantizer.shares is None]
     for pattern, other in by_layer:
@@ -70,19 +75,19 @@ def _methods(model: QuantizedDetector, method: str, by_layer: Sequence[tuple[str
 
 
 def calibrate(
-    model: CameraBEVDetector | QuantizedDetector,
-    frames: Iterable[Frame],
+    model: Any,
+    frames: Iterable[Any],
     method: str = "mse",
     percentile: float = 99.99,
     progress: Callable[[int], None] | None = None,
     by_layer: Sequence[tuple[str, str]] = (),
     equalize: bool = True,
-) -> tuple[QuantizedDetector, CalibrationReport]:
+) -> tuple[QuantizedModel, CalibrationReport]:
     """Sets the range of every quantizer from what its tensor holds on `frames`.
 
     Args:
-        model: a float detector, or an already quantized one to calibrate anew; what was equalized in it stays so.
-        frames: preprocessed samples.
+        model: a family's float network, or an already quantized model to calibrate anew; what was equalized in it stays so.
+        frames: preprocessed ones; of a plan with state, whole scenes in the order of time.
         method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.
         percentile: share of magnitudes inside the range, in percent, for `percentile`.
         progress: called with the number of frames done.
@@ -97,17 +102,19 @@ def calibrate(
     """
     if method not in METHODS:
         raise UserError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
-    quantized = model if isinstance(model, QuantizedDetector) else quantize_detector(model)
+    quantized = model if isinstance(model, QuantizedModel) else QuantizedModel(model)
     report = CalibrationReport()
     choice = _methods(quantized, method, by_layer) | dict.fromkeys(quantized.equalized, "max")
     error = None
+    session, runners = Session(quantized.flow), torch_runners(quantized)
     observed = observing(quantized.parts, quantized.equalizable())
     with torch.inference_mode(), observed as calibrators, counting_macs(quantized.parts, report.macs):
         try:
             for frame in frames:
                 check_frame(frame)
                 try:
-                    run_frame(quantized, frame)
+                    feeds, _ = session.begin(frame)
+                    session.end(run(quantized.plan, runners, torch_feeds(quantized, feeds)))
                 except NotFiniteError as found:
                     raise NotFiniteError(f"frame {frame.token}: {found}") from None
                 report.frames += 1
@@ -129,7 +136,7 @@ def calibrate(
 
 
 def _equalize(
-    model: QuantizedDetector, calibrators: Mapping[str, HistogramCalibrator], by_layer: Sequence[tuple[str, str]]
+    model: QuantizedModel, calibrators: Mapping[str, HistogramCalibrator], by_layer: Sequence[tuple[str, str]]
 ) -> None:
     """Equalizes the channels of parts' inputs, where that pays and no method was asked for the quantizer by its name.
 
@@ -149,7 +156,7 @@ def _equalize(
         quantizer.set_range(torch.tensor(calibrator.largest))
 
 
-def int8_layers(model: QuantizedDetector) -> list[str]:
+def int8_layers(model: QuantizedModel) -> list[str]:
     """`part.path` of every layer whose weights are INT8 and on."""
     own = quantizers(model.parts)
     named = [f"{part}.{path}" for part, inventory in model.inventory.items() for path in inventory.quantized]

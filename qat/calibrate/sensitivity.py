@@ -26,27 +26,24 @@ from qat.calibrate.ptq import check_frame
 from qat.core.console import results_console
 from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import read_arrays, read_json, sha256, write_arrays, write_figure, write_json
-from qat.core.frame import Frame
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
-from qat.core.tensors import decibels, frame_digest
-from qat.families.bevfusion.config import is_camera_branch, need_boxes
-from qat.families.bevfusion.run import boxes_of, frame_tensors
-from qat.lean import QuantizedDetector
+from qat.core.tensors import decibels
+from qat.families.flow import Session
 from qat.lean.calibrators import HistogramCalibrator
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.observe import counting_macs
 from qat.lean.quantizer import BOUND
-from qat.lean.units import Unit, only_on, units
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import to_numpy, torch_feeds, torch_runners
+from qat.model.units import Unit, only_on, units
+from qat.plan import Plan, Runner, next_state, run
 
-# The decoder's map; all of the head's maps together; and these in the cells where the float network sees an object. A
-# camera branch alone has the first, which is then what its downsampling gives.
-TENSORS = ("bev", "heads", "objects")
-HEADINGS = {"bev": "SQNR BEV", "heads": "SQNR heads", "objects": "at objects"}
+OBJECTS = "objects"  # the values of the last label in the cells where the float network sees an object
+HEADINGS = {"bev": "SQNR BEV", "heads": "SQNR heads", OBJECTS: "at objects"}
 FORMAT, SCHEMA = "bevqat-sensitivity", 1
 WORST = 8  # units whose activations the command takes histograms of
 SHOWN_BINS = 80  # of a histogram, at most
-HOT = 0.1  # heat above which a cell is an object's
 ALL = "all of them"
 Metric = Callable[[Mapping[str, Detections]], Mapping[str, float]]
 
@@ -117,53 +114,28 @@ class Sensitivity:
         return asdict(self)
 
 
-def tensors_of(model: QuantizedDetector) -> tuple[str, ...]:
-    """Those of `TENSORS` that a detector has."""
-    return TENSORS[:1] if is_camera_branch(model.config) else TENSORS
+def tensors_of(plan: Plan) -> tuple[str, ...]:
+    """What is judged of a plan: its labels, and of one with boxes also the last one's values at objects."""
+    return (*plan.judged, *([OBJECTS] if plan.boxes else ()))
 
 
-class _FloatTensors:
-    """What the float network has between its parts on one frame, and any part's continuation from there."""
-
-    def __init__(self, model: QuantizedDetector, frame: Frame, macs: dict[str, int] | None = None) -> None:
-        self.model = model
-        self.img, self.depth, self.patterns = frame_tensors(model, frame)
-        with quantizers_off(model), nullcontext() if macs is None else counting_macs(model.parts, macs):
-            self.pooled = model.pool(*model.lift(self.img, self.depth), self.patterns)
-            self.lowered = model.downsample(self.pooled)
-            self.bev, self.maps = self._behind(self.lowered)
-
-    def _behind(self, lowered: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-        """The BEV features and head maps from what the view transform gives; of a camera branch, that and no maps."""
-        if is_camera_branch(self.model.config):
-            return lowered, []
-        bev = self.model.decode_bev(lowered)
-        return bev, self.model.head(bev)
-
-    def run(self, part: str) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
-        """The BEV features and head maps when everything up to `part` was float."""
-        model = self.model
-        if part == "head":
-            return self.bev, model.head(self.bev)
-        if part == "decoder":
-            lowered = self.lowered
-        elif part == "vtransform":
-            lowered = model.downsample(self.pooled)
-        else:
-            lowered = model.downsample(model.pool(*model.lift(self.img, self.depth), self.patterns))
-        return self._behind(lowered)
+def _float_tensors(
+    model: QuantizedModel,
+    runners: Mapping[str, Runner],
+    feeds: Mapping[str, np.ndarray],
+    macs: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """Every tensor of the plan in the float network."""
+    with quantizers_off(model), nullcontext() if macs is None else counting_macs(model.parts, macs):
+        return run(model.plan, runners, torch_feeds(model, feeds))
 
 
-def _flat(maps: Sequence[Mapping[str, torch.Tensor]]) -> np.ndarray:
-    if not maps:
-        return np.zeros(0)
-    return torch.cat([value.flatten() for task in maps for value in task.values()]).double().cpu().numpy()
-
-
-def _objects(maps: Sequence[Mapping[str, torch.Tensor]]) -> np.ndarray:
-    """Which values of `_flat` lie in a cell whose heat, of any class, is over HOT."""
-    hot = [(task["heatmap"].sigmoid().amax(1, keepdim=True) > HOT, task) for task in maps]
-    return torch.cat([cells.expand_as(value).flatten() for cells, task in hot for value in task.values()]).cpu().numpy()
+def _judged(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """For each label, all its tensors in one row, float64."""
+    return {
+        label: torch.cat([tensors[name].flatten() for name in names]).double().cpu().numpy()
+        for label, names in plan.judged.items()
+    }
 
 
 def _energy(reference: np.ndarray, found: np.ndarray) -> tuple[float, float]:
@@ -171,51 +143,64 @@ def _energy(reference: np.ndarray, found: np.ndarray) -> tuple[float, float]:
     return float(reference @ reference), float(noise @ noise)
 
 
+def _boxes(model: QuantizedModel, tensors: Mapping[str, Any]) -> Detections:
+    return model.flow.decode(to_numpy(tensors, model.plan.outputs))
+
+
 def _one_frame(
-    model: QuantizedDetector,
-    frame: Frame,
+    model: QuantizedModel,
+    frame: Any,
+    feeds: Mapping[str, np.ndarray],
     every: Sequence[Unit],
     with_boxes: bool,
     progress: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
-    """Arrays of one frame: energies [units + 1, tensors, 2] (the last row with all units on), and, if asked, boxes of
-    each row and, last, of the float network."""
-    found: dict[str, np.ndarray] = {}
+    """Arrays of one frame: energies [units + 1, tensors, 2] (the last row with all units on), the float network's state, and, if
+    asked, boxes of each row and, last, of the float network.
+
+    Everything before a unit's part is the float network's, the state too: a unit is charged with its own frame alone.
+    """
+    plan, runners = model.plan, torch_runners(model)
     with torch.inference_mode():
-        tensors = _FloatTensors(model, frame)
-        bev, maps = tensors.bev.double().flatten().cpu().numpy(), _flat(tensors.maps)
-        if not (np.isfinite(bev).all() and np.isfinite(maps).all()):
-            tensor = TENSORS[0 if not np.isfinite(bev).all() else 1]
-            raise NotFiniteError(f"frame {frame.token}: {tensor}: the float network gives values that are not finite")
-        objects = _objects(tensors.maps) if tensors.maps else None
-        rows = [([unit], unit.part) for unit in every] + [(list(every), "camera")]
-        energies = np.zeros((len(rows), len(tensors_of(model)), 2))
+        tensors = _float_tensors(model, runners, feeds)
+        expected = _judged(plan, tensors)
+        for label, values in expected.items():
+            if not np.isfinite(values).all():
+                raise NotFiniteError(
+                    f"frame {frame.token}: {label}: the float network gives values that are not finite"
+                )
+        objects = _objects(model, tensors)
+        rows = [([unit], plan.scopes[unit.part]) for unit in every] + [(list(every), plan.steps[0].name)]
+        energies = np.zeros((len(rows), len(tensors_of(plan)), 2))
         boxes = []
         for n, (chosen, part) in enumerate(rows):
             with only_on(model, chosen):
-                own_bev, own_maps = tensors.run(part)
-            energies[n, 0] = _energy(bev, own_bev.double().flatten().cpu().numpy())
+                own = run(plan, runners, tensors, start=part)
+            found = _judged(plan, own)
+            for t, label in enumerate(plan.judged):
+                energies[n, t] = _energy(expected[label], found[label])
             if objects is not None:
-                found_maps = _flat(own_maps)
-                energies[n, 1] = _energy(maps, found_maps)
-                energies[n, 2] = _energy(maps[objects], found_maps[objects])
+                energies[n, -1] = _energy(expected[label][objects], found[label][objects])
             if with_boxes:
-                boxes.append(boxes_of(own_maps, model.config))
+                boxes.append(_boxes(model, own))
             progress(n + 1)
-        found["energies"] = energies
+        arrays = {"energies": energies, **{f"state.{k}": v for k, v in to_numpy(next_state(plan, tensors)).items()}}
         if with_boxes:
-            for n, detections in enumerate([*boxes, boxes_of(tensors.maps, model.config)]):
-                found[f"boxes{n}"], found[f"scores{n}"], found[f"labels{n}"] = (
-                    detections.boxes,
-                    detections.scores,
-                    detections.labels,
-                )
-    return found
+            for n, detections in enumerate([*boxes, _boxes(model, tensors)]):
+                arrays |= {f"{what}{n}": getattr(detections, what) for what in ("boxes", "scores", "labels")}
+    return arrays
+
+
+def _objects(model: QuantizedModel, tensors: Mapping[str, Any]) -> np.ndarray | None:
+    """Which values of the last label's row belong to objects; None where there are no boxes."""
+    names = list(model.plan.judged.values())[-1]
+    masks = model.flow.objects(to_numpy(tensors, names)) if model.plan.boxes else None
+    return None if masks is None else np.concatenate([masks[name].ravel() for name in names])
 
 
 def measure_sensitivity(
-    model: QuantizedDetector,
-    frames: Sequence[Frame],
+    model: QuantizedModel,
+    frames: Sequence[Any],
     cache: Path,
     key: str,
     metric: Metric | None = None,
@@ -238,8 +223,8 @@ def measure_sensitivity(
     if worst < 0:
         raise UserError(f"--histograms: found {worst}, expected 0 or more")
     if metric is not None:
-        need_boxes(model.config, "--metric map", "give --metric sqnr, which judges the BEV features")
-    tensors = tensors_of(model)
+        model.flow.need_boxes("--metric map", "give --metric sqnr, which judges the BEV features")
+    tensors = tensors_of(model.plan)
     every = units(model)
     if not every:
         raise UserError("sensitivity: found no quantizer that is on, expected a calibrated detector")
@@ -252,6 +237,7 @@ def measure_sensitivity(
     boxes: list[dict[str, Detections]] = [{} for _ in range(len(every) + 2)]
     macs: dict[str, int] = {}
     rows_each = len(every) + 1
+    session = Session(model.flow)
     with progress_bar("units × frames", len(frames) * rows_each) as done:
         for index, frame in enumerate(frames):
             before = index * rows_each
@@ -260,15 +246,19 @@ def measure_sensitivity(
                 done(before + row)
 
             check_frame(frame)
+            feeds, digest = session.begin(frame)
             if not macs:
                 with torch.inference_mode():
-                    _FloatTensors(model, frame, macs)
-            path = cache / f"{name}-{frame_digest(frame)}.npz"
+                    _float_tensors(model, torch_runners(model), feeds, macs)
+            path = cache / f"{name}-{digest}.npz"
             found = read_arrays(path)
-            if found.get("energies", np.empty(0)).shape != energies.shape or (
-                metric is not None and "boxes0" not in found
+            if (
+                found.get("energies", np.empty(0)).shape != energies.shape
+                or (metric is not None and "boxes0" not in found)
+                or not session.restore(found)
             ):
-                found = _one_frame(model, frame, every, metric is not None, row_done)
+                found = _one_frame(model, frame, feeds, every, metric is not None, row_done)
+                session.restore(found)
                 write_arrays(path, found)
             done(before + rows_each)
             energies += found["energies"]
@@ -299,7 +289,7 @@ def measure_sensitivity(
     return Sensitivity(len(frames), alone, together, reference, kept_in_float(model, macs, recipe or {}), histograms)
 
 
-def kept_in_float(model: QuantizedDetector, macs: Mapping[str, int], recipe: Mapping[str, Any]) -> list[FloatLayers]:
+def kept_in_float(model: QuantizedModel, macs: Mapping[str, int], recipe: Mapping[str, Any]) -> list[FloatLayers]:
     """What stays float and why, the largest share of the multiply-accumulates first.
 
     Args:
@@ -316,7 +306,7 @@ def kept_in_float(model: QuantizedDetector, macs: Mapping[str, int], recipe: Map
     own = quantizers(model.parts)
     for part, inventory in model.inventory.items():
         if part in model.parts_off:
-            reason = "CUDA-BEVFusion builds this part in FP16, without QDQ"
+            reason = model.family.recipe(model.config).off_reason or "the part is float as a whole"
             groups[part, "parts_off", reason] = [name for name in macs if name.startswith(f"{part}.")]
             continue
         for name, kept in inventory.kept.items():
@@ -407,8 +397,8 @@ class _Tally:
 
 
 def measure_histograms(
-    model: QuantizedDetector,
-    frames: Sequence[Frame],
+    model: QuantizedModel,
+    frames: Sequence[Any],
     cache: Path,
     key: str,
     chosen: Sequence[Unit],
@@ -427,15 +417,18 @@ def measure_histograms(
     ranges = [float(own[unit.quantizers[0]].range) for unit in chosen]
     named = [__version__, key, model.config, [[unit.name, amax] for unit, amax in zip(chosen, ranges, strict=True)]]
     name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
+    session = Session(model.flow)
     totals = [_Tally(unit.name, amax) for unit, amax in zip(chosen, ranges, strict=True)]
     with progress_bar("histograms: frames", len(frames)) as done:
         for index, frame in enumerate(frames):
-            path = cache / f"{name}-{frame_digest(frame)}.npz"
+            feeds, digest = session.begin(frame)
+            path = cache / f"{name}-{digest}.npz"
             found = read_arrays(path)
-            if len(found) != 3 * len(chosen):
+            if len(found) != 3 * len(chosen) + len(model.plan.state) or not session.restore(found):
                 tallies = [_Tally(unit.name, amax) for unit, amax in zip(chosen, ranges, strict=True)]
-                _see_inputs(model, frame, {unit.quantizers[0]: t for unit, t in zip(chosen, tallies, strict=True)})
-                found = {}
+                seen = {unit.quantizers[0]: tally for unit, tally in zip(chosen, tallies, strict=True)}
+                session.end(_see_inputs(model, feeds, seen))
+                found = session.saved()
                 for n, tally in enumerate(tallies):
                     found |= tally.arrays(str(n))
                 write_arrays(path, found)
@@ -464,8 +457,10 @@ def measure_histograms(
     return result
 
 
-def _see_inputs(model: QuantizedDetector, frame: Frame, tallies: Mapping[str, _Tally]) -> None:
-    """Runs the float network on a frame; each quantizer's tally sees what it is given."""
+def _see_inputs(
+    model: QuantizedModel, feeds: Mapping[str, np.ndarray], tallies: Mapping[str, _Tally]
+) -> dict[str, np.ndarray]:
+    """Runs the float network on a frame; each quantizer's tally sees what it is given. Returns the tensors."""
 
     def watch(tally: _Tally) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _, inputs: tally.see(inputs[0])
@@ -474,7 +469,7 @@ def _see_inputs(model: QuantizedDetector, frame: Frame, tallies: Mapping[str, _T
     handles = [own[name].register_forward_pre_hook(watch(tally)) for name, tally in tallies.items()]
     try:
         with torch.inference_mode():
-            _FloatTensors(model, frame)
+            return to_numpy(_float_tensors(model, torch_runners(model), feeds))
     finally:
         for handle in handles:
             handle.remove()
@@ -528,7 +523,7 @@ def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
         "unit",
         "layers",
         "MACs",
-        *(HEADINGS[tensor] for tensor in tensors),
+        *(HEADINGS.get(tensor, f"SQNR {tensor}") for tensor in tensors),
         *(f"Δ {name}" for name in names),
     ):
         table.add_column(heading, justify="left" if heading == "unit" else "right", overflow="fold")
@@ -547,7 +542,7 @@ def draw_sensitivity(found: Sensitivity, path: Path, most: int = 40) -> None:
     from matplotlib.figure import Figure
 
     judged = list(found.together.sqnr_db)[-1]
-    where = {"bev": "the BEV features", "objects": "the head maps where objects are"}[judged]
+    where = {"bev": "the BEV features", OBJECTS: "the head maps where objects are"}.get(judged, judged)
     rows = sorted(found.units, key=lambda row: row.sqnr_db[judged])[:most][::-1]
     figure = Figure(figsize=(8, 1.2 + 0.2 * len(rows)), layout="constrained")
     axes = figure.subplots()

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Builds and prints what was written."""
     from qat.cli import OK
-    from qat.core.manifest import load_manifest
     from qat.core.progress import progress_bar
+    from qat.manifest import load_manifest
     from qat.runtime import build_engines
 
     options = engine_options(args, [args.backend])

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the table and the verdict."""
     from qat.compare import CompareOptions, Sources, compare, print_summary
-    from qat.core.manifest import load_manifest
+    from qat.manifest import load_manifest
 
     backends = backends_of(args.backends)
     folders = {"fp32": list(args.fp32), "int8": list(args.int8)}

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qat.cli.flags import add_data_sets_flags, add_out_flag, add_seed_flag, data_sets, root_and_split
 from qat.cli.json_output import add_json_flag, emit_json
-
-if TYPE_CHECKING:
-    from qat.data import NuScenesDataset
+from qat.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,24 +67,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 layers on a GPU (default yes)"
     )
-    for name, weight, what in (
-        ("image", 1.0, "depth weights and context"),
-        ("bev", 1.0, "the decoder's map"),
-        ("heat", 50.0, "heat maps"),
-        ("box", 0.3, "the other head maps"),
-    ):
-        parser.add_argument(
-            f"--{name}-weight",
-            type=float,
-            default=weight,
-            metavar="W",
-            help=f"of the loss on {what} (default {weight:g})",
-        )
+    parser.add_argument(
+        "--loss-weight",
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        help="weight of one of the family's losses; of BEVFusion image (1), bev (1), heat (50), box (0.3); may be given again",
+    )
+    for name in ("image", "bev", "heat", "box"):
+        parser.add_argument(f"--{name}-weight", type=float, metavar="W", help=f"the same as --loss-weight {name}=W")
     parser.add_argument(
         "--save-seconds", type=float, default=60.0, metavar="S", help="write resume.pth every S seconds (default 60)"
     )
     add_seed_flag(parser)
     add_json_flag(parser)
+
+
+def _weights(args: argparse.Namespace) -> dict[str, float]:
+    """The losses' weights that were given, by name.
+
+    Raises:
+        UserError: a text that is no NAME=W.
+    """
+    found: dict[str, float] = {}
+    for name in ("image", "bev", "heat", "box"):
+        if (weight := getattr(args, f"{name}_weight")) is not None:
+            found[name] = weight
+    for text in args.loss_weight:
+        name, _, weight = text.partition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            raise UserError(f"--loss-weight: found {text!r}, expected NAME=W such as bev=2") from None
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,16 +108,16 @@ def run(args: argparse.Namespace) -> int:
     from qat.calibrate.distributed import process_group
     from qat.calibrate.finetune import FinetuneOptions, finetune
     from qat.data import check_annotated
-    from qat.families.bevfusion.config import need_boxes
 
     names = {field.name for field in dataclasses.fields(FinetuneOptions)}
-    options = FinetuneOptions(**{name: value for name, value in vars(args).items() if name in names})
+    given = {name: value for name, value in vars(args).items() if name in names}
+    options = FinetuneOptions(**given, weights=_weights(args))
     data = data_sets(args)
     held_out = root_and_split(args.held_out, "--held-out") if args.held_out else None
     if held_out is not None:  # opened before the work begins: what is wrong with it is told at once
-        config = load_ptq(args.ckpt)[0].config
-        need_boxes(config, "--held-out", "leave --held-out out")
-        check_annotated(_held_out(args, held_out, config))
+        model = load_ptq(args.ckpt)[0]
+        model.flow.need_boxes("--held-out", "leave --held-out out")
+        check_annotated(_held_out(args, held_out, model))
     with process_group() as (rank, _):
         result = finetune(args.ckpt, data, args.out, options, args.version, lambda s: print(s, flush=True))
     if rank > 0:
@@ -116,10 +128,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _held_out(args: argparse.Namespace, held_out: tuple[Path, str], config: Mapping[str, Any]) -> NuScenesDataset:
-    from qat.data import NuScenesDataset, version_in
+def _held_out(args: argparse.Namespace, held_out: tuple[Path, str], model: Any) -> Any:
+    from qat.data import version_in
 
-    return NuScenesDataset(*held_out, config, version_in(held_out[0], args.version))
+    return model.family.dataset(*held_out, model.config, version_in(held_out[0], args.version))
 
 
 def _held_out_figures(args: argparse.Namespace, held_out: tuple[Path, str], trained: Path) -> dict[str, Any]:
@@ -129,12 +141,12 @@ def _held_out_figures(args: argparse.Namespace, held_out: tuple[Path, str], trai
     from qat.core.files import write_json
     from qat.core.progress import progress_bar
     from qat.evaluate import evaluate_detections
-    from qat.families.bevfusion.training.loop import detect
+    from qat.model.runners import detect
 
     models = {"float": load_float_reference(args.ckpt)[0], "ptq": load_ptq(args.ckpt)[0], "qat": load_ptq(trained)[0]}
     figures = {}
     for name, model in models.items():
-        dataset = _held_out(args, held_out, model.config)
+        dataset = _held_out(args, held_out, model)
         with progress_bar(f"held out, {name}", len(dataset)) as done:
             figures[name] = evaluate_detections(dataset, detect(model, dataset, done))
         print(f"{name:5s} mAP {figures[name]['map']:.4f}, NDS {figures[name]['nds']:.4f} over {len(dataset)} keyframes")

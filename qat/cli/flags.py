@@ -175,8 +175,8 @@ def add_verification_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def verification_frames(args: argparse.Namespace) -> Callable[[dict[str, Any]], Sequence[Any]] | None:
-    """A model's config → the keyframes that `add_verification_flags`' flags choose; None for no real ones.
+def verification_frames(args: argparse.Namespace) -> Callable[[Any], Sequence[Any]] | None:
+    """A `qat.model.opening.Model` → the keyframes that `add_verification_flags`' flags choose; None for no real ones.
 
     Raises:
         UserError: flags that do not go together. The function: the data cannot be read, or has not so many frames.
@@ -197,16 +197,14 @@ def verification_frames(args: argparse.Namespace) -> Callable[[dict[str, Any]], 
     if count == 0:
         return None
 
-    def load(config: dict[str, Any]) -> Sequence[Any]:
+    def load(model: Any) -> Sequence[Any]:
         from qat.core.console import note
-        from qat.data import NuScenesDataset
-        from qat.data.frame import load_frame
 
         if (root / "info.json").is_file():
             if count > 1 or args.split or args.version:
                 raise UserError(f"{root}: one keyframe, expected neither --version nor --split, and --frames 1 or 0")
-            return [load_frame(root, config)]
-        dataset = NuScenesDataset(root, args.split or "all", config, args.version, count)
+            return [model.family.frame(root, model.config)]
+        dataset = model.family.dataset(root, args.split or "all", model.config, args.version, count)
         if not chosen:
             try:
                 dataset[0]

@@ -10,7 +10,6 @@ example:
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from qat.cli.flags import (
     MODEL,
@@ -47,17 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks and prints."""
-    from qat.calibrate import load_ptq
-    from qat.checkpoints.reading import load_checkpoint
     from qat.cli import FAILED, OK
     from qat.compare.health import check_detector, check_parts, print_health, saturated
     from qat.core.errors import UserError
-    from qat.core.manifest import load_manifest, pipeline_of
     from qat.core.progress import counted
-    from qat.data import NuScenesDataset
-    from qat.export.checkpoint import config_of
-    from qat.families.bevfusion.config import load_config
-    from qat.families.bevfusion.state import load_float_branch, load_float_model
+    from qat.families import flow_of
+    from qat.manifest import load_manifest, pipeline_of
+    from qat.model.opening import open_model, read_config
 
     if not 0 <= args.saturation <= 1:
         raise UserError(f"--saturation: found {args.saturation}, expected a share from 0 to 1")
@@ -67,25 +62,21 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--ema: found {source}, a folder of exported parts, expected a float checkpoint; leave --ema out"
         )
-    checkpoint = {} if folder else load_checkpoint(source, args.ema)
-    if args.prefix is not None and (folder or checkpoint.get("format") == "bevqat-ptq"):
-        what = "a folder of exported parts" if folder else "a PTQ checkpoint"
-        raise UserError(f"{source}: {what} knows whether it is a camera branch alone; leave --prefix out")
+    if folder and args.prefix is not None:
+        raise UserError(
+            f"{source}: a folder of exported parts knows whether it is a camera branch alone; leave --prefix out"
+        )
     if folder:
-        branch = pipeline_of(source, load_manifest(source, check_files=False)).get("branch")
-        config = load_config(args.config or MODEL / "config.yaml", branch)
-        frames = NuScenesDataset(args.data, args.split, config, args.version, args.frames)
+        settings = pipeline_of(source, load_manifest(source, check_files=False))
+        flow = flow_of(settings, source=str(source))
+        prefix = None if flow.plan.boxes else ""
+        family, config = read_config(args.config or MODEL / "config.yaml", prefix)
+        frames = family.dataset(args.data, args.split, config, args.version, args.frames)
         found = check_parts(source, counted("check", frames, len(frames)))
     else:
-        if checkpoint.get("format") == "bevqat-ptq":
-            model: Any = load_ptq(source, finite=False)[0]
-        elif args.prefix is not None:
-            settings = config_of(source, checkpoint, args.config, "camera")
-            model, _ = load_float_branch(settings, source, args.prefix, finite=False, ema=args.ema)
-        else:
-            model = load_float_model(config_of(source, checkpoint, args.config), source, finite=False, ema=args.ema)
-        frames = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
-        found = check_detector(model, counted("check", frames, len(frames)))
+        model = open_model(source, args.config, args.prefix, args.ema, finite=False)
+        frames = model.family.dataset(args.data, args.split, model.config, args.version, args.frames)
+        found = check_detector(model.best, counted("check", frames, len(frames)))
     print_health(found, args.saturation)
     emit_json(
         args,

@@ -49,12 +49,11 @@ def run(args: argparse.Namespace) -> int:
         write_sensitivity,
     )
     from qat.core.files import atomic_set, sha256
-    from qat.data import NuScenesDataset
     from qat.evaluate import devkit_metric
 
     path = checkpoint_of(args)
     model, recipe = load_ptq(path)
-    dataset = NuScenesDataset(args.data, args.split, model.config, args.version, args.frames)
+    dataset = model.family.dataset(args.data, args.split, model.config, args.version, args.frames)
     found = measure_sensitivity(
         model,
         dataset,

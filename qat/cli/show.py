@@ -35,16 +35,14 @@ def run(args: argparse.Namespace) -> int:
     from PIL import Image
 
     from qat.core.files import atomic_path
-    from qat.data import NuScenesDataset
-    from qat.data.frame import load_frame
     from qat.data.overlay import draw_sample
-    from qat.families.bevfusion.config import load_config
+    from qat.model.opening import read_config
 
-    config = load_config(args.config)
+    family, config = read_config(args.config)
     if args.frame:
-        sample = load_frame(args.frame, config)
+        sample = family.frame(args.frame, config)
     else:
-        dataset = NuScenesDataset(args.data, args.split, config, args.version)
+        dataset = family.dataset(args.data, args.split, config, args.version)
         if not 0 <= args.index < len(dataset):
             raise UserError(
                 f"--index: found {args.index}, expected one of split {args.split!r}'s keyframes 0 to {len(dataset) - 1}"

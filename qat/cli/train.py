@@ -10,9 +10,9 @@ docs/train.md tells how the shipped model was trained: on 750 scenes of `bevqat 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from qat.cli.flags import (
     MODEL,
@@ -71,9 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains and prints the held-out figures."""
-    from qat.data import NuScenesDataset, version_in
-    from qat.families.bevfusion.config import is_camera_branch, load_config, need_training
-    from qat.families.bevfusion.training import TrainOptions, train
+    from qat.data import version_in
+    from qat.model.opening import read_config
 
     for name, low in (("steps", 1), ("batch", 1), ("variants", 1)):
         if getattr(args, name) < low:
@@ -86,30 +85,27 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name}: found {value}, expected {expected}")
     if args.ema and args.ckpt is None:
         raise UserError("--ema: found no --ckpt, expected the checkpoint that has averaged weights")
-    config = load_config(args.config)
-    if not is_camera_branch(config):
-        need_training(config, str(args.config))
+    family, config = read_config(args.config)
+    family.check_training(config, str(args.config))
 
-    def opened(root: Path, split: str) -> NuScenesDataset:
-        return NuScenesDataset(root, split, config, version_in(root, args.version))
+    def opened(root: Path, split: str) -> Any:
+        return family.dataset(root, split, config, version_in(root, args.version))
 
-    names = {field.name for field in dataclasses.fields(TrainOptions)}
-    options = TrainOptions(**{name: value for name, value in vars(args).items() if name in names})
     held_out = opened(*root_and_split(args.held_out, "--held-out")) if args.held_out else None
-    metrics = train(
+    metrics = family.train(
         config,
         [opened(*pair) for pair in data_sets(args)],
         args.out,
-        options,
+        vars(args),
         held_out,
         args.ckpt,
         lambda s: print(s, flush=True),
         args.ema,
     )
-    print(f"{args.out / 'model.pth'}: trained for {options.steps} steps")
+    print(f"{args.out / 'model.pth'}: trained for {args.steps} steps")
     if metrics:
         print(f"held out: mAP {metrics['map']:.4f}, NDS {metrics['nds']:.4f} over {metrics['samples']} keyframes")
         for name, ap in metrics["per_class_ap"].items():
             print(f"  {name:22s} AP {ap:.3f}")
-    emit_json(args, {"out": args.out / "model.pth", "steps": options.steps, "metrics": metrics})
+    emit_json(args, {"out": args.out / "model.pth", "steps": args.steps, "metrics": metrics})
     return 0

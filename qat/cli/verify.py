@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints."""
     from qat.cli import FAILED, OK
-    from qat.core.manifest import load_manifest
     from qat.core.progress import progress_bar
     from qat.engine import Options
+    from qat.manifest import load_manifest
     from qat.runtime.verify import print_verification, verify_folder
 
     folder, options = args.folder or args.onnx, Options(threads=args.threads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,37 +17,38 @@ from qat.boxes.detections import Detections
 from qat.compare.rows import Row
 from qat.core.errors import NotFiniteError
 from qat.core.files import read_arrays, write_arrays
-from qat.core.tensors import decibels, frame_digest
-from qat.data import NuScenesDataset, Sample
-
-# In the order in which they arise; "heads" stands for all of the head's maps.
-TENSORS = ("camera_feature", "camera_depth_weights", "feat_in", "feat_out", "middle", "heads")
+from qat.core.tensors import decibels
+from qat.families.flow import Session
+from qat.plan import Plan, flat
 
 
 @dataclass
 class RowAccuracy:
-    """One row's boxes by sample token, and energies float64[len(TENSORS), 2] of signal and noise over all samples."""
+    """One row's boxes by sample token, and energies float64[labels, 2] of signal and noise over all samples."""
 
+    labels: tuple[str, ...]
     detections: dict[str, Detections] = field(default_factory=dict)
-    energies: np.ndarray = field(default_factory=lambda: np.zeros((len(TENSORS), 2)))
+    energies: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        self.energies = np.zeros((len(self.labels), 2))
 
     def sqnr_db(self) -> dict[str, float]:
-        """10·log10(Σ reference² / Σ (reference − row)²) for each tensor that the detector has."""
+        """10·log10(Σ reference² / Σ (reference − row)²) for each label of the plan's `reported`."""
         result = {}
-        for name, (signal, noise) in zip(TENSORS, self.energies, strict=True):
+        for name, (signal, noise) in zip(self.labels, self.energies, strict=True):
             if signal > 0:
                 result[name] = decibels(signal, noise)
         return result
 
 
-def _energies(reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], maps: Sequence[str]) -> np.ndarray:
-    result = np.zeros((len(TENSORS), 2))
-    for n, name in enumerate(TENSORS):
-        for tensor in maps if name == "heads" else (name,):
-            if tensor in reference:
-                expected = reference[tensor].ravel()
-                difference = expected - found[tensor].ravel()
-                result[n] += np.dot(expected, expected), np.dot(difference, difference)
+def _energies(plan: Plan, reference: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> np.ndarray:
+    labels = list(plan.reported)
+    result = np.zeros((len(labels), 2))
+    for label, tensor in flat(plan.reported):
+        expected = reference[tensor].ravel()
+        difference = expected - found[tensor].ravel()
+        result[labels.index(label)] += np.dot(expected, expected), np.dot(difference, difference)
     return result
 
 
@@ -65,9 +67,9 @@ class _Cache:
 
 def run_accuracy(
     rows: Sequence[Row],
-    dataset: NuScenesDataset,
+    dataset: Any,
     cache: Path,
-    keep: Callable[[int, Sample], None],
+    keep: Callable[[int, Any], None],
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[RowAccuracy], list[float]]:
     """Runs every row on every keyframe.
@@ -86,36 +88,43 @@ def run_accuracy(
     """
     store = _Cache(cache)
     reference = rows[0]
-    results = [RowAccuracy() for _ in rows]
+    flow = reference.pipeline.flow
+    plan = flow.plan
+    labels = tuple(plan.reported)
+    results = [RowAccuracy(labels) for _ in rows]
     rebuilds: list[float] = []
-    shared = reference.pipeline.patterns
+    walk = Session(flow)  # names the frames; each row carries its own state
     for row in rows:  # one geometry, computed once for all rows
-        row.pipeline.patterns = shared
+        row.pipeline.flow.share(flow)
+        row.pipeline.reset()
     for index in range(len(dataset)):
         sample = dataset[index]
         keep(index, sample)
-        name = frame_digest(sample)
+        feeds, name = walk.begin(sample)
+        walk.end(feeds | {output: feeds[given] for output, given in plan.state.items()})
         known = store.read(name)
         names = [f"{reference.key}-{row.key}" for row in rows]
         if any(f"{key}.energies" not in known for key in names):
-            before = shared.rebuilds
+            before = flow.rebuilds
             expected = reference.pipeline.forward(sample)
-            if shared.rebuilds > before:
-                rebuilds.append(reference.pipeline.timing_ms["pattern"])
+            if flow.rebuilds > before and flow.geometry_step is not None:
+                rebuilds.append(reference.pipeline.timing_ms[flow.geometry_step])
             for row, key in zip(rows, names, strict=True):
                 if f"{key}.energies" in known:
                     continue
                 tensors = expected if row is reference else row.pipeline.forward(sample)
-                energies = _energies(expected, tensors, row.pipeline.settings["head_maps"])
+                energies = _energies(plan, expected, tensors)
                 if not np.isfinite(energies).all():
-                    where = TENSORS[int(np.argmax(~np.isfinite(energies).all(1)))]
+                    where = labels[int(np.argmax(~np.isfinite(energies).all(1)))]
                     raise NotFiniteError(f"{row.name}: sample {sample.token}: {where} has values that are not finite")
                 found = row.pipeline.decode(tensors)
                 for what, array in (("boxes", found.boxes), ("scores", found.scores), ("labels", found.labels)):
                     known[f"{key}.{what}"] = array
                 known[f"{key}.energies"] = energies
+                known |= {f"{key}.{state}": array for state, array in row.pipeline.session.saved().items()}
             store.write(name, known)
-        for result, key in zip(results, names, strict=True):
+        for row, result, key in zip(rows, results, names, strict=True):
+            row.pipeline.session.restore({k.removeprefix(f"{key}."): x for k, x in known.items()})
             result.detections[sample.token] = Detections(
                 *(known[f"{key}.{what}"] for what in ("boxes", "scores", "labels"))
             )

@@ -17,9 +17,8 @@ from qat.compare.run import CACHE, CompareOptions, Comparison, compare
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.locks import one_writer
-from qat.data import NuScenesDataset
 from qat.export.checkpoint import export_checkpoint
-from qat.families.bevfusion.config import load_config
+from qat.model.opening import read_config
 
 # folder name, precision, flavour: each CPU backend gets the form that it fuses
 EXPORTS = (
@@ -44,7 +43,7 @@ class Demo:
 def _sensitivity(ptq: Path, data: Path, out: Path) -> None:
     """Measures the calibrated units and writes out/sensitivity.json; what was measured before is in out/cache."""
     quantized, recipe = load_ptq(ptq)
-    dataset = NuScenesDataset(data, "calib", quantized.config)
+    dataset = quantized.family.dataset(data, "calib", quantized.config)
     few = np.linspace(0, len(dataset) - 1, min(SENSITIVITY_FRAMES, len(dataset))).round().astype(int)
     frames = [dataset[int(index)] for index in few]
     found = measure_sensitivity(quantized, frames, out / CACHE, sha256(ptq), recipe=recipe, worst=WORST)
@@ -78,7 +77,8 @@ def demo(
     if frames is not None:  # said now, and not after the calibration and the exports
         if frames < 1:
             raise UserError(f"--frames: found {frames}, expected at least 1")
-        NuScenesDataset(data, "eval", load_config(model / "config.yaml"), frames=frames)
+        family, config = read_config(model / "config.yaml")
+        family.dataset(data, "eval", config, frames=frames)
     checkpoint, ptq = model / f"{model.name}.pth", out / "ptq.pth"
     step(f"calibrate {checkpoint} over the calibration frames of {data}")
     calibrate_checkpoint(config=model / "config.yaml", checkpoint=checkpoint, data=data, split="calib", out=ptq)

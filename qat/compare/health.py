@@ -6,7 +6,6 @@ run in ONNX Runtime with its optimizer off, so that what is named is a node of t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,14 +19,15 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from qat.calibrate.ptq import run_frame
 from qat.core.console import results_console
-from qat.core.manifest import load_manifest, pipeline_of
 from qat.core.onnx_file import load_graph
 from qat.export.lookups import constants
-from qat.families.bevfusion.config import is_camera_branch
+from qat.families.flow import Session
 from qat.lean.quantizer import Quantizer
-from qat.runtime import Pipeline, SampleTensors
+from qat.manifest import load_manifest, pipeline_of
+from qat.model.runners import flow_for, to_numpy, torch_feeds, torch_runners
+from qat.plan import run
+from qat.runtime import Pipeline
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,18 @@ def _watched_modules(model: nn.Module, watch: _Watch) -> Iterator[None]:
 def check_detector(model: Any, frames: Iterable[Any]) -> Health:
     """Runs a float or quantized detector and watches every layer."""
     watch = _Watch()
-    whose = "the camera branch's" if is_camera_branch(model.config) else "the head's"
+    flow, runners = flow_for(model), torch_runners(model)
+    session = Session(flow)
     with _watched_modules(model, watch), torch.inference_mode():
         for frame in frames:
             watch.begin(frame.token)
-            watch.see("the frame's img", frame.img)
-            watch.see("the frame's depth", frame.depth)
-            for task in run_frame(model, frame):
-                for name, value in task.items():
-                    watch.see(f"{whose} {name}", value.numpy())
+            feeds, _ = session.begin(frame)
+            for name in flow.plan.frame_inputs:
+                watch.see(f"the frame's {name}", feeds[name])
+            tensors = run(flow.plan, runners, torch_feeds(model, feeds))
+            session.end(to_numpy(tensors))
+            for name, value in to_numpy(tensors, flow.plan.outputs).items():
+                watch.see(f"the output {name}", value)
     return watch.health
 
 
@@ -185,7 +188,7 @@ class _WatchedPart:
         return {name: found[name] for name in self.outputs}
 
 
-def check_parts(folder: str | Path, frames: Iterable[SampleTensors]) -> Health:
+def check_parts(folder: str | Path, frames: Iterable[Any]) -> Health:
     """Runs the parts of an exported folder and watches every node.
 
     Raises:
@@ -197,7 +200,7 @@ def check_parts(folder: str | Path, frames: Iterable[SampleTensors]) -> Health:
     runners = {name: _WatchedPart(folder / part["file"], name, watch) for name, part in manifest["parts"].items()}
     pipeline = Pipeline(runners, pipeline_of(folder, manifest))
     for frame in frames:
-        watch.begin(str(getattr(frame, "token", hashlib.sha1(frame.img.tobytes(), usedforsecurity=False).hexdigest())))
+        watch.begin(str(getattr(frame, "token", f"number {watch.health.frames + 1}")))
         pipeline.forward(frame)
     return watch.health
 

@@ -14,23 +14,17 @@ from typing import Any
 import torch
 
 from qat import __version__
-from qat.calibrate import load_ptq
-from qat.checkpoints.reading import load_checkpoint
 from qat.core.errors import UserError
 from qat.core.files import sha256
-from qat.core.manifest import load_manifest, pipeline_of
 from qat.engine import Options, find_backend, passed_over, takes_bfloat16
-from qat.export import pipeline_settings, torch_parts
-from qat.export.checkpoint import config_of
-from qat.families.bevfusion.config import need_boxes
-from qat.families.bevfusion.state import load_float_model
-from qat.lean import QuantizedDetector
+from qat.families import flow_of
 from qat.lean.flavours import DEFAULT, FLAVOURS
 from qat.lean.modes import quantizers
+from qat.manifest import load_manifest, pipeline_of
+from qat.model.opening import open_model
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import flow_for, torch_parts
 from qat.runtime import Pipeline
-
-PARTS = {"camera.backbone": "camera", "camera.vtransform": "vtransform", "fuser": "decoder", "head.bbox": "head"}
-"""Exported part: what a `QuantizedDetector` calls it."""
 
 Manifests = Sequence[tuple[Path, str, dict[str, Any]]]  # folder, precision, manifest
 
@@ -101,19 +95,17 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
             raise UserError(f"{folder}: exported from {made} of {sources.ckpt}, expected the same of --ema for both")
 
 
-def _check_whole(sources: Sources, quantized: QuantizedDetector | None) -> None:
-    """A camera branch alone has no accuracy: what it was taken out of turns its features into boxes."""
+def _check_whole(sources: Sources, quantized: QuantizedModel | None) -> None:
+    """A piece of a model has no accuracy: what it was taken out of turns its features into boxes."""
     mend = "what INT8 costs at a branch's BEV features is what `bevqat sensitivity` tells"
     if quantized is not None:
-        need_boxes(quantized.config, str(sources.ptq), mend)
+        quantized.flow.need_boxes(str(sources.ptq), mend)
     for folder in (*sources.fp32, *sources.int8):
-        if pipeline_of(folder, load_manifest(folder, check_files=False)).get("branch") is not None:
-            raise UserError(
-                f"{folder}: found the camera branch's parts alone, which give no boxes, expected a whole detector's; {mend}"
-            )
+        settings = pipeline_of(folder, load_manifest(folder, check_files=False))
+        flow_of(settings, source=str(folder)).need_boxes(str(folder), mend)
 
 
-def _simulations(detector: QuantizedDetector, manifests: Manifests) -> list[tuple[str, tuple[str, ...]]]:
+def _simulations(detector: QuantizedModel, manifests: Manifests) -> list[tuple[str, tuple[str, ...]]]:
     """What to simulate: (flavour, parts that calibration left off and the folder has in INT8) of each INT8 folder, each pair
     once; the default flavour alone where there is no such folder."""
     found = []
@@ -127,18 +119,19 @@ def _simulations(detector: QuantizedDetector, manifests: Manifests) -> list[tupl
             )
         with detector.in_flavour(flavour):
             off = detector.parts_off
-        int8 = [own for name, own in PARTS.items() if parts.get(name, {}).get("precision") == "int8"]
+        scopes = detector.plan.scopes.items()
+        int8 = [scope for scope, name in scopes if parts.get(name, {}).get("precision") == "int8"]
         found.append((flavour, tuple(own for own in int8 if own in off)))
     return list(dict.fromkeys(found)) or [(DEFAULT, ())]
 
 
-def _rounding(detector: QuantizedDetector) -> list[str]:
+def _rounding(detector: QuantizedModel) -> list[str]:
     """What is rounded, and how: all that the flavour and its parts decide about a detector's results."""
     return [f"{name} {q.spec}" for name, q in quantizers(detector.parts).items() if not q._disabled]
 
 
 def _simulated_rows(
-    detector: QuantizedDetector, ptq: Path, manifests: Manifests, known: Sequence[Any], settings: Any, threads: int
+    detector: QuantizedModel, ptq: Path, manifests: Manifests, known: Sequence[Any], settings: Any, threads: int
 ) -> list[Row]:
     """A row for each flavour among the INT8 folders.
 
@@ -198,32 +191,34 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     """Loads or builds every row; PyTorch FP32, the reference, comes first.
 
     Returns:
-        the rows, and {"config", "recipe", "files", "made"}: the model's config, how it was calibrated, the files' hashes, and
+        the rows, and {"family", "config", "recipe", "files", "made"}: the model's family and config, how it was calibrated, the files' hashes, and
         (folder's name, {"command", "versions"}) of each folder of parts.
 
     Raises:
         UserError: a file is missing, damaged or not of the same weights; a backend is unknown or not installed.
     """
-    checkpoint = load_checkpoint(sources.ckpt, sources.ema)
-    if checkpoint.get("format") == "bevqat-ptq":
-        raise UserError(
-            f"--ckpt: found {sources.ckpt}, a quantized checkpoint, expected the float one that it was calibrated from; "
-            "--ckpt names the float checkpoint, --ptq the quantized one"
-        )
     float_hash, ptq_hash = sha256(sources.ckpt), None
     files = [{"what": "float checkpoint", "file": sources.ckpt.name, "sha256": float_hash}]
     recipe: dict[str, Any] = {}
     quantized = None
     if sources.ptq is not None:
-        quantized, recipe = load_ptq(sources.ptq)
+        opened = open_model(sources.ptq)
+        if opened.quantized is None:
+            raise UserError(f"--ptq: found {sources.ptq}, a float checkpoint, expected what calibrate wrote; name that")
+        quantized, recipe = opened.quantized, opened.recipe
         ptq_hash = sha256(sources.ptq)
         files.append({"what": "PTQ checkpoint", "file": sources.ptq.name, "sha256": ptq_hash})
     _check_whole(sources, quantized)
     _same_weights(sources, recipe, float_hash, ptq_hash)
-    config = config_of(sources.ckpt, checkpoint, sources.config)
-    need_boxes(config, str(sources.ckpt), "give the whole detector's config")
-    detector = load_float_model(config, sources.ckpt, ema=sources.ema)
-    settings = pipeline_settings(config := detector.config)  # which the checkpoint's grid may have changed
+    float_model = open_model(sources.ckpt, sources.config, ema=sources.ema, as_float=True)
+    if float_model.quantized is not None:
+        raise UserError(
+            f"--ckpt: found {sources.ckpt}, a quantized checkpoint, expected the float one that it was calibrated from; "
+            "--ckpt names the float checkpoint, --ptq the quantized one"
+        )
+    detector, config = float_model.network, float_model.config
+    flow_for(detector).need_boxes(str(sources.ckpt), "give the whole detector's config")
+    settings = flow_for(detector).settings
     folders = [("fp32", folder) for folder in sources.fp32] + [("int8", folder) for folder in sources.int8]
     manifests = [(folder, precision, load_manifest(folder)) for precision, folder in folders]
     files += _part_files(manifests)
@@ -242,4 +237,4 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
         (folder.name, {name: manifest.get(name) for name in ("command", "versions")})
         for folder, _, manifest in manifests
     ]
-    return rows, {"config": config, "recipe": recipe, "files": files, "made": made}
+    return rows, {"family": float_model.family, "config": config, "recipe": recipe, "files": files, "made": made}

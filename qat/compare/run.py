@@ -27,7 +27,7 @@ from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import tables_sha256
 from qat.core.versions import versions
-from qat.data import NuScenesDataset, Sample, check_annotated
+from qat.data import Sample
 from qat.engine import BACKENDS, CPU_BACKENDS, Options, described
 from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.evaluate.bootstrap import MIN_SCENES
@@ -100,9 +100,7 @@ def _check(options: CompareOptions) -> None:
             raise UserError(f"--backends: found {backend!r}, expected some of {','.join(BACKENDS)}")
 
 
-def _dataset_facts(
-    dataset: NuScenesDataset, options: CompareOptions, objects: Counter[str], image: list[int]
-) -> dict[str, Any]:
+def _dataset_facts(dataset: Any, options: CompareOptions, objects: Counter[str], image: list[int]) -> dict[str, Any]:
     scenes = {dataset.nusc.get("sample", token)["scene_token"] for token in dataset.tokens}
     return {
         "name": options.data.resolve().name,
@@ -140,7 +138,7 @@ def _add_speedups(rows: list[dict[str, Any]]) -> None:
 def _add_intervals(
     results: list[dict[str, Any]],
     accuracies: Sequence[RowAccuracy],
-    dataset: NuScenesDataset,
+    dataset: Any,
     resamples: int,
     progress: Callable[[int], None],
 ) -> None:
@@ -152,7 +150,7 @@ def _add_intervals(
 
 
 def _pictures(
-    dataset: NuScenesDataset,
+    dataset: Any,
     rows: list[dict[str, Any]],
     accuracies: Sequence[RowAccuracy],
     annotated: int,
@@ -215,8 +213,9 @@ def compare(options: CompareOptions) -> Comparison:
         section, made = sensitivity_section(options.sensitivity, options.sources.ptq)
     with progress_bar("build engines"):
         rows, facts = load_rows(options.sources, options.backends, options.engines)
-    dataset = NuScenesDataset(options.data, options.split, facts["config"], options.version, options.frames)
-    check_annotated(dataset)
+    family = facts["family"]
+    dataset = family.dataset(options.data, options.split, facts["config"], options.version, options.frames)
+    dataset.check_annotated()
     timed = set(
         np.linspace(0, len(dataset) - 1, min(options.latency_frames, len(dataset))).round().astype(int).tolist()
     )

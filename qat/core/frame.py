@@ -39,3 +39,21 @@ class FrameArrays:
     camera2lidar: np.ndarray
     img_aug_matrix: np.ndarray
     lidar_aug_matrix: np.ndarray
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the cameras are: float[N,4,4] each, in the order of the manifest's cameras.
+
+    camera_intrinsics: camera frame to native pixels. camera2lidar: camera frame to the lidar frame at the moment of
+    the points, in metres (on nuScenes: through both ego poses).
+    """
+
+    camera_intrinsics: np.ndarray
+    camera2lidar: np.ndarray
+
+    @property
+    def lidar2image(self) -> np.ndarray:
+        """Lidar frame to native pixels, float32[N,4,4]."""
+        inverse = np.linalg.inv(self.camera2lidar.astype(np.float64))
+        return (self.camera_intrinsics.astype(np.float64) @ inverse).astype(np.float32)

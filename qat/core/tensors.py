@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import TypedDict
 
 import numpy as np
 
@@ -23,14 +24,12 @@ class TensorDifference(TypedDict):
     sqnr_db: float
 
 
-FED = ("img", "depth", "camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
-
-
-def frame_digest(frame: Any) -> str:
-    """Hash of what a detector is fed of a frame: the same pictures and geometry give the same name, whatever the token."""
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Hash of what a model is fed of a frame: the same pictures and geometry give the same name, whatever the token."""
     hashed = hashlib.blake2b(digest_size=16)
-    for name in FED:
-        hashed.update(np.ascontiguousarray(getattr(frame, name)).tobytes())
+    for name in sorted(arrays):
+        hashed.update(f"{name}{arrays[name].shape}".encode())
+        hashed.update(np.ascontiguousarray(arrays[name]).tobytes())
     return hashed.hexdigest()
 
 

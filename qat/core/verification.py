@@ -22,8 +22,7 @@ import numpy as np
 
 from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import sha256
-from qat.core.frame import FrameArrays
-from qat.core.geometry import camera_ring
+from qat.core.noise import words
 from qat.core.preprocess import normalize
 from qat.core.sites import Site, cut_patch, tile
 from qat.core.tensors import TensorDifference, compare_tensors
@@ -39,8 +38,7 @@ ENOUGH_DB = 20.0  # what is kept in half precision is this much closer than the 
 INPUT_MOST, INPUT_SIDE = 1 << 20, 64  # values of an inner part's input beyond which a patch is repeated, and its sides
 SIGNIFICANT = 5  # bits of an inner part's input; see `round_input`
 _SPARSE = 0.125  # share of values other than zero up to which they are kept with their places
-_PLACES, _IMAGES, _DEPTH = range(1, 4)  # streams
-_PATCHES = 100  # and one for each size of patch
+_PLACES = 1  # a stream
 
 
 def tolerance_db(quantization_db: float | None = None, pytorch_db: float | None = None) -> float:
@@ -95,101 +93,12 @@ def what_is_wrong(row: Mapping[str, Any]) -> str:
     return f"found {row['sqnr_db']:.1f} dB SQNR, expected {row['tolerance_db']:.1f} dB or more"
 
 
-def _words(stream: int, count: int, seed: int = 0) -> np.ndarray:
-    """uint64[count], the same on every machine."""
-    return np.random.PCG64([seed, stream]).random_raw(count).astype("<u8")
-
-
-def random_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
-    """A made-up keyframe: noise for images, one pixel in twenty with a depth, the cameras in a ring.
-
-    img and depth have the same bits on every machine; the noise is the sum of four 16-bit numbers, made to mean 0 and
-    variance 1.
-
-    Args:
-        settings: a manifest's `pipeline` section.
-    """
-    count = len(settings["cameras"])
-    height, width = settings["image"]["size"]
-    low, high, _ = settings["vtransform"]["dbound"]
-    quarters = _words(_IMAGES, count * 3 * height * width, seed).view("<u2").reshape(-1, 4)
-    noise = (quarters.sum(axis=1, dtype=np.int64) - 2 * 65535) / math.sqrt((65536**2 - 1) / 3)
-    places = _words(_DEPTH, count * height * width, seed)
-    metres = low + (high - low) * ((places >> np.uint64(32)) / 2.0**32)
-    depth = np.where((places & np.uint64(0xFFFFFFFF)) < 2**32 // 20, metres, 0.0)
-    intrinsics, camera2lidar = camera_ring(count, (height, width))
-    unmoved = np.tile(np.eye(4), (count, 1, 1))
-    arrays = (
-        noise.reshape(count, 3, height, width),
-        depth.reshape(count, 1, height, width),
-        intrinsics,
-        camera2lidar,
-        unmoved,
-        np.eye(4),
-    )
-    return FrameArrays(f"random:{seed}", *(array.astype(np.float32) for array in arrays))
-
-
-def made_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
-    """A made-up keyframe that is shaped as real ones are, for exports without data; the same bits on every machine.
-
-    img: patches of 32, 8 and 2 pixels in one another, dark ones and bright ones. depth: a lidar's lines, every fourth row below
-    a horizon at two fifths of the height, one pixel in eight, on a plane with things standing on it. The cameras stand in a
-    ring, as in `random_frame`.
-
-    Args:
-        settings: a manifest's `pipeline` section.
-    """
-    frame = random_frame(settings, seed)
-    count, (height, width) = len(settings["cameras"]), settings["image"]["size"]
-
-    def patches(size: int, channels: int) -> np.ndarray:
-        rows, columns = -(-height // size), -(-width // size)
-        words = _words(_PATCHES + size, count * rows * columns * channels, seed) & np.uint64(255)
-        made = words.astype(np.int64).reshape(count, rows, columns, channels)
-        return made.repeat(size, 1).repeat(size, 2)[:, :height, :width]
-
-    pixels = ((4 * patches(32, 3) + 2 * patches(8, 3) + patches(2, 3)) // 7).astype(np.uint8)
-    image = settings["image"]
-    frame.img = np.stack([normalize(one, image["mean"], image["std"]) for one in pixels])
-    low, high, _ = settings["vtransform"]["dbound"]
-    rows = np.arange(height, dtype=np.float64)
-    plane = low + (high - low) * 0.04 * height / np.maximum(rows - 0.4 * height, 0.04 * height)
-    nearer = 1 - patches(16, 1)[..., 0] / 512.0
-    metres = np.maximum(plane[None, :, None] * nearer, low)
-    hits = (_words(_DEPTH, count * height * width, seed) & np.uint64(7)).reshape(count, height, width) == 0
-    hits &= ((rows >= 0.4 * height) & (rows % 4 == 0))[None, :, None]
-    frame.depth = np.where(hits, metres, 0.0).astype(np.float32)[:, None]
-    frame.token = f"made-up:{seed}"
-    return frame
-
-
-def check_frame(settings: Mapping[str, Any], frame: Any, token: str) -> None:
-    """Raises `UserError` where a frame's arrays are not what the parts take: number of cameras, image size, dtype."""
-    cameras = settings["cameras"]
-    count, size = len(cameras), list(settings["image"]["size"])
-    if len(frame.img) != count:
-        raise UserError(
-            f"frame {token}: found {len(frame.img)} cameras, expected {count} ({', '.join(cameras)}); verify on frames "
-            "of the cameras that the model was made for"
-        )
-    shapes = {
-        "img": [count, 3, *size],
-        "depth": [count, 1, *size],
-        "camera_intrinsics": [count, 4, 4],
-        "camera2lidar": [count, 4, 4],
-        "img_aug_matrix": [count, 4, 4],
-        "lidar_aug_matrix": [4, 4],
-    }
-    for name, shape in shapes.items():
-        array = getattr(frame, name)
-        if list(array.shape) != shape or array.dtype != np.float32:
-            raise UserError(
-                f"frame {token}: {name}: found {array.dtype}{list(array.shape)}, expected float32{shape}; preprocess the "
-                "frame with this model's config"
-            )
-        if not np.isfinite(array).all():
-            raise UserError(f"frame {token}: {name}: found NaN or infinite values, expected finite ones")
+def made_feeds(flow: Any, seed: int, batch: int) -> dict[str, np.ndarray]:
+    """What the parts take of a plan's inputs for a batch of made-up frames at the beginning of a scene."""
+    state = {name: np.repeat(value, batch, axis=0) for name, value in flow.initial_state().items()}
+    feeds = {**flow.feeds([flow.made_frame(seed + n) for n in range(batch)]), **state}
+    taken = {name for part in flow.plan.parts.values() for name in part.inputs.values()}
+    return {name: array for name, array in feeds.items() if name in taken}
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -237,7 +146,7 @@ def _normalized(pixels: np.ndarray, image: Mapping[str, Any]) -> np.ndarray:
     return np.stack([normalize(one, image["mean"], image["std"]) for one in flat]).reshape(pixels.shape)
 
 
-def pack(array: np.ndarray, image: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def pack(array: np.ndarray, image: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
     """A float32 tensor in the smallest of four exact forms.
 
     - `pixels`: uint8, each less its left neighbour; for what `image`'s mean and std make of pixels.
@@ -246,7 +155,7 @@ def pack(array: np.ndarray, image: Mapping[str, Any]) -> dict[str, np.ndarray]:
     - `steps`, `values`: for what is mostly zero, how far it is from one value to the next, and the values.
     - `raw`.
     """
-    if (pixels := _pixels(array, image)) is not None:
+    if image is not None and (pixels := _pixels(array, image)) is not None:
         return {"pixels": np.diff(pixels, axis=-1, prepend=np.uint8(0))}
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     if array.ndim == 4 and array.shape[0] == 1 and not (bits & np.uint32(0xFFFF)).any():
@@ -263,12 +172,12 @@ def pack(array: np.ndarray, image: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {"raw": array}
 
 
-def unpack(packed: Mapping[str, np.ndarray], shape: Sequence[int], image: Mapping[str, Any]) -> np.ndarray:
+def unpack(packed: Mapping[str, np.ndarray], shape: Sequence[int], image: Mapping[str, Any] | None) -> np.ndarray:
     """The float32 tensor that `pack` took, or with `patch_shape` the patch that it took, repeated to `shape`."""
     if "patch_shape" in packed:
         rest = {key: value for key, value in packed.items() if key != "patch_shape"}
         return tile(unpack(rest, [int(n) for n in packed["patch_shape"]], image), shape)
-    if "pixels" in packed:
+    if "pixels" in packed and image is not None:
         pixels = np.cumsum(packed["pixels"], axis=-1, dtype=np.uint8)
         return _normalized(pixels, image).reshape(shape)
     if "cells" in packed:
@@ -286,8 +195,8 @@ def unpack(packed: Mapping[str, np.ndarray], shape: Sequence[int], image: Mappin
 def _value_places(size: int, count: int) -> np.ndarray:
     """int64[count]: a place in each of `count` equal stretches of a tensor."""
     edges = np.arange(count + 1, dtype=np.int64) * size // count
-    words = _words(_PLACES, count)
-    return edges[:-1] + (words % np.diff(edges).astype(np.uint64)).astype(np.int64)
+    drawn = words(_PLACES, count)
+    return edges[:-1] + (drawn % np.diff(edges).astype(np.uint64)).astype(np.int64)
 
 
 def store(reference: np.ndarray, tolerance: float, outputs: int = 1) -> dict[str, np.ndarray]:
@@ -342,13 +251,13 @@ def write_summary(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 class Summary:
     """verification.npz: the stored arrays of one export, read as they are asked for."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        """Opens it.
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], flow: Any) -> None:
+        """Opens it. flow: that of the manifest's `pipeline` section.
 
         Raises:
             UserError: the export wrote none, it is missing, or it was changed.
         """
-        self.settings: Mapping[str, Any] = manifest["pipeline"]
+        self.flow = flow
         self.parts: Mapping[str, Any] = manifest["parts"]
         self.about: Mapping[str, Any] = manifest["verification"]
         if "file" not in self.about:
@@ -381,10 +290,11 @@ class Summary:
         """
         specs = self.parts[part]["inputs"]
         names = list(specs)
-        if frame == 0 and part == "camera.backbone":
-            made = [made_frame(self.settings, self.about["seed"] + n) for n in range(self.about["batch"])]
-            arrays = {name: np.stack([getattr(one, name) for one in made]) for name in names}
-            if digest(arrays) != self.about["made_sha256"]:
+        own = self.flow.plan.parts[part]
+        if frame == 0 and self.flow.plan.is_raw(own):
+            tensors = made_feeds(self.flow, self.about["seed"], self.about["batch"])
+            arrays = {name: tensors[own.inputs[name]] for name in names}
+            if digest(tensors) != self.about["made_sha256"]:
                 raise UserError(
                     f"{self._path}: the made-up frame of seed {self.about['seed']} comes out otherwise here than at the "
                     "export; numpy's PCG64 or its float32 arithmetic differs: please report it"
@@ -393,9 +303,9 @@ class Summary:
         packed = self._group(f"{frame}/{part}/in/")
         result = {}
         for name in names:
-            own = {key.removeprefix(f"{name}/"): value for key, value in packed.items() if key.startswith(f"{name}/")}
+            stored = {k.removeprefix(f"{name}/"): value for k, value in packed.items() if k.startswith(f"{name}/")}
             shape = [self.about["batch"] if n == "batch" else n for n in specs[name]["shape"]]
-            result[name] = unpack(own, shape, self.settings["image"])
+            result[name] = unpack(stored, shape, self.flow.image)
         return result
 
     def reference(self, part: str, frame: int, output: str) -> dict[str, np.ndarray]:

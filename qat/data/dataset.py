@@ -184,6 +184,8 @@ class NuScenesDataset(Sequence[Sample]):
         version: needed only where root holds several.
         frames: keep only this many keyframes, spread evenly over the split.
         cameras: channels in the order of the inputs; None for the config's `cameras`, or nuScenes' six.
+        whole_scenes: of `frames`, keep the first ones and what else is in their scenes, in the order of time, for a model with
+            state.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class NuScenesDataset(Sequence[Sample]):
         version: str | None = None,
         frames: int | None = None,
         cameras: Sequence[str] | None = None,
+        whole_scenes: bool = False,
     ) -> None:
         self.pipeline = read_pipeline(config)
         self.classes = list(config.get("object_classes") or ())  # a camera branch's config may have none
@@ -207,10 +210,27 @@ class NuScenesDataset(Sequence[Sample]):
                     f"--frames: found {frames}, split {split!r} of {root} has {len(self.tokens)} keyframes, expected 1 to "
                     f"{len(self.tokens)}"
                 )
-            self.tokens = [self.tokens[i] for i in np.linspace(0, len(self.tokens) - 1, frames).round().astype(int)]
+            if whole_scenes:
+                scenes = {self.scene_of(token) for token in self.tokens[:frames]}
+                self.tokens = [token for token in self.tokens if self.scene_of(token) in scenes]
+            else:
+                self.tokens = [self.tokens[i] for i in np.linspace(0, len(self.tokens) - 1, frames).round().astype(int)]
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def check_annotated(self) -> None:
+        """As the function."""
+        check_annotated(self)
+
+    def share(self, rank: int, processes: int, whole_scenes: bool = False) -> list[str]:
+        """The tokens of one process of several: every so manieth frame, or scene."""
+        scenes = list(dict.fromkeys(self.scene_of(token) for token in self.tokens))[rank::processes]
+        return [t for t in self.tokens if self.scene_of(t) in scenes] if whole_scenes else self.tokens[rank::processes]
+
+    def scene_of(self, token: str) -> str:
+        """The token of a frame's scene."""
+        return str(self.nusc.get("sample", token)["scene_token"])
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -276,6 +296,7 @@ class NuScenesDataset(Sequence[Sample]):
         boxes, labels, counts = self._boxes(sample, global2lidar)
         return Keyframe(
             token=token,
+            scene=str(sample["scene_token"]),
             cameras=self.cameras,
             images=images,
             **camera_matrices(intrinsics, camera2lidar),

@@ -72,5 +72,6 @@ def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
         gt_boxes=np.asarray(boxes, np.float32).reshape(-1, 9),
         gt_labels=np.asarray(labels, np.int64),
         gt_points=np.full(len(boxes), -1, np.int64),
+        scene="",
     )
     return prepare(keyframe, pipeline)

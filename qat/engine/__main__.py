@@ -24,7 +24,6 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import write_arrays, write_json
-from qat.core.manifest import PARTS, load_manifest
 from qat.core.onnx_file import read_outline
 from qat.core.plain_output import allow_any_text
 from qat.core.tensors import compare_tensors
@@ -33,6 +32,7 @@ from qat.engine.base import Options, TensorSpec
 from qat.engine.inspector import Findings, table
 from qat.engine.tensorrt_builder import one_line
 from qat.engine.tensorrt_options import TACTIC_SOURCES, Profile, TensorRtOptions
+from qat.manifest import PARTS, load_manifest
 
 OK, BAD_USE, INTERRUPTED = 0, 2, 130
 # What ends one row and not the lab: bad use, and what CUDA and TensorRT's bindings raise.

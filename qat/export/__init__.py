@@ -2,7 +2,6 @@
 
 from qat.export.module import export_module
 from qat.export.parts import PRECISIONS, export_parts
-from qat.export.torch_parts import TorchPart, torch_parts
-from qat.families.bevfusion.settings import pipeline_settings
+from qat.model.runners import TorchPart, torch_parts
 
-__all__ = ["PRECISIONS", "TorchPart", "export_module", "export_parts", "pipeline_settings", "torch_parts"]
+__all__ = ["PRECISIONS", "TorchPart", "export_module", "export_parts", "torch_parts"]

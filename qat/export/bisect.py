@@ -32,10 +32,10 @@ from qat.core.tensors import compare_tensors
 from qat.core.verification import tolerance_db
 from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.lookups import constants, producers
-from qat.export.torch_parts import TorchPart
 from qat.lean.layers import ScaleShift
 from qat.lean.modes import quantizers_off
 from qat.lean.quantizer import Quantizer
+from qat.model.runners import TorchPart
 
 POINTS = 7  # tensors looked at in one pass
 BYTES = 512 << 20  # of their values, in one pass
@@ -184,7 +184,7 @@ class _Calls:
                 module: nn.Module,
                 inputs: Any,
                 result: Any,
-                path: str = path.removeprefix("detector."),
+                path: str = path.removeprefix("core."),
                 leaf: bool = leaf,
             ) -> torch.Tensor | None:
                 other = record(path, module, inputs, result) if leaf and isinstance(result, torch.Tensor) else None

@@ -33,7 +33,6 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.locks import only_writer
-from qat.core.manifest import FILE, PARTS, load_manifest, pipeline_of
 from qat.core.onnx_file import load_graph
 from qat.core.tensors import compare_tensors
 from qat.core.verification import judge, random_frame
@@ -48,6 +47,7 @@ from qat.families.bevfusion.pooling.geometry import (
     grid_size,
     pooling_pattern,
 )
+from qat.manifest import FILE, PARTS, load_manifest, pipeline_of
 from qat.runtime import Pipeline
 
 DETECTOR = "detector.onnx"
@@ -234,7 +234,7 @@ def merge_detector(parts: Mapping[str, onnx.ModelProto], settings: Mapping[str, 
     feat_out, middle.
 
     Args:
-        parts: the graphs by `qat.core.manifest.PARTS`; camera.vtransform may be left out. Any precision or flavour with
+        parts: the graphs by `qat.manifest.PARTS`; camera.vtransform may be left out. Any precision or flavour with
             float32 inputs and outputs, for one sample. They are left as they are.
         settings: a manifest's `pipeline` section.
 

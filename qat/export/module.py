@@ -20,11 +20,11 @@ from qat.export.graph import simplify, trace
 from qat.export.padded_pool import pads_into_pools
 from qat.export.passes import in_flavour
 from qat.export.sites import SiteReference, prepared
-from qat.export.torch_parts import TorchPart
 from qat.export.verify import verify_part
 from qat.lean.flavours import flavour_of
 from qat.lean.modes import qdq_tracing, quantizers_off
 from qat.lean.module import QuantizedModule
+from qat.model.runners import TorchPart
 
 
 class _Flat(nn.Module):

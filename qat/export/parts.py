@@ -15,20 +15,20 @@ import torch
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, write_json
-from qat.core.manifest import FILE
 from qat.core.progress import progress_bar
 from qat.engine import CPU_FLAVOURS
 from qat.export.calibration_cache import strip_qdq, write_calibration_cache
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.lookups import opset_of
+from qat.export.manifest_head import check_calibrated, manifest_head
 from qat.export.padded_pool import pads_into_pools
 from qat.export.passes import in_flavour
-from qat.export.torch_parts import TorchPart, torch_parts
 from qat.export.verify import Verification
-from qat.families.bevfusion.settings import check_calibrated, manifest_head, pipeline_settings
 from qat.lean.flavours import flavour_of
 from qat.lean.modes import qdq_tracing, quantizers_off, seven_bit_weights
+from qat.manifest import FILE
+from qat.model.runners import TorchPart, flow_for, torch_parts
 
 PRECISIONS = ("fp32", "fp16", "int8")
 IO = ("fp32", "fp16")
@@ -128,7 +128,6 @@ def export_parts(
     flavour: str = "tensorrt",
     checkpoint: str | Path | None = None,
     recipe: Mapping[str, Any] | None = None,
-    cameras: Sequence[str] | None = None,
     opset: int | None = None,
     batch: int = 1,
     dynamic_batch: bool = False,
@@ -146,7 +145,7 @@ def export_parts(
     The same detector gives the same bytes. An earlier `out` is replaced.
 
     Args:
-        detector: a `qat.families.bevfusion.detector.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
+        detector: a family's float network, or for INT8 a `qat.model.quantized.QuantizedModel`, on the CPU.
         out: the folder.
         precision: "int8" writes Q/DQ pairs at the detector's quantizers; "fp32" none; "fp16" the same graph as "fp32",
             for a builder that is told by a flag to run it in FP16.
@@ -155,7 +154,6 @@ def export_parts(
             these fuse on a CPU, INT8 only (`qat.lean.flavours`).
         checkpoint: where the weights came from; its name and sha256 go into the manifest. ema: whether they are its averaged ones.
         recipe: how the quantizers were calibrated, for the manifest.
-        cameras: names in the order of the inputs; None for those of the detector's config.
         opset: 13 to 20; None for 13, and for INT8 of tensorrt-strong 19, the first with FP16 scales.
         batch: samples (of all cameras) in an input. dynamic_batch: any number of them; `batch` and one more are verified.
         only: names of the parts to write; None for all.
@@ -165,7 +163,7 @@ def export_parts(
             it is for (`qat.export.calibration_cache`).
         reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
         seed: of the made-up frame for verification.
-        frames: real ones to verify on too, what `qat.runtime.SampleTensors` describes, preprocessed for this model.
+        frames: real ones to verify on too, preprocessed for this model.
 
     Returns:
         the manifest. `manifest["verification"]["passed"]` is False when a part is out of tolerance; the files are
@@ -189,9 +187,8 @@ def export_parts(
     )
     form.check(detector)
     detector.eval()
-    settings = pipeline_settings(detector.config, cameras)
     with form.applied(detector):
-        head = manifest_head(settings, form.precision, checkpoint, recipe, ema)
+        head = manifest_head(flow_for(detector).settings, form.precision, checkpoint, recipe, ema)
         return _export(detector, Path(out), form, head, seed, frames)
 
 
@@ -218,11 +215,10 @@ def _export(
     seed: int,
     frames: Sequence[Any],
 ) -> dict[str, Any]:
-    settings = head["pipeline"]
     parts = torch_parts(detector)
     left = form.chosen(parts)
     batches = (form.batch, form.batch + 1) if form.dynamic_batch else (form.batch,)
-    verification = Verification(detector, parts, settings, frames, seed, batches)
+    verification = Verification(detector, parts, frames, seed, batches)
     manifest = {
         **head,
         "flavour": form.flavour,
@@ -241,11 +237,11 @@ def _export(
             if name not in left:
                 verification.skip(name)
                 continue
-            model = source = _graph(part, name, verification.feeds, form)
+            model = source = _graph(part, name, verification.feeds(name), form)
             typed = None
             if form.strong:
                 model, typed = to_tensorrt_strong(
-                    source, form.precision, verification.all_feeds, form.opset, keep_io=form.io == "fp32"
+                    source, form.precision, verification.all_feeds(name), form.opset, keep_io=form.io == "fp32"
                 )
                 manifest["opset"] = max(manifest["opset"], opset_of(model))
             if form.precision == "int8":

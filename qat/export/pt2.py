@@ -23,14 +23,13 @@ from torch.export.graph_signature import InputKind
 from qat.checkpoints.reading import saving
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
-from qat.core.manifest import FILE, PARTS
 from qat.core.progress import progress_bar
 from qat.core.tensors import compare_tensors
-from qat.export.torch_parts import torch_parts
-from qat.export.verify import random_frame
-from qat.families.bevfusion.settings import check_calibrated, manifest_head, pipeline_settings
+from qat.export.manifest_head import check_calibrated, manifest_head
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import Quantizer
+from qat.manifest import FILE
+from qat.model.runners import flow_for, torch_parts
 from qat.runtime import Pipeline
 
 PRECISIONS = ("fp32", "int8")
@@ -116,8 +115,7 @@ def export_pt2(
     *,
     checkpoint: str | Path | None = None,
     recipe: Mapping[str, Any] | None = None,
-    parts: Sequence[str] = PARTS,
-    cameras: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
     seed: int = 0,
     ema: bool = False,
 ) -> dict[str, Any]:
@@ -128,17 +126,16 @@ def export_pt2(
     with torch 2.13; torch does not promise it. An earlier `out` is replaced.
 
     Args:
-        detector: a `qat.families.bevfusion.detector.CameraBEVDetector`, or for INT8 a `qat.lean.QuantizedDetector`, on the CPU.
+        detector: a family's float network, or for INT8 a `qat.model.quantized.QuantizedModel`, on the CPU.
         out: the folder.
         precision: "int8" with torch's fake-quantize operators where the detector's quantizers are on; "fp32" without.
         checkpoint: where the weights came from; its name and sha256 go into the manifest. ema: whether they are its averaged ones.
         recipe: how the quantizers were calibrated, for the manifest.
-        parts: which ones, by name.
-        cameras: names in the order of the inputs; None for those of the detector's config.
+        parts: which ones, by name; None for all.
         seed: of the random frame that the parts are run on.
 
     Returns:
-        the manifest, with format_of_parts "pt2" (`qat.core.manifest.load_manifest` reads it when told so). Its
+        the manifest, with format_of_parts "pt2" (`qat.manifest.load_manifest` reads it when told so). Its
         `verification["passed"]` is False when a reloaded program computes something else; the files are written all
         the same, to be looked at.
 
@@ -148,25 +145,26 @@ def export_pt2(
     if precision not in PRECISIONS:
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)} for the pt2 format")
     check_calibrated(detector, precision)
-    for name in parts:
-        if name not in PARTS:
-            raise UserError(f"parts: found {name!r}, expected some of {', '.join(PARTS)}")
+    flow = flow_for(detector)
+    plan = flow.plan
+    for name in parts or ():
+        if name not in plan.parts:
+            raise UserError(f"parts: found {name!r}, expected some of {', '.join(plan.parts)}")
     detector.eval()
-    settings = pipeline_settings(detector.config, cameras)
     state: AbstractContextManager[None] = nullcontext() if precision == "int8" else quantizers_off(detector)
     manifest = {
-        **manifest_head(settings, precision, checkpoint, recipe, ema),
+        **manifest_head(flow.settings, precision, checkpoint, recipe, ema),
         "format_of_parts": "pt2",
         "types": "FP32 tensors" + (", rounded by torch's fake-quantize operators" if precision == "int8" else ""),
     }
     passed = True
-    chosen = [name for name in PARTS if name in parts]
+    chosen = [name for name in plan.parts if parts is None or name in parts]
     with state, atomic_directory(out) as folder, progress_bar("export", len(chosen)) as done:
         runners = torch_parts(detector)
-        frame = random_frame(settings, seed)
-        tensors = {"img": frame.img[None], "depth": frame.depth[None], **Pipeline(runners, settings).forward(frame)}
-        tensors["camera"] = tensors.get("feat_out", tensors["feat_in"])
-        for name in (name for name in runners if name in parts):
+        frame = flow.made_frame(seed, noise=True)
+        every = {**flow.feeds([frame]), **flow.initial_state(), **Pipeline(runners, flow.settings).forward(frame)}
+        for name in chosen:
+            tensors = {**every, **{own: every[tensor] for own, tensor in plan.parts[name].inputs.items()}}
             done(len(manifest["parts"]), name)
             wrapper = runners[name].wrapper
             inputs = tuple(torch.from_numpy(tensors[tensor]) for tensor in wrapper.inputs)

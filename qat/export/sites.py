@@ -30,11 +30,11 @@ from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
 from qat.export.scale_as_depthwise import weight_steps
-from qat.export.torch_parts import TorchPart
 from qat.lean.canonical import size
 from qat.lean.layers import ScaleShift
 from qat.lean.quantizer import Quantizer, Spec
 from qat.lean.trace import submodule
+from qat.model.runners import TorchPart
 
 NHWC = (0, 2, 3, 1)
 
@@ -266,7 +266,7 @@ class _Hooks:
         handles = []
         layer: Any  # nn.Module's attributes have no types of their own
         for path, layer in self.wrapper.named_modules() if self.owner.depthwise else ():
-            if path.removeprefix("detector.") in self.owner.depthwise:
+            if path.removeprefix("core.") in self.owner.depthwise:
                 if not hasattr(layer, "floats"):
                     layer.floats = [value.detach().clone().float() for value in (layer.scale, layer.shift)]
                 handles.append(layer.register_forward_pre_hook(self.before_scale))
@@ -453,7 +453,7 @@ class SiteReference:
 
     def patches(self, codes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A patch of each site's codes."""
-        modules = {name.removeprefix("detector."): module for name, module in self._base.named_modules()}
+        modules = {name.removeprefix("core."): module for name, module in self._base.named_modules()}
         last = {
             place.pair.codes
             for at, place in self.places.items()

@@ -19,16 +19,14 @@ import torch
 
 from qat.core.files import sha256
 from qat.core.sites import Runner, check_sites, runner_of, tile
-from qat.core.tensors import compare_tensors, frame_digest
+from qat.core.tensors import arrays_digest, compare_tensors
 from qat.core.verification import (
     FILE,
-    check_frame,
     digest,
     input_patch,
     judge,
-    made_frame,
+    made_feeds,
     pack,
-    random_frame,
     round_input,
     store,
     write_summary,
@@ -38,10 +36,13 @@ from qat.export.bisect import diagnose
 from qat.export.flavour_tensorrt_strong import verify_strong
 from qat.export.lookups import constants
 from qat.export.sites import SiteReference, prepared
-from qat.export.torch_parts import TorchPart
+from qat.families import family_named
 from qat.lean.modes import quantizers_off, recording_scales
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import TorchPart, flow_for
+from qat.plan import Op
 
-__all__ = ["Verification", "compare_scales", "graph_scales", "random_frame", "verify_part"]
+__all__ = ["Verification", "compare_scales", "graph_scales", "verify_part"]
 
 
 def graph_scales(model: onnx.ModelProto) -> list[np.ndarray]:
@@ -144,33 +145,31 @@ def _doubled(wrappers: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Modu
 
 @dataclass
 class _Running:
-    """A batch of frames on its way through the parts. feeds: what the next part takes in. patch: what these repeat, if so."""
+    """A batch of frames on its way through the plan. tensors: those that later steps take. patches: what some of them repeat."""
 
     token: str
-    frames: list[Any]
-    feeds: dict[str, np.ndarray] = field(default_factory=dict)
-    patch: np.ndarray | None = None
+    tensors: dict[str, Any]
+    patches: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Verification:
-    """The frames that go through a detector's parts in PyTorch and, part by part, through their graphs.
+    """The frames that go through a model's plan in PyTorch and, part by part, through the parts' graphs.
 
-        verification = Verification(detector, parts, settings, frames, seed=0)
+        verification = Verification(model, parts, frames, seed=0)
         for name in parts:                                   # in their order
-            feeds = verification.feeds                       # of the first frame, to trace with
+            feeds = verification.feeds(name)                 # of the first frame, to trace with
             …
             manifest["parts"][name] |= verification.check(name, graph, model)
         manifest["verification"] = verification.write(folder)
 
-    Each frame holds no more than the next part's inputs. They are PyTorch's, rounded (`round_input`), so that one part's
-    error is not charged to the next.
+    Each frame holds no more than what later steps take. What one part gives to another is PyTorch's, rounded (`round_input`), so
+    that one part's error is not charged to the next.
     """
 
     def __init__(
         self,
         detector: Any,
         parts: Mapping[str, TorchPart],
-        settings: Mapping[str, Any],
         frames: Sequence[Any] = (),
         seed: int = 0,
         batches: Sequence[int] = (1,),
@@ -180,49 +179,56 @@ class Verification:
         Args:
             detector: float, or quantized and in the state in which it is exported.
             parts: its parts, in their order.
-            settings: the manifest's `pipeline` section.
-            frames: real ones, what `qat.runtime.SampleTensors` describes; beside these, a made-up one.
+            frames: real ones; beside these, a made-up one.
             seed: of the made-up frame; of a batch of them, of the first.
             batches: samples in an input: that of the file, or one that a graph for any number is traced with, and others
                 that it is verified with too, on made-up frames. A real frame fills its batch alone.
 
         Raises:
-            UserError: a frame has other cameras or another image size.
+            UserError: a frame is not what the parts take.
         """
-        self.detector, self.parts, self.settings, self.seed = detector, dict(parts), settings, seed
+        self.detector, self.parts, self.seed = detector, dict(parts), seed
+        self.flow = flow_for(detector)
+        self.plan = self.flow.plan
         self.batch = batches[0]
+        network = detector.network if isinstance(detector, QuantizedModel) else detector
+        self.ops = family_named(network.family).ops(network)
 
-        def made(count: int) -> list[Any]:
-            return [made_frame(settings, seed + n) for n in range(count)]
+        def feeds(frames: Sequence[Any]) -> dict[str, Any]:
+            state = {name: np.repeat(x, len(frames), axis=0) for name, x in self.flow.initial_state().items()}
+            return {**self.flow.feeds(frames), **state}
+
+        def made(count: int) -> dict[str, Any]:
+            return feeds([self.flow.made_frame(seed + n) for n in range(count)])
 
         self.running = [_Running(f"made-up:{seed}", made(self.batch))]
         for frame in frames:
-            token = str(getattr(frame, "token", None) or frame_digest(frame))
-            check_frame(settings, frame, token)
-            self.running.append(_Running(token, [frame] * self.batch))
+            arrays = feeds([frame] * self.batch)
+            token = str(getattr(frame, "token", None) or arrays_digest(arrays))
+            self.flow.check_frame(frame, token)
+            self.running.append(_Running(token, arrays))
         self.kept = len(self.running)
         self.running += [_Running(f"made-up:{seed} in a batch of {count}", made(count)) for count in batches[1:]]
-        self.first = next(iter(self.parts))
-        for running in self.running:
-            names = self.parts[self.first].wrapper.inputs
-            running.feeds = {name: np.stack([getattr(frame, name) for frame in running.frames]) for name in names}
-        self.made_sha256 = digest(self.running[0].feeds)
+        self.made_sha256 = digest(made_feeds(self.flow, seed, self.batch))
         # Between the parts, tensors are large: those of one frame are kept, a real one if there is one.
         self.whole = 1 if self.kept > 1 else 0
         self.stored: dict[str, list[int]] = {}
         self.arrays: dict[str, np.ndarray] = {}
         self.passed = True
         self._made: dict[str, dict[str, torch.nn.Module]] = {}
+        self._settled: set[str] = set(self.plan.inputs)  # tensors that are as the parts take them
+        self._ops_until(next(iter(self.parts)))
 
-    @property
-    def feeds(self) -> dict[str, np.ndarray]:
-        """What the next part takes in of the first frame."""
-        return self.running[0].feeds
+    def feeds(self, name: str) -> dict[str, np.ndarray]:
+        """What a part, the next one, takes of the first frame."""
+        return self.all_feeds(name)[0]
 
-    @property
-    def all_feeds(self) -> list[dict[str, np.ndarray]]:
-        """What the next part takes in, of every frame."""
-        return [running.feeds for running in self.running]
+    def all_feeds(self, name: str) -> list[dict[str, np.ndarray]]:
+        """What a part, the next one, takes of every frame."""
+        return [self._feeds(name, running) for running in self.running]
+
+    def _feeds(self, name: str, running: _Running) -> dict[str, np.ndarray]:
+        return {own: running.tensors[tensor] for own, tensor in self.plan.parts[name].inputs.items()}
 
     def check(
         self, name: str, graph: bytes, model: onnx.ModelProto, typed: Mapping[str, Any] | None = None
@@ -244,7 +250,8 @@ class Verification:
         opened, optimized = PlainGraph(graph), PlainGraph(graph, optimized=True)
         written = onnx.load_from_string(graph)
         rounds = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
-        self.stored[name] = list(range(self.kept)) if name == self.first else [self.whole]
+        raw = self.plan.is_raw(self.plan.parts[name])
+        self.stored[name] = list(range(self.kept)) if raw else [self.whole]
         sites = None
         if rounds:
             half = typed is not None
@@ -254,14 +261,14 @@ class Verification:
                 base[name],
                 lambda: self._copies("exact", lambda: _doubled(base))[name],
                 graph,
-                self.running[self.whole].feeds,
+                self._feeds(name, self.running[self.whole]),
                 half,
             )
         entries: dict[str, list[dict[str, Any]]] = {}
         scales: list[np.ndarray] = []
         outputs = []
         for index, running in enumerate(self.running):
-            feeds, where = running.feeds, f"frame {running.token}: {name}"
+            feeds, where = self._feeds(name, running), f"frame {running.token}: {name}"
             exact: dict[str, np.ndarray] | None = None
             own: dict[str, np.ndarray] | None = None
             if rounds:
@@ -316,7 +323,7 @@ class Verification:
             output, frame = min(plain, key=lambda at: _reserve(entries[at[0]][at[1]]))
             wrong += [
                 {**layer.to_json(), "output": output, "frame": self.running[frame].token}
-                for layer in diagnose(written, model, part, self.running[frame].feeds, output)
+                for layer in diagnose(written, model, part, self._feeds(name, self.running[frame]), output)
             ]
         if wrong:
             result["divergence"] = wrong
@@ -340,7 +347,7 @@ class Verification:
     def _check_sites(self, name: str, reference: SiteReference) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The part's `sites` and what of them diverges: on the codes of a real frame, and on patches of these, which are kept,
         with the optimizer on too."""
-        feeds = self.running[self.whole].feeds
+        feeds = self._feeds(name, self.running[self.whole])
         codes = reference.codes(feeds)
         patches = reference.patches(codes)
         repeated = {site: tile(patch, codes[site].shape) for site, patch in patches.items()}
@@ -394,7 +401,7 @@ class Verification:
 
     def skip(self, name: str) -> None:
         """Takes the frames on past a part that is not written."""
-        self._advance(name, [self.parts[name].run(running.feeds) for running in self.running])
+        self._advance(name, [self.parts[name].run(self._feeds(name, running)) for running in self.running])
 
     def _keep(
         self,
@@ -406,10 +413,11 @@ class Verification:
         tolerances: Mapping[str, float],
     ) -> None:
         stem = f"{index}/{name}"
-        if index > 0 or name != self.first:  # the made-up frame is made again from its seed
-            patch = self.running[index].patch
+        own = self.plan.parts[name]
+        if index > 0 or not self.plan.is_raw(own):  # the made-up frame is made again from its seed
             for tensor, array in feeds.items():
-                packed = pack(array if patch is None else patch, self.settings["image"])
+                patch = self.running[index].patches.get(own.inputs[tensor])
+                packed = pack(array if patch is None else patch, self.flow.image)
                 if patch is not None:
                     packed["patch_shape"] = np.array(patch.shape, np.int64)
                 for key, value in packed.items():
@@ -420,26 +428,39 @@ class Verification:
                     self.arrays[f"{stem}/{kind}/{output}/{key}"] = value
 
     def _advance(self, name: str, outputs: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Takes every frame past a part, and past the ops behind it."""
+        for running, output in zip(self.running, outputs, strict=True):
+            running.tensors.update(output)
         names = list(self.parts)
         following = names[names.index(name) + 1 :][:1]
         if not following:
             return
-        (tensor,) = self.parts[following[0]].wrapper.inputs
-        for running, output in zip(self.running, outputs, strict=True):
-            if name == self.first:
-                geometry = ("camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
-                matrices = [np.stack([getattr(frame, key) for frame in running.frames]) for key in geometry]
-                context = torch.from_numpy(output["camera_feature"]).permute(0, 3, 1, 2)
+        self._ops_until(following[0], after=name)
+        needed = self.plan.needed_from(following[0])
+        taken = set(self.plan.parts[following[0]].inputs.values())
+        for running in self.running:
+            running.tensors = {tensor: x for tensor, x in running.tensors.items() if tensor in needed}
+            for tensor in sorted(taken - self._settled):
+                value = round_input(running.tensors[tensor])
+                # Of the frame that is kept, a large tensor is replaced by a patch, repeated.
+                patch = input_patch(value) if running is self.running[self.whole] else None
+                running.tensors[tensor] = value if patch is None else tile(patch, value.shape)
+                if patch is not None:
+                    running.patches[tensor] = patch
+        self._settled |= taken
+
+    def _ops_until(self, name: str, after: str | None = None) -> None:
+        """Runs the ops before a part, from the part before it on, in torch."""
+        for step in self.plan.between(after, name):
+            if not isinstance(step, Op):
+                continue
+            for running in self.running:
+                given = {n: running.tensors[n] for n in step.inputs}
+                computed = [n for part in self.plan.parts.values() for n in part.outputs]
+                as_torch = {n: torch.from_numpy(x) if n in computed else x for n, x in given.items()}
                 with torch.inference_mode():
-                    patterns = self.detector.patterns(*matrices)
-                    pooled = self.detector.pool(torch.from_numpy(output["camera_depth_weights"]), context, patterns)
-                value = pooled.numpy()
-            else:
-                (value,) = output.values()
-            value = round_input(value)
-            # Of the frame that is kept, a large tensor is replaced by a patch, repeated.
-            running.patch = input_patch(value) if running is self.running[self.whole] else None
-            running.feeds = {tensor: value if running.patch is None else tile(running.patch, value.shape)}
+                    result = self.ops[step.name](as_torch)
+                running.tensors.update({n: x.numpy() if isinstance(x, torch.Tensor) else x for n, x in result.items()})
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Writes verification.npz and returns the manifest's `verification` section."""

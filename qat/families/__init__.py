@@ -1,1 +1,70 @@
-"""Families of models."""
+"""Families of models, one folder each. This package knows their names; a stage asks it for what it needs.
+
+A family is a package with two modules:
+
+    flow.py      FLOW, a `qat.families.flow.Flow`: the plan, the host's ops, raw input and boxes. No torch.
+    family.py    FAMILY, a `qat.families.family.Family`: config, networks, parts, recipe, training. Imported by PyTorch stages.
+
+Other packages add theirs by an entry point of the group `bevqat.families`: `toy = "my_package.toy"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from qat.core.errors import UserError
+
+if TYPE_CHECKING:
+    from qat.families.family import Family
+    from qat.families.flow import Flow
+
+GROUP = "bevqat.families"
+DEFAULT = "bevfusion"  # of manifests, checkpoints and configs that name none
+KEY = "family"
+_OWN = {DEFAULT: "qat.families.bevfusion"}
+
+
+@cache
+def packages() -> dict[str, str]:
+    """The package of each family, by its name."""
+    return {**{entry.name: entry.value for entry in entry_points(group=GROUP)}, **_OWN}
+
+
+def named_in(values: Mapping[str, Any], source: str) -> str:
+    """The family that a config, a checkpoint or a manifest's section names.
+
+    Raises:
+        UserError: there is no such family here.
+    """
+    name = values.get(KEY, DEFAULT)
+    if not isinstance(name, str) or name not in packages():
+        raise UserError(
+            f"{source}: {KEY}: found {name!r}, expected one of {', '.join(packages())}; install the package that has it"
+        )
+    return name
+
+
+def flow_class(name: str) -> type[Flow]:
+    """A family's torch-free side."""
+    found: type[Flow] = import_module(f"{packages()[name]}.flow").FLOW
+    return found
+
+
+def flow_of(settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> Flow:
+    """The flow that a manifest's `pipeline` section describes. threads, source: as for `Flow`."""
+    return flow_class(named_in(settings, source))(settings, threads, source)
+
+
+def family_named(name: str) -> Family:
+    """A family's PyTorch side."""
+    found: Family = import_module(f"{packages()[name]}.family").FAMILY
+    return found
+
+
+def family_of(values: Mapping[str, Any], source: str) -> Family:
+    """The family that a config or a checkpoint names; raises as `named_in`."""
+    return family_named(named_in(values, source))

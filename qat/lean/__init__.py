@@ -7,22 +7,16 @@ rules/       where quantizers go, one rule a file; `placement` is what they spea
 flavours/    what each backend wants rounded, and how; one flavour a file
 insert       quantizers into the graph, weights' quantizers into the layers
 calibrators  histograms and the searches for a range
-detector     the quantized detector, with the float one's interface
 """
 
 from qat.lean.calibrators import METHODS
-from qat.lean.detector import AUTO, QuantizedDetector, auto_methods, quantize_detector
 from qat.lean.insert import Inventory, quantize_graph
 from qat.lean.module import QuantizedModule, quantize
 
 __all__ = [
-    "AUTO",
     "METHODS",
     "Inventory",
-    "QuantizedDetector",
     "QuantizedModule",
-    "auto_methods",
     "quantize",
-    "quantize_detector",
     "quantize_graph",
 ]

@@ -6,16 +6,20 @@ et al. 2013, arXiv 1308.3432): torch's own fake-quantize operators do so.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
-from qat.lean.detector import QuantizedDetector
 from qat.lean.modes import quantizers
 from qat.lean.quantizer import QUANTIZED, Quantizer, weight_range
+
+if TYPE_CHECKING:
+    from qat.model.quantized import QuantizedModel
 
 _LAYERS = tuple(quantized for _, quantized in QUANTIZED)
 
 
-def refresh_weight_ranges(model: QuantizedDetector) -> None:
+def refresh_weight_ranges(model: QuantizedModel) -> None:
     """Sets every weight's scales from the weights as they are now, so that the two never disagree.
 
     The weights of a layer whose quantizer is off have their ranges refreshed too: another flavour may switch it on.
@@ -27,7 +31,7 @@ def refresh_weight_ranges(model: QuantizedDetector) -> None:
             quantizer.set_range(weight_range(module))
 
 
-def learn_ranges(model: QuantizedDetector) -> dict[str, nn.Parameter]:
+def learn_ranges(model: QuantizedModel) -> dict[str, nn.Parameter]:
     """Makes the ranges of the activation quantizers that are on parameters: log2 of the magnitude, by quantizer path.
 
     In the logarithm a step of Adam is a relative change, whatever the tensor's magnitude, and a range stays positive
@@ -41,14 +45,14 @@ def learn_ranges(model: QuantizedDetector) -> dict[str, nn.Parameter]:
     return learned
 
 
-def settle_ranges(model: QuantizedDetector) -> None:
+def settle_ranges(model: QuantizedModel) -> None:
     """Ranges that were learned become plain ranges again, with the values that they have."""
     for quantizer in quantizers(model.parts).values():
         assert isinstance(quantizer, Quantizer)
         quantizer.settle_range()
 
 
-def trained_parameters(model: QuantizedDetector) -> dict[str, nn.Parameter]:
+def trained_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
     """All weights and biases of the parts by path, those of layers that stay float too; not ranges that are learned.
 
     From here on they want gradients: a bias that folding a batch norm made does not by itself.

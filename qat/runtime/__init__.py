@@ -5,17 +5,14 @@ detections = pipeline(images, points, Calibration(camera_intrinsics, camera2lida
 print(pipeline.timing_ms)
 """
 
-from qat.families.bevfusion.pooling.cpu import PatternCache, pool
 from qat.runtime.engines import build_engines, load_engines
 from qat.runtime.pipeline import Calibration, PartRunner, Pipeline, SampleTensors
 
 __all__ = [
     "Calibration",
     "PartRunner",
-    "PatternCache",
     "Pipeline",
     "SampleTensors",
     "build_engines",
     "load_engines",
-    "pool",
 ]

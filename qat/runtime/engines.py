@@ -13,7 +13,6 @@ from typing import Any
 
 from qat.core.errors import UserError
 from qat.core.files import atomic_directory, read_json, sha256, write_json
-from qat.core.manifest import FILE, PARTS, check_kind, load_manifest, pipeline_of
 from qat.engine import (
     CPU_BACKENDS,
     PRECISIONS,
@@ -28,6 +27,8 @@ from qat.engine import (
     load,
     takes_bfloat16,
 )
+from qat.families import flow_of
+from qat.manifest import FILE, check_kind, load_manifest, pipeline_of
 
 FORMAT_OF_PARTS = "engine"
 AGAIN = "run `bevqat build` again, on the machine that is to run it"
@@ -67,12 +68,7 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
         )
     if precision is not None and precision != found and (found, precision) != ("fp16", "fp32"):
         raise UserError(f"{folder}: found {found} parts, expected {precision}; export again with --{precision}")
-    path, mend = folder / FILE, "export again"
-    pipeline = pipeline_of(folder, manifest)
-    downsample = check_kind(path, pipeline["vtransform"], "downsample", int, mend, "pipeline: vtransform")
-    needed = [PARTS[0], *(PARTS[1:2] if downsample > 1 else ())]
-    if pipeline.get("head") is not None:  # else the camera branch alone
-        needed += PARTS[2:]
+    needed = flow_of(pipeline_of(folder, manifest), source=str(folder)).plan.parts
     if missing := [name for name in needed if name not in manifest["parts"]]:
         raise UserError(f"{folder}: found no parts {', '.join(missing)}, expected all; export again without --parts")
     if manifest.get("batch", 1) not in (1, None):

@@ -15,13 +15,14 @@ import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.files import sha256
-from qat.core.manifest import FILE, load_manifest, pipeline_of
-from qat.core.manifest_schema import check_verification
 from qat.core.onnx_cut import Cut
 from qat.core.onnx_file import check_graph, graph_opset
 from qat.core.sites import check_sites, grid_problems, runner_of, site_line
 from qat.core.verification import Summary, compare_stored, what_is_wrong
 from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
+from qat.families import flow_of
+from qat.manifest import FILE, load_manifest, pipeline_of
+from qat.manifest_schema import check_verification
 
 AS_IT_IS = "onnxruntime, optimizer off"
 SHOWN = 5  # lines of what is wrong with one part
@@ -190,8 +191,8 @@ def verify_folder(
             raise UserError(f"part: found {name!r}, expected one of {', '.join(manifest['parts'])}")
     if "file" in manifest.get("verification", {}):
         check_verification(folder / FILE, manifest, "export again")
-    pipeline_of(folder, manifest)
-    summary = Summary(folder, manifest)
+    flow = flow_of(pipeline_of(folder, manifest), source=str(folder))
+    summary = Summary(folder, manifest, flow)
     tokens = list(manifest["verification"]["frames"])
     options = options or Options()
     report: dict[str, Any] = {}

@@ -24,10 +24,10 @@ from qat.cli import main
 from qat.cli.benchmark import add_arguments
 from qat.cli.engine_flags import engine_options
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest
 from qat.engine import Options, TensorRtOptions
 from qat.engine.tensorrt_options import Profile
 from qat.families.bevfusion.inputs import made_up, native_size, recorded
+from qat.manifest import load_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]

@@ -17,7 +17,7 @@ from qat.cli import main
 from qat.core.errors import UserError
 from qat.data.synth import SynthOptions, generate
 from qat.lean.modes import quantizers
-from qat.lean.units import only_on, units
+from qat.model.units import only_on, units
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def broken(quantized):
 
 class Counted:
     """A metric that a unit's being on lowers by its price, and that says what was tried. It reads the detector's state
-    through the scores: `run_frame` is replaced by what is on."""
+    through the scores: `run` is replaced by what is on."""
 
     def __init__(self, monkeypatch, model, prices):
         self.runs = 0
 
-        def run(model, frame):
+        def run(*_):
             self.runs += 1
             own = quantizers(model.parts)
             lost = sum(price for name, price in prices.items() if not own[name]._disabled)
@@ -51,9 +51,9 @@ class Counted:
                 name: torch.zeros(1, n, 4, 4)
                 for name, n in (("reg", 2), ("height", 1), ("dim", 3), ("rot", 2), ("vel", 2))
             }
-            return [{"heatmap": heat, **rest}]
+            return {name: value for n, value in {"heatmap": heat, **rest}.items() for name in [f"{n}_0"]}
 
-        monkeypatch.setattr(module, "run_frame", run)
+        monkeypatch.setattr(module, "run", run)
 
     def __call__(self, boxes):
         return {"map": float(np.mean([max(found.scores) for found in boxes.values()])), "nds": 0.5}

@@ -19,8 +19,8 @@ from qat.core.tensors import compare_tensors
 from qat.data.synth import SynthOptions, generate
 from qat.engine import Options
 from qat.families.bevfusion.config import is_camera_branch, load_config
-from qat.families.bevfusion.run import run_frame
 from qat.families.bevfusion.training.loop import TrainOptions, train
+from qat.model.runners import run_frame
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def calibrated(fusion_files, data, ptq):
 
 def features(model, frame):
     with torch.inference_mode():
-        ((maps),) = run_frame(model, frame)
+        maps = run_frame(model, frame)
     return maps["feat_out"]
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,24 +20,24 @@ from qat.calibrate.checkpoint import load_float_reference
 from qat.calibrate.finetune import FinetuneOptions, finetune, learning_rate
 from qat.cli import main
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest
 from qat.core.tensors import compare_tensors
 from qat.data import NuScenesDataset
 from qat.data.augment import AugmentedSet
 from qat.data.synth import SynthOptions, generate
 from qat.families.bevfusion.distill import (
-    Outputs,
     box_loss,
     distillation_losses,
     heat_loss,
     relative_error,
-    run_network,
 )
-from qat.lean import quantize_detector
-from qat.lean.detector import KEEP_FLOAT
+from qat.families.bevfusion.recipe import KEEP_FLOAT
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
 from qat.lean.modes import quantizers
 from qat.lean.quantizer import Quantizer, input_quantizer
+from qat.manifest import load_manifest
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import run_frame, torch_feeds, torch_runners
+from qat.plan import run as run_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = FinetuneOptions(steps=4, batch=2, lr=1e-3, warmup=1)
@@ -75,14 +74,12 @@ def run(ptq, data, out, options=FEW):
 
 def outputs(model, data, index=0):
     sample = NuScenesDataset(data, "a", model.config)[index]
-    matrices = (sample.camera_intrinsics, sample.camera2lidar, sample.img_aug_matrix, sample.lidar_aug_matrix)
-    img, depth = (torch.from_numpy(x)[None] for x in (sample.img, sample.depth))
-    return run_network(model, img, depth, [model.vtransform.pattern(*matrices)], nullcontext())
+    return run_frame(model, sample)
 
 
 def losses(ptq, model, data):
     with torch.no_grad():
-        return distillation_losses(outputs(model, data), outputs(load_float_reference(ptq)[0], data))
+        return distillation_losses(outputs(model, data), outputs(load_float_reference(ptq)[0], data), 1)
 
 
 def saved(path):
@@ -135,17 +132,19 @@ def test_losses_of_a_batch_are_the_mean_of_its_frames():
 
     def some(frames):
         maps = {"heatmap": torch.randn(frames, 2, 4, 4), "reg": torch.randn(frames, 2, 4, 4)}
-        return Outputs(
-            torch.rand(frames * 3, 5, 2, 2), torch.randn(frames * 3, 4, 2, 2), torch.randn(frames, 6, 4, 4), [maps]
-        )
+        return {
+            "camera_depth_weights": torch.rand(frames * 3, 5, 2, 2),
+            "camera_feature": torch.randn(frames * 3, 2, 2, 4),
+            "middle": torch.randn(frames, 6, 4, 4),
+            **{f"{name}_0": value for name, value in maps.items()},
+        }
 
     def frame(o, k):
-        maps = [{name: x[k : k + 1] for name, x in task.items()} for task in o.maps]
-        return Outputs(o.depth_weights[3 * k : 3 * k + 3], o.context[3 * k : 3 * k + 3], o.bev[k : k + 1], maps)
+        return {name: x[3 * k : 3 * k + 3] if name.startswith("camera") else x[k : k + 1] for name, x in o.items()}
 
     student, teacher = some(2), some(2)
-    together = distillation_losses(student, teacher)
-    apart = [distillation_losses(frame(student, k), frame(teacher, k)) for k in range(2)]
+    together = distillation_losses(student, teacher, 2)
+    apart = [distillation_losses(frame(student, k), frame(teacher, k), 1) for k in range(2)]
     for name, value in together.items():
         assert torch.isclose(value, (apart[0][name] + apart[1][name]) / 2), name
 
@@ -188,7 +187,7 @@ def test_gradients_reach_every_weight(ptq, data):
     """Those of INT8 layers through their rounding, and those of layers that stay float."""
     student, _ = load_ptq(ptq)
     parameters = trained_parameters(student)
-    found = distillation_losses(outputs(student, data), outputs(load_float_reference(ptq)[0], data))
+    found = distillation_losses(outputs(student, data), outputs(load_float_reference(ptq)[0], data), 1)
     torch.stack(list(found.values())).sum().backward()
     assert len(parameters) == len({id(p) for p in student.parts.parameters()})
     without = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
@@ -202,7 +201,7 @@ def test_the_losses_fall(make_tiny_model, tiny_config, data, tmp_path):
     """With ranges so wide that rounding does harm, as long tails make them; and with the depth map's convolutions in INT8,
     which the tensorrt flavours leave float otherwise."""
     model = make_tiny_model()
-    network = quantize_detector(model, KEEP_FLOAT[:1])
+    network = QuantizedModel(model, KEEP_FLOAT[:1])
     quantized, _ = calibrate(network, NuScenesDataset(data, "a", tiny_config), "max")
     save_ptq(tmp_path / "int8.pth", quantized, model, {"method": "max"})
     checkpoint = saved(tmp_path / "int8.pth")
@@ -232,7 +231,9 @@ def test_the_teacher_never_changes(ptq, data, tmp_path):
     one, two = saved(ptq), saved(result.checkpoint)
     assert all(torch.equal(one["state_dict"][name], x) for name, x in two["state_dict"].items())
     again = run(result.checkpoint, data, tmp_path / "again", replace(FEW, steps=1))
-    teachers = [outputs(load_float_reference(path)[0], data).bev for path in (ptq, result.checkpoint, again.checkpoint)]
+    teachers = [
+        outputs(load_float_reference(path)[0], data)["middle"] for path in (ptq, result.checkpoint, again.checkpoint)
+    ]
     assert torch.equal(teachers[0], teachers[1]) and torch.equal(teachers[0], teachers[2])
     assert again.recipe["float_checkpoint"] == {"file": "f.pth", "sha256": "12ab"}
 
@@ -245,11 +246,11 @@ def test_a_reload_in_a_new_process_gives_identical_bytes(ptq, data, tmp_path):
     inputs = {"img": torch.from_numpy(sample.img), "depth": torch.from_numpy(sample.depth)}
     torch.save(inputs, tmp_path / "inputs.pth")
     with torch.no_grad():
-        here = model.camera_logits(inputs["img"], inputs["depth"])
+        here = model.parts["camera"](inputs["img"], inputs["depth"])
     script = (
         "import torch; torch.set_num_threads(1); from qat.calibrate import load_ptq; "
         f"m, _ = load_ptq(r'{path}'); x = torch.load(r'{tmp_path / 'inputs.pth'}', weights_only=True); "
-        f"torch.save(m.camera_logits(x['img'], x['depth']).detach(), r'{tmp_path / 'out.pth'}')"
+        f"torch.save(m.parts['camera'](x['img'], x['depth']).detach(), r'{tmp_path / 'out.pth'}')"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
     assert torch.equal(saved(tmp_path / "out.pth"), here)
@@ -265,7 +266,7 @@ def test_what_is_saved_is_what_was_trained(ptq, data, tmp_path):
     save_ptq(tmp_path / "qat.pth", state.student, load_float_reference(ptq)[1], state.recipe, trained=True)
     with torch.no_grad():
         one, two = outputs(state.student, data), outputs(load_ptq(tmp_path / "qat.pth")[0], data)
-    assert torch.equal(one.bev, two.bev) and torch.equal(one.maps[0]["heatmap"], two.maps[0]["heatmap"])
+    assert torch.equal(one["middle"], two["middle"]) and torch.equal(one["heatmap_0"], two["heatmap_0"])
 
 
 def test_trained_weights_of_another_network_are_refused(ptq, data, tmp_path):
@@ -310,12 +311,12 @@ def test_learning_ranges_changes_next_to_nothing_before_the_first_step(ptq, data
     """A range and its logarithm's power differ by the last bit, which moves a value to its other step here and there."""
     student, _ = load_ptq(ptq)
     with torch.no_grad():
-        plain = outputs(student, data).bev
+        plain = outputs(student, data)["middle"]
         assert learn_ranges(student)
-        assert relative_error(outputs(student, data).bev, plain, 1).item() < 0.01
+        assert relative_error(outputs(student, data)["middle"], plain, 1).item() < 0.01
         settle_ranges(student)
         refresh_weight_ranges(student)
-        assert relative_error(outputs(student, data).bev, plain, 1).item() < 0.01
+        assert relative_error(outputs(student, data)["middle"], plain, 1).item() < 0.01
 
 
 def test_the_average_of_weights_is_what_is_saved(ptq, data, tmp_path, monkeypatch):
@@ -466,15 +467,12 @@ def test_bfloat16_layers_train_float32_weights(ptq, data):
     parameters = trained_parameters(student)
     teacher, _ = load_float_reference(ptq)
     sample = NuScenesDataset(data, "a", student.config)[0]
-    matrices = (sample.camera_intrinsics, sample.camera2lidar, sample.img_aug_matrix, sample.lidar_aug_matrix)
-    img, depth = (torch.from_numpy(x)[None] for x in (sample.img, sample.depth))
-    found = run_network(
-        student, img, depth, [student.vtransform.pattern(*matrices)], torch.autocast("cpu", torch.bfloat16)
-    )
-    assert found.bev.dtype == found.context.dtype == torch.float32
-    torch.stack(list(distillation_losses(found, outputs(teacher, data)).values())).sum().backward()
+    runners = torch_runners(student, lambda: torch.autocast("cpu", torch.bfloat16))
+    found = run_plan(student.plan, runners, torch_feeds(student, student.flow.feeds([sample])))
+    assert found["middle"].dtype == found["camera_feature"].dtype == torch.float32
+    torch.stack(list(distillation_losses(found, outputs(teacher, data), 1).values())).sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in parameters.values())
-    assert relative_error(found.bev, outputs(student, data).bev, 1).item() < 0.05
+    assert relative_error(found["middle"], outputs(student, data)["middle"], 1).item() < 0.05
 
 
 def test_a_trained_checkpoint_exports_and_agrees_with_its_simulation(ptq, data, tmp_path):

@@ -18,8 +18,8 @@ from qat.cli import main
 from qat.core.errors import UserError
 from qat.families.bevfusion.config import camera_branch
 from qat.families.bevfusion.detector import build_model
-from qat.lean import QuantizedDetector
 from qat.lean.modes import quantizers
+from qat.model.quantized import QuantizedModel
 
 MAKE = Path(__file__).parents[1] / "make_bevfusion_ptq.py"
 BACKBONE = "encoders.camera.backbone"
@@ -67,8 +67,8 @@ def loaded(read, tiny_config):
 
 def outputs(model, expected):
     with torch.inference_mode():
-        logits = model.camera_logits(expected["img"], expected["depth"])
-        return logits, model.decode_bev(model.downsample(expected["bev"]))
+        logits = model.parts["camera"](expected["img"], expected["depth"])
+        return logits, model.parts["decoder"](model.parts["vtransform"](expected["bev"]))
 
 
 def test_both_of_torchs_formats_read_the_same(folder, read):
@@ -146,7 +146,7 @@ def test_a_tensor_without_a_range_is_not_rounded(checkpoint, load, tmp_path):
     both = quantizers(again.parts)
     for flavour in ("tensorrt", "onnxruntime"):  # which rounds outputs of convolutions too, had they a range
         with torch.inference_mode(), again.in_flavour(flavour), quantized.in_flavour(flavour):
-            assert torch.equal(again.camera_logits(img, depth), quantized.camera_logits(img, depth))
+            assert torch.equal(again.parts["camera"](img, depth), quantized.parts["camera"](img, depth))
             assert all(own[name]._disabled and both[name]._disabled for name in report["without_range"])
             assert all(q._disabled for q in both.values() if q.role == "output")
     groups = {f"{g.part}.{g.quantizer}": g for g in inspect_checkpoint(tmp_path / "ptq.pth").groups}
@@ -212,7 +212,7 @@ def test_ranges_of_unfolded_weights_follow_them_through_folding(folder, load):
     state = torch.load(folder / "float.pth")
     quantized, model, report = load({"state_dict": state, "quantizers": modelopt(state)})
     assert not report["folded"] and not report["float_layers"] and not report["unused"]
-    calibrated = QuantizedDetector(model, (), {})  # whose ranges are those of the folded weights
+    calibrated = QuantizedModel(model, (), {})  # whose ranges are those of the folded weights
     own, other = quantizers(quantized.parts), quantizers(calibrated.parts)
     weights = [name for name in own if name.endswith("weight_quantizer")]
     assert len(weights) > 60
@@ -266,7 +266,7 @@ def test_the_camera_branch_of_it_alone(folder, tmp_path, tiny_config):
     again, _ = load_ptq(tmp_path / "ptq.pth")
     expected = torch.load(folder / "expected.pth", weights_only=True)
     with torch.inference_mode():
-        both = [q.camera_logits(expected["img"], expected["depth"]) for q in (quantized, again)]
+        both = [q.parts["camera"](expected["img"], expected["depth"]) for q in (quantized, again)]
     assert torch.equal(*both)
     dotted, _, _ = load_foreign_file(path, load_checkpoint(path), branch, "encoders.camera.")
     assert {name: q._disabled for name, q in quantizers(dotted).items()} == {

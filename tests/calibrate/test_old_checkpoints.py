@@ -14,11 +14,11 @@ import torch
 from qat.calibrate import load_ptq
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
-from qat.export import pipeline_settings
-from qat.export.verify import random_frame
-from qat.families.bevfusion.run import run_frame
+from qat.families.bevfusion.frames import random_frame
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.lean.flavours import FLAVOURS
 from qat.lean.modes import quantizers
+from qat.model.runners import run_frame
 
 HERE = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("make_schema2", HERE.parent / "make_schema2.py")
@@ -44,7 +44,7 @@ class Case:
         self.checkpoint = checkpoint
         torch.save(checkpoint, folder / "ptq.pth")
         self.quantized, self.recipe = load_ptq(folder / "ptq.pth")
-        self.frame = random_frame(pipeline_settings(config, cameras), 3)
+        self.frame = random_frame(pipeline_settings(config), 3)
         with torch.inference_mode():
             self.exact = made.flat(run_frame(self.model, self.frame))
             self.rounded = made.flat(run_frame(self.quantized, self.frame))

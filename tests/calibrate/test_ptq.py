@@ -11,24 +11,19 @@ import torch
 from qat.calibrate import calibrate, load_ptq, save_ptq
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
-from qat.lean import quantize_detector
 from qat.lean.modes import quantizers, quantizers_off
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import flow_for, run_frame
 
 
 def outputs(model, frame):
-    patterns = model.patterns(
-        frame.camera_intrinsics[None],
-        frame.camera2lidar[None],
-        frame.img_aug_matrix[None],
-        frame.lidar_aug_matrix[None],
-    )
     with torch.inference_mode():
-        maps = model(torch.from_numpy(frame.img)[None], torch.from_numpy(frame.depth)[None], patterns)
-    return torch.cat([value.flatten() for task in maps for value in task.values()]).numpy()
+        tensors = run_frame(model, frame)
+    return torch.cat([tensors[name].flatten() for name in flow_for(model).plan.outputs]).numpy()
 
 
 def test_the_quantized_detector_with_quantizers_off_equals_the_float_one(tiny_model, tiny_frames):
-    quantized = quantize_detector(tiny_model)
+    quantized = QuantizedModel(tiny_model)
     with quantizers_off(quantized):
         assert np.allclose(outputs(quantized, tiny_frames[0]), outputs(tiny_model, tiny_frames[0]), atol=1e-4)
 
@@ -75,11 +70,11 @@ def test_a_reload_in_a_new_process_gives_identical_bytes(tiny_model, tiny_frames
     img, depth = torch.from_numpy(tiny_frames[0].img), torch.from_numpy(tiny_frames[0].depth)
     torch.save({"img": img, "depth": depth}, tmp_path / "inputs.pth")
     with torch.inference_mode():
-        here = quantized.camera_logits(img, depth)
+        here = quantized.parts["camera"](img, depth)
     script = (
         "import torch; from qat.calibrate import load_ptq; "
         f"m, _ = load_ptq(r'{tmp_path / 'ptq.pth'}'); x = torch.load(r'{tmp_path / 'inputs.pth'}', weights_only=True); "
-        f"torch.save(m.camera_logits(x['img'], x['depth']).detach(), r'{tmp_path / 'out.pth'}')"
+        f"torch.save(m.parts['camera'](x['img'], x['depth']).detach(), r'{tmp_path / 'out.pth'}')"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
     assert torch.equal(torch.load(tmp_path / "out.pth", weights_only=True), here)

@@ -9,7 +9,6 @@ import torch
 
 from qat.calibrate import calibrate, save_ptq
 from qat.calibrate import sensitivity as module
-from qat.calibrate.ptq import run_frame
 from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity
 from qat.cli import main
 from qat.core.errors import UserError
@@ -17,7 +16,8 @@ from qat.core.files import sha256
 from qat.core.tensors import EQUAL_DB, compare_tensors
 from qat.data.synth import SynthOptions, generate
 from qat.lean.modes import quantizers
-from qat.lean.units import only_on, units
+from qat.model.runners import flow_for, run_frame
+from qat.model.units import only_on, units
 
 
 @pytest.fixture
@@ -26,11 +26,9 @@ def quantized(tiny_model, tiny_frames):
 
 
 def head_maps(model, frame):
-    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
     with torch.inference_mode():
-        patterns = model.patterns(*(m[None] for m in matrices))
-        maps = model(torch.from_numpy(frame.img)[None], torch.from_numpy(frame.depth)[None], patterns)
-    return torch.cat([value.flatten() for task in maps for value in task.values()]).numpy()
+        tensors = run_frame(model, frame)
+    return torch.cat([tensors[name].flatten() for name in flow_for(model).plan.outputs]).numpy()
 
 
 def test_units_are_all_that_is_on_and_do_not_overlap(quantized):

@@ -32,11 +32,11 @@ def folder(tmp_path_factory, make_config, make_detector):
 
 def test_inspect_prints_its_tables_on_an_ascii_terminal(folder, make_config, make_detector, tiny_frames):
     from qat.calibrate.checkpoint import save_ptq
-    from qat.lean import QuantizedDetector
     from qat.lean.modes import quantizers
+    from qat.model.quantized import QuantizedModel
 
     model = make_detector(make_config())
-    quantized = QuantizedDetector(model)
+    quantized = QuantizedModel(model)
     for quantizer in quantizers(quantized.parts).values():
         if quantizer.amax is None:
             quantizer.set_range(torch.tensor(1.0))

@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 
 from qat.calibrate import calibrate
 from qat.compare.health import _Watch, _WatchedPart, check_detector, check_parts, print_health
-from qat.export import pipeline_settings
-from qat.export.verify import random_frame
+from qat.families.bevfusion.frames import random_frame
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.lean.modes import quantizers
 
 
@@ -90,7 +90,7 @@ def test_the_first_node_of_an_onnx_graph_is_named(tmp_path):
 
 
 def test_exported_parts_are_watched_node_by_node(exported_fp32, fresh_config, small_cameras):
-    frame = random_frame(pipeline_settings(fresh_config(), small_cameras), 3)
+    frame = random_frame(pipeline_settings(fresh_config()), 3)
     assert check_parts(exported_fp32, [frame]).first is None
     frame.depth[0, 0, 0, 0] = np.inf
     first = check_parts(exported_fp32, [frame]).first

@@ -104,16 +104,16 @@ FORMS = {
 def forms(tmp_path_factory, fresh_config, make_detector, small_cameras):
     """{form: folder} of exports of `PART` alone; nothing may change them."""
     from qat.export import export_parts
-    from qat.lean import quantize_detector
+    from qat.model.quantized import QuantizedModel
 
     detector = make_detector(fresh_config())
-    quantized = quantize_detector(make_detector(fresh_config()))
+    quantized = QuantizedModel(make_detector(fresh_config()))
     for module in quantized.activation_quantizers().values():
         module.set_range(torch.tensor(4.0))
     root = tmp_path_factory.mktemp("forms")
     for form, (precision, flavour) in FORMS.items():
         source = quantized if precision == "int8" else detector
-        export_parts(source, root / form, precision, flavour=flavour, only=[PART], cameras=small_cameras)
+        export_parts(source, root / form, precision, flavour=flavour, only=[PART])
     return {form: root / form for form in FORMS}
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest
 from qat.core.onnx_file import read_outline
 from qat.engine import TensorRtOptions
 from qat.engine.tensorrt_builder import Typing, choose_typing
 from qat.engine.tensorrt_capabilities import Capabilities
+from qat.manifest import load_manifest
 from qat.runtime.engines import part_precisions
 
 FLOAT = "camera.vtransform"  # stays float in an INT8 export

@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.export import pipeline_settings
-from qat.export.verify import random_frame
-from qat.lean import quantize_detector
+from qat.families.bevfusion.frames import random_frame
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.lean.modes import quantizers_off
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import run_frame
 
 sys.path.insert(0, str(Path(__file__).parent))  # damage.py: pytest's importlib mode leaves this folder out
 
 
 def calibrated(detector, settings):
     """A quantized detector whose ranges are the largest magnitudes on one made-up frame."""
-    quantized = quantize_detector(detector)
+    quantized = QuantizedModel(detector)
     seen: dict[str, torch.Tensor] = {}
     handles = [
         module.register_forward_pre_hook(
@@ -25,10 +26,8 @@ def calibrated(detector, settings):
         for name, module in quantized.activation_quantizers().items()
     ]
     frame = random_frame(settings, seed=7)
-    matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
     with quantizers_off(quantized), torch.inference_mode():
-        patterns = quantized.patterns(*(matrix[None] for matrix in matrices))
-        quantized(torch.from_numpy(frame.img[None]), torch.from_numpy(frame.depth[None]), patterns)
+        run_frame(quantized, frame)
     for handle in handles:
         handle.remove()
     for name, module in quantized.activation_quantizers().items():
@@ -38,7 +37,7 @@ def calibrated(detector, settings):
 
 @pytest.fixture(scope="session")
 def settings(fresh_config, small_cameras):
-    return pipeline_settings(fresh_config(), small_cameras)
+    return pipeline_settings(fresh_config())
 
 
 @pytest.fixture(scope="session")

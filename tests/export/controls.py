@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from qat.core.manifest import load_manifest
 from qat.core.onnx_cut import Cut
 from qat.core.sites import Runner, check_sites, grid_problems, tile
 from qat.core.verification import Summary
+from qat.manifest import load_manifest
 
 FLAVOURS = ("tensorrt", "tensorrt-strong", "onnxruntime", "openvino")
 

@@ -11,16 +11,17 @@ from qat.calibrate import calibrate, save_ptq
 from qat.cli import main
 from qat.compare.rows import Sources, load_rows
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest
 from qat.core.tensors import compare_tensors
 from qat.engine import Options
-from qat.export import export_parts, pipeline_settings, torch_parts
+from qat.export import export_parts, torch_parts
 from qat.export.checkpoint import export_checkpoint
-from qat.export.verify import random_frame
 from qat.families.bevfusion.config import CAMERAS, load_config
 from qat.families.bevfusion.detector import build_model
-from qat.families.bevfusion.run import run_frame
+from qat.families.bevfusion.frames import random_frame
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.families.bevfusion.state import load_float_branch
+from qat.manifest import load_manifest
+from qat.model.runners import run_frame
 from qat.runtime import Calibration, Pipeline
 
 PARTS = {
@@ -136,7 +137,7 @@ def test_a_pipeline_of_a_branch_gives_tensors_and_refuses_boxes(fp32, fusion_fil
     config = load_config(fusion_files["config"], "camera")
     reference, _ = load_float_branch(config, fusion_files["checkpoint"], "encoders.camera")
     with torch.inference_mode():
-        ((maps),) = run_frame(reference, frame)
+        maps = run_frame(reference, frame)
     assert compare_tensors(maps["feat_out"].numpy(), tensors["feat_out"])["sqnr_db"] > 80
     calibration = Calibration(frame.camera_intrinsics, frame.camera2lidar)
     images = [np.zeros((64, 96, 3), np.uint8)] * 6

@@ -8,21 +8,22 @@ import torch
 from onnx import TensorProto, helper
 
 from qat.core.errors import UserError
-from qat.core.manifest import FILE, load_manifest
 from qat.core.tensors import compare_tensors
 from qat.engine import Options, build
-from qat.export import export_parts, pipeline_settings
+from qat.export import export_parts
 from qat.export.e2e import MATRICES, export_e2e, merge_detector, verify_detector
-from qat.export.verify import random_frame
+from qat.families.bevfusion.frames import random_frame
 from qat.families.bevfusion.pooling.geometry import depth_bins
-from qat.lean import quantize_detector
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.lean.modes import quantizers_off
+from qat.manifest import FILE, load_manifest
+from qat.model.quantized import QuantizedModel
 from qat.runtime import Pipeline
 
 
 def calibrated(detector, settings):
     """A quantized detector whose ranges are the largest magnitudes on one made-up frame."""
-    quantized = quantize_detector(detector)
+    quantized = QuantizedModel(detector)
     seen = {}
 
     def hook(name):
@@ -53,14 +54,14 @@ def lively(detector):
 def folders(tmp_path_factory, make_detector, fresh_config, small_cameras):
     """Folders with detector.onnx, by precision and flavour."""
     detector = lively(make_detector(fresh_config()))
-    quantized = calibrated(detector, pipeline_settings(fresh_config(), small_cameras))
+    quantized = calibrated(detector, pipeline_settings(fresh_config()))
     root = tmp_path_factory.mktemp("e2e")
     found = {}
     for flavour in ("tensorrt", "onnxruntime"):
         found[f"int8 {flavour}"] = root / flavour
-        export_parts(quantized, root / flavour, "int8", flavour=flavour, cameras=small_cameras)
+        export_parts(quantized, root / flavour, "int8", flavour=flavour)
     found["fp32"] = root / "fp32"
-    export_parts(detector, root / "fp32", "fp32", cameras=small_cameras)
+    export_parts(detector, root / "fp32", "fp32")
     for folder in found.values():
         export_e2e(folder)
     return found
@@ -231,7 +232,7 @@ def test_stacked_cells_and_no_depth_input_and_no_downsampling(tmp_path, make_det
     vtransform.update(type="LSSTransform", downsample=1, zbound=[-10.0, 10.0, 10.0])
     config["model"]["decoder"]["backbone"]["in_channels"] = 20
     config["model"]["heads"]["object"]["bbox_coder"]["out_size_factor"] = 4
-    export_parts(lively(make_detector(config)), tmp_path / "parts", "fp32", cameras=small_cameras)
+    export_parts(lively(make_detector(config)), tmp_path / "parts", "fp32")
     entry = export_e2e(tmp_path / "parts")
     assert entry["verification"]["passed"]
     assert list(entry["inputs"]) == ["img", *MATRICES]

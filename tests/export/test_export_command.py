@@ -75,12 +75,12 @@ def test_the_script_beside_the_package_runs_the_same_command(tmp_path):
 
 def test_a_ptq_checkpoint_gives_int8_and_on_request_fp16_parts(checkpoint, small_config, small_cameras, make_detector):
     from qat.calibrate import calibrate, save_ptq
-    from qat.core.manifest import load_manifest
-    from qat.export import pipeline_settings
-    from qat.export.verify import random_frame
+    from qat.families.bevfusion.frames import random_frame
+    from qat.families.bevfusion.settings import pipeline_settings
+    from qat.manifest import load_manifest
 
     detector = make_detector(small_config)
-    frame = random_frame(pipeline_settings(small_config, small_cameras), seed=3)
+    frame = random_frame(pipeline_settings(small_config), seed=3)
     frame.token = "made up"
     quantized, report = calibrate(detector, [frame], "max")
     path = checkpoint.parent / "ptq.pth"

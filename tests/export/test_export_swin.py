@@ -7,12 +7,13 @@ import torch
 from qat.calibrate import load_ptq
 from qat.calibrate.checkpoint import save_ptq
 from qat.calibrate.ptq import calibrate
-from qat.export import export_parts, pipeline_settings
-from qat.export.verify import random_frame
+from qat.export import export_parts
 from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.frames import random_frame
 from qat.families.bevfusion.random_init import random_model
-from qat.families.bevfusion.run import run_frame
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.families.bevfusion.state import load_state
+from qat.model.runners import run_frame
 
 SWIN = {
     "type": "SwinTransformer",
@@ -40,7 +41,7 @@ class Case:
         camera["neck"].update(in_channels=channels, num_outs=len(channels) - 1)
         if name == "timm":  # its first map has stride 4, and LSSTransform takes any
             camera["vtransform"].update(type="LSSTransform", feature_size=[16, 24])
-        self.settings = pipeline_settings(config, cameras)
+        self.settings = pipeline_settings(config)
         self.frames = [random_frame(self.settings, seed) for seed in (1, 2)]
         for frame in self.frames:
             frame.token = "made up"
@@ -71,7 +72,7 @@ def test_every_weighted_layer_of_the_backbone_is_int8(case):
 )
 def test_its_parts_are_exported_and_verified(case, precision, flavour, tmp_path, small_cameras, capfd):
     detector = case.detector if precision == "fp32" else case.quantized
-    manifest = export_parts(detector, tmp_path / "out", precision, flavour=flavour, cameras=small_cameras)
+    manifest = export_parts(detector, tmp_path / "out", precision, flavour=flavour)
     assert manifest["verification"]["passed"]
     assert list(manifest["parts"]) == ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]
     camera = manifest["parts"]["camera.backbone"]
@@ -83,11 +84,10 @@ def test_its_parts_are_exported_and_verified(case, precision, flavour, tmp_path,
 
 def test_int8_stays_near_the_float_network(case):
     with torch.inference_mode():
-        pairs = zip(run_frame(case.detector, case.frames[0]), run_frame(case.quantized, case.frames[0]), strict=True)
-        for exact, rounded in pairs:
-            for name, value in exact.items():
-                noise = float((rounded[name] - value).square().mean() / value.var())
-                assert 10 * np.log10(noise) < -10, name
+        exact, rounded = run_frame(case.detector, case.frames[0]), run_frame(case.quantized, case.frames[0])
+    for name in case.quantized.plan.outputs:
+        noise = float((rounded[name] - exact[name]).square().mean() / exact[name].var())
+        assert 10 * np.log10(noise) < -10, name
 
 
 def test_a_checkpoint_brings_the_same_network_back(case, tmp_path):
@@ -97,5 +97,5 @@ def test_a_checkpoint_brings_the_same_network_back(case, tmp_path):
     load_state(plain, case.detector.state_dict(), "x.pth")
     with torch.inference_mode():
         for model, copied in ((case.quantized, again), (case.detector, plain.eval())):
-            for a, b in zip(run_frame(model, case.frames[1]), run_frame(copied, case.frames[1]), strict=True):
-                assert all(torch.equal(a[name], b[name]) for name in a)
+            a, b = run_frame(model, case.frames[1]), run_frame(copied, case.frames[1])
+            assert all(torch.equal(a[name], b[name]) for name in case.quantized.plan.outputs)

@@ -11,7 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.core.verification import INT8_MARGIN_DB
-from qat.export import pipeline_settings
 from qat.export.calibration_cache import strip_qdq
 from qat.export.flavour_tensorrt_strong import (
     ROUNDING_DB,
@@ -21,10 +20,11 @@ from qat.export.flavour_tensorrt_strong import (
     verify_strong,
 )
 from qat.export.graph import simplify, trace
-from qat.export.torch_parts import torch_parts
-from qat.export.verify import random_frame
-from qat.lean import quantize_detector
+from qat.families.bevfusion.frames import random_frame
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.lean.modes import qdq_tracing, quantizers_off
+from qat.model.quantized import QuantizedModel
+from qat.model.runners import run_frame, to_numpy, torch_parts
 
 SCALES = {"x": 1 / 32, "c": 1 / 40}
 
@@ -228,8 +228,8 @@ def test_bad_input_is_one_clear_line(weights):
 @pytest.fixture(scope="module")
 def exported(fresh_config, small_cameras, make_detector):
     """part → (INT8 graph, graph without Q/DQ, inputs) of the small detector, calibrated on one made-up frame."""
-    settings = pipeline_settings(fresh_config(), small_cameras)
-    detector = quantize_detector(make_detector(fresh_config()))
+    settings = pipeline_settings(fresh_config())
+    detector = QuantizedModel(make_detector(fresh_config()))
     frame = random_frame(settings, seed=7)
     seen = {}
     modules = detector.activation_quantizers()
@@ -239,23 +239,13 @@ def exported(fresh_config, small_cameras, make_detector):
         )
         for name, module in modules.items()
     ]
-    matrices = [
-        getattr(frame, n)[None] for n in ("camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
-    ]
-    img, depth = (torch.from_numpy(getattr(frame, name)[None]) for name in ("img", "depth"))
-    inputs = {}
     with quantizers_off(detector), torch.inference_mode():
-        patterns = detector.patterns(*matrices)
-        detector(img, depth, patterns)
+        tensors = to_numpy(run_frame(detector, frame))
         parts = torch_parts(detector)
-        inputs["camera.backbone"] = {"img": img.numpy(), "depth": depth.numpy()}
-        tensors = parts["camera.backbone"].run(inputs["camera.backbone"])
-        context = torch.from_numpy(tensors["camera_feature"]).permute(0, 3, 1, 2)
-        tensor = detector.pool(torch.from_numpy(tensors["camera_depth_weights"]), context, patterns).numpy()
-        for name in ("camera.vtransform", "fuser", "head.bbox"):
-            inputs[name] = {parts[name].wrapper.inputs[0]: np.ascontiguousarray(tensor)}
-            if name != "head.bbox":
-                (tensor,) = parts[name].run(inputs[name]).values()
+    inputs = {
+        name: {own: tensors[tensor] for own, tensor in part.inputs.items()}
+        for name, part in detector.plan.parts.items()
+    }
     for handle in handles:
         handle.remove()
     for name, module in modules.items():

@@ -20,10 +20,11 @@ from damage import KINDS, Opened, damage
 from qat.core.files import sha256
 from qat.core.onnx_cut import Cut
 from qat.core.sites import tile
-from qat.core.verification import random_frame
 from qat.engine import Options
 from qat.engine.onnxruntime_backend import PlainGraph
-from qat.export import export_parts, pipeline_settings
+from qat.export import export_parts
+from qat.families.bevfusion.frames import random_frame
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.runtime.verify import verify_folder
 
 BY_VALUE = ("scale x2", "zero point off by one")
@@ -33,9 +34,7 @@ BY_VALUE = ("scale x2", "zero point off by one")
 def exported(request, tmp_path_factory, quantized, small_cameras, settings):
     """One flavour's INT8 parts, verified on a frame that the ranges were not made from."""
     folder = tmp_path_factory.mktemp("right") / request.param
-    manifest = export_parts(
-        quantized, folder, "int8", flavour=request.param, cameras=small_cameras, frames=[random_frame(settings, 3)]
-    )
+    manifest = export_parts(quantized, folder, "int8", flavour=request.param, frames=[random_frame(settings, 3)])
     assert manifest["verification"]["passed"]
     return folder
 
@@ -151,7 +150,7 @@ def test_an_optimizer_that_breaks_the_graph_fails(
     def export():
         kind = ("fp32", "tensorrt") if flavour == "fp32" else ("int8", flavour)
         folder = tmp_path / "out"
-        return export_parts(detector, folder, kind[0], flavour=kind[1], cameras=small_cameras, only=["camera.backbone"])
+        return export_parts(detector, folder, kind[0], flavour=kind[1], only=["camera.backbone"])
 
     if flavour == "fp32":  # the others' right exports are below
         assert export()["verification"]["passed"]
@@ -210,7 +209,8 @@ def variant(seed, config):
 
 def check_right(seed, tmp_path, fresh_config, make_detector, calibrate_largest):
     config, cameras, name = variant(seed, fresh_config())
-    settings = pipeline_settings(config, [f"CAM_{n}" for n in range(cameras)])
+    config["cameras"] = [f"CAM_{n}" for n in range(cameras)]
+    settings = pipeline_settings(config)
     detector = calibrate_largest(make_detector(config, seed), settings)
     flavour = FLAVOURS[seed % len(FLAVOURS)]
     manifest = export_parts(
@@ -218,7 +218,6 @@ def check_right(seed, tmp_path, fresh_config, make_detector, calibrate_largest):
         tmp_path / "out",
         "int8",
         flavour=flavour,
-        cameras=settings["cameras"],
         frames=[random_frame(settings, seed)] if seed % 4 == 3 else (),
         parts_int8=["vtransform"] if seed % 3 == 0 else [],
     )

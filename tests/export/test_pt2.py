@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest
-from qat.export import pipeline_settings, torch_parts
+from qat.export import torch_parts
 from qat.export.pt2 import export_pt2
-from qat.export.verify import random_frame
-from qat.lean import quantize_detector
+from qat.families.bevfusion.frames import random_frame
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.lean.modes import quantizers, quantizers_off
+from qat.manifest import load_manifest
+from qat.model.quantized import QuantizedModel
 from qat.runtime import Pipeline
 
 PARTS = ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]
@@ -21,7 +22,7 @@ PARTS = ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]
 
 @pytest.fixture(scope="module")
 def quantized(make_detector, fresh_config):
-    quantized = quantize_detector(make_detector(fresh_config()))
+    quantized = QuantizedModel(make_detector(fresh_config()))
     for n, quantizer in enumerate(quantized.activation_quantizers().values()):
         quantizer.set_range(torch.tensor(2.0 + n / 10))
     return quantized
@@ -30,8 +31,8 @@ def quantized(make_detector, fresh_config):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, quantized, small_cameras):
     root = tmp_path_factory.mktemp("pt2")
-    export_pt2(quantized, root / "fp32", "fp32", parts=["camera.vtransform", "fuser"], cameras=small_cameras)
-    export_pt2(quantized, root / "int8", "int8", cameras=small_cameras, recipe={"method": "given"})
+    export_pt2(quantized, root / "fp32", "fp32", parts=["camera.vtransform", "fuser"])
+    export_pt2(quantized, root / "int8", "int8", recipe={"method": "given"})
     return {"fp32": root / "fp32", "int8": root / "int8"}
 
 
@@ -117,7 +118,7 @@ for name in ("camera.vtransform", "fuser"):
 
 
 def test_programs_run_where_bevqat_is_not_installed(tmp_path, folders, quantized, small_cameras, fresh_config):
-    settings = pipeline_settings(fresh_config(), small_cameras)
+    settings = pipeline_settings(fresh_config())
     frame = random_frame(settings, 3)
     parts = torch_parts(quantized)
     tensors = {"img": frame.img[None], "depth": frame.depth[None], **Pipeline(parts, settings).forward(frame)}
@@ -144,22 +145,20 @@ def test_a_quantized_detector_gives_a_float_program_and_is_left_as_it_was(folder
     assert not any("fake_quantize" in key for part in manifest["parts"].values() for key in part["operators"])
     with torch.inference_mode():
         x = torch.randn(1, 10, 16, 12, generator=torch.Generator().manual_seed(0))
-        rounded = quantized.decode_bev(x)
+        rounded = quantized.parts["decoder"](x)
         with quantizers_off(quantized):
-            assert not torch.equal(quantized.decode_bev(x), rounded)
+            assert not torch.equal(quantized.parts["decoder"](x), rounded)
     assert all("_quant_forward" not in vars(quantizer) for quantizer in quantizers(quantized).values())
 
 
 def test_batch_norms_of_a_float_detector_stay_as_they_are(tmp_path, make_detector, small_config):
-    manifest = export_pt2(
-        make_detector(small_config), tmp_path / "out", "fp32", parts=["fuser"], cameras=("A", "B", "C")
-    )
+    manifest = export_pt2(make_detector(small_config), tmp_path / "out", "fp32", parts=["fuser"])
     assert manifest["verification"]["passed"] and list(manifest["parts"]) == ["fuser"]
     assert manifest["parts"]["fuser"]["operators"]["aten.batch_norm.default"] > 0
 
 
 def test_the_same_detector_gives_the_same_bytes(tmp_path, folders, quantized, small_cameras):
-    export_pt2(quantized, tmp_path / "again", "fp32", parts=["fuser"], cameras=small_cameras)
+    export_pt2(quantized, tmp_path / "again", "fp32", parts=["fuser"])
     assert (tmp_path / "again" / "fuser.pt2").read_bytes() == (folders["fp32"] / "fuser.pt2").read_bytes()
 
 
@@ -176,7 +175,7 @@ def test_a_program_that_computes_something_else_fails_verification(tmp_path, qua
         return program
 
     monkeypatch.setattr(pt2, "trace_program", flawed)
-    manifest = export_pt2(quantized, tmp_path / "out", "fp32", parts=["fuser"], cameras=("A", "B", "C"))
+    manifest = export_pt2(quantized, tmp_path / "out", "fp32", parts=["fuser"])
     assert not manifest["verification"]["passed"]
     assert (
         not manifest["parts"]["fuser"]["verification"]["middle"]["passed"]

@@ -189,4 +189,4 @@ def test_calibration_equalizes_a_decoders_skewed_input_and_a_reload_has_it(tiny_
     again, _ = load_ptq(tmp_path / "ptq.pth")
     bev = torch.rand(1, tiny_model.vtransform.C, 16, 16)
     with torch.inference_mode():
-        assert torch.equal(model.decode_bev(bev), again.decode_bev(bev))
+        assert torch.equal(model.parts["decoder"](bev), again.parts["decoder"](bev))

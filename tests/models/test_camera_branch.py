@@ -9,8 +9,8 @@ import torch
 from qat.core.errors import UserError
 from qat.families.bevfusion.config import camera_branch
 from qat.families.bevfusion.detector import build_model
-from qat.families.bevfusion.run import boxes_of, frame_tensors, run_frame
 from qat.families.bevfusion.state import load_float_branch, load_state, take_branch
+from qat.model.runners import flow_for, run_frame
 
 
 @pytest.fixture
@@ -27,10 +27,9 @@ def test_it_holds_the_camera_encoder_and_nothing_else(branch, tiny_model):
 def test_it_gives_the_whole_detectors_bev_features(branch, tiny_model, make_fusion_state, tiny_frames):
     assert load_state(branch, make_fusion_state(), "m.pth", "encoders.camera") == 6
     with torch.inference_mode():
-        img, depth, patterns = frame_tensors(tiny_model, tiny_frames[0])
-        expected = tiny_model.downsample(tiny_model.pool(*tiny_model.lift(img, depth), patterns))
-        ((maps),) = run_frame(branch, tiny_frames[0])
-    assert list(maps) == ["feat_out"] and maps["feat_out"].shape == (1, 10, 16, 16)
+        expected = run_frame(tiny_model, tiny_frames[0])["feat_out"]
+        maps = run_frame(branch, tiny_frames[0])
+    assert flow_for(branch).plan.outputs == ("feat_out",) and maps["feat_out"].shape == (1, 10, 16, 16)
     assert torch.equal(maps["feat_out"], expected)
 
 
@@ -38,8 +37,8 @@ def test_what_is_behind_the_branch_is_refused(branch, tiny_frames):
     for method in (branch.decode_bev, branch.head, branch.bev_head):
         with pytest.raises(UserError, match="found a camera branch alone"):
             method(torch.zeros(1, 10, 32, 32))
-    with pytest.raises(UserError, match="boxes: found a camera branch alone"):
-        boxes_of([], branch.config)
+    with pytest.raises(UserError, match="--budget: found a camera branch alone"):
+        flow_for(branch).need_boxes("--budget", "leave it out")
 
 
 @pytest.mark.parametrize(

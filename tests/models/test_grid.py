@@ -12,9 +12,9 @@ from qat.families.bevfusion.detector import build_model
 from qat.families.bevfusion.grid import bevfusion_cells, cells
 from qat.families.bevfusion.pooling.cpu import PatternCache
 from qat.families.bevfusion.pooling.geometry import grid_size
-from qat.families.bevfusion.run import frame_tensors
 from qat.families.bevfusion.settings import pipeline_settings
 from qat.families.bevfusion.state import load_float_model
+from qat.model.runners import run_frame
 
 # Steps that people have, and ends at whole numbers of them.
 BOUNDS = [(f"{-half * Decimal(step)}", f"{half * Decimal(step)}", step) for step in ("0.8", "0.3", "0.4", "0.15", "0.6", "0.1")
@@ -60,12 +60,10 @@ def test_no_row_is_lost_and_the_checks_count_as_the_network_does(wide, tiny_fram
     check_config(config)
     model = build_model(config).eval()
     with torch.no_grad():
-        bev = model.pool(
-            *model.lift(*frame_tensors(model, tiny_frames[0])[:2]), frame_tensors(model, tiny_frames[0])[2]
-        )
-        maps = model.bev_head(bev)
+        tensors = run_frame(model, tiny_frames[0])
+        bev = tensors["feat_in"]
     side = count // config["model"]["encoders"]["camera"]["vtransform"].get("downsample", 1)
-    assert list(bev.shape[2:]) == [count, count] and list(maps[0]["heatmap"].shape[2:]) == [side, side]
+    assert list(bev.shape[2:]) == [count, count] and list(tensors["heatmap_0"].shape[2:]) == [side, side]
 
 
 def bevfusions(model):
@@ -84,18 +82,18 @@ def test_a_checkpoint_with_bevfusions_count_keeps_it_everywhere(wide, tiny_frame
     model = load_float_model(config, tmp_path / "m.pth")
     assert config == before
     assert "kept its BEV grid of 95×95×1 cells" in capsys.readouterr().err
-    tensors = frame_tensors(model, tiny_frames[0])
-    assert tensors[2][0].shape == (1, 95, 95)
+    with torch.no_grad():
+        tensors, wider = run_frame(model, tiny_frames[0]), run_frame(built, tiny_frames[0])
+    assert tensors["pattern"][0].shape == (1, 95, 95)
     settings = pipeline_settings(model.config)["vtransform"]
     cache = PatternCache(*(settings[k] for k in ("image_size", "feature_size", "xbound", "ybound", "zbound", "dbound")))
     frame = tiny_frames[0]
     assert cache.get(
         frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix
     ).shape == (1, 95, 95)
-    with torch.no_grad():  # the cells that both have are the same ones
-        kept = model.pool(*model.lift(*tensors[:2]), tensors[2])
-        whole = built.pool(*built.lift(*tensors[:2]), frame_tensors(built, frame)[2])
-    assert torch.equal(kept, whole[:, :, :95, :95])
+    assert torch.equal(
+        tensors["feat_in"], wider["feat_in"][:, :, :95, :95]
+    )  # the cells that both have are the same ones
     torch.save(model.state_dict(), tmp_path / "again.pth")  # a config that was kept loads again
     check_config(model.config)
     assert load_float_model(model.config, tmp_path / "again.pth").vtransform.nx.tolist() == [95, 95, 1]

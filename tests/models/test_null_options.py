@@ -141,7 +141,7 @@ def test_swins_null_options_are_refused(tiny_config):
 
 
 def test_nearest_upsampling_takes_align_corners_false(tiny_config, tiny_frames):
-    from qat.families.bevfusion.run import run_frame
+    from qat.model.runners import run_frame
 
     config = put(tiny_config, "encoders.camera.neck.upsample_cfg", {"mode": "nearest", "align_corners": False})
     model = build_model(config).eval()
@@ -149,7 +149,7 @@ def test_nearest_upsampling_takes_align_corners_false(tiny_config, tiny_frames):
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
         found, expected = run_frame(model, tiny_frames[0]), run_frame(plain, tiny_frames[0])
-    assert torch.equal(found[0]["heatmap"], expected[0]["heatmap"])
+    assert torch.equal(found["heatmap_0"], expected["heatmap_0"])
 
 
 @pytest.mark.parametrize("written", ["1e-3", "1E-3", "+1.e-3", "0.001"])

@@ -14,8 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
-from qat.core.manifest import load_manifest
 from qat.families.bevfusion.config import load_config
+from qat.manifest import load_manifest
 from tests.reliability.killing import Commands, Ended
 
 ROOT = Path(__file__).resolve().parents[2]

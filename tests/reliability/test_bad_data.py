@@ -337,8 +337,8 @@ def test_pictures_of_a_size_that_the_model_was_not_made_for(work, own, verbs, re
 
 def test_a_quantized_checkpoint_and_its_exports_know_the_native_size_and_resize_others_to_it(work, own):
     """calibrate has seen the pictures. Larger ones of the same shape then give the same boxes, as far as resampling is the same."""
-    from qat.core.manifest import load_manifest
     from qat.data import NuScenesDataset
+    from qat.manifest import load_manifest
     from qat.runtime import Calibration, Pipeline
 
     assert torch.load("ptq.pth", weights_only=True)["config"]["native_size"] == [64, 96]

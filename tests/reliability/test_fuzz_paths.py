@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qat.core.errors import UserError
 from qat.core.files import is_inside
-from qat.core.manifest import check_inside
 from qat.core.onnx_file import check_graph, load_graph
 from qat.engine import CPU_BACKENDS, Options, build
+from qat.manifest import check_inside
 
 PIECES = [
     "..",

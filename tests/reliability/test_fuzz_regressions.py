@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from qat.checkpoints.reading import load_checkpoint
 from qat.core.errors import LONGEST, UserError
 from qat.core.files import data_path, read_json
-from qat.core.manifest import load_manifest
 from qat.core.onnx_file import check_graph, read_outline
 from qat.engine import CPU_BACKENDS, Options, build
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.detector import build_model
+from qat.manifest import load_manifest
 from qat.runtime.verify import verify_folder
 
 

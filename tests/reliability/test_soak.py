@@ -16,13 +16,13 @@ SOAK = ROOT / "benchmarks" / "soak.py"
 def int8(tmp_path_factory, make_detector, fresh_config, small_cameras):
     """A folder of the small detector's INT8 parts for ONNX Runtime."""
     from qat.export import export_parts
-    from qat.lean import quantize_detector
+    from qat.model.quantized import QuantizedModel
 
-    quantized = quantize_detector(make_detector(fresh_config()))
+    quantized = QuantizedModel(make_detector(fresh_config()))
     for module in quantized.activation_quantizers().values():
         module.set_range(torch.tensor(4.0))
     folder = tmp_path_factory.mktemp("soak") / "int8"
-    export_parts(quantized, folder, "int8", flavour="onnxruntime", cameras=small_cameras)
+    export_parts(quantized, folder, "int8", flavour="onnxruntime")
     return folder
 
 

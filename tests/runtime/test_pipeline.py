@@ -14,7 +14,8 @@ from qat.core.errors import UserError
 from qat.core.geometry import rasterize_depth
 from qat.core.preprocess import ResizeCrop, normalize
 from qat.engine import CPU_BACKENDS, Options
-from qat.export import pipeline_settings, torch_parts
+from qat.export import torch_parts
+from qat.families.bevfusion.settings import pipeline_settings
 from qat.runtime import Calibration, Pipeline
 
 
@@ -81,7 +82,7 @@ def test_every_backend_gives_the_maps_and_boxes_of_pytorch(tmp_path, folder, det
 
 
 def test_pytorch_parts_in_the_pipeline_equal_the_detectors_own_forward(detector, sample, small_config, small_cameras):
-    pipeline = Pipeline(torch_parts(detector), pipeline_settings(small_config, small_cameras))
+    pipeline = Pipeline(torch_parts(detector), pipeline_settings(small_config))
     tensors = pipeline.forward(sample)
     for task, values in enumerate(pytorch_maps(detector, sample)):
         for name, value in values.items():
@@ -123,7 +124,7 @@ def test_a_detector_without_depth_and_downsampling_runs(tmp_path, sample, small_
     small_config["model"]["encoders"]["camera"]["vtransform"] |= {"type": "LSSTransform", "downsample": 1}
     small_config["model"]["heads"]["object"]["bbox_coder"]["out_size_factor"] = 4
     detector = make_detector(small_config)
-    pipeline = Pipeline(torch_parts(detector), pipeline_settings(small_config, small_cameras))
+    pipeline = Pipeline(torch_parts(detector), pipeline_settings(small_config))
     maps = pytorch_maps(detector, sample)
     np.testing.assert_allclose(pipeline.forward(sample)["heatmap_0"], maps[0]["heatmap"], rtol=1e-4, atol=1e-4)
 

@@ -15,7 +15,6 @@ from onnx import numpy_helper
 from qat.cli import main
 from qat.core.errors import UserError
 from qat.core.files import sha256
-from qat.core.manifest import load_manifest
 from qat.core.onnx_file import graph_opset
 from qat.core.preprocess import normalize
 from qat.core.tensors import compare_tensors
@@ -26,15 +25,16 @@ from qat.core.verification import (
     Summary,
     compare_stored,
     digest,
-    made_frame,
     pack,
-    random_frame,
     round_input,
     store,
     unpack,
 )
 from qat.engine import Options
-from qat.export import export_parts, pipeline_settings
+from qat.export import export_parts
+from qat.families.bevfusion.frames import made_frame, random_frame
+from qat.families.bevfusion.settings import pipeline_settings
+from qat.manifest import load_manifest
 from qat.runtime.verify import verify_folder
 
 ROOT = Path(__file__).parents[2]
@@ -44,12 +44,12 @@ IMAGE = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, make_detector, fresh_config, small_cameras):
     """FP32 parts verified on the random frame and on one of pictures."""
-    frame = random_frame(pipeline_settings(fresh_config(), small_cameras), 5)
+    frame = random_frame(pipeline_settings(fresh_config()), 5)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
     frame.img = np.stack([normalize(one, IMAGE["mean"], IMAGE["std"]) for one in pixels])
     frame.token = "pictures"
     folder = tmp_path_factory.mktemp("verified") / "onnx_fp32"
-    export_parts(make_detector(fresh_config()), folder, "fp32", cameras=small_cameras, frames=[frame])
+    export_parts(make_detector(fresh_config()), folder, "fp32", frames=[frame])
     return folder, frame
 
 
@@ -109,7 +109,7 @@ def test_inputs_come_back_bit_for_bit(folder, exported):
 def test_a_large_input_is_a_patch_repeated(tmp_path, make_detector, fresh_config, small_cameras, monkeypatch):
     monkeypatch.setattr("qat.core.verification.INPUT_MOST", 4000)
     monkeypatch.setattr("qat.core.verification.INPUT_SIDE", 8)
-    export_parts(make_detector(fresh_config()), tmp_path / "out", "fp32", cameras=small_cameras)
+    export_parts(make_detector(fresh_config()), tmp_path / "out", "fp32")
     summary = Summary(tmp_path / "out", load_manifest(tmp_path / "out"))
     assert "0/camera.vtransform/in/feat_in/patch_shape" in np.load(tmp_path / "out" / "verification.npz").files
     (value,) = summary.inputs("camera.vtransform", 0).values()
@@ -177,7 +177,7 @@ def test_of_a_large_output_some_values_of_every_stretch_are_kept():
 
 def test_the_random_frame_is_the_same_everywhere(fresh_config, small_cameras):
     """Figures of PCG64's stream, worked out once; its distribution: mean 0, variance 1, one pixel in twenty deep."""
-    frame = random_frame(pipeline_settings(fresh_config(), small_cameras), 0)
+    frame = random_frame(pipeline_settings(fresh_config()), 0)
     words = np.random.PCG64([0, 2]).random_raw(1)[0]
     quarters = [(int(words) >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
     assert frame.img.ravel()[0] == np.float32((sum(quarters) - 131070) / math.sqrt((65536**2 - 1) / 3))
@@ -187,7 +187,7 @@ def test_the_random_frame_is_the_same_everywhere(fresh_config, small_cameras):
 
 
 def test_the_made_up_frame_is_shaped_as_real_ones_are(fresh_config, small_cameras):
-    settings = pipeline_settings(fresh_config(), small_cameras)
+    settings = pipeline_settings(fresh_config())
     frame, again = made_frame(settings, 0), made_frame(settings, 0)
     assert digest({"img": frame.img}) == digest({"img": again.img}) and frame.token == "made-up:0"
     assert digest({"img": frame.img}) != digest({"img": made_frame(settings, 1).img})

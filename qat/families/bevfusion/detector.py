@@ -72,6 +72,8 @@ class CameraBEVDetector(nn.Module):
     bev_head raise `UserError`.
     """
 
+    family = "bevfusion"
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         model = config["model"]

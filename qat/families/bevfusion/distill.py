@@ -6,16 +6,10 @@ depend on how many processes share them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch.nn import functional as F
-
-from qat.families.bevfusion.config import is_camera_branch
-from qat.families.bevfusion.pooling.geometry import PoolPattern
-from qat.lean import QuantizedDetector
 
 # Weight of an empty cell beside one where an object is. Most cells are empty and far: what serves them need not serve the
 # objects (`--method auto` of calibrate is the same finding), but an object that is nowhere must not appear.
@@ -23,41 +17,7 @@ EMPTY = 1e-3
 BOX_WEIGHTS = {"vel": 0.2}  # CenterPoint's and BEVFusion's code weights; 1 for the other maps
 
 
-@dataclass
-class Outputs:
-    """What the losses compare, of B frames with N cameras: depth_weights [B·N,D,fH,fW], context [B·N,C,fH,fW], the
-    decoder's map bev [B,C,nx,ny] and the head's maps of each task. Of a camera branch alone bev is what its downsampling
-    gives, and there are no maps. float32."""
-
-    depth_weights: torch.Tensor
-    context: torch.Tensor
-    bev: torch.Tensor
-    maps: list[dict[str, torch.Tensor]]
-
-
-def run_network(
-    model: QuantizedDetector,
-    img: torch.Tensor,
-    depth: torch.Tensor,
-    patterns: Sequence[PoolPattern],
-    precision: AbstractContextManager[None],
-) -> Outputs:
-    """img [B,N,3,H,W], depth [B,N,1,H,W] → what the losses compare.
-
-    precision: a context that may be entered again, such as autocast, for the layers; softmax and pooling are float32.
-    """
-    with precision:
-        logits = model.camera_logits(img.flatten(0, -4), depth.flatten(0, -4))
-    depth_weights, context = model.vtransform.split(logits.float())
-    pooled = model.pool(depth_weights, context, patterns)
-    with precision:
-        bev, maps = model.downsample(pooled), []
-        if not is_camera_branch(model.config):
-            bev = model.decode_bev(bev)
-            maps = model.head(bev)
-    return Outputs(
-        depth_weights, context, bev.float(), [{name: x.float() for name, x in task.items()} for task in maps]
-    )
+WEIGHTS = {"image": 1.0, "bev": 1.0, "heat": 50.0, "box": 0.3}  # of the losses
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor, frames: int) -> torch.Tensor:
@@ -94,15 +54,34 @@ def box_loss(maps: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor
     return total / heat.flatten(1).sum(1)
 
 
-def distillation_losses(student: Outputs, teacher: Outputs) -> dict[str, torch.Tensor]:
-    """The mean over frames of each loss, not weighted: `image`, `bev`, and where there are maps `heat` and `box` (means over
-    tasks)."""
-    frames = len(teacher.bev)
-    image = relative_error(student.depth_weights, teacher.depth_weights, frames) + relative_error(
-        student.context, teacher.context, frames
+def _tasks(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The head's maps `{map}_{task}`, a dict for each task."""
+    count = sum(name.startswith("heatmap_") for name in tensors)
+    return [
+        {name.rpartition("_")[0]: value for name, value in tensors.items() if name.rpartition("_")[2] == str(task)}
+        for task in range(count)
+    ]
+
+
+def distillation_losses(
+    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int
+) -> dict[str, torch.Tensor]:
+    """The mean over frames of each loss, not weighted.
+
+    Args:
+        student, teacher: the plan's tensors, float32, of as many frames.
+
+    Returns:
+        `image` (depth weights and context), `bev` (the decoder's map; of a camera branch alone what its downsampling gives), and
+        where there are maps `heat` and `box` (means over tasks).
+    """
+    bev = next(name for name in ("middle", "feat_out", "feat_in") if name in teacher)
+    image = sum(
+        relative_error(student[name], teacher[name], frames) for name in ("camera_depth_weights", "camera_feature")
     )
-    losses = {"image": image.mean(), "bev": relative_error(student.bev, teacher.bev, frames).mean()}
-    pairs = list(zip(student.maps, teacher.maps, strict=True))
+    assert isinstance(image, torch.Tensor)
+    losses = {"image": image.mean(), "bev": relative_error(student[bev], teacher[bev], frames).mean()}
+    pairs = list(zip(_tasks(student), _tasks(teacher), strict=True))
     if not pairs:
         return losses
     heat = torch.stack([heat_loss(own["heatmap"], wanted["heatmap"]) for own, wanted in pairs])

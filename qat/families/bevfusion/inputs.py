@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from qat.core.errors import UserError
+from qat.core.frame import Calibration, SampleTensors
 from qat.core.geometry import camera_ring
-from qat.core.verification import random_frame
-from qat.runtime.pipeline import Calibration, SampleTensors
+from qat.families.bevfusion.frames import random_frame
 
 POINTS = 30_000  # of one revolution of a 32-beam lidar, about
 _STEP = 1e-3  # metres
@@ -33,6 +33,11 @@ class Inputs:
     points: np.ndarray
     calibration: Calibration
     sample: SampleTensors | None = None
+
+    @property
+    def raw(self) -> tuple[Any, ...]:
+        """The arguments of `Pipeline.__call__`."""
+        return self.images, self.points, self.calibration
 
     def moved(self, place: int) -> Inputs:
         """The same frame with the cameras `place` millimetres ahead of the lidar: another geometry, as good as this one.

@@ -1,19 +1,17 @@
-"""The parts of a detector as modules with fixed tensor names and shapes, for tracing alone.
-
-Nothing else should call them: for inference in PyTorch use the detector, or `qat.export.torch_parts`. The tensor names
-and shapes are those that CUDA-BEVFusion's runtime loads. A wrapper serves the float detector and the quantized one,
-which offer the same methods.
-"""
+"""The parts of a detector, with the tensor names and shapes that CUDA-BEVFusion's runtime loads."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from qat.families.bevfusion.networks.vtransform import split
+from qat.families.family import PartModule
 
-class CameraBackbone(nn.Module):
+
+class CameraBackbone(PartModule):
     """camera.backbone: images (and depth) → context and depth distribution of every feature pixel.
 
     Changed for tracing: samples and cameras are merged by a reshape that fixes all sizes but theirs (a flatten would leave
@@ -22,18 +20,20 @@ class CameraBackbone(nn.Module):
 
     inputs: tuple[str, ...] = ("img", "depth")
     outputs = ("camera_feature", "camera_depth_weights")
+    direct = whole = False
 
-    def __init__(self, detector: Any) -> None:
-        super().__init__()
-        self.detector = detector
+    def __init__(self, core: nn.Module, bins: int, channels: int) -> None:
+        super().__init__(core)
+        self.bins, self.channels = bins, channels
 
-    def forward(self, img: torch.Tensor, depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, img: torch.Tensor, depth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         """img [B,N,3,H,W], depth [B,N,1,H,W] → camera_feature [B·N,fH,fW,C], camera_depth_weights [B·N,D,fH,fW]."""
         return self._lift(img, depth)
 
     def _lift(self, img: torch.Tensor, depth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         flat = None if depth is None else depth.reshape(-1, *map(int, depth.shape[2:]))
-        weights, context = self.detector.lift(img.reshape(-1, *map(int, img.shape[2:])), flat)
+        logits = self.core(img.reshape(-1, *map(int, img.shape[2:])), flat)
+        weights, context = split(logits, self.bins, self.channels)
         return context.permute(0, 2, 3, 1), weights
 
 
@@ -50,7 +50,7 @@ class CameraBackboneWithoutDepth(CameraBackbone):
         return self._lift(img, None)
 
 
-class CameraVTransform(nn.Module):
+class CameraVTransform(PartModule):
     """camera.vtransform: the view transform's convolutions after pooling.
 
     Changed for tracing: nothing but the split, which leaves BEV pooling outside the graph.
@@ -59,16 +59,12 @@ class CameraVTransform(nn.Module):
     inputs = ("feat_in",)
     outputs = ("feat_out",)
 
-    def __init__(self, detector: Any) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, feat_in: torch.Tensor) -> torch.Tensor:
+    def forward(self, feat_in: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """feat_in [B,C·nz,nx,ny] → feat_out [B,C·nz,nx/2,ny/2]."""
-        return self.detector.downsample(feat_in)
+        return self.core(feat_in)
 
 
-class Fuser(nn.Module):
+class Fuser(PartModule):
     """fuser: BEV decoder, backbone and neck. (With one sensor there is nothing to fuse; the name is the runtime's.)
 
     Changed for tracing: one tensor comes out, where BEVFusion's necks return a list.
@@ -77,16 +73,12 @@ class Fuser(nn.Module):
     inputs = ("camera",)
     outputs = ("middle",)
 
-    def __init__(self, detector: Any) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, camera: torch.Tensor) -> torch.Tensor:
+    def forward(self, camera: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """camera [B,C,h,w] → middle [B,C',h',w']."""
-        return self.detector.decode_bev(camera)
+        return self.core(camera)
 
 
-class HeadBBox(nn.Module):
+class HeadBBox(PartModule):
     """head.bbox: CenterHead.
 
     Changed for tracing: the list of dicts is laid out flat as `{map}_{task}`; heatmaps stay logits, and decoding and
@@ -94,15 +86,12 @@ class HeadBBox(nn.Module):
     """
 
     inputs = ("middle",)
+    whole = False
 
-    def __init__(self, detector: Any, outputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.detector = detector
-        self.outputs = outputs
+    def __init__(self, core: nn.Module, outputs: Sequence[str]) -> None:
+        super().__init__(core, outputs=outputs)
 
-    def forward(self, middle: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, middle: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         """middle [B,C,h,w] → one map [B,channels,h,w] for each of `outputs`."""
-        maps = {
-            f"{name}_{i}": value for i, task in enumerate(self.detector.head(middle)) for name, value in task.items()
-        }
+        maps = {f"{name}_{i}": value for i, task in enumerate(self.core(middle)) for name, value in task.items()}
         return tuple(maps[name] for name in self.outputs)

@@ -20,7 +20,6 @@ from qat.core.frame import Frame, FrameArrays
 from qat.core.geometry import camera_ring
 from qat.families.bevfusion.config import camera_names
 from qat.families.bevfusion.detector import CameraBEVDetector, build_model
-from qat.families.bevfusion.run import run_frame
 
 MADE_UP = 1  # frames: six pictures, and a whole BEV grid
 NOTHING = 1e-3  # a scale below it leaves a residual branch dead
@@ -75,7 +74,9 @@ def _set_statistics(model: CameraBEVDetector, frames: Sequence[Frame]) -> None:
         norm.momentum = None  # the plain average
     with torch.no_grad():
         for frame in frames:
-            run_frame(model, frame)
+            matrices = (frame.camera_intrinsics, frame.camera2lidar, frame.img_aug_matrix, frame.lidar_aug_matrix)
+            img, depth = (torch.from_numpy(array)[None] for array in (frame.img, frame.depth))
+            model(img, depth, model.patterns(*(matrix[None] for matrix in matrices)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qat.core.errors import UserError
-from qat.core.files import sha256
-from qat.core.manifest import FORMAT, SCHEMA
-from qat.core.provenance import made_by
 from qat.families.bevfusion.config import camera_names, is_camera_branch, needs_depth, test_pipeline
-from qat.lean.modes import quantizers
 
 VTRANSFORM_KEYS = (
     "type", "in_channels", "out_channels", "image_size", "feature_size", "xbound", "ybound", "zbound", "dbound",
@@ -27,8 +22,8 @@ def head_maps(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{name}_{task}" for task in range(len(head["tasks"])) for name in ("heatmap", *head["common_heads"]))
 
 
-def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] | None = None) -> dict[str, Any]:
-    """The manifest's `pipeline` section, plain JSON values; `cameras` None is for those that the config names.
+def pipeline_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's `pipeline` section, plain JSON values.
 
     Of a camera branch alone, `branch` is "camera", `head` null, and there are no classes and no head maps.
 
@@ -49,8 +44,9 @@ def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] | None =
     alone = is_camera_branch(config)
     head = {} if alone else config["model"]["heads"]["object"]
     return {
+        "family": "bevfusion",
         "branch": "camera" if alone else None,
-        "cameras": list(cameras or camera_names(config)),
+        "cameras": list(camera_names(config)),
         "classes": [] if alone else list(config["object_classes"]),
         "depth_input": needs_depth(config),
         "image": {
@@ -69,45 +65,3 @@ def pipeline_settings(config: Mapping[str, Any], cameras: Sequence[str] | None =
         "head": None if alone else {**{key: head[key] for key in HEAD_KEYS}, "norm_bbox": head.get("norm_bbox", True)},
         "head_maps": [] if alone else list(head_maps(config)),
     }
-
-
-def manifest_head(
-    settings: Mapping[str, Any],
-    precision: str,
-    checkpoint: str | Path | None,
-    recipe: Mapping[str, Any] | None,
-    ema: bool,
-) -> dict[str, Any]:
-    """What every manifest says, whatever the format of the parts; `parts` is empty.
-
-    Args:
-        settings: `pipeline_settings`.
-        checkpoint: where the weights came from; its name and sha256 go into the manifest, and the model's name.
-        recipe: how the quantizers were calibrated; for INT8.
-        ema: whether the weights are a float checkpoint's averaged ones.
-    """
-    head: dict[str, Any] = {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "model": None,
-        "precision": precision,
-        "checkpoint": None,
-        "calibration": dict(recipe) if recipe is not None and precision == "int8" else None,
-        **made_by(),
-        "pipeline": dict(settings),
-        "parts": {},
-    }
-    if checkpoint is not None:
-        head["model"] = Path(checkpoint).resolve().parent.name
-        head["checkpoint"] = {
-            "file": Path(checkpoint).name,
-            "sha256": sha256(checkpoint),
-            **({"ema": True} if ema else {}),
-        }
-    return head
-
-
-def check_calibrated(detector: Any, precision: str) -> None:
-    """Raises `UserError` where INT8 is asked of a float detector."""
-    if precision == "int8" and not quantizers(detector):
-        raise UserError("precision int8: found a float detector, expected a calibrated one; run calibrate first")

@@ -20,9 +20,9 @@ from qat.engine import Options
 from qat.export import export_parts
 from qat.export.pt2 import export_pt2
 from qat.families.bevfusion.detector import build_model
-from qat.lean import quantize_detector
+from qat.model.quantized import QuantizedModel
 from qat.runtime import build_engines
-from tests.conftest import CAMERAS, _config
+from tests.conftest import _config
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -81,7 +81,7 @@ def detectors() -> tuple[Any, Any]:
     detector = build_model(_config()).eval()
     for head in detector.heads["object"].task_heads:
         nn.init.normal_(head.heatmap[-1].weight, std=0.3)
-    quantized = quantize_detector(copy.deepcopy(detector))
+    quantized = QuantizedModel(copy.deepcopy(detector))
     for module in quantized.activation_quantizers().values():
         module.set_range(torch.tensor(4.0))
     return detector, quantized
@@ -113,10 +113,10 @@ def make_checkpoints(folder: Path) -> None:
 def make_manifests(folder: Path) -> None:
     """Folders with a manifest: parts in FP32 and INT8, built engines of both CPU backends, programs of torch.export."""
     detector, quantized = detectors()
-    export_parts(detector, folder / "fp32", "fp32", cameras=CAMERAS)
-    export_parts(quantized, folder / "int8", "int8", flavour="onnxruntime", cameras=CAMERAS)
-    export_parts(quantized, folder / "strong", "int8", flavour="tensorrt-strong", cameras=CAMERAS, only=["fuser"])
-    export_pt2(detector, folder / "pt2", "fp32", cameras=CAMERAS, parts=["fuser"])
+    export_parts(detector, folder / "fp32", "fp32")
+    export_parts(quantized, folder / "int8", "int8", flavour="onnxruntime")
+    export_parts(quantized, folder / "strong", "int8", flavour="tensorrt-strong", only=["fuser"])
+    export_pt2(detector, folder / "pt2", "fp32", parts=["fuser"])
     options = Options(threads=1, cache=None)
     build_engines(folder / "fp32", "onnxruntime", out=folder / "engines-onnxruntime", options=options)
     build_engines(folder / "fp32", "openvino", out=folder / "engines-openvino", options=options)

@@ -20,11 +20,11 @@ from qat.calibrate.foreign import load_foreign_file
 from qat.checkpoints.pickled import is_plainly_saved
 from qat.checkpoints.reading import load_checkpoint
 from qat.core.errors import UserError
-from qat.core.manifest import load_manifest
 from qat.core.onnx_file import read_outline
 from qat.engine import Engine, Options, build
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.detector import build_model
+from qat.manifest import load_manifest
 from qat.runtime import Pipeline
 from qat.runtime.engines import engine_section, load_engines, part_precisions, run_options
 from qat.runtime.verify import verify_folder

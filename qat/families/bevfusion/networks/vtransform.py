@@ -19,6 +19,11 @@ from qat.families.bevfusion.pooling.geometry import (
 )
 
 
+def split(out: torch.Tensor, bins: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N,D+C,fH,fW] → depth weights [N,D,fH,fW], summing to 1 over D, and context [N,C,fH,fW]."""
+    return out[:, :bins].softmax(dim=1), out[:, bins : bins + channels]
+
+
 class LSSTransform(nn.Module):
     """Predicts a depth distribution and a context vector for every feature pixel.
 
@@ -75,8 +80,8 @@ class LSSTransform(nn.Module):
         return self.depthnet(x)
 
     def split(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N,D+C,fH,fW] → depth weights [N,D,fH,fW], summing to 1 over D, and context [N,C,fH,fW]."""
-        return out[:, : self.D].softmax(dim=1), out[:, self.D : self.D + self.C]
+        """As `split`, with this transform's sizes."""
+        return split(out, self.D, self.C)
 
     def pattern(
         self,

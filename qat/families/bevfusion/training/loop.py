@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import qat
-from qat.boxes.detections import Detections
 from qat.checkpoints.reading import float_weights, load_checkpoint, save_plain
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, atomic_set, check_same_run, reading_left, sha256, write_json
@@ -25,7 +24,6 @@ from qat.data import NuScenesDataset, images_digest
 from qat.evaluate import evaluate_detections
 from qat.families.bevfusion.config import need_boxes
 from qat.families.bevfusion.detector import CameraBEVDetector, build_model
-from qat.families.bevfusion.run import boxes_of, run_frame
 from qat.families.bevfusion.state import load_state
 from qat.families.bevfusion.training.augment import TrainSet
 from qat.families.bevfusion.training.auxiliary import PixelHead, pixel_loss, to_tensors
@@ -33,6 +31,7 @@ from qat.families.bevfusion.training.curve import draw_curve
 from qat.families.bevfusion.training.features import FeatureCache
 from qat.families.bevfusion.training.losses import depth_loss, head_loss
 from qat.families.bevfusion.training.targets import make_targets
+from qat.model.runners import detect
 
 STAGES = ("all", "image", "bev")
 
@@ -80,20 +79,6 @@ def save_float_checkpoint(
     further = {name: state(module) for name, module in modules.items()}
     with atomic_path(path) as temporary:
         save_plain({"state_dict": state(model), "config": model.config, "meta": dict(meta), **further}, temporary)
-
-
-def detect(
-    model: nn.Module, dataset: NuScenesDataset, progress: Callable[[int], None] | None = None
-) -> dict[str, Detections]:
-    """Boxes of every sample: {token: Detections}. `model` has CameraBEVDetector's interface and a `config`."""
-    config: Mapping[str, Any] = model.config  # type: ignore[assignment]
-    out = {}
-    with torch.inference_mode():
-        for i, sample in enumerate(dataset):
-            out[sample.token] = boxes_of(run_frame(model, sample), config)
-            if progress:
-                progress(i + 1)
-    return out
 
 
 class _State:

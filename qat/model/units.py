@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qat.lean.detector import QuantizedDetector
 from qat.lean.modes import quantizers
 from qat.lean.quantizer import Quantizer
+from qat.model.quantized import QuantizedModel
 
 UNIT_ROLES = ("input", "identity", "add", "concat")
 
@@ -31,7 +31,7 @@ class Unit:
     layers: tuple[str, ...]
 
 
-def units(model: QuantizedDetector) -> list[Unit]:
+def units(model: QuantizedModel) -> list[Unit]:
     """The units that are on in the model's flavour, in order of execution; quantizers of outputs belong to none."""
     found = []
     for part, inventory in model.inventory.items():
@@ -59,7 +59,7 @@ def units(model: QuantizedDetector) -> list[Unit]:
 
 
 @contextmanager
-def only_on(model: QuantizedDetector, chosen: Sequence[Unit]) -> Iterator[None]:
+def only_on(model: QuantizedModel, chosen: Sequence[Unit]) -> Iterator[None]:
     """Inside the block these units are INT8 and everything else is float."""
     own = quantizers(model.parts)
     before = {name: quantizer._disabled for name, quantizer in own.items()}

@@ -8,14 +8,10 @@ from typing import Any
 
 from qat.core.errors import UserError
 from qat.core.files import is_inside, read_json, restore, sha256
-from qat.core.manifest_schema import check_pipeline
+from qat.families import flow_class, named_in
 
 FORMAT, SCHEMA = "bevqat-parts", 1
 FILE = "manifest.json"
-
-# In the order in which they run. BEV pooling stands between the first and the second and is no file;
-# camera.vtransform is left out of a folder when the view transform does not downsample.
-PARTS = ("camera.backbone", "camera.vtransform", "fuser", "head.bbox")
 
 
 def check_inside(path: str | Path, name: object) -> None:
@@ -77,7 +73,8 @@ def _check_shape(path: Path, manifest: dict[str, Any], mend: str) -> None:
     if "e2e" in manifest:
         check_kind(path, manifest["e2e"], "sha256", str, mend, "e2e")
     if "pipeline" in manifest:
-        check_pipeline(path, manifest["pipeline"], mend)
+        pipeline = manifest["pipeline"]
+        flow_class(named_in(pipeline, f"{path}: pipeline")).check(path, pipeline, mend)
 
 
 def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts: str = "onnx") -> dict[str, Any]:

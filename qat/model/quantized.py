@@ -1,24 +1,22 @@
-"""The quantized detector: the float one's parts as fx graphs with quantizers, behind the same interface."""
+"""The quantized model: the float network's parts as fx graphs with quantizers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import fx, nn
 
 from qat.core.errors import UserError
-from qat.families.bevfusion.config import camera_names, is_camera_branch, need_boxes, needs_depth
-from qat.families.bevfusion.detector import CameraBEVDetector
-from qat.families.bevfusion.pooling.geometry import PoolPattern
+from qat.families import family_named
+from qat.families.family import PartModule
+from qat.families.flow import Flow
 from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds
 from qat.lean.equalize import equalizable, equalize
-from qat.lean.flavours import DEFAULT, FLAVOURS, flavour_of
+from qat.lean.flavours import DEFAULT, flavour_of
 from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import Inventory, quantize_graph, use_flavour
 from qat.lean.modes import quantizers
@@ -26,101 +24,141 @@ from qat.lean.ops import least_values
 from qat.lean.placement import FloatRule
 from qat.lean.quantizer import U8_COARSE, Quantizer
 from qat.lean.trace import FIXED_BATCH, trace
-
-# part name: the detector's method that is traced; a camera branch alone has the first two
-PARTS = {"camera": "camera_logits", "vtransform": "downsample", "decoder": "decode_bev", "head": "head"}
-BRANCH_PARTS = ("camera", "vtransform")
-
-TENSORRT = ("tensorrt", "tensorrt-strong")
-KEEP_FLOAT = (
-    FloatRule("encoders.camera.vtransform.dtransform.0", "its input is raw metres: a step would be half a metre"),
-    FloatRule(
-        "encoders.camera.vtransform.dtransform.*",
-        "computed from the depth map alone: on a GPU a few per cent of the time, and s8 there costs mAP",
-        TENSORRT,
-    ),
-)
-# How `--method auto` chooses ranges. A BEV cell near the car sums the features of hundreds of pixels, one far away those of
-# a few: the decoder's tensors have long tails. What clips them (mse, entropy) raises the SQNR at the head maps, which
-# empty far cells dominate, and loses the objects near the car: mAP falls. In the camera part mse does no harm.
-# What is computed from the depth map alone has long tails too: its large values are the near points.
-AUTO = ("mse", (("decoder.*", "max"), ("head.*", "max"), ("camera.*_dtransform_*", "max")))
-# Parts that are float as a whole, and in which flavours. CUDA-BEVFusion builds the vtransform with --fp16 alone, so it
-# carries no QDQ unless asked.
-PARTS_OFF: dict[str, tuple[str, ...]] = {"vtransform": tuple(FLAVOURS)}
-
-
-def part_methods(config: Mapping[str, Any]) -> dict[str, str]:
-    """`PARTS`, as far as a detector of this config has them."""
-    return {name: method for name, method in PARTS.items() if name in BRANCH_PARTS or not is_camera_branch(config)}
-
-
-def auto_methods(config: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """`AUTO` for a detector of this config, without the patterns of parts that it lacks."""
-    method, by_layer = AUTO
-    parts = part_methods(config)
-    depth = needs_depth(config)
-    return method, tuple(
-        (pattern, other)
-        for pattern, other in by_layer
-        if pattern.partition(".")[0] in parts and (depth or "dtransform" not in pattern)
-    )
-
-
-def trace_parts(detector: CameraBEVDetector) -> dict[str, fx.GraphModule]:
-    """A detector's parts as canonical graphs for any number of samples and cameras (`qat.lean.trace`), by name.
-
-    Raises:
-        UserError: torch.export cannot follow one.
-    """
-    config = detector.config
-    height, width = config["image_size"]
-    view = detector.vtransform
-    nx, ny, nz = (int(n) for n in view.nx)
-    empty = partial(torch.empty, device=next(detector.parameters()).device)
-    examples: list[object] = [empty(2, 3, height, width)]
-    examples.append(empty(2, 1, height, width) if needs_depth(config) else None)
-    found = {}
-    for name, method in part_methods(config).items():
-        if name == "vtransform":
-            examples = [empty(2, view.C * nz, nx, ny)]
-        found[name] = trace(detector, examples, method)
-        if name == "camera" and FIXED_BATCH in found[name].meta:  # for one sample, then
-            views = len(camera_names(config))
-            examples = [None if e is None else empty(views, *e.shape[1:]) for e in examples]  # type: ignore[attr-defined]
-            found[name] = trace(detector, examples, method)
-            found[name].meta[FIXED_BATCH] = views
-        result = found[name].graph.output_node().args[0]
-        if isinstance(result, fx.Node):  # the next part takes it
-            examples = [empty(2, *(int(n) for n in result.meta["val"].shape[1:]))]
-    return found
-
+from qat.plan import Part, Plan, axes_at
 
 Background = Literal["corrected", "absorbed"]  # the depth map's, in corrections of biases or in the biases themselves
 
 
-class QuantizedDetector(nn.Module):
-    """A camera detector with TensorQuantizers; lift, pool, downsample, decode_bev, head, patterns and forward are
-    CameraBEVDetector's, of a camera branch alone too.
+class _Taken(Exception):
+    """What a part hands to its core."""
 
-    It holds the quantizers of every flavour, and computes in one of them: `flavour`, which `use` changes.
+
+class _Stop(nn.Module):
+    def forward(self, *inputs: Any) -> Any:
+        raise _Taken(*inputs)
+
+
+class _Given(nn.Module):
+    """Stands for a graph: gives tensors without content in the shapes of its result."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.result = [graph.graph.output_node().args[0]]
+        self.fixed = graph.meta.get(FIXED_BATCH)
+
+    def forward(self, *inputs: Any) -> Any:
+        batch = len(next(x for x in inputs if isinstance(x, torch.Tensor)))
+
+        def empty(node: fx.Node) -> torch.Tensor:
+            size = [batch if isinstance(n, torch.SymInt) else int(n) for n in node.meta["val"].shape]
+            return torch.empty(size, device="meta")
+
+        return fx.node.map_arg(self.result[0], empty)
+
+
+class _Tracer:
+    """Traces the parts of a network one after the other; each takes inputs in the shapes that those before it give."""
+
+    def __init__(self, family: Any, network: nn.Module, plan: Plan) -> None:
+        self.family, self.network, self.plan = family, network, plan
+        self.methods = family.traced(network)
+        self.shapes: dict[int, dict[str, tuple[int, ...]]] = {2: {}, 1: {}}
+
+    def _module(self, name: str, core: nn.Module) -> PartModule:
+        found: PartModule = self.family.parts(self.network, {name: core})[name]
+        return found
+
+    def _inputs(self, part: Part, batch: int) -> list[torch.Tensor]:
+        known = self.shapes[batch]
+        sizes = {
+            name: self.plan.tensors[name].sizes(axes_at(self.plan, batch)) or known[name]
+            for name in part.inputs.values()
+        }
+        return [torch.empty(sizes[name], device="meta") for name in part.inputs.values()]
+
+    def _core_inputs(self, part: Part, batch: int) -> list[Any]:
+        device = next(self.network.parameters()).device
+        try:
+            self._module(part.name, _Stop())(*self._inputs(part, batch))
+        except _Taken as taken:
+            return [torch.empty(x.shape, device=device) if isinstance(x, torch.Tensor) else x for x in taken.args]
+        raise ValueError(f"part {part.name}: its forward never calls its core")
+
+    def trace(self, part: Part) -> fx.GraphModule:
+        """The canonical graph of a part's core, for any batch where torch.export can."""
+        method = self.methods[part.name]
+        graph = trace(self.network, self._core_inputs(part, 2), method)
+        if FIXED_BATCH in graph.meta:  # for one sample, then
+            examples = self._core_inputs(part, 1)
+            graph = trace(self.network, examples, method)
+            graph.meta[FIXED_BATCH] = len(next(x for x in examples if isinstance(x, torch.Tensor)))
+        for batch, shapes in self.shapes.items():
+            module = self._module(part.name, _Given(graph))
+            result = module(*self._inputs(part, batch))
+            values = result if isinstance(result, tuple) else (result,)
+            shapes.update((name, tuple(x.shape)) for name, x in zip(part.outputs, values, strict=True))
+        return graph
+
+    def least(self, part: Part, earlier: Mapping[str, fx.GraphModule]) -> dict[str, float]:
+        """What a part's core's inputs never go below, by the core's names, where the graph before it tells."""
+        module = self._module(part.name, _Stop())
+        if not module.direct:
+            return {}
+        names = [node.name for node in earlier[part.name].graph.nodes if node.op == "placeholder"]
+        found = {}
+        for own, tensor in zip(names, part.inputs.values(), strict=True):
+            before = next((p for p in self.plan.parts.values() if tensor in p.outputs), None)
+            if before is None or not self._module(before.name, _Stop()).whole:
+                continue
+            graph = earlier[before.name]
+            result = graph.graph.output_node().args[0]
+            if isinstance(result, fx.Node):
+                found[own] = least_values(graph)[result]
+        return found
+
+
+def traced_parts(network: Any) -> dict[str, fx.GraphModule]:
+    """A float network's parts as canonical graphs (`qat.lean.trace`), by scope.
+
+    Raises:
+        UserError: torch.export cannot follow one.
+    """
+    family = family_named(network.family)
+    plan = family.flow(network.config).plan
+    tracer = _Tracer(family, network, plan)
+    return {part.scope: tracer.trace(part) for part in plan.parts.values()}
+
+
+class QuantizedModel(nn.Module):
+    """A family's network with TensorQuantizers. It holds the quantizers of every flavour, and computes in one of them: `flavour`,
+    which `use` changes. `qat.model.runners` runs it.
+
+    parts: the graph of each part, by its scope. network: the float one, which it leaves as it was (unchanged layers are shared).
 
     Args:
-        keep_float: layers that stay float. parts_off: parts that do as a whole, in the flavours that are named.
+        keep_float: layers that stay float; None for the family's. parts_off: scopes of parts that do as a whole, in the flavours
+            that are named; None for the family's.
+
+    Raises:
+        UserError: a part cannot be traced.
     """
 
     def __init__(
         self,
-        detector: CameraBEVDetector,
-        keep_float: Sequence[FloatRule] = KEEP_FLOAT,
-        parts_off: Mapping[str, Sequence[str]] = PARTS_OFF,
+        network: Any,
+        keep_float: Sequence[FloatRule] | None = None,
+        parts_off: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
-        self.config = detector.config
-        self.vtransform = detector.vtransform
-        self._pool = detector.pool
-        self.keep_float = tuple(keep_float)
-        self.off_in = {name: tuple(flavours) for name, flavours in parts_off.items()}
+        network.eval()
+        self.family = family_named(network.family)
+        self.config = network.config
+        recipe = self.family.recipe(self.config)
+        self._network = [network]  # no module of this one: its weights are not this model's
+        self._flow: tuple[Any, Flow] | None = None
+        self.keep_float = tuple(recipe.keep_float if keep_float is None else keep_float)
+        off = recipe.parts_off if parts_off is None else parts_off
+        self.off_in = {name: tuple(flavours) for name, flavours in off.items()}
         self.flavour = DEFAULT
         self.parts = nn.ModuleDict()
         self.inventory: dict[str, Inventory] = {}
@@ -128,19 +166,35 @@ class QuantizedDetector(nn.Module):
         self.background: Background | None = None
         self.absorbed: frozenset[str] = frozenset()  # `part.path` of layers whose bias has its correction in it
         self.fixed_views: int | None = None
-        known: dict[str, float] = {}
-        for name, graph in trace_parts(detector).items():
+        tracer = _Tracer(self.family, network, self.plan)
+        graphs: dict[str, fx.GraphModule] = {}
+        for name, part in self.plan.parts.items():
+            graph = graphs[name] = tracer.trace(part)
             fold_batch_norm(graph)
             if graph.meta.get(FIXED_BATCH) is not None:
                 self.fixed_views = graph.meta[FIXED_BATCH]
-            self.inventory[name] = quantize_graph(graph, keep_float, known)
-            result = graph.graph.output_node().args[0]
-            known = {}
-            if name != "camera" and isinstance(result, fx.Node):  # pooled features have a sign: a pixel's context has
-                known = dict.fromkeys(("x",), least_values(graph)[result])
-            self.parts[name] = graph
+            least = tracer.least(part, graphs)
+            self.inventory[part.scope] = quantize_graph(graph, self.keep_float, least)
+            self.parts[part.scope] = graph
         self.use(DEFAULT)
         self.eval()
+
+    @property
+    def network(self) -> Any:
+        """The float network."""
+        return self._network[0]
+
+    @property
+    def flow(self) -> Flow:
+        """The host's side, of the config as it is now."""
+        if self._flow is None or self._flow[0] is not self.config:
+            self._flow = (self.config, self.family.flow(self.config))
+        return self._flow[1]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        return self.flow.plan
 
     def use(self, flavour: str, parts_int8: Sequence[str] = ()) -> None:
         """From here on the detector computes what this flavour's exports do.
@@ -195,51 +249,6 @@ class QuantizedDetector(nn.Module):
                     and taken.quantizer.spec.levels == 255
                 ):
                     taken.quantizer.spec = U8_COARSE
-
-    def camera_logits(self, img: torch.Tensor, depth: torch.Tensor | None) -> torch.Tensor:
-        """img [B·N,3,H,W], depth [B·N,1,H,W] → depth logits and context, [B·N,D+C,fH,fW]."""
-        return self.parts["camera"](img, depth)
-
-    def lift(self, img: torch.Tensor, depth: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """img [B,N,3,H,W], depth [B,N,1,H,W] → depth weights [B·N,D,fH,fW] (softmax in float), context."""
-        flat = None if depth is None else depth.flatten(0, -4)
-        return self.vtransform.split(self.camera_logits(img.flatten(0, -4), flat))
-
-    def pool(self, depth_weights: torch.Tensor, context: torch.Tensor, patterns: Sequence[PoolPattern]) -> torch.Tensor:
-        """As `CameraBEVDetector.pool`; in float."""
-        return self._pool(depth_weights, context, patterns)
-
-    def downsample(self, bev: torch.Tensor) -> torch.Tensor:
-        """As `CameraBEVDetector.downsample`."""
-        return self.parts["vtransform"](bev)
-
-    def decode_bev(self, x: torch.Tensor) -> torch.Tensor:
-        """As `CameraBEVDetector.decode_bev`."""
-        self._need_boxes("decode_bev")
-        return self.parts["decoder"](x)
-
-    def head(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        """As `CameraBEVDetector.head`."""
-        self._need_boxes("head")
-        return self.parts["head"](x)
-
-    def _need_boxes(self, method: str) -> None:
-        need_boxes(self.config, f"QuantizedDetector.{method}", "forward gives the features")
-
-    def bev_head(self, bev: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        """As `CameraBEVDetector.bev_head`."""
-        return self.head(self.decode_bev(self.downsample(bev)))
-
-    def patterns(self, *matrices: np.ndarray) -> list[PoolPattern]:
-        """As `CameraBEVDetector.patterns`."""
-        return [self.vtransform.pattern(*sample) for sample in zip(*matrices, strict=True)]
-
-    def forward(
-        self, img: torch.Tensor, depth: torch.Tensor | None, patterns: Sequence[PoolPattern]
-    ) -> list[dict[str, torch.Tensor]]:
-        """As `CameraBEVDetector.forward`."""
-        bev = self.pool(*self.lift(img, depth), patterns)
-        return [{"feat_out": self.downsample(bev)}] if is_camera_branch(self.config) else self.bev_head(bev)
 
     def activation_quantizers(self) -> dict[str, TensorQuantizer]:
         """Quantizers of activations that have ranges of their own by `part.name`, those switched off too."""
@@ -379,15 +388,3 @@ class QuantizedDetector(nn.Module):
 
 def _few(names: Sequence[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")
-
-
-def quantize_detector(
-    detector: CameraBEVDetector,
-    keep_float: Sequence[FloatRule] = KEEP_FLOAT,
-    parts_off: Mapping[str, Sequence[str]] = PARTS_OFF,
-) -> QuantizedDetector:
-    """Folds batch norm and places quantizers; ranges of activations are still to be calibrated.
-
-    The float detector is left as it was (its unchanged layers are shared).
-    """
-    return QuantizedDetector(detector.eval(), keep_float, parts_off)

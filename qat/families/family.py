@@ -1,0 +1,189 @@
+"""What a family offers to the stages that run PyTorch, and what its networks' parts are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.core.errors import UserError
+from qat.families import flow_class
+from qat.families.flow import Flow
+from qat.lean.placement import FloatRule
+
+
+class Method(nn.Module):
+    """One method of a network, as a module."""
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        super().__init__()
+        self.net = network
+        self.method = method
+
+    def forward(self, *inputs: Any) -> Any:
+        """Calls it."""
+        return getattr(self.net, self.method)(*inputs)
+
+
+class PartModule(nn.Module):
+    """A part as a module with fixed tensor names, for tracing and as a runner; a subclass says what it changes for tracing.
+
+    core: what of it is traced and quantized: the float network's own method, or its quantized graph. inputs, outputs: names.
+    direct: core takes the inputs as they are. whole: and gives the outputs as they are: forward is core alone.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    direct = True
+    whole = True
+
+    def __init__(
+        self, core: nn.Module, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.core = core
+        self.inputs = tuple(inputs) if inputs is not None else type(self).inputs
+        self.outputs = tuple(outputs) if outputs is not None else type(self).outputs
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """The inputs in their order → the outputs in theirs."""
+        return self.core(*inputs)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a family's networks are quantized unless the user says otherwise.
+
+    keep_float: layers that stay float, with reasons. parts_off: scopes of parts that are float as a whole → in which flavours;
+    off_reason: why. method, by_layer: how ranges are chosen: a method of `qat.lean.METHODS`, and (pattern, method) pairs that go
+    before it.
+    """
+
+    keep_float: tuple[FloatRule, ...] = ()
+    parts_off: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    off_reason: str = ""
+    method: str = "mse"
+    by_layer: tuple[tuple[str, str], ...] = ()
+
+
+class Family(ABC):
+    """Everything that knows one kind of model. A network that it builds has `config` and `family`, this family's name."""
+
+    name: str
+    loss_weights: Mapping[str, float] = {}
+
+    def flow(self, config: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> Flow:
+        """The host's side of a model of this config."""
+        return flow_class(self.name)(self.settings(config), threads, source)
+
+    @abstractmethod
+    def load_config(self, path: str | Path, prefix: str | None = None) -> dict[str, Any]:
+        """Reads and checks a config. prefix: not None for the piece of a larger model that lies under it in a checkpoint.
+
+        Raises:
+            UserError: it cannot be read, or describes what cannot be built, by name.
+        """
+
+    @abstractmethod
+    def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
+        """The same of a config that a checkpoint holds; returns it, or what of it `prefix` asks for."""
+
+    @abstractmethod
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """The float network, randomly initialised; raises `UserError` as `load_config`."""
+
+    @abstractmethod
+    def random(self, config: Mapping[str, Any], seed: int) -> nn.Module:
+        """The float network with random weights whose activations neither explode nor die, in eval mode."""
+
+    @abstractmethod
+    def load_state(
+        self, network: Any, state: Mapping[str, Any], source: str, prefix: str | None = None, finite: bool = True
+    ) -> int:
+        """Loads a checkpoint's weights into a network; returns how many names were left out.
+
+        Args:
+            prefix: where the network lies in the checkpoint. finite: False takes NaN and infinity, to look at what they do.
+
+        Raises:
+            UserError: they do not fit.
+        """
+
+    def take_piece(self, checkpoint: Mapping[str, Any], prefix: str, source: str) -> tuple[dict[str, Any], int]:
+        """ "state_dict" and "quantizers" of a checkpoint's piece under a prefix, by the network's names, and how many others."""
+        raise UserError(f"{source}: --prefix: the family {self.name} takes no pieces of larger models; leave it out")
+
+    @abstractmethod
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The manifest's `pipeline` section: plain JSON values, of which `Flow` is made; `family` is this family's name."""
+
+    @abstractmethod
+    def traced(self, network: Any) -> dict[str, str]:
+        """For each part, in the plan's order, the network's method that is traced and quantized."""
+
+    @abstractmethod
+    def parts(self, network: Any, cores: Mapping[str, nn.Module]) -> dict[str, PartModule]:
+        """The parts in the plan's order, around these cores."""
+
+    @abstractmethod
+    def ops(self, network: Any) -> Mapping[str, Any]:
+        """A runner for each of the plan's ops on batches of torch tensors, differentiable. Inputs that no part takes are numpy."""
+
+    @abstractmethod
+    def recipe(self, config: Mapping[str, Any]) -> Recipe:
+        """How its networks are quantized."""
+
+    @abstractmethod
+    def dataset(
+        self,
+        root: Path,
+        split: str,
+        config: Mapping[str, Any],
+        version: str | None = None,
+        frames: int | None = None,
+    ) -> Any:
+        """The preprocessed frames of a split (`qat.data.NuScenesDataset` or the like)."""
+
+    def frame(self, folder: Path, config: Mapping[str, Any]) -> Any:
+        """The preprocessed frame of a folder with one keyframe and its info.json."""
+        raise UserError(f"{folder}: found one keyframe, expected a data set: the family {self.name} reads those alone")
+
+    def note_pictures(self, config: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
+        """The config with the (height, width) of the pictures that it was calibrated on, where it wants to know."""
+        return config
+
+    def augmented(self, dataset: Any, config: Mapping[str, Any]) -> Any:
+        """The same with `draw(index, rng)`, frames as training sees them."""
+        raise UserError("--augment: this family has no augmentation, expected --no-augment")
+
+    def check_training(self, config: Mapping[str, Any], source: str) -> None:
+        """Raises `UserError` where a config lacks what training reads."""
+        raise UserError(
+            f"{source}: the family {self.name} is not trained here, expected one that is; train it with its own tools"
+        )
+
+    def train(
+        self,
+        config: Mapping[str, Any],
+        datasets: Sequence[Any],
+        out: Path,
+        options: Mapping[str, Any],
+        held_out: Any,
+        checkpoint: Path | None,
+        log: Callable[[str], None],
+        ema: bool,
+    ) -> dict[str, Any] | None:
+        """Trains the float network: writes out/model.pth, returns the metrics on `held_out`. options: `bevqat train`'s flags."""
+        raise NotImplementedError(self.name)
+
+    def losses(
+        self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int
+    ) -> dict[str, torch.Tensor]:
+        """What a quantized network lacks of the float one, each loss a mean over frames: by default the relative squared error
+        of each judged tensor. Names are those of `loss_weights`."""
+        raise UserError(f"finetune: the family {self.name} has no losses, expected some")

@@ -1,0 +1,143 @@
+"""What a family offers without torch: its plan, what the host computes, raw input to tensors, tensors to boxes."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qat.boxes.detections import Detections
+from qat.core.errors import UserError
+from qat.core.tensors import arrays_digest
+from qat.plan import Plan, Runner, next_state
+
+
+class Flow(ABC):
+    """One model's host side, made of a manifest's `pipeline` section.
+
+    plan: its course. classes: names, in the order of `Detections.labels`. image: {"mean", "std"} by which pictures were
+    normalised, None where there are none. keep_buffers: ops may write into what they gave before, which nobody else holds.
+    geometry_step: the op that is cheap until the sensors move, for the benchmark; rebuilds: how often it had to compute.
+    """
+
+    plan: Plan
+    classes: list[str]
+    image: Mapping[str, Any] | None = None
+    geometry_step: str | None = None
+    rebuilds: int = 0
+    prepare_ms: dict[str, float]
+
+    def __init__(self, settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> None:
+        """threads: of the host's ops, 0 for one on each core. source: where the settings came from, for messages."""
+        self.settings, self.threads, self.source = dict(settings), threads, source
+        self.keep_buffers = False
+
+    @classmethod
+    @abstractmethod
+    def check(cls, path: str | Path, settings: object, mend: str) -> None:
+        """Raises `UserError` where a manifest's `pipeline` section is not what this class needs, for the file `path`."""
+
+    @abstractmethod
+    def ops(self) -> Mapping[str, Runner]:
+        """A runner for each of the plan's ops, on numpy arrays of one sample."""
+
+    @abstractmethod
+    def feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
+        """The plan's inputs for a batch of preprocessed frames, without the state's."""
+
+    @abstractmethod
+    def prepare(self, *raw: Any) -> Any:
+        """A preprocessed frame of what sensors give: the arguments of `Pipeline.__call__`.
+
+        Raises:
+            UserError: they are not what the model was made for.
+        """
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
+        """Boxes from the plan's outputs of one sample, which are finite."""
+
+    @abstractmethod
+    def check_frame(self, frame: Any, token: str) -> None:
+        """Raises `UserError` where a frame's arrays are not what the parts take."""
+
+    @abstractmethod
+    def made_frame(self, seed: int, noise: bool = False) -> Any:
+        """A made-up frame that is shaped as real ones are (or of plain noise); the same bits on every machine."""
+
+    @abstractmethod
+    def raw_frames(self, count: int, seed: int = 0) -> list[Any]:
+        """Made-up inputs of a benchmark that cost what real ones do: objects with `name`, `raw` (the arguments of `prepare`)
+        and `moved(place)`, the same with the sensors `place` millimetres elsewhere."""
+
+    def recorded(self, root: Path, split: str, version: str | None, count: int | None) -> list[Any]:
+        """The same of a data set's frames."""
+        raise UserError("--data: this family reads none here, expected made-up frames; leave --data out")
+
+    def initial_state(self) -> dict[str, np.ndarray]:
+        """What the first frame of a scene is given, by the plan's inputs."""
+        return {}
+
+    def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """For each tensor of the last `judged` label, which values belong to objects: bool, of its shape; None if not known."""
+        return None
+
+    def share(self, other: Any) -> None:  # noqa: B027
+        """Uses another flow's caches of the same model."""
+
+    def need_boxes(self, what: str, mend: str) -> None:
+        """Raises `UserError` where the model gives no boxes. what, mend: the beginning and the end of the message."""
+        if not self.plan.boxes:
+            raise UserError(f"{what}: found {self.without_boxes}, expected a whole detector; {mend}")
+
+    without_boxes = "a model that gives no boxes"
+
+
+class Session:
+    """Frames in their order, with the state that each hands to the next one of its scene."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.reset()
+
+    def reset(self) -> None:
+        """The next frame begins a scene."""
+        self._scene: object = None
+        self._state: dict[str, Any] | None = None
+        self._key = ""
+
+    def begin(self, frame: Any) -> tuple[dict[str, Any], str]:
+        """The plan's inputs for a frame, and a key of everything that they depend on: of a plan with state, of all frames of
+        the scene so far. A frame whose `scene` is another than the last one's begins a scene."""
+        plan = self.flow.plan
+        feeds = self.flow.feeds([frame])
+        digest = arrays_digest(feeds)
+        if not plan.state:
+            return feeds, digest
+        scene = getattr(frame, "scene", None)
+        if self._state is None or scene != self._scene:
+            self._scene, self._state, self._key = scene, self.flow.initial_state(), ""
+        self._key = hashlib.sha256(f"{self._key} {digest}".encode()).hexdigest()[:40]
+        return {**feeds, **self._state}, self._key
+
+    def end(self, tensors: Mapping[str, Any]) -> None:
+        """Takes the state from what the frame gave."""
+        if self.flow.plan.state:
+            self._state = next_state(self.flow.plan, tensors)
+
+    def saved(self) -> dict[str, Any]:
+        """The state, for a cache; by `state.NAME`."""
+        return {f"state.{name}": np.asarray(value) for name, value in (self._state or {}).items()}
+
+    def restore(self, arrays: Mapping[str, Any]) -> bool:
+        """Takes the state from a cache; False where it holds none of this plan's."""
+        names = list(self.flow.plan.state.values())
+        if any(f"state.{name}" not in arrays for name in names):
+            return False
+        if names:
+            self._state = {name: arrays[f"state.{name}"] for name in names}
+        return True

@@ -1,0 +1,149 @@
+"""A checkpoint file → a `Model`, read once and passed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.calibrate.checkpoint import FORMAT as PTQ_FORMAT
+from qat.calibrate.checkpoint import ptq_of, reference_of
+from qat.checkpoints.reading import float_weights, load_checkpoint
+from qat.core.errors import UserError
+from qat.families import DEFAULT, KEY, family_named, family_of
+from qat.families.family import Family
+
+if TYPE_CHECKING:
+    from qat.model.quantized import QuantizedModel
+
+
+@dataclass
+class Model:
+    """What a checkpoint holds.
+
+    network: the float network. quantized: of a PTQ checkpoint, and of one that another tool quantized; None of a float one.
+    recipe: how it was quantized. path: None for random weights. left_out: names of the file that are no weights of this network.
+    """
+
+    family: Family
+    network: Any
+    quantized: QuantizedModel | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    ema: bool = False
+    left_out: int = 0
+
+    @property
+    def config(self) -> Any:
+        """The model's config, which a checkpoint may have completed."""
+        return (self.network if self.quantized is None else self.quantized).config
+
+    @property
+    def best(self) -> Any:
+        """The quantized network where there is one, else the float one."""
+        return self.network if self.quantized is None else self.quantized
+
+
+def find_config(
+    path: Path, checkpoint: Mapping[str, Any], given: str | Path | None, prefix: str | None
+) -> tuple[Family, dict[str, Any]]:
+    """The config of a float checkpoint: the named one, else the one inside it, else config.yaml beside it; and its family.
+
+    Raises:
+        UserError: there is none, or it describes what cannot be built.
+    """
+    beside = path.parent / "config.yaml"
+    if given is None and isinstance(config := checkpoint.get("config"), dict):
+        family = family_of(config, f"{path}: config")
+        return family, family.check_config(config, f"{path}: config", prefix)
+    if given is None and not beside.is_file():
+        raise UserError(
+            f"{path}: holds no config and {beside} does not exist; name the run's configs.yaml with --config"
+        )
+    return read_config(beside if given is None else given, prefix)
+
+
+def read_config(path: str | Path, prefix: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """A config file and its family; raises as `Family.load_config`."""
+    family = family_named(_family_in(Path(path)))
+    return family, family.load_config(path, prefix)
+
+
+def _family_in(path: Path) -> str:
+    """The family that a YAML config names in a line of its own; the default where it names none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return DEFAULT  # whose reader says what is wrong with the file
+    found = [line.split(":", 1)[1].strip().strip("\"'") for line in lines if line.startswith(f"{KEY}:")]
+    return family_of({KEY: found[0]}, str(path)).name if found else DEFAULT
+
+
+def random_model(config: str | Path, seed: int = 0, prefix: str | None = None) -> Model:
+    """A network with random weights, to measure latency and numerics with."""
+    family, settings = read_config(config, prefix)
+    return Model(family, family.random(settings, seed))
+
+
+def open_model(
+    path: str | Path,
+    config: str | Path | None = None,
+    prefix: str | None = None,
+    ema: bool = False,
+    finite: bool = True,
+    as_float: bool = False,
+) -> Model:
+    """Opens a checkpoint.
+
+    Args:
+        path: a checkpoint of calibrate (PTQ); one that another tool quantized (`qat.calibrate.foreign`); or a float one:
+            {"state_dict": …}, a bare state dict, a pickled network.
+        config: of a checkpoint that is not ours; None for the one inside it, else config.yaml beside it.
+        prefix: of such a checkpoint, takes the piece of a larger model that lies under it (of BEVFusion the camera branch).
+        ema: of a float checkpoint, the averaged weights that it keeps beside the others.
+        finite: False takes weights that are NaN or infinite, to look at what they do.
+        as_float: the float network is asked for: of a PTQ checkpoint, what it was made from, with quantizers that are all off.
+
+    Raises:
+        UserError: the checkpoint does not load or does not fit its config.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path, ema)
+    if checkpoint.get("format") == PTQ_FORMAT:
+        if config is not None:
+            raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")
+        if prefix is not None:
+            raise UserError(f"{path}: a PTQ checkpoint knows whether it is a camera branch alone; leave --prefix out")
+        quantized, network = reference_of(checkpoint, path) if as_float else ptq_of(checkpoint, path, finite)
+        return Model(quantized.family, network, quantized, dict(checkpoint["recipe"]), path)
+    family, settings = find_config(path, checkpoint, config, prefix)
+    if "quantizers" in checkpoint and not as_float:
+        from qat.calibrate.foreign import load_foreign_file
+
+        quantized, network, report = load_foreign_file(path, checkpoint, family, settings, prefix)
+        recipe = {"method": "imported", "float_layers": report["float_layers"], "merged": report["merged"]}
+        return Model(family, network, quantized, recipe, path, ema)
+    network = family.build(settings)
+    left_out = family.load_state(network, float_weights(checkpoint, path), str(path), prefix, finite)
+    return Model(family, network.eval(), path=path, ema=ema, left_out=left_out)
+
+
+def open_float(
+    path: str | Path, config: str | Path, prefix: str | None = None, ema: bool = False, finite: bool = True
+) -> Model:
+    """Opens a float checkpoint with the config of a file.
+
+    Raises:
+        UserError: as `open_model`; it is a quantized checkpoint.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path, ema)
+    if checkpoint.get("format") == PTQ_FORMAT:
+        raise UserError(
+            f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
+        )
+    family, settings = read_config(config, prefix)
+    network = family.build(settings)
+    left_out = family.load_state(network, float_weights(checkpoint, path), str(path), prefix, finite)
+    return Model(family, network.eval(), path=path, ema=ema, left_out=left_out)

@@ -1,0 +1,141 @@
+"""PyTorch as what computes a plan: in float, with fake quantization, or recording, as the model's quantizers are set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qat.boxes.detections import Detections
+from qat.families import family_named
+from qat.families.family import Method, PartModule
+from qat.families.flow import Flow, Session
+from qat.model.quantized import QuantizedModel
+from qat.plan import Part, Plan, Runner, run
+
+Model = Any  # a family's float network, or a `QuantizedModel` of one
+
+
+def flow_for(model: Model) -> Flow:
+    """The host's side of a model, made once for its config."""
+    if isinstance(model, QuantizedModel):
+        return model.flow
+    kept = model.__dict__.get("_flow")
+    if kept is None or kept[0] is not model.config:
+        kept = model.__dict__["_flow"] = (model.config, family_named(model.family).flow(model.config))
+    flow: Flow = kept[1]
+    return flow
+
+
+def plan_for(model: Model) -> Plan:
+    """Its plan."""
+    return flow_for(model).plan
+
+
+def part_modules(model: Model) -> dict[str, PartModule]:
+    """The parts in their order, in eval mode."""
+    if isinstance(model, QuantizedModel):
+        family, network = model.family, model.network
+        cores: dict[str, nn.Module] = {name: model.parts[part.scope] for name, part in model.plan.parts.items()}
+    else:
+        family, network = family_named(model.family), model
+        cores = {name: Method(model, method) for name, method in family.traced(model).items()}
+    return {name: part.eval() for name, part in family.parts(network, cores).items()}
+
+
+def outputs_of(module: PartModule, result: Any) -> dict[str, Any]:
+    """What a part's forward returned, by its outputs' names."""
+    values = result if isinstance(result, tuple) else (result,)
+    return dict(zip(module.outputs, values, strict=True))
+
+
+def torch_runners(
+    model: Model, precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> dict[str, Runner]:
+    """A runner for each step of a model's plan on torch tensors, differentiable.
+
+    precision: a context for the parts, such as autocast; what they give is float32, and so are the ops.
+    """
+    plain = precision is nullcontext
+
+    def runner(module: PartModule) -> Runner:
+        def compute(given: dict[str, Any]) -> dict[str, Any]:
+            with precision():
+                found = outputs_of(module, module(*(given[name] for name in module.inputs)))
+            return found if plain else {name: value.float() for name, value in found.items()}
+
+        return compute
+
+    quantized = isinstance(model, QuantizedModel)
+    ops = (model.family if quantized else family_named(model.family)).ops(model.network if quantized else model)
+    return {**{name: runner(module) for name, module in part_modules(model).items()}, **ops}
+
+
+def torch_feeds(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A plan's inputs as torch tensors on the model's device; what no part takes stays numpy, for the ops."""
+    device = next(model.parameters()).device
+    steps = plan_for(model).steps
+    taken = {name for step in steps if isinstance(step, Part) for name in step.inputs.values()}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(array)).to(device) if name in taken else array
+        for name, array in feeds.items()
+    }
+
+
+def run_frame(model: Model, frame: Any, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Runs one frame through a model's whole plan: every tensor, in torch.
+
+    state: of a plan with state, what the frame is given; None at the beginning of a scene.
+    """
+    flow = flow_for(model)
+    feeds = {**flow.feeds([frame]), **(flow.initial_state() if state is None else state)}
+    return run(flow.plan, torch_runners(model), torch_feeds(model, feeds))
+
+
+def detect(model: Model, frames: Any, progress: Callable[[int], None] | None = None) -> dict[str, Detections]:
+    """Boxes of every frame by its token; state is carried through each scene."""
+    flow, runners = flow_for(model), torch_runners(model)
+    session, found = Session(flow), {}
+    with torch.inference_mode():
+        for n, frame in enumerate(frames):
+            feeds, _ = session.begin(frame)
+            tensors = to_numpy(run(flow.plan, runners, torch_feeds(model, feeds)))
+            session.end(tensors)
+            found[frame.token] = flow.decode(tensors)
+            if progress:
+                progress(n + 1)
+    return found
+
+
+def to_numpy(tensors: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Tensors as float32 arrays; `names` None for all that are tensors."""
+    chosen = [n for n, x in tensors.items() if isinstance(x, torch.Tensor)] if names is None else names
+    return {name: np.ascontiguousarray(tensors[name].detach().float().cpu().numpy()) for name in chosen}
+
+
+class TorchPart:
+    """Runs one part on numpy arrays: a `qat.runtime.PartRunner`."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays by input name → arrays by output name."""
+        device = next(self.wrapper.parameters()).device
+        with torch.inference_mode():
+            result = self.wrapper(*(torch.from_numpy(feeds[name]).to(device) for name in self.wrapper.inputs))
+        values = result if isinstance(result, tuple) else (result,)
+        return {
+            name: np.ascontiguousarray(value.cpu().numpy())
+            for name, value in zip(self.wrapper.outputs, values, strict=True)
+        }
+
+
+def torch_parts(model: Model) -> dict[str, TorchPart]:
+    """Runners of a model's parts on numpy arrays, for `qat.runtime.Pipeline` and for verification. Puts it into eval mode."""
+    model.eval()
+    return {name: TorchPart(module) for name, module in part_modules(model).items()}
