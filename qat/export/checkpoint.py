@@ -134,8 +134,7 @@ def export_checkpoint(
             weights under runs/.
         flavour: as for `export_parts`.
         frames: the model's config → real frames to verify on too, as for `export_parts`.
-        form: what else `export_parts` takes: opset, batch, dynamic_batch, only, parts_int8, reduce_range, io,
-            calibration_cache.
+        form: what else `export_parts` takes: opset, batch, dynamic_batch, only, parts_int8, reduce_range, io.
 
     Returns:
         the folder and its manifest.
