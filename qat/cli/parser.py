@@ -34,6 +34,7 @@ VERBS = {
 REMOVED = {
     "--calibration-cache": "was removed with implicit INT8; leave it out: the exported graph has the scales as explicit QDQ, which "
     "trtexec --int8 and `bevqat build` read",
+    "--no-roofline": "was removed with the roofline; leave it out: no peaks are measured",
 }
 
 
