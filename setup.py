@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["qat", "qat.*"]),
     package_data={
         "qat": ["py.typed"],
-        "qat.report": ["page.css", "page.js"],
+        "qat.report": ["page.css", "page.js", "templates/*.html"],
         "qat.families.bevfusion.pooling": ["pooling.cu"],
     },
     install_requires=[
@@ -34,6 +34,7 @@ setup(
         "numpy<2",
         "numba>=0.60",
         "embreex>=4.4",
+        "jinja2>=3.1",
         "rich>=13",
         "PyYAML>=6",
         "omegaconf>=2.3",

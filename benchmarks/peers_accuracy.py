@@ -34,7 +34,6 @@ from rich.console import Console
 from rich.table import Table
 
 from qat.calibrate.job import calibrate_checkpoint
-from qat.model.runners import run_frame
 from qat.compare.accuracy import run_accuracy
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
@@ -52,6 +51,7 @@ from qat.families.bevfusion.state import load_float_model
 from qat.lean.flavours import DEFAULT
 from qat.lean.observe import counting_macs
 from qat.manifest import PARTS, load_manifest
+from qat.model.runners import run_frame
 from qat.runtime import Pipeline
 
 # What ours quantizes; the vtransform's downsampling stays float, as in CUDA-BEVFusion, unless --vtransform.

@@ -291,7 +291,6 @@ def end_to_end(config: Path, args: argparse.Namespace, folder: Path, say: Say) -
             rounds=args.rounds,
             repeats=args.repeats,
             engine=Options(threads=args.threads, cache=None),
-            roofline=False,
         )
     )
     rows = results["rows"]

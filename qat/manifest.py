@@ -67,11 +67,9 @@ def _check_shape(path: Path, manifest: dict[str, Any], mend: str) -> None:
         part = check_kind(path, parts, name, dict, mend, "parts")
         for key in ("sha256", "precision"):
             check_kind(path, part, key, str, mend, name)
-    for name in ("e2e", "verification", "pipeline"):
+    for name in ("verification", "pipeline"):
         if name in manifest:
             check_kind(path, manifest, name, dict, mend)
-    if "e2e" in manifest:
-        check_kind(path, manifest["e2e"], "sha256", str, mend, "e2e")
     if "pipeline" in manifest:
         pipeline = manifest["pipeline"]
         flow_class(named_in(pipeline, f"{path}: pipeline")).check(path, pipeline, mend)
@@ -108,8 +106,6 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
     again = _again(manifest)
     _check_shape(path, manifest, again)
     files = {f"part {name}": part for name, part in manifest["parts"].items()}
-    if "e2e" in manifest:
-        files["the whole detector"] = manifest["e2e"]
     verification = manifest.get("verification", {})
     for named in [*files.values(), verification] if "file" in verification else files.values():
         check_inside(path, named.get("file"))

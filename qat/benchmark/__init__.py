@@ -3,8 +3,6 @@
 plan         which folder runs on which backend
 inputs       made-up or recorded frames: images, points, calibration
 worker       one row in a process of its own: builds, warms up, runs, tells its memory
-counting     multiply-accumulates and bytes of an ONNX graph
-peaks        what the machine can do at best, measured on the spot: the roofline
 environment  what else the figures depend on
 statistics   percentiles, outliers, intervals over rounds
 run          all of it, from folders to benchmark.json, benchmark.csv and benchmark.svg

@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.benchmark.counting import Count, count_parts, roofline_ms
 from qat.benchmark.environment import environment, gpu_memory_mb, load_average
-from qat.benchmark.peaks import Peaks, measure_peaks
 from qat.benchmark.plan import Planned, plan
 from qat.benchmark.plot import draw
 from qat.benchmark.statistics import summary
@@ -35,8 +33,8 @@ NAME = "benchmark"  # of the three files
 Results = dict[str, Any]
 CSV_FIELDS = (
     *("row", "backend", "precision", "flavour", "section", "median_ms", "p90_ms", "p99_ms", "mean_ms", "samples"),
-    *("per_second", "transfer_ms", "outliers", "speedup_vs_fp32", "speedup_vs_best_fp32", "gmacs", "megabytes"),
-    *("roofline_ms", "roofline_bound", "roofline_share", "size_mb", "memory_peak_mb"),
+    *("per_second", "transfer_ms", "outliers", "speedup_vs_fp32", "speedup_vs_best_fp32"),
+    *("size_mb", "memory_peak_mb"),
 )
 
 
@@ -48,8 +46,7 @@ class BenchmarkOptions:
     version: keyframes of a nuScenes-format data set; without data frames are made up. frames: how many. rounds, repeats: in
     each round every row runs one frame, `repeats` counted times. engine: threads and what else engines are built and run with; where it
     has no cache, each row is built anew. Built engines run as they were noted, but for fields that differ from the default ones
-    (`qat.runtime.engines.run_options`). roofline: count the graphs and measure the peaks. out: folder for the results. command: for
-    the record.
+    (`qat.runtime.engines.run_options`). out: folder for the results. command: for the record.
     """
 
     folders: Sequence[Path]
@@ -62,7 +59,6 @@ class BenchmarkOptions:
     rounds: int = 20
     repeats: int = 3
     engine: Options = field(default_factory=lambda: Options(cache=None))
-    roofline: bool = True
     command: str = ""
 
 
@@ -135,71 +131,12 @@ def _measure(rows: Sequence[_Row], options: BenchmarkOptions, done: Done) -> Non
         row.finished["memory"]["memory_gpu_mb"] = on_gpu
 
 
-def _counts(planned: Sequence[Planned], wanted: bool) -> list[dict[str, Count] | str]:
-    """Of each row's graphs; those that engines were built from are looked for in the other folders."""
-    if not wanted:
-        return ["not asked for"] * len(planned)
-    graphs = {
-        part["sha256"]: entry.folder / part["file"]
-        for entry in planned
-        if not entry.built
-        for part in entry.manifest["parts"].values()
-    }
-    found = []
-    for entry in planned:
-        digests = {name: part.get("onnx", part)["sha256"] for name, part in entry.manifest["parts"].items()}
-        files = {name: graphs.get(digest) for name, digest in digests.items()}
-        found.append(count_parts(files, "fp16" if entry.precision == "fp16" else "fp32"))
-    return found
-
-
-def _peaks(rows: Sequence[tuple[Planned, dict[str, Count] | str]], options: Options, done: Done) -> dict[str, Any]:
-    """Peaks of every backend for the precisions that its rows' graphs have."""
-    wanted: dict[str, set[str]] = {}
-    for entry, counts in rows:
-        if not isinstance(counts, str):
-            wanted.setdefault(entry.backend, set()).update(*(count.macs for count in counts.values()))
-    found = {}
-    for n, (backend, precisions) in enumerate(wanted.items()):
-        done(n, backend)
-        worker = Worker(f"peak of {backend}", Peaks, backend, options)
-        try:
-            worker.described()
-            found[backend] = measure_peaks(worker, sorted(precisions))
-        except UserError as error:
-            found[backend] = {"gmacs": {}, "gb_per_s": None, "why": str(error)}
-        finally:
-            worker.close()
-    return found
-
-
 def _times(row: _Row) -> dict[str, list[list[float]]]:
     """Milliseconds of each section, by round, in the order in which a frame goes through them."""
     sections = {name: [[t[name] for t in turn["times"]] for turn in row.turns] for name in row.turns[0]["times"][0]}
     if REBUILD in row.turns[0]:
         sections[REBUILD] = [[turn[REBUILD]] for turn in row.turns]
     return sections
-
-
-def _add_roofline(section: dict[str, Any], counts: Sequence[Count], peaks: Mapping[str, Any]) -> None:
-    macs: dict[str, int] = {}
-    for count in counts:
-        for precision, number in count.macs.items():
-            macs[precision] = macs.get(precision, 0) + number
-    section["gmacs"] = {precision: round(number / 1e9, 6) for precision, number in macs.items()}
-    section["megabytes"] = round(sum(count.bytes for count in counts) / 1e6, 4)
-    # Each part by its own roofline: one may wait for memory where another does not.
-    floors = [roofline_ms(count.macs, count.bytes, peaks["gmacs"], peaks["gb_per_s"]) for count in counts if count.macs]
-    known = [floor for floor in floors if floor is not None]
-    if not known or len(known) < len(floors):
-        return
-    least = sum(floor for floor, _ in known)
-    on_device = section["latency_ms"]["median"] - section.get("transfer_ms", 0.0)
-    section["roofline"] = {
-        "ms": round(least, 4),
-        "bound": known[0][1] if len(known) == 1 else "by part",
-        "share": round(least / on_device, 4),
-    }
 
 
 def _row_options(entry: Planned, options: Options) -> dict[str, Any]:
@@ -209,9 +146,7 @@ def _row_options(entry: Planned, options: Options) -> dict[str, Any]:
     return described(options, [entry.backend], [entry.precision])
 
 
-def _result_row(
-    row: _Row, counts: dict[str, Count] | str, peaks: Mapping[str, Any], options: Options
-) -> dict[str, Any]:
+def _result_row(row: _Row, options: Options) -> dict[str, Any]:
     entry, parts = row.planned, row.finished["parts"]
     sections: dict[str, Any] = {}
     for name, rounds in _times(row).items():
@@ -220,14 +155,12 @@ def _result_row(
         if name == WHOLE or name in parts:
             moved = [t.get(name, 0.0) for turn in row.turns for t in turn["transfers"]]
             section["transfer_ms"] = round(float(np.median(moved)), 4)
-        if not isinstance(counts, str) and entry.backend in peaks and (name == WHOLE or name in counts):
-            _add_roofline(section, list(counts.values()) if name == WHOLE else [counts[name]], peaks[entry.backend])
         if name in parts:
             section["size_mb"] = parts[name]["size_mb"]
         section["rounds_ms"] = [[round(t, 4) for t in values] for values in rounds]
         sections[name] = section
     sections[WHOLE]["size_mb"] = round(sum(part["size_mb"] for part in parts.values()), 4)
-    result = {
+    return {
         "name": entry.name,
         "backend": entry.backend,
         "precision": entry.precision,
@@ -243,9 +176,6 @@ def _result_row(
         "warm_up": row.warm_up,
         "sections": sections,
     }
-    if isinstance(counts, str):
-        result["no_roofline"] = counts
-    return result
 
 
 def _add_speedups(rows: Sequence[dict[str, Any]]) -> None:
@@ -270,7 +200,7 @@ def csv_text(results: Results) -> str:
     writer.writeheader()
     for row in results["rows"]:
         for name, section in row["sections"].items():
-            latency, roofline = section["latency_ms"], section.get("roofline", {})
+            latency = section["latency_ms"]
             writer.writerow(
                 {
                     "row": row["name"],
@@ -283,9 +213,6 @@ def csv_text(results: Results) -> str:
                     "outliers": latency["outliers"]["count"],
                     "speedup_vs_fp32": section["speedup_vs_fp32"],
                     "speedup_vs_best_fp32": section["speedup_vs_best_fp32"],
-                    "gmacs": round(sum(section["gmacs"].values()), 6) if "gmacs" in section else None,
-                    "megabytes": section.get("megabytes"),
-                    **{f"roofline_{key}": roofline.get(key) for key in ("ms", "bound", "share")},
                     "size_mb": section.get("size_mb"),
                     "memory_peak_mb": row["memory_peak_mb"] if name == WHOLE else None,
                 }
@@ -303,10 +230,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
     _check(options)
     planned, skipped = plan(options.folders, options.backends)
     threads = options.engine.threads
-    counted = list(zip(planned, _counts(planned, options.roofline), strict=True))
     facts, before = environment(threads), load_average()
-    with progress_bar("peaks", len({p.backend for p in planned})) as done:
-        peaks = _peaks(counted, options.engine, done)
     with progress_bar("build and warm up", len(planned)) as done:
         rows = _start(planned, options, skipped, done)
     try:
@@ -315,8 +239,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
     finally:
         _stop(rows)
     after = environment(threads)
-    counts = {p.name: count for p, count in counted}
-    result_rows = [_result_row(row, counts[row.planned.name], peaks, options.engine) for row in rows]
+    result_rows = [_result_row(row, options.engine) for row in rows]
     _add_speedups(result_rows)
     results: Results = {
         "format": FORMAT,
@@ -336,7 +259,6 @@ def benchmark(options: BenchmarkOptions) -> Results:
             "options": described(options.engine, {p.backend for p in planned}, {p.precision for p in planned}),
             "built": "anew" if options.engine.cache is None else "or taken from the engine cache",
         },
-        "peaks": peaks,
         "rows": result_rows,
         "skipped": skipped,
     }

@@ -39,10 +39,6 @@ def _mb(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _share(section: Mapping[str, Any]) -> str:
-    return f"{section['roofline']['share']:.0%}" if "roofline" in section else ""
-
-
 def _times(section: Mapping[str, Any]) -> tuple[str, str, str]:
     latency = section["latency_ms"]
     return _ms(latency["median"]), _ms(latency["p90"]), _ms(latency["p99"])
@@ -55,7 +51,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     ends = " and ".join(dict.fromkeys(row["ends_with"] for row in rows))
     whole = _table(
         f"images to {ends}: {measured['rounds']} interleaved rounds of {measured['repeats']}, milliseconds",
-        *("", "median", "p90", "p99", "frames/s", "copies", "outliers", "FP32 / it", "best FP32 / it", "roofline"),
+        *("", "median", "p90", "p99", "frames/s", "copies", "outliers", "FP32 / it", "best FP32 / it"),
         *("peak MB", "before MB", "size MB", "build s"),
     )
     for row in rows:
@@ -69,7 +65,6 @@ def print_results(results: Mapping[str, Any]) -> None:
             f"{outliers['count']} to {_ms(outliers['longest'][0])}" if outliers["count"] else "0",
             _ratio(section["speedup_vs_fp32"]),
             _ratio(section["speedup_vs_best_fp32"]),
-            _share(section),
             _mb(row["memory_peak_mb"]),
             _mb(row["memory_before_mb"]),
             _mb(section["size_mb"]),
@@ -79,7 +74,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     parts = _table(
         "by section, inside the whole",
         *("section", "row", "median", "p90", "p99", "a second", "copies", "outliers", "FP32 / it", "best FP32 / it"),
-        *("GMAC", "MB moved", "roofline", "bound", "size MB"),
+        "size MB",
         left=2,
     )
     names = dict.fromkeys(name for row in rows for name in row["sections"] if name not in (WHOLE, REBUILD))
@@ -95,21 +90,11 @@ def print_results(results: Mapping[str, Any]) -> None:
                 str(section["latency_ms"]["outliers"]["count"]),
                 _ratio(section["speedup_vs_fp32"]) if "transfer_ms" in section else "",
                 _ratio(section["speedup_vs_best_fp32"]) if "transfer_ms" in section else "",
-                f"{sum(section['gmacs'].values()):.3f}" if "gmacs" in section else "",
-                f"{section['megabytes']:.1f}" if "megabytes" in section else "",
-                _share(section),
-                section["roofline"]["bound"] if "roofline" in section else "",
                 _mb(section.get("size_mb")),
             )
         if shown:
             parts.add_section()
     out.print(parts)
-    for backend, peak in results["peaks"].items():
-        rates = [f"{precision} {2 * rate:.0f} G(FL)OP/s" for precision, rate in peak["gmacs"].items()]
-        rates += [f"memory {peak['gb_per_s']:.1f} GB/s"] if peak["gb_per_s"] else []
-        print(f"peak of {backend}: {', '.join(rates) or peak.get('why', 'none')}")
-    for why in dict.fromkeys(row["no_roofline"] for row in rows if "no_roofline" in row):
-        print(f"no roofline: {why}")
     for left_out in results["skipped"]:
         print(f"left out: {left_out['name']}: {left_out['why']}")
     for row in rows:

@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames that take turns (default 4)")
     add_rounds_flags(parser, 20, 3)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep built engines there (default: build anew)")
-    parser.add_argument("--no-roofline", action="store_true", help="do not measure what the machine can do at best")
     add_out_flag(parser, "DIR", Path("runs/benchmark"))
     add_json_flag(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write benchmark.csv there too")
@@ -86,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
             rounds=args.rounds,
             repeats=args.repeats,
             engine=engine_options(args, plan.asked_backends(args.onnx, backends), cache=args.cache),
-            roofline=not args.no_roofline,
             command=command_line(),
         )
         try:

@@ -7,7 +7,6 @@ example:
   bevqat export-camera --ckpt runs/ptq.pth --fp16                         # for a builder's FP16 flag, into runs/onnx_fp16
   bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong      # for TensorRT 10 and 11
   bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform --out runs/two_parts
-  bevqat export-camera --ckpt runs/ptq.pth --format onnx-e2e              # the whole detector as one file besides
 
 A float checkpoint, and random weights to measure latency with:
   bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth --out runs/onnx_fp32
@@ -23,7 +22,6 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from qat.cli import FAILED, OK
 from qat.cli.flags import (
@@ -70,9 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("onnx", "onnx-e2e", "pt2"),
+        type=_format,
+        choices=("onnx", "pt2"),
         default="onnx",
-        help="onnx (default): parts; onnx-e2e: these and the whole detector as one file; pt2: torch.export programs",
+        help="of the parts: onnx (default) graphs; pt2: torch.export programs",
     )
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, 13 (default) to 20")
     batch = parser.add_argument_group("batch")
@@ -99,17 +98,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--io", choices=("fp32", "fp16"), default="fp32", help="type of inputs and outputs (tensorrt-strong)"
     )
-    parser.add_argument(
-        "--calibration-cache",
-        action="store_true",
-        help="the scales as a TensorRT calibration cache too, with the graph without QDQ that it is for (DLA)",
-    )
     add_config_flag(parser, when="default: the one inside or beside a float checkpoint; a PTQ checkpoint has its own")
     add_prefix_flag(parser)
     add_ema_flag(parser)
     add_verification_flags(parser)
     add_out_flag(parser, "DIR", "onnx_PRECISION[_FLAVOUR] beside the checkpoint")
     add_json_flag(parser)
+
+
+def _format(word: str) -> str:
+    if word == "onnx-e2e":
+        raise argparse.ArgumentTypeError(
+            "onnx-e2e was removed; leave --format out to export the parts, run them with qat.runtime.Pipeline and time the "
+            "whole detector with `bevqat benchmark`"
+        )
+    return word
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,16 +125,6 @@ def run(args: argparse.Namespace) -> int:
     seed = init_seed(args)
     if args.format == "pt2":
         return _programs(args, seed)
-    if args.format == "onnx-e2e":
-        for flag, given in (
-            ("--parts", args.parts),
-            ("--batch", args.batch != 1),
-            ("--dynamic-batch", args.dynamic_batch),
-        ):
-            if given:
-                raise UserError(
-                    f"{flag}: found with --format onnx-e2e, expected without: it is all parts, for one sample"
-                )
     folder, manifest = export_checkpoint(
         args.ckpt,
         args.precision,
@@ -149,7 +142,6 @@ def run(args: argparse.Namespace) -> int:
         parts_int8=args.parts_int8,
         reduce_range=args.reduce_range,
         io=args.io,
-        calibration_cache=args.calibration_cache,
     )
     for part in manifest["parts"].values():
         size = (folder / part["file"]).stat().st_size / 1e6
@@ -163,21 +155,10 @@ def run(args: argparse.Namespace) -> int:
             reasons = Counter(node["reason"] for node in typed["fp32"])
             kept = "; ".join(f"{count} in FP32: {reason}" for reason, count in sorted(reasons.items()))
             print(f"  {typed['fp16']} of {typed['nodes']} operators in FP16" + (f"; {kept}" if kept else ""))
-        if cache := part.get("calibration_cache"):
-            print(f"{folder / cache['file']}: {cache['tensors']} scales, for {folder / cache['graph']}")
     passed = manifest["verification"]["passed"]
-    whole = _whole(folder) if args.format == "onnx-e2e" and passed else None
-    emit_json(
-        args,
-        {
-            "out": folder,
-            "passed": passed and (whole is None or whole["verification"]["passed"]),
-            "manifest": manifest,
-            "e2e": whole,
-        },
-    )
+    emit_json(args, {"out": folder, "passed": passed, "manifest": manifest})
     if passed:
-        return OK if whole is None or whole["verification"]["passed"] else FAILED
+        return OK
     for part in manifest["parts"].values():
         if not part["scales"]["passed"]:
             print(
@@ -195,24 +176,6 @@ def run(args: argparse.Namespace) -> int:
     return FAILED
 
 
-def _whole(folder: Path) -> dict[str, Any]:
-    """Joins the parts of a folder, and prints how close the whole is to them; its entry in the manifest."""
-    from qat.core.progress import progress_bar
-    from qat.export.e2e import export_e2e
-
-    with progress_bar("join"):
-        entry = export_e2e(folder)
-    file, tensors = folder / entry["file"], entry["verification"]["tensors"]
-    name, figures = min(tensors.items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])
-    print(
-        f"{file}: {entry['precision']}, {file.stat().st_size / 1e6:.1f} MB; beside its parts {name} has "
-        f"{figures['sqnr_db']:.0f} dB SQNR ({figures['tolerance_db']:.0f} dB or more expected)"
-    )
-    if not entry["verification"]["passed"]:
-        print(f"error: {file}: out of tolerance beside its parts: {entry['verification']}", file=sys.stderr)
-    return entry
-
-
 def _programs(args: argparse.Namespace, seed: int) -> int:
     """Writes torch.export programs, and prints whether they compute the same reloaded."""
     from qat.export.checkpoint import export_programs
@@ -225,7 +188,6 @@ def _programs(args: argparse.Namespace, seed: int) -> int:
         "--parts-int8": bool(args.parts_int8),
         "--reduce-range": args.reduce_range,
         "--io": args.io != "fp32",
-        "--calibration-cache": args.calibration_cache,
         **{f"--{name}": getattr(args, name) is not None for name in ("data", "version", "split", "frames")},
     }
     for flag, found in given.items():
@@ -238,7 +200,7 @@ def _programs(args: argparse.Namespace, seed: int) -> int:
         file = folder / part["file"]
         print(f"{file}: {manifest['precision']}, {file.stat().st_size / 1e6:.1f} MB")
     passed = manifest["verification"]["passed"]
-    emit_json(args, {"out": folder, "passed": passed, "manifest": manifest, "e2e": None})
+    emit_json(args, {"out": folder, "passed": passed, "manifest": manifest})
     if passed:
         print("each, loaded again, computes what its module computes, bit for bit")
         return OK

@@ -31,6 +31,12 @@ VERBS = {
     "completion": "print a script that completes verbs, flags, choices and files in a shell",
 }
 
+REMOVED = {
+    "--calibration-cache": "was removed with implicit INT8; leave it out: the exported graph has the scales as explicit QDQ, which "
+    "trtexec --int8 and `bevqat build` read",
+    "--no-roofline": "was removed with the roofline; leave it out: no peaks are measured",
+}
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """ "; did you mean X?", or "" where nothing known is near."""
@@ -55,6 +61,8 @@ class Parser(argparse.ArgumentParser):
     def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
         """Ends with exit status 2 for words that no flag takes."""
         flag = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+        if flag in REMOVED:
+            self.error(f"{flag} {REMOVED[flag]}")
         hint = nearest(flag, (name for name in self._option_string_actions if name.startswith("--")))
         self.error(f"unknown: {' '.join(words)}{hint}")
 

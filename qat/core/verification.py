@@ -58,13 +58,10 @@ def judge(
     quantization_db: float | None = None,
     float_db: float | None = None,
     pytorch_db: float | None = None,
-    limit: float | None = None,
 ) -> dict[str, Any]:
-    """max_abs, cosine, sqnr_db, with tolerance_db (or `limit`, if lower than FP32's, in its place) and passed, and where they
-    are given quantization_db, float_db (the graph against the float module) with float_tolerance_db, and pytorch_db (see
+    """max_abs, cosine, sqnr_db, with tolerance_db and passed, and where they are given quantization_db, float_db (the graph against the float module) with float_tolerance_db, and pytorch_db (see
     `tolerance_db`)."""
-    least = tolerance_db(quantization_db, pytorch_db) if limit is None else min(FP32_DB, limit)
-    entry: dict[str, Any] = {**difference, "tolerance_db": least}
+    entry: dict[str, Any] = {**difference, "tolerance_db": tolerance_db(quantization_db, pytorch_db)}
     entry["passed"] = bool(difference["sqnr_db"] >= entry["tolerance_db"])
     if pytorch_db is not None:
         entry["pytorch_db"] = pytorch_db

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -89,15 +88,11 @@ def parse_device(device: str) -> int:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as a plan depends on it. capability: such as "9.0". clocks in MHz: the highest that the device allows."""
+    """A GPU as a plan depends on it. capability: such as "9.0"."""
 
     index: int
     name: str
     capability: str
-    processors: int
-    memory: int
-    clock_mhz: int
-    memory_clock_mhz: int
     driver: str
 
 
@@ -117,12 +112,6 @@ def use_device(device: str | int = 0) -> Device:
     try:
         call("cudaSetDevice", index)
         properties = call("cudaGetDeviceProperties", index)
-        kinds = runtime().cudaDeviceAttr
-        # From CUDA 13 on the properties no longer have the clocks; the attributes still do.
-        clocks = [
-            call("cudaDeviceGetAttribute", kind, index) // 1000
-            for kind in (kinds.cudaDevAttrClockRate, kinds.cudaDevAttrMemoryClockRate)
-        ]
         driver = call("cudaDriverGetVersion")
     except CudaError as error:
         raise UserError(f"cuda:{index}: {error.meaning}{UNUSABLE}") from None
@@ -131,10 +120,6 @@ def use_device(device: str | int = 0) -> Device:
         index=index,
         name=(name.decode() if isinstance(name, bytes) else str(name)).rstrip("\0"),
         capability=f"{properties.major}.{properties.minor}",
-        processors=properties.multiProcessorCount,
-        memory=properties.totalGlobalMem,
-        clock_mhz=clocks[0],
-        memory_clock_mhz=clocks[1],
         driver=f"{driver // 1000}.{driver % 1000 // 10}",
     )
 
@@ -309,14 +294,3 @@ def device_of(pointer: int) -> int | None:
     kinds = runtime().cudaMemoryType
     on_gpu = attributes.type in (kinds.cudaMemoryTypeDevice, kinds.cudaMemoryTypeManaged)
     return int(attributes.device) if on_gpu else None
-
-
-@contextmanager
-def timed(stream: int) -> Iterator[list[float]]:
-    """Yields a list that holds, after the block, the milliseconds between its begin and end on the stream."""
-    begin, end = Event(), Event()
-    spent: list[float] = []
-    begin.record(stream)
-    yield spent
-    end.record(stream)
-    spent.append(end.milliseconds_since(begin))

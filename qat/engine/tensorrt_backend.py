@@ -8,7 +8,6 @@ engine.run_device({"img": img_gpu, "depth": depth_gpu}, stream=stream)   # torch
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -271,17 +270,12 @@ class TensorRtEngine(Engine):
     def _own(self) -> dict[str, int]:
         return {name: buffer.pointer for name, buffer in self._device.items()}
 
-    def enqueue(self, graph: bool | None = None) -> None:
-        """Enqueues one run over the engine's own buffers, at the shapes of the latest `run`; does not wait.
-
-        graph: as a CUDA graph or not; None as the options say and the driver allows.
-        """
-        if graph is None:
-            graph = not self.graph_refused
+    def enqueue(self) -> None:
+        """Enqueues one run over the engine's own buffers, at the shapes of the latest `run`; does not wait."""
         self._follow(self.stream.handle)
-        if graph and (self._graph is None or self._graph[0] != self._shapes):
+        if not self.graph_refused and (self._graph is None or self._graph[0] != self._shapes):
             self._graph = self._capture()
-        if graph and self._graph is not None:
+        if not self.graph_refused and self._graph is not None:
             self._graph[1].launch(self.stream.handle)
             return
         self._bind(self._own())
@@ -550,13 +544,3 @@ def identify(device: str) -> Device:
     """
     gpu = cuda.use_device(device)
     return Device(gpu.name, text_digest(f"{gpu.name} {gpu.capability}"))
-
-
-def describe_device(device: str = "cuda:0") -> str:
-    """One line on GPU, clocks, driver and TensorRT, for reports. Raises `UserError` as `build` does."""
-    gpu = cuda.use_device(device)
-    return (
-        f"{gpu.name} (compute capability {gpu.capability}, {gpu.processors} SMs, up to {gpu.clock_mhz} MHz, "
-        f"{gpu.memory / 2**30:.0f} GiB), CUDA {gpu.driver}, {Capabilities(tensorrt_module()).describe()}, "
-        f"Python {sys.version.split()[0]}"
-    )

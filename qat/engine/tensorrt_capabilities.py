@@ -67,8 +67,3 @@ class Capabilities:
         self.tactic_sources = _members(module, "TacticSource")
         newer = "device_memory_size_v2"
         self.memory_attribute = newer if hasattr(module.ICudaEngine, newer) else "device_memory_size"
-
-    def describe(self) -> str:
-        """One line for people."""
-        kinds = [name for name, has in (("weakly", self.weak_typing), ("strongly", self.strong_typing)) if has]
-        return f"TensorRT {self.version}: {' and '.join(kinds)} typed networks"

@@ -17,7 +17,6 @@ from qat.core.errors import UserError
 from qat.core.files import atomic_directory, write_json
 from qat.core.progress import progress_bar
 from qat.engine import CPU_FLAVOURS
-from qat.export.calibration_cache import strip_qdq, write_calibration_cache
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
 from qat.export.graph import op_counts, simplify, tensor_specs, trace
 from qat.export.lookups import opset_of
@@ -48,7 +47,6 @@ class Form:
     parts_int8: tuple[str, ...] = ()
     reduce_range: bool = False
     io: str = "fp32"
-    calibration_cache: bool = False
 
     @property
     def strong(self) -> bool:
@@ -80,11 +78,6 @@ class Form:
             raise UserError(
                 f"io fp16: found flavour {self.flavour} in {self.precision}, expected tensorrt-strong in fp16 or int8; for "
                 "others the engine's builder chooses its inputs' and outputs' type"
-            )
-        if self.calibration_cache and (self.flavour, self.precision) != ("tensorrt", "int8"):
-            raise UserError(
-                f"calibration-cache: found flavour {self.flavour} in {self.precision}, expected tensorrt in int8, whose scales "
-                "are s8's"
             )
         if self.parts_int8 and self.precision != "int8":
             raise UserError(f"parts-int8: found precision {self.precision}, expected int8")
@@ -135,7 +128,6 @@ def export_parts(
     parts_int8: Sequence[str] = (),
     reduce_range: bool = False,
     io: str = "fp32",
-    calibration_cache: bool = False,
     seed: int = 0,
     frames: Sequence[Any] = (),
     ema: bool = False,
@@ -159,8 +151,6 @@ def export_parts(
         only: names of the parts to write; None for all.
         parts_int8: parts that the calibration left off (the vtransform) to quantize all the same.
         io: "fp16" for FP16 inputs and outputs of tensorrt-strong.
-        calibration_cache: also write each part's scales as a TensorRT calibration cache, with the graph without Q/DQ that
-            it is for (`qat.export.calibration_cache`).
         reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
         seed: of the made-up frame for verification.
         frames: real ones to verify on too, preprocessed for this model.
@@ -183,7 +173,6 @@ def export_parts(
         tuple(parts_int8),
         reduce_range,
         io,
-        calibration_cache,
     )
     form.check(detector)
     detector.eval()
@@ -266,12 +255,6 @@ def _export(
                 **({} if typed is None else {"types": typed}),
                 **verification.check(name, graph, source, typed),
             }
-            if form.calibration_cache and has_qdq:
-                bare = strip_qdq(model)
-                files = {"file": f"{name}.calibration.cache", "graph": f"{name}.calibration.onnx"}
-                (folder / files["graph"]).write_bytes(bare.SerializeToString(deterministic=True))
-                written = write_calibration_cache(model, bare, folder / files["file"])
-                manifest["parts"][name]["calibration_cache"] = {**files, **written}
         manifest["verification"] = verification.write(folder)
         write_json(folder / FILE, manifest)
     return manifest

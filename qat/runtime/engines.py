@@ -59,8 +59,6 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
     Raises:
         UserError: parts are missing, or are of another precision, batch or type of inputs and outputs.
     """
-    if not manifest["parts"]:
-        raise UserError(f"{folder}: found the whole detector in one file, expected its parts: name the parts' folder")
     found = manifest["precision"]
     if found not in PRECISIONS:
         raise UserError(
@@ -170,7 +168,7 @@ def build_engines(
             check_tensors(part, engine, folder / part["file"])
             engine.save(file)
             parts[name] = {
-                **{key: value for key, value in part.items() if key != "calibration_cache"},
+                **part,
                 "file": file.name,
                 "sha256": sha256(file),
                 "bytes": file.stat().st_size,
@@ -179,7 +177,7 @@ def build_engines(
             }
         verification = {key: value for key, value in manifest.get("verification", {}).items() if key != "file"}
         manifest = {
-            **{key: value for key, value in manifest.items() if key not in ("e2e", "verification")},
+            **manifest,
             "format_of_parts": FORMAT_OF_PARTS,
             "verification": verification,  # of the graphs; its frames stay with them
             "engine": {

@@ -8,24 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from qat.benchmark import peaks
-from qat.benchmark.counting import count_graph
-from qat.benchmark.peaks import Peaks, peak_macs
 from qat.benchmark.plan import asked_backends, plan
 from qat.benchmark.worker import Worker
 from qat.cli import main
 from qat.cli.benchmark import add_arguments
 from qat.cli.engine_flags import engine_options
 from qat.core.errors import UserError
-from qat.engine import Options, TensorRtOptions
-from qat.engine.tensorrt_options import Profile
 from qat.families.bevfusion.inputs import made_up, native_size, recorded
 from qat.manifest import load_manifest
 
@@ -92,23 +86,6 @@ def test_speed_ups_are_ratios_of_medians(results):
             assert section["speedup_vs_best_fp32"] == pytest.approx(best / own, abs=1e-3)
 
 
-def test_the_roofline_is_that_of_the_graphs_counts_and_the_peaks(results, exported_fp32):
-    for row in results["rows"]:
-        peak = results["peaks"][row["backend"]]
-        floors = []
-        for name in PARTS:
-            count, section = count_graph(exported_fp32 / f"{name}.onnx"), row["sections"][name]
-            assert section["gmacs"]["fp32"] == pytest.approx(count.macs["fp32"] / 1e9, abs=1e-6)
-            compute = count.macs["fp32"] / peak["gmacs"]["fp32"] / 1e6
-            memory = count.bytes / peak["gb_per_s"] / 1e6
-            floors.append(max(compute, memory))
-            assert section["roofline"]["ms"] == pytest.approx(floors[-1], abs=1e-4)
-            assert section["roofline"]["bound"] == ("compute" if compute >= memory else "memory")
-            share = floors[-1] / section["latency_ms"]["median"]
-            assert section["roofline"]["share"] == pytest.approx(share, rel=0.05, abs=1e-3)
-        assert row["sections"]["end to end"]["roofline"]["ms"] == pytest.approx(sum(floors), abs=1e-3)
-
-
 def test_the_csv_says_what_the_json_says(measured, results):
     with (measured / "benchmark.csv").open() as stream:
         lines = list(csv.DictReader(stream))
@@ -120,9 +97,8 @@ def test_the_csv_says_what_the_json_says(measured, results):
             assert float(line[f"{key}_ms"]) == section["latency_ms"][key]
         assert int(line["samples"]) == section["latency_ms"]["samples"]
         assert int(line["outliers"]) == section["latency_ms"]["outliers"]["count"]
-        for key in ("per_second", "transfer_ms", "speedup_vs_fp32", "speedup_vs_best_fp32", "megabytes", "size_mb"):
+        for key in ("per_second", "transfer_ms", "speedup_vs_fp32", "speedup_vs_best_fp32", "size_mb"):
             assert line[key] == ("" if section.get(key) is None else str(section[key]))
-        assert line["roofline_share"] == str(section.get("roofline", {}).get("share", ""))
         assert line["memory_peak_mb"] == (str(row["memory_peak_mb"]) if line["section"] == "end to end" else "")
 
 
@@ -161,9 +137,8 @@ def test_it_runs_where_only_numpy_and_the_backends_are(tmp_path, exported_fp32):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "no roofline: the package onnx is not installed" in done.stdout
     rows = json.loads((tmp_path / "out" / "benchmark.json").read_text())["rows"]
-    assert rows[0]["name"] == "onnxruntime fp32" and "roofline" not in rows[0]["sections"]["fuser"]
+    assert rows[0]["name"] == "onnxruntime fp32"
 
 
 def test_an_interrupted_run_leaves_the_earlier_results(tmp_path, exported_fp32, monkeypatch, capsys):
@@ -260,14 +235,6 @@ def test_engines_run_where_they_were_built_for(engines_of):
         plan([built], ["openvino"])
 
 
-def test_without_a_roofline_no_peak_is_measured(exported_fp32, tmp_path, capsys):
-    flags = ["--onnx", exported_fp32, "--backends", "openvino", "--rounds", 1, "--repeats", 1, "--threads", 1]
-    assert main(["benchmark", *map(str, flags), "--no-roofline", "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "benchmark.json").read_text())
-    assert results["peaks"] == {} and "roofline" not in results["rows"][0]["sections"]["fuser"]
-    assert "no roofline: not asked for" in capsys.readouterr().out
-
-
 def test_a_row_that_a_backend_refuses_is_left_out_and_told(folders, tmp_path, capsys):
     half = folders("fp16", precision="fp16")
     manifest = json.loads((half / "manifest.json").read_text())
@@ -289,45 +256,12 @@ def test_a_row_that_fails_in_its_warm_up_is_left_out_and_the_others_go_on(export
         return ask(self, method, *values)
 
     monkeypatch.setattr(Worker, "ask", failing)
-    flags = ["--onnx", exported_fp32, "--rounds", 1, "--repeats", 1, "--threads", 1, "--no-roofline", "--out", tmp_path]
+    flags = ["--onnx", exported_fp32, "--rounds", 1, "--repeats", 1, "--threads", 1, "--out", tmp_path]
     assert main(["benchmark", *map(str, flags)]) == 0
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["onnxruntime fp32"]
     assert results["skipped"] == [{"name": "openvino fp32", "why": "openvino fp32: its process ended"}]
     assert not multiprocessing.active_children()
-
-
-class _OnDevice:
-    """An engine with memory of its own: running it takes the host long, and the device 2 ms."""
-
-    compute_ms = 2.0
-
-    def run(self, feeds):
-        time.sleep(0.02)
-
-
-def test_a_devices_peak_is_by_its_own_clock_with_the_rows_options(monkeypatch):
-    asked = []
-
-    def build(path, backend, precision, options):
-        asked.append((count_graph(path).macs["fp32"], options))
-        return _OnDevice()
-
-    monkeypatch.setattr(peaks, "build", build)
-    monkeypatch.setattr(peaks, "SECONDS", 0.0)
-    profile = Profile("img", (1, 3), (1, 3), (1, 3))
-    tensorrt = TensorRtOptions(tactic_sources=("CUBLAS",), profiles=(profile,), input_formats=("fp16:chw",))
-    found = Peaks("tensorrt", Options(cache=Path("kept"), tensorrt=tensorrt)).compute("fp32")
-    assert found == pytest.approx(max(macs for macs, _ in asked) / 2e-3 / 1e9)
-    assert min(macs for macs, _ in asked) > 10 * peak_macs(512, 1)  # or launching would take longer than computing
-    expected = Options(cache=None, tensorrt=TensorRtOptions(tactic_sources=("CUBLAS",)))
-    assert [options for _, options in asked] == [expected, expected]
-
-
-def test_a_device_that_does_not_tell_its_time_has_no_roofline(monkeypatch):
-    monkeypatch.setattr(peaks, "build", lambda *arguments: object())
-    with pytest.raises(UserError, match="onnxruntime-cuda: its engines do not tell the device's own time"):
-        Peaks("onnxruntime-cuda", Options()).compute("fp32")
 
 
 @pytest.mark.parametrize(
@@ -371,11 +305,9 @@ def test_a_rows_process_does_not_run_the_command_again(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "print('imported')\n"
-        "from qat.benchmark.peaks import Peaks\n"
         "from qat.benchmark.worker import Worker\n"
-        "from qat.engine import Options\n"
         "if __name__ == '__main__':\n"
-        "    worker = Worker('a', Peaks, 'onnxruntime', Options(1))\n"
+        "    worker = Worker('a', dict)\n"
         "    worker.described()\n"
         "    worker.close()\n"
     )

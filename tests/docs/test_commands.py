@@ -30,7 +30,7 @@ SMALLER = {
     "synth": ["--keyframes", "2", "--native", "96x54", "--azimuths", "60", "--sweeps", "0", "--workers", "1"],
     "train": ["--steps", "1", "--batch", "1", "--variants", "1"],
     "finetune": ["--steps", "1", "--batch", "1", "--warmup", "0"],
-    "benchmark": ["--frames", "1", "--rounds", "1", "--repeats", "1", "--no-roofline"],
+    "benchmark": ["--frames", "1", "--rounds", "1", "--repeats", "1"],
     "compare": ["--rounds", "1", "--repeats", "1", "--resamples", "20"],
     "demo": ["--rounds", "1", "--frames", "1"],
     "make_recording.py": ["--drives", "2", "--keyframes", "1", "--size", "192", "128", "--azimuths", "60"],
@@ -162,15 +162,6 @@ def run_python(command: Command, words: list[str], capsys: pytest.CaptureFixture
     if words[:2] == ["-m", "pytest"]:
         for path in (word for word in words[2:] if not word.startswith("-")):
             assert Path(path).exists(), f"{command.where}: no {path}"
-    elif words[:2] == ["-m", "qat.engine"]:
-        from qat.engine.__main__ import main as lab
-
-        capsys.readouterr()
-        # The page has them copied to the machine with the GPU.
-        status = lab([f"runs/{word}" if word in ("onnx_fp32", "onnx_int8") else word for word in words[2:]])
-        error = capsys.readouterr().err
-        elsewhere = is_elsewhere(["--backend", "tensorrt"], error)  # it is TensorRT's alone
-        assert status == OK or (status == BAD_USE and elsewhere), f"{command.where}: {error}"
     elif (verb := re.fullmatch(r"qat/([\w-]+)\.py", words[0])) and (ROOT / words[0]).is_file():
         run_verb(command, [verb[1], *words[1:]], capsys)
     elif words[0].startswith("examples/") and Path(words[0]).is_file():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import re
 
 import pytest
 from docs_pages import ROOT, anchors, links, pages, read_arguments
 
-from qat.cli import VERBS, main
+from qat.cli.parser import VERBS, make_parser
 
 # Flags of other programs that pages name.
 FOREIGN = {
@@ -27,10 +26,9 @@ IDS = [page.relative_to(ROOT).as_posix() for page in pages()]
 def flags() -> set[str]:
     """Of every verb and script."""
     known = set(" ".join(FOREIGN.values()).split()) | {"--version", "--help"}
-    for verb in VERBS:
-        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
-            main([verb, "--help"])
-        known |= set(re.findall(r"--[a-z][\w-]*", shown.getvalue()))
+    parser = make_parser()
+    for verb in VERBS:  # with earlier spellings, which --help does not show
+        known |= set(parser.verb_parser(verb)._option_string_actions)
     seen: list[argparse.ArgumentParser] = []
     real = argparse.ArgumentParser.parse_args
     with pytest.MonkeyPatch.context() as patch:
@@ -51,9 +49,7 @@ def flags() -> set[str]:
             if "parse_args(" in path.read_text():
                 with contextlib.suppress(SystemExit):  # of one that needs arguments; its parser is seen before
                     read_arguments(path, [])
-    from qat.engine.__main__ import _parser
-
-    for parser in [*seen, _parser()]:
+    for parser in seen:
         known |= set(parser._option_string_actions)
     return known
 

@@ -264,7 +264,7 @@ def running() -> dict[str, Any]:
 def cached_plans() -> dict[str, Any]:
     """Whether a cached plan outlives failures that are not its own, and one that TensorRT does not take is written over."""
     found = {}
-    gpu = cuda.Device(0, "a GPU", "9.0", 1, 1, 1, 1, "12.9")
+    gpu = cuda.Device(0, "a GPU", "9.0", "12.9")
     facts = PlanFacts(CAN.version, gpu.name, gpu.capability, "fp32", False, "g.onnx", "", (), {}, 0.0, "")
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "g.onnx"

@@ -179,16 +179,3 @@ def test_without_a_gpu_one_line_says_so(found):
         "this needs an NVIDIA GPU with its driver"
     )
     assert "cannot start" in found["no_builder"] and "\n" not in found["no_builder"]
-
-
-def test_the_lab_script_leaves_with_status_2_without_a_gpu(forms, checks, tmp_path):
-    if checks(WHOLE)["no_gpu"] == "":
-        pytest.skip("this machine has a GPU")
-    done = subprocess.run(
-        [str(LAB), "-m", "qat.engine", str(forms["fp32"]), str(forms["int8"]), "--no-cache"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: cuda:0: ") and done.stderr.count("\n") == 1

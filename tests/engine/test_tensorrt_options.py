@@ -88,7 +88,7 @@ def test_a_cached_engine_is_found_again_by_the_options_that_enter_it(tmp_path):
 def test_a_cached_plan_is_found_again_by_the_graph_tensorrt_the_gpu_and_what_enters_it(tmp_path, monkeypatch):
     graph = tmp_path / "g.onnx"
     graph.write_bytes(b"graph")
-    gpu = cuda.Device(0, "NVIDIA H200", "9.0", 132, 1 << 37, 1980, 3201, "12.9")
+    gpu = cuda.Device(0, "NVIDIA H200", "9.0", "12.9")
 
     def path(precision="int8", device=gpu, version="10.0.1", **options) -> Path:
         return plan_path(graph, precision, Options(cache=tmp_path, **options), device, version)

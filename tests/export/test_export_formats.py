@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 import yaml
@@ -13,7 +12,6 @@ from qat.calibrate import load_ptq, save_ptq
 from qat.cli import main
 from qat.core.errors import UserError
 from qat.export import export_parts
-from qat.export.calibration_cache import read_calibration_cache
 from qat.export.lookups import constants
 from qat.families.bevfusion.frames import random_frame
 from qat.manifest import load_manifest
@@ -70,41 +68,6 @@ def test_fp16_inputs_and_outputs(ptq, tmp_path, capsys):
         Pipeline.load(out, "onnxruntime")
 
 
-def test_a_calibration_cache_lies_beside_the_graph_that_it_is_for(ptq, tmp_path, capsys):
-    out = tmp_path / "int8"
-    assert main(["export-camera", "--ckpt", str(ptq), "--calibration-cache", "--out", str(out)]) == 0
-    parts = load_manifest(out)["parts"]
-    assert "calibration_cache" not in parts["camera.vtransform"]  # float: it has no scales
-    for name in ("camera.backbone", "fuser", "head.bbox"):
-        files = parts[name]["calibration_cache"]
-        header, scales = read_calibration_cache(out / files["file"])
-        graph = onnx.load(out / files["graph"]).graph
-        assert header.startswith("TRT-") and "QuantizeLinear" not in {node.op_type for node in graph.node}
-        tensors = {i.name for i in graph.input} | {output for node in graph.node for output in node.output}
-        assert scales and set(scales) <= tensors
-        ort.InferenceSession(str(out / files["graph"]), providers=["CPUExecutionProvider"])
-
-
-def test_the_whole_detector_as_one_file_beside_its_parts(ptq, tmp_path, capsys):
-    out = tmp_path / "whole"
-    command = [
-        "export-camera",
-        "--ckpt",
-        str(ptq),
-        "--flavour",
-        "onnxruntime",
-        "--format",
-        "onnx-e2e",
-        "--out",
-        str(out),
-    ]
-    assert main(command) == 0
-    assert "detector.onnx: int8" in capsys.readouterr().out
-    manifest = load_manifest(out)
-    assert manifest["e2e"]["verification"]["passed"] and len(manifest["parts"]) == 4
-    assert main(["verify", str(out)]) == 0  # the parts are as they were
-
-
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_programs_of_torch_export(ptq, tmp_path, capsys, precision):
     out = tmp_path / "pt2"
@@ -124,10 +87,7 @@ def test_programs_of_torch_export(ptq, tmp_path, capsys, precision):
     [
         (["--format", "pt2", "--opset", "17"], "--opset: found with --format pt2"),
         (["--format", "pt2", "--flavour", "openvino"], "--flavour: found with --format pt2"),
-        (["--format", "onnx-e2e", "--batch", "2"], "--batch: found with --format onnx-e2e"),
-        (["--format", "onnx-e2e", "--parts", "fuser"], "--parts: found with --format onnx-e2e"),
         (["--io", "fp16"], "io fp16: found flavour tensorrt in int8"),
-        (["--calibration-cache", "--flavour", "openvino"], "calibration-cache: found flavour openvino in int8"),
         (["--seed", "3"], "--seed: found without --init random"),
         (["--fp32", "--flavour", "openvino"], "flavour openvino: found precision fp32, expected int8"),
         (["--fp16", "--flavour", "onnxruntime"], "flavour onnxruntime: found precision fp16, expected int8"),
@@ -138,6 +98,20 @@ def test_flags_that_do_not_go_together_are_refused(ptq, tmp_path, capsys, flags,
     assert main(["export-camera", "--ckpt", str(ptq), "--out", str(out), *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--format", "onnx-e2e"], "onnx-e2e was removed; leave --format out to export the parts"),
+        (["--calibration-cache"], "--calibration-cache was removed with implicit INT8; leave it out"),
+    ],
+)
+def test_what_was_removed_is_refused_with_what_to_use_instead(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["export-camera", "--ckpt", "model.pth", "--out", str(tmp_path / "out"), *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_random_weights_export_without_a_checkpoint(tmp_path, tiny_config, capsys):

@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -11,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.core.verification import INT8_MARGIN_DB
-from qat.export.calibration_cache import strip_qdq
 from qat.export.flavour_tensorrt_strong import (
     ROUNDING_DB,
     rounded,
@@ -28,8 +28,8 @@ from qat.model.runners import run_frame, to_numpy, torch_parts
 
 SCALES = {"x": 1 / 32, "c": 1 / 40}
 
-
 ZERO = np.int8(0)
+QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 def residual_block(weights, bias=0.1, zero=ZERO):
@@ -65,6 +65,22 @@ def residual_block(weights, bias=0.1, zero=ZERO):
         [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+def strip_qdq(int8_model):
+    """The graph without its Q/DQ pairs: the float network."""
+    model = copy.deepcopy(int8_model)
+    source = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in QDQ}
+    nodes = [node for node in model.graph.node if node.op_type not in QDQ]
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            while name in source:
+                name = source[name]
+            node.input[i] = name
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    onnx.checker.check_model(model, full_check=True)
+    return model
 
 
 def stored(model):

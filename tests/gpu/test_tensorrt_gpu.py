@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,41 +350,3 @@ def test_fp16_types_build_strongly_typed(tmp_path, x):
         "nchw,oc->nohw", x.astype(np.float64), weights(2, 32, 32, 1, 1)[:, :, 0, 0].astype(np.float64)
     )
     assert engine.facts.strongly_typed and sqnr(reference, engine.run({"x": x.astype(np.float16)})["y"]) > 50
-
-
-def test_the_lab_script_measures_a_folder(tmp_path):
-    from qat.core.files import sha256
-
-    folder = tmp_path / "onnx_fp32"
-    folder.mkdir()
-    path = convolutions(folder / "fuser.onnx", False)
-    part = {"file": path.name, "sha256": sha256(path), "precision": "fp32"}
-    manifest = {
-        "format": "bevqat-parts",
-        "schema": 1,
-        "precision": "fp32",
-        "flavour": "tensorrt",
-        "parts": {"fuser": part},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    result = tmp_path / "lab.json"
-    sources = ["--tactic-sources", *SOURCES] if SOURCES else []
-    command = [
-        sys.executable,
-        "-m",
-        "qat.engine",
-        str(folder),
-        "--row",
-        "FP32",
-        "--no-cache",
-        "--rounds",
-        "2",
-        "--repeats",
-        "5",
-    ]
-    done = subprocess.run(
-        [*command, "--warmup", "0.1", "--json", str(result), *sources], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(result.read_text())["rows"]
-    assert row["eager"]["runs"] == 10 and row["engine_bytes"] > 0 and row["layers"]

@@ -146,7 +146,7 @@ STAGES = {
     "benchmark": Stage(
         lambda i, out: _words(
             "benchmark", "--onnx", i.parts, "--backends", "onnxruntime", "--rounds", 1, "--repeats", 1, "--frames", 1,
-            "--no-roofline", "--threads", 1, "--out", out,
+            "--threads", 1, "--out", out,
         ),
         "benchmark.json",
     ),

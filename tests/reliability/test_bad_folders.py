@@ -95,7 +95,7 @@ def test_a_folder_of_parts_that_is_not_whole(kind, work, own, refused):
     (work / "engines_out").mkdir()
     (work / "engines_out" / "earlier").write_text("earlier")
     refused(["build", "--onnx", "fp32", "--backend", "onnxruntime", "--out", "built"], words)
-    arguments = ["benchmark", "--onnx", "fp32", "--backends", "onnxruntime", "--rounds", "1", "--no-roofline"]
+    arguments = ["benchmark", "--onnx", "fp32", "--backends", "onnxruntime", "--rounds", "1"]
     refused([*arguments, "--out", "timed"], words)
     if kind not in (
         "a byte changed",
@@ -155,7 +155,7 @@ ENGINES = {
 def test_engines_that_were_built_elsewhere_or_changed(kind, own, refused):
     change, words = ENGINES[kind]
     change(own("engines"))
-    arguments = ["benchmark", "--onnx", "engines", "--rounds", "1", "--no-roofline", "--out", "timed"]
+    arguments = ["benchmark", "--onnx", "engines", "--rounds", "1", "--out", "timed"]
     refused(arguments, words, "run `bevqat build` again")
     with pytest.raises(UserError) as error:
         Pipeline.load("engines")

@@ -209,7 +209,7 @@ def test_mistakes_of_ours_keep_their_traceback(error, monkeypatch, work):
 
 CALIBRATE = ["calibrate", *MODEL, *DATA]
 COMPARE = ["compare", *MODEL, "--fp32", "fp32", *DATA, "--out", "compared"]
-BENCHMARK = ["benchmark", "--onnx", "fp32", "--backends", "onnxruntime", "--no-roofline", "--out", "timed"]
+BENCHMARK = ["benchmark", "--onnx", "fp32", "--backends", "onnxruntime", "--out", "timed"]
 TRAIN = ["train", "--config", "config.yaml", "--data", "data:calib", "--out", "trained"]
 FINETUNE = ["finetune", "--ckpt", "ptq.pth", "--data", "data:calib", "--out", "tuned"]
 DEMO = ["demo", "--model", "model", "--data", "data", "--out", "shown"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -272,3 +274,9 @@ def test_results_of_before_the_commands_and_the_sensitivity_still_make_a_page(re
     text = _page(results, tmp_path).text
     assert "these results bevqat compare --ckpt" in text
     assert "Which layers pay" not in text and "None" not in text
+
+
+def test_without_jinja2_results_are_judged_and_benchmarks_drawn() -> None:
+    """`bevqat benchmark` runs on GPU machines that have no more than numpy; the import must not ask for templates."""
+    code = "import sys; sys.modules['jinja2'] = None; import qat.benchmark.plot; from qat.report import check_results, decide"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
