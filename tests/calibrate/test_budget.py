@@ -45,13 +45,16 @@ class Counted:
             self.runs += 1
             own = quantizers(model.parts)
             lost = sum(price for name, price in prices.items() if not own[name]._disabled)
-            heat = torch.full((1, 10, 4, 4), -9.0)
-            heat[0, 0, 1, 1] = torch.logit(torch.tensor(0.9 - lost))
-            rest = {
-                name: torch.zeros(1, n, 4, 4)
-                for name, n in (("reg", 2), ("height", 1), ("dim", 3), ("rot", 2), ("vel", 2))
-            }
-            return {name: value for n, value in {"heatmap": heat, **rest}.items() for name in [f"{n}_0"]}
+            channels = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
+            classes = [len(task) for task in model.config["model"]["heads"]["object"]["tasks"]]
+            maps = {}
+            for name in model.plan.outputs:
+                kind, _, task = name.rpartition("_")
+                maps[name] = torch.zeros(1, channels.get(kind, classes[int(task)]), 4, 4)
+                if kind == "heatmap":
+                    maps[name] -= 9.0
+            maps["heatmap_0"][0, 0, 1, 1] = torch.logit(torch.tensor(0.9 - lost))
+            return maps
 
         monkeypatch.setattr(module, "run", run)
 
