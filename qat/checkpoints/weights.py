@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from qat.core.errors import UserError
+from qat.families import state_names
 
 OUTER = ("module.", "model.")  # DataParallel and averaged models; Lightning
 ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP
@@ -27,7 +28,6 @@ COUNTERS = ("n_averaged", "steps")  # how many models an averaged one has seen
 BESIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
 BEFORE = "ema_"
 TRACKED = "num_batches_tracked"
-NETWORK = ("encoders.", "decoder.", "heads.", "backbone.", "neck.", "vtransform.")  # how names of a detector begin
 
 
 LONGEST = 1000  # characters of a name that a network gives; damaged files have names without end
@@ -77,8 +77,9 @@ def without_wrappers(state: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _is_wrapped(names: list[str], prefix: str) -> bool:
     if not names:
         return False
-    inside = tuple(prefix + name for name in NETWORK) + tuple(prefix + outer for outer in OUTER)
-    some = any(name.startswith(inside) for name in names) and not any(name.startswith(NETWORK) for name in names)
+    network = state_names()
+    inside = tuple(prefix + name for name in network) + tuple(prefix + outer for outer in OUTER)
+    some = any(name.startswith(inside) for name in names) and not any(name.startswith(network) for name in names)
     return some or all(name.startswith(prefix) for name in names)
 
 

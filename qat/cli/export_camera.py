@@ -6,7 +6,7 @@ example:
   bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime          # INT8 into runs/onnx_int8_onnxruntime
   bevqat export-camera --ckpt runs/ptq.pth --fp16                         # for a builder's FP16 flag, into runs/onnx_fp16
   bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong      # for TensorRT 10 and 11
-  bevqat export-camera --ckpt runs/ptq.pth --parts camera.backbone camera.vtransform --parts-int8 vtransform --out runs/two_parts
+  bevqat export-camera --ckpt runs/ptq.pth --parts fuser head.bbox --out runs/two_parts
 
 A float checkpoint, and random weights to measure latency with:
   bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth --out runs/onnx_fp32
@@ -80,15 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--dynamic-batch", action="store_true", help="any number of samples in an input")
     chosen = parser.add_argument_group("parts")
-    chosen.add_argument(
-        "--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as camera.backbone"
-    )
+    chosen.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as fuser")
     chosen.add_argument(
         "--parts-int8",
         nargs="+",
         default=[],
         metavar="PART",
-        help="quantize a part that stays float by itself: vtransform",
+        help="quantize a part that stays float by itself; `bevqat inspect` names them",
     )
     parser.add_argument(
         "--reduce-range",

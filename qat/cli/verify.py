@@ -8,7 +8,7 @@ example:
   bevqat calibrate --out runs/ptq.pth
   bevqat export-camera --ckpt runs/ptq.pth
   bevqat verify runs/onnx_int8
-  bevqat verify runs/onnx_int8 --parts camera.backbone --backend openvino
+  bevqat verify runs/onnx_int8 --parts fuser --backend openvino
   bevqat verify runs/onnx_int8 --json runs/verified.json
 """
 
@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="a folder that export-camera wrote")
     either.add_argument("--onnx", type=Path, metavar="DIR", help="the same, by a flag")
-    parser.add_argument(
-        "--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as camera.backbone"
-    )
+    parser.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as fuser")
     parser.add_argument("--part", dest="parts", action="append", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--backend", choices=("onnxruntime", "openvino"), help="build the parts with it (default: the file as it is)"

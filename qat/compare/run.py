@@ -267,6 +267,7 @@ def compare(options: CompareOptions) -> Comparison:
         "schema": SCHEMA,
         "model": options.model or options.sources.ckpt.resolve().parent.name,
         "dataset": facts_of_data,
+        "tensors": dict(rows[0].pipeline.flow.words),
         "machine": machine_facts(options.engines.threads),
         "measurement": measurement,
         "rows": result_rows,

@@ -7,6 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
+# The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input, unless a config has
+# a `cameras` of its own.
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+
 
 class SampleTensors(Protocol):
     """One preprocessed keyframe of N cameras, float32 (`qat.data.Sample` is one).

@@ -29,10 +29,9 @@ from qat.data.checks import (
     numbers_of,
     rotation_of,
 )
-from qat.data.pipeline import Sweeps, read_pipeline
 from qat.data.points import read_points
+from qat.data.reading import Reading, Sweeps, reading_for
 from qat.data.sample import Keyframe, Sample, camera_matrices, prepare
-from qat.families.bevfusion.config import camera_names
 
 MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
 
@@ -180,10 +179,9 @@ class NuScenesDataset(Sequence[Sample]):
     Args:
         root: folder that holds `<version>/`, `samples/` and `sweeps/`.
         split: a split of `<version>/splits.json`, one of nuScenes' own, or "all".
-        config: BEVFusion's schema.
+        config: of a model, whose family says how its frames are read; or that, as a `Reading`.
         version: needed only where root holds several.
         frames: keep only this many keyframes, spread evenly over the split.
-        cameras: channels in the order of the inputs; None for the config's `cameras`, or nuScenes' six.
         whole_scenes: of `frames`, keep the first ones and what else is in their scenes, in the order of time, for a model with
             state.
     """
@@ -192,15 +190,14 @@ class NuScenesDataset(Sequence[Sample]):
         self,
         root: str | Path,
         split: str,
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | Reading,
         version: str | None = None,
         frames: int | None = None,
-        cameras: Sequence[str] | None = None,
         whole_scenes: bool = False,
     ) -> None:
-        self.pipeline = read_pipeline(config)
-        self.classes = list(config.get("object_classes") or ())  # a camera branch's config may have none
-        self.cameras = tuple(cameras or camera_names(config))
+        reading = reading_for(config)
+        self.pipeline, self.classes = reading.pipeline, reading.classes
+        self.cameras = reading.cameras
         self.nusc = open_nuscenes(root, version)
         self.split = split
         self.tokens = split_tokens(self.nusc, split)

@@ -13,13 +13,12 @@ from qat.core.errors import UserError
 from qat.core.files import data_path, read_json
 from qat.core.geometry import within
 from qat.core.preprocess import load_image
-from qat.data.pipeline import read_pipeline
 from qat.data.points import read_points
+from qat.data.reading import Reading, reading_for
 from qat.data.sample import Keyframe, Sample, camera_matrices, prepare
-from qat.families.bevfusion.config import camera_names
 
 
-def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
+def load_frame(folder: str | Path, config: Mapping[str, Any] | Reading) -> Sample:
     """Reads the keyframe; boxes of classes that the config does not have are left out. There are no earlier sweeps.
 
     info.json: `sample.images.<camera>` with img_path, cam2img [3,3] and lidar2cam [4,4]; `sample.lidar_points` with
@@ -31,11 +30,12 @@ def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
     """
     folder = Path(folder)
     info = read_json(folder / "info.json")
-    pipeline = read_pipeline(config)
+    reading = reading_for(config)
+    pipeline = reading.pipeline
     try:
         sample, categories = info["sample"], info["categories"]
         images, intrinsics, camera2lidar = [], [], []
-        cameras = camera_names(config)
+        cameras = reading.cameras
         for name in cameras:
             record = sample["images"][name]
             images.append(load_image(data_path(folder, record["img_path"], "info.json")))
@@ -45,7 +45,7 @@ def load_frame(folder: str | Path, config: Mapping[str, Any]) -> Sample:
         points = read_points(data_path(folder, lidar["lidar_path"], "info.json"), pipeline.load_dim)
         points[:, 4] = 0
         names = {index: name for name, index in categories.items()}
-        classes = list(config.get("object_classes") or ())
+        classes = reading.classes
         boxes, labels = [], []
         for instance in sample["instances"]:
             category = names.get(instance["bbox_label_3d"])

@@ -10,7 +10,7 @@ import numpy as np
 from qat.core.errors import PictureSizeError
 from qat.core.geometry import rasterize_depth
 from qat.core.preprocess import normalize
-from qat.data.pipeline import Pipeline
+from qat.data.reading import Pipeline
 
 
 @dataclass(kw_only=True)

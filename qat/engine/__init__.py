@@ -1,6 +1,6 @@
 """Inference backends behind one small interface: build, run, profile.
 
-    engine = build("onnx_int8/camera.backbone.onnx", "openvino", "int8")
+    engine = build("onnx_int8/fuser.onnx", "openvino", "int8")
     outputs = engine.run({"img": img, "depth": depth})
 
 A backend is a line of `BACKENDS`: one file of this folder, on one kind of device. Its package is imported when it is first

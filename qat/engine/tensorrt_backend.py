@@ -1,6 +1,6 @@
 """TensorRT on an NVIDIA GPU: plans built from ONNX or loaded, run through cuda-bindings. No torch.
 
-engine = build(Path("onnx_int8/camera.backbone.onnx"), "int8", Options(), "cuda:0")
+engine = build(Path("onnx_int8/fuser.onnx"), "int8", Options(), "cuda:0")
 outputs = engine.run({"img": img, "depth": depth})                       # numpy, through pinned memory
 engine.run_device({"img": img_gpu, "depth": depth_gpu}, stream=stream)   # torch or CuPy tensors, no copy
 """

@@ -78,7 +78,7 @@ def choose_typing(
             )
     flags: tuple[str, ...] = ()
     if precision == "int8":
-        # A part that stays float in an INT8 export, as the vtransform does: the flag alone would ask for a calibrator.
+        # A part that stays float in an INT8 export, as a part may: the flag alone would ask for a calibrator.
         flags = (*(("INT8",) if outline.has_qdq else ()), *(("FP16",) if options.fp16 else ()))
     elif precision == "fp16":
         flags = ("FP16",)

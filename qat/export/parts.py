@@ -149,7 +149,7 @@ def export_parts(
         opset: 13 to 20; None for 13, and for INT8 of tensorrt-strong 19, the first with FP16 scales.
         batch: samples (of all cameras) in an input. dynamic_batch: any number of them; `batch` and one more are verified.
         only: names of the parts to write; None for all.
-        parts_int8: parts that the calibration left off (the vtransform) to quantize all the same.
+        parts_int8: parts that the calibration left off, to quantize all the same.
         io: "fp16" for FP16 inputs and outputs of tensorrt-strong.
         reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
         seed: of the made-up frame for verification.

@@ -54,6 +54,12 @@ def flow_class(name: str) -> type[Flow]:
     return found
 
 
+@cache
+def state_names() -> tuple[str, ...]:
+    """How names of a state dict of any family begin."""
+    return tuple(dict.fromkeys(name for family in packages() for name in flow_class(family).state_names))
+
+
 def flow_of(settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> Flow:
     """The flow that a manifest's `pipeline` section describes. threads, source: as for `Flow`."""
     return flow_class(named_in(settings, source))(settings, threads, source)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +14,10 @@ from torch import nn
 from qat.core.errors import UserError
 from qat.families import flow_class
 from qat.families.flow import Flow
-from qat.lean.placement import FloatRule
+
+if TYPE_CHECKING:
+    from qat.data.reading import Reading
+    from qat.lean.placement import FloatRule
 
 
 class Method(nn.Module):
@@ -137,6 +140,10 @@ class Family(ABC):
     @abstractmethod
     def recipe(self, config: Mapping[str, Any]) -> Recipe:
         """How its networks are quantized."""
+
+    def reading(self, config: Mapping[str, Any]) -> Reading:
+        """How keyframes of nuScenes-format data are read, of a family that reads those."""
+        raise UserError(f"config: the family {self.name} reads no nuScenes-format data; expected one that does")
 
     @abstractmethod
     def dataset(

@@ -21,12 +21,15 @@ class Flow(ABC):
 
     plan: its course. classes: names, in the order of `Detections.labels`. image: {"mean", "std"} by which pictures were
     normalised, None where there are none. keep_buffers: ops may write into what they gave before, which nobody else holds.
-    geometry_step: the op that is cheap until the sensors move, for the benchmark; rebuilds: how often it had to compute.
+    words: of `reported` labels, for the report. state_names: how names of a state dict of the family begin, by which prefixes that
+    others put before them are found. geometry_step: the op that is cheap until the sensors move, for the benchmark; rebuilds: how often it had to compute.
     """
 
     plan: Plan
     classes: list[str]
     image: Mapping[str, Any] | None = None
+    words: Mapping[str, str] = {}
+    state_names: tuple[str, ...] = ()
     geometry_step: str | None = None
     rebuilds: int = 0
     prepare_ms: dict[str, float]

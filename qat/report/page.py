@@ -27,12 +27,6 @@ from qat.report.verdict import (
 )
 from qat.report.words import about, in_words, keys_of, only_in, spaced
 
-_TENSORS = {
-    "camera_depth_weights": "depth weights",
-    "feat_in": "BEV, pooled",
-    "feat_out": "BEV, downsampled",
-    "middle": "decoder",
-}
 _TP_NAMES = {
     "trans_err": "mATE, m",
     "scale_err": "mASE",
@@ -92,6 +86,8 @@ def _shown(results: Results, verdict: Verdict) -> dict[str, Any]:
         {**frame, "number": n + 1, "only": only_in(frame, rows), "cameras": driver_view(frame["cameras"])}
         for n, frame in enumerate(results.get("frames") or [])
     ]
+    words = results.get("tensors")
+    words = words if isinstance(words, Mapping) else {}
     return {
         "results": results,
         "rows": rows,
@@ -109,7 +105,7 @@ def _shown(results: Results, verdict: Verdict) -> dict[str, Any]:
         "stage_names": keys_of(measured, "stages_ms"),
         "class_pairs": pairs,
         "errors": {key: _TP_NAMES[key] for key in errors},
-        "tensors": {name: _TENSORS.get(name, spaced(name)) for name in keys_of(rows, "sqnr_db")},
+        "tensors": {name: str(words.get(name, spaced(name))) for name in keys_of(rows, "sqnr_db")},
         "units": sensitivity(section) if section else None,
         "frames": frames,
         "commands": _commands(provenance),

@@ -47,7 +47,7 @@ def is_engines(folder: Path) -> bool:
 def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | None, backend: str) -> dict[str, str]:
     """What each part of a folder is built for, after checking that together they are a detector that `Pipeline` runs.
 
-    One precision for all: of an int8 folder "int8" for a part that stays float too (the vtransform), which a backend then
+    One precision for all: of an int8 folder "int8" for a part that stays float too, which a backend then
     computes in what it takes beside INT8. Asked for by name or left to the manifest, a folder is built alike.
 
     Args:

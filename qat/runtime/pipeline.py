@@ -34,8 +34,7 @@ class Pipeline:
     """A model made of parts.
 
     flow: its family's host side, with the plan. timing_ms: milliseconds of each step in the latest call, and of preprocess and
-    decode; of BEVFusion: preprocess, depth, camera.backbone, pattern (near zero when the camera geometry is one of the latest
-    few), pooling, camera.vtransform, fuser, head.bbox, decode. classes: names, in the order of `Detections.labels`.
+    decode. classes: names, in the order of `Detections.labels`.
 
     A model with state carries it from call to call; `reset` begins a scene.
     """
@@ -109,8 +108,7 @@ class Pipeline:
         """Detects objects in what the sensors give now.
 
         Args:
-            raw: what the family's `prepare` takes; of BEVFusion images, points and a `Calibration`
-                (`qat.families.bevfusion.flow.BEVFusion.prepare`).
+            raw: what the family's `prepare` takes; of BEVFusion images, points and a `Calibration`.
 
         Raises:
             UserError: as `prepare`; or the parts are of a model that gives no boxes.

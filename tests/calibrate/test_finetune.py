@@ -22,8 +22,8 @@ from qat.cli import main
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.data import NuScenesDataset
-from qat.data.augment import AugmentedSet
 from qat.data.synth import SynthOptions, generate
+from qat.families.bevfusion.augment import AugmentedSet
 from qat.families.bevfusion.distill import (
     box_loss,
     distillation_losses,

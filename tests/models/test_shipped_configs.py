@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.data.pipeline import read_pipeline
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.reading import read_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ from qat.boxes.centerhead import decode
 from qat.boxes.geometry import box_heading
 from qat.core.errors import UserError
 from qat.data import NuScenesDataset
-from qat.data.augment import augment_boxes
 from qat.data.synth import SynthOptions, generate
+from qat.families.bevfusion.augment import augment_boxes
 from qat.families.bevfusion.detector import build_model
 from qat.families.bevfusion.training import TrainOptions, train
 from qat.families.bevfusion.training.augment import TrainSet

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from qat.core.errors import UserError
+from qat.core.frame import CAMERAS
 from qat.families.bevfusion.config_tree import defaults_above, has_expressions, inherit, resolve
 from qat.families.bevfusion.config_values import (
     LARGEST,
@@ -26,10 +27,6 @@ from qat.families.bevfusion.schema import MAPS, problems
 
 Config = dict[str, Any]
 Branch = Literal["camera"]
-
-# The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input, unless the
-# config has a `cameras` of its own.
-CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 
 # Far above any config's; what is beyond them is damaged, or meant to fill the memory.
 MOST_BYTES, MOST_VALUES, MOST_NESTED = 1 << 20, 100_000, 100

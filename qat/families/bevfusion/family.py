@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qat.core.errors import UserError
+from qat.data.reading import Reading
 from qat.families.bevfusion.config import (
     camera_branch,
     check_config,
@@ -30,6 +31,7 @@ from qat.families.bevfusion.parts import (
     HeadBBox,
 )
 from qat.families.bevfusion.random_init import random_model
+from qat.families.bevfusion.reading import reading_of
 from qat.families.bevfusion.recipe import recipe_of
 from qat.families.bevfusion.settings import head_maps, pipeline_settings
 from qat.families.bevfusion.state import load_state, take_branch, under_prefix
@@ -131,6 +133,10 @@ class BEVFusionFamily(Family):
         """As `Family.recipe`."""
         return recipe_of(config)
 
+    def reading(self, config: Mapping[str, Any]) -> Reading:
+        """As `Family.reading`."""
+        return reading_of(config)
+
     def dataset(
         self,
         root: Path,
@@ -142,13 +148,13 @@ class BEVFusionFamily(Family):
         """The keyframes of a nuScenes-format split."""
         from qat.data import NuScenesDataset
 
-        return NuScenesDataset(root, split, config, version, frames)
+        return NuScenesDataset(root, split, reading_of(config), version, frames)
 
     def frame(self, folder: Path, config: Mapping[str, Any]) -> Any:
         """As `Family.frame`."""
         from qat.data.frame import load_frame
 
-        return load_frame(folder, config)
+        return load_frame(folder, reading_of(config))
 
     def note_pictures(self, config: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
         """As `Family.note_pictures`: `native_size`."""
@@ -156,7 +162,7 @@ class BEVFusionFamily(Family):
 
     def augmented(self, dataset: Any, config: Mapping[str, Any]) -> Any:
         """Frames as the config's augment2d and augment3d have them."""
-        from qat.data.augment import AugmentedSet
+        from qat.families.bevfusion.augment import AugmentedSet
 
         return AugmentedSet(dataset, config)
 

@@ -90,6 +90,13 @@ def plan_of(settings: Mapping[str, Any]) -> Plan:
 class BEVFusion(Flow):
     """The host's side of a camera detector."""
 
+    words = {  # noqa: RUF012
+        "camera_depth_weights": "depth weights",
+        "feat_in": "BEV, pooled",
+        "feat_out": "BEV, downsampled",
+        "middle": "decoder",
+    }
+    state_names = ("encoders.", "decoder.", "heads.", "backbone.", "neck.", "vtransform.")
     geometry_step = "pattern"
     without_boxes = "a camera branch alone, which gives BEV features and no boxes"
 

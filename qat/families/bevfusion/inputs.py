@@ -14,6 +14,7 @@ from PIL import Image
 from qat.core.errors import UserError
 from qat.core.frame import Calibration, SampleTensors
 from qat.core.geometry import camera_ring
+from qat.core.preprocess import ResizeCrop
 from qat.families.bevfusion.frames import random_frame
 
 POINTS = 30_000  # of one revolution of a 32-beam lidar, about
@@ -102,23 +103,17 @@ def made_up(settings: Mapping[str, Any], count: int, seed: int = 0) -> list[Inpu
     return frames
 
 
-def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As much of a model's config as reading a data set asks for, out of a manifest, which holds no config."""
+def _reading(settings: Mapping[str, Any]) -> Any:
+    """How frames are read, out of a manifest, which holds no config."""
+    from qat.data.reading import Pipeline, Reading
+
     image, limits = settings["image"], settings["points"]["range"]
-    steps: list[dict[str, Any]] = [{"type": "LoadPointsFromFile", "load_dim": 5}]
-    if limits:
-        steps.append({"type": "PointsRangeFilter", "point_cloud_range": limits})
-    resize, bottom = ([image[name]] * 2 for name in ("resize", "bottom"))
-    steps += [
-        {"type": "ImageAug3D", "final_dim": image["size"], "resize_lim": resize, "bot_pct_lim": bottom},
-        {"type": "ImageNormalize", "mean": image["mean"], "std": image["std"]},
-    ]
-    return {
-        "image_size": image["size"],
-        **({"native_size": image["native"]} if image.get("native") else {}),
-        "object_classes": settings["classes"],
-        "data": {"test": {"pipeline": steps}},
-    }
+    native = tuple(image["native"]) if image.get("native") else None
+    crop = ResizeCrop(tuple(image["size"]), image["resize"], image["bottom"], native)
+    points = [("range", limits)] if limits else []
+    return Reading(
+        Pipeline(crop, image["mean"], image["std"], point_steps=points), settings["classes"], tuple(settings["cameras"])
+    )
 
 
 def recorded(
@@ -138,7 +133,7 @@ def recorded(
             f"--data: the package {error.name} is not installed, expected nuscenes-devkit's; mend by: pip install "
             "nuscenes-devkit, or leave --data out for made-up frames"
         ) from None
-    dataset = NuScenesDataset(root, split, _config(settings), version, count, settings["cameras"])
+    dataset = NuScenesDataset(root, split, _reading(settings), version, count)
     frames = []
     for token in dataset.tokens:
         frame = dataset.read(token)

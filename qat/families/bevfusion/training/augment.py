@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qat.data import NuScenesDataset
-from qat.data.augment import AugmentedSample, AugmentedSet
+from qat.families.bevfusion.augment import AugmentedSample, AugmentedSet
 from qat.families.bevfusion.training.auxiliary import PixelTargets, pixel_targets
 
 

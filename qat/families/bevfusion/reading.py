@@ -1,16 +1,16 @@
-"""BEVFusion's test pipeline, read from a config."""
+"""How frames of a data set are read for a model: BEVFusion's test pipeline, out of a config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from qat.core.errors import UserError
 from qat.core.preprocess import ResizeCrop
-from qat.families.bevfusion.config import test_pipeline
+from qat.data.reading import Pipeline, Reading, Sweeps
+from qat.families.bevfusion.config import camera_names, test_pipeline
 
 # Steps that load what a camera detector does not need, or only repack.
 PASSED_OVER = {
@@ -25,26 +25,9 @@ PASSED_OVER = {
 }
 
 
-@dataclass
-class Sweeps:
-    """LoadPointsFromMultiSweeps at test time: the newest `count` earlier revolutions."""
-
-    count: int = 0
-    pad_empty: bool = False
-    remove_close: bool = False
-    radius: float = 1.0  # metres; BEVFusion's default
-
-
-@dataclass
-class Pipeline:
-    """What the config's test pipeline asks for. `point_steps` keeps the order of what is done to points."""
-
-    resize_crop: ResizeCrop
-    mean: list[float]
-    std: list[float]
-    load_dim: int = 5
-    sweeps: Sweeps = field(default_factory=Sweeps)
-    point_steps: list[tuple[str, Any]] = field(default_factory=list)
+def reading_of(config: Mapping[str, Any]) -> Reading:
+    """The test pipeline, classes and cameras of a config; a camera branch's may have no classes."""
+    return Reading(read_pipeline(config), list(config.get("object_classes") or ()), tuple(camera_names(config)))
 
 
 def read_pipeline(config: Mapping[str, Any]) -> Pipeline:
