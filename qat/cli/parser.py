@@ -22,7 +22,8 @@ VERBS = {
     "inspect": "print what a PTQ checkpoint quantizes, with which scales, and what stays float",
     "sensitivity": "measure the damage that each quantized unit does alone",
     "health": "name the first layer that gives NaN or infinity, and quantizers that saturate",
-    "export-camera": "write a checkpoint's ONNX parts and their manifest",
+    "export": "write a checkpoint's ONNX parts and their manifest",
+    "export-camera": "the same as export, as it was called when cameras were all there was",
     "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
     "compare": "run every backend and precision over the evaluation frames, beside FP32",
@@ -31,6 +32,7 @@ VERBS = {
     "completion": "print a script that completes verbs, flags, choices and files in a shell",
 }
 
+MODULES = {"export-camera": "export"}  # verbs whose module goes by another name
 REMOVED = {
     "--calibration-cache": "was removed with implicit INT8; leave it out: the exported graph has the scales as explicit QDQ, which "
     "trtexec --int8 and `bevqat build` read",
@@ -90,7 +92,7 @@ def make_parser(load: Collection[str] = tuple(VERBS)) -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if verb in load:
-            module = importlib.import_module(f"qat.cli.{verb.replace('-', '_')}")
+            module = importlib.import_module(f"qat.cli.{MODULES.get(verb, verb).replace('-', '_')}")
             subparser.epilog = module.__doc__.split("\n\n", 1)[-1] if module.__doc__ else None
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)

@@ -301,7 +301,9 @@ class Summary:
         result = {}
         for name in names:
             stored = {k.removeprefix(f"{name}/"): value for k, value in packed.items() if k.startswith(f"{name}/")}
-            shape = [self.about["batch"] if n == "batch" else n for n in specs[name]["shape"]]
+            varying = stored.pop("shape", None)  # of a tensor with an axis that varies from frame to frame
+            said = [self.about["batch"] if n == "batch" else n for n in specs[name]["shape"]]
+            shape = said if varying is None else [int(n) for n in varying]
             result[name] = unpack(stored, shape, self.flow.image)
         return result
 

@@ -119,6 +119,7 @@ class OpenVinoEngine(Engine):
         self._device = device
         _check(self._core, source, precision, options, device)
         self._settings = settings(precision, options, device)
+        self._cached: bytes | None = None
         self._compiled = self._import(built) if built else self._load(source, precision, options)
         super().__init__(source, precision, _specs(self._compiled.inputs), _specs(self._compiled.outputs))
         self._built = built
@@ -171,7 +172,9 @@ class OpenVinoEngine(Engine):
         if compiled:
             return compiled[0]
         try:
-            return self._import(blob)
+            found = self._import(blob)
+            self._cached = blob.read_bytes()  # what OpenVINO 2026.4.1 exports of an imported model cannot always be imported again
+            return found
         except (UserError, FileNotFoundError):
             blob.unlink(missing_ok=True)  # cut short or from another build, or another process has just removed it so
             return self._load(source, precision, options)
@@ -187,7 +190,7 @@ class OpenVinoEngine(Engine):
                 shutil.copyfile(self._built, temporary)
             return
         try:
-            exported = self._compiled.export_model().getvalue()
+            exported = self._compiled.export_model().getvalue() if self._cached is None else self._cached
         except RuntimeError as error:
             raise UserError(
                 f"{self.source}: OpenVINO cannot export what it built for this {self._device}: {_last_line(error)}"

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -30,23 +30,24 @@ def trace(
     outputs: Sequence[str],
     opset: int,
     dynamic_batch: bool = False,
+    varying: Mapping[str, Mapping[int, str]] | None = None,
 ) -> onnx.ModelProto:
     """Traces a module with torch's TorchScript exporter, the one that still writes opset 13.
 
     dynamic_batch: the first dimension of every input and output may vary: "batch", or where it is not as long as the
-    first input's, "views" (the cameras of all samples).
+    first input's, "views" (the cameras of all samples). varying: other dimensions that may, by input or output: {place: name}.
 
     Raises:
         UserError: the exporter does not know an operator, or the graph is beyond the 2 GB that an ONNX file may have.
     """
     buffer = io.BytesIO()
-    axes: dict[str, dict[int, str]] = {}
+    axes: dict[str, dict[int, str]] = {name: dict(places) for name, places in (varying or {}).items()}
     if dynamic_batch:
         with torch.no_grad():
             results = module(*args)
         results = results if isinstance(results, tuple) else (results,)
         for name, tensor in zip((*inputs, *outputs), (*args, *results), strict=True):
-            axes[name] = {0: "batch" if len(tensor) == len(args[0]) else "views"}
+            axes.setdefault(name, {}).setdefault(0, "batch" if len(tensor) == len(args[0]) else "views")
     with warnings.catch_warnings(), torch.no_grad():
         # Shapes are fixed on purpose (TracerWarning), and so is the exporter (DeprecationWarning, UserWarning).
         warnings.simplefilter("ignore", torch.jit.TracerWarning)

@@ -28,6 +28,7 @@ from qat.lean.flavours import flavour_of
 from qat.lean.modes import qdq_tracing, quantizers_off, seven_bit_weights
 from qat.manifest import FILE
 from qat.model.runners import TorchPart, flow_for, torch_parts
+from qat.plan import BATCH, Plan
 
 PRECISIONS = ("fp32", "fp16", "int8")
 IO = ("fp32", "fp16")
@@ -226,7 +227,7 @@ def _export(
             if name not in left:
                 verification.skip(name)
                 continue
-            model = source = _graph(part, name, verification.feeds(name), form)
+            model = source = _graph(part, name, verification.feeds(name), form, varying_axes(verification.plan, name))
             typed = None
             if form.strong:
                 model, typed = to_tensorrt_strong(
@@ -260,14 +261,31 @@ def _export(
     return manifest
 
 
-def _graph(part: TorchPart, name: str, feeds: Mapping[str, np.ndarray], form: Form) -> onnx.ModelProto:
+def varying_axes(plan: Plan, name: str) -> dict[str, dict[int, str]]:
+    """The axes of a part's inputs and outputs that vary from frame to frame (not the batch), by its names for them."""
+    part = plan.parts[name]
+    tensors = {**part.inputs, **{output: output for output in part.outputs}}
+    found = {
+        own: {at: n for at, n in enumerate(plan.tensors[tensor].shape) if isinstance(n, str) and n != BATCH}
+        for own, tensor in tensors.items()
+    }
+    return {own: axes for own, axes in found.items() if axes}
+
+
+def _graph(
+    part: TorchPart,
+    name: str,
+    feeds: Mapping[str, np.ndarray],
+    form: Form,
+    varying: Mapping[str, Mapping[int, str]],
+) -> onnx.ModelProto:
     """A part's simplified graph in the `tensorrt` flavour."""
     wrapper = part.wrapper
     tensors = [torch.from_numpy(feeds[tensor]) for tensor in wrapper.inputs]
     with qdq_tracing():
         # tensorrt-strong raises the opset itself, where the types ask for it
         opset = OPSET if form.strong or form.opset is None else form.opset
-        model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, opset, form.dynamic_batch)
+        model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, opset, form.dynamic_batch, varying)
     model = simplify(model, name)
     pads_into_pools(model)
     return model

@@ -40,7 +40,7 @@ from qat.families import family_named
 from qat.lean.modes import quantizers_off, recording_scales
 from qat.model.quantized import QuantizedModel
 from qat.model.runners import TorchPart, flow_for
-from qat.plan import Op
+from qat.plan import BATCH, Op
 
 __all__ = ["Verification", "compare_scales", "graph_scales", "verify_part"]
 
@@ -216,6 +216,9 @@ class Verification:
         self.arrays: dict[str, np.ndarray] = {}
         self.passed = True
         self._made: dict[str, dict[str, torch.nn.Module]] = {}
+        self.varying = {
+            n for n, t in self.plan.tensors.items() if any(isinstance(d, str) and d != BATCH for d in t.shape)
+        }
         self._settled: set[str] = set(self.plan.inputs)  # tensors that are as the parts take them
         self._ops_until(next(iter(self.parts)))
 
@@ -418,6 +421,8 @@ class Verification:
             for tensor, array in feeds.items():
                 patch = self.running[index].patches.get(own.inputs[tensor])
                 packed = pack(array if patch is None else patch, self.flow.image)
+                if own.inputs[tensor] in self.varying:
+                    packed["shape"] = np.array(array.shape, np.int64)
                 if patch is not None:
                     packed["patch_shape"] = np.array(patch.shape, np.int64)
                 for key, value in packed.items():

@@ -2,15 +2,15 @@
 
 example:
   bevqat calibrate --out runs/ptq.pth
-  bevqat export-camera --ckpt runs/ptq.pth                                # INT8 (QDQ) into runs/onnx_int8
-  bevqat export-camera --ckpt runs/ptq.pth --flavour onnxruntime          # INT8 into runs/onnx_int8_onnxruntime
-  bevqat export-camera --ckpt runs/ptq.pth --fp16                         # for a builder's FP16 flag, into runs/onnx_fp16
-  bevqat export-camera --ckpt runs/ptq.pth --flavour tensorrt-strong      # for TensorRT 10 and 11
-  bevqat export-camera --ckpt runs/ptq.pth --parts fuser head.bbox --out runs/two_parts
+  bevqat export --ckpt runs/ptq.pth                                # INT8 (QDQ) into runs/onnx_int8
+  bevqat export --ckpt runs/ptq.pth --flavour onnxruntime          # INT8 into runs/onnx_int8_onnxruntime
+  bevqat export --ckpt runs/ptq.pth --fp16                         # for a builder's FP16 flag, into runs/onnx_fp16
+  bevqat export --ckpt runs/ptq.pth --flavour tensorrt-strong      # for TensorRT 10 and 11
+  bevqat export --ckpt runs/ptq.pth --parts fuser head.bbox --out runs/two_parts
 
 A float checkpoint, and random weights to measure latency with:
-  bevqat export-camera --ckpt model/camera-tiny/camera-tiny.pth --out runs/onnx_fp32
-  bevqat export-camera --config model/resnet50/config.yaml --init random --fp16     # into runs/resnet50/onnx_fp16
+  bevqat export --ckpt model/camera-tiny/camera-tiny.pth --out runs/onnx_fp32
+  bevqat export --config model/resnet50/config.yaml --init random --fp16     # into runs/resnet50/onnx_fp16
 
 Each part is verified against PyTorch on a random frame and on real ones, example-data's unless --data names others.
 Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written all the same.
