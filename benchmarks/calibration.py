@@ -176,7 +176,7 @@ def warm_up(network: QuantizedModel, names: Sequence[str], frame: Inputs) -> dic
 
     for make in (Size, HistogramCalibrator):
         with collecting(network, {name: make(name) for name in names}):
-            network.camera_logits(*frame)
+            network.parts["camera"](*frame)
     return sizes
 
 
@@ -217,7 +217,7 @@ def measure(
             for turn in range(len(MODES)):
                 mode = MODES[(turn + r + f) % len(MODES)]
                 with collecting(network, collectors[mode]):
-                    passes[mode][r, f] = seconds(lambda frame=frame: network.camera_logits(*frame))  # type: ignore[misc]
+                    passes[mode][r, f] = seconds(lambda frame=frame: network.parts["camera"](*frame))  # type: ignore[misc]
             if sys.stderr.isatty():
                 print(
                     f"\rround {r + 1} of {rounds}, frame {f + 1} of {len(frames)}", end="", file=sys.stderr, flush=True
@@ -280,7 +280,7 @@ def rounding_errors(
     meters = {name: ErrorMeter((ours[name], amax)) for name, amax in theirs.items() if ours[name] > 0}
     with collecting(network, meters):
         for frame in frames:
-            network.camera_logits(*frame)
+            network.parts["camera"](*frame)
     return {name: meter.errors for name, meter in meters.items()}
 
 

@@ -28,15 +28,16 @@ from command import one_line_errors
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
-from XX.AUTO import AUTO
 
-from qat.calibrate.ptq import calibrate, run_frame
+from qat.calibrate.ptq import calibrate
 from qat.data import NuScenesDataset
 from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.recipe import BY_LAYER
 from qat.families.bevfusion.state import load_float_model
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import QuantizedConv2d, weight_range
 from qat.model.quantized import QuantizedModel
+from qat.model.runners import run_frame
 from qat.model.units import units
 
 HOT = 0.1  # heat above which a cell is an object's
@@ -172,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
     models, notes = [], []
     for name, equalize, steps in VARIANTS:
         model, _ = calibrate(
-            load_float_model(config, args.ckpt), calibration, AUTO[0], by_layer=AUTO[1], equalize=equalize
+            load_float_model(config, args.ckpt), calibration, "mse", by_layer=BY_LAYER, equalize=equalize
         )
         notes.append(", ".join(step(model, calibration[:: max(1, len(calibration) // 8)]) for step in steps))
         models.append(model.to(memory_format=torch.channels_last))
@@ -182,13 +183,15 @@ def run(args: argparse.Namespace) -> int:
         for frame in frames:
             expected = run_frame(reference, frame)
             for n, model in enumerate(models):
-                for task, wanted in zip(run_frame(model, frame), expected, strict=True):
-                    hot = wanted["heatmap"].sigmoid() > HOT
-                    energies[n, 0] += float((task["heatmap"] - wanted["heatmap"])[hot].square().sum())
+                found = run_frame(model, frame)
+                for heat in (name for name in found if name.startswith("heatmap_")):
+                    hot = expected[heat].sigmoid() > HOT
+                    energies[n, 0] += float((found[heat] - expected[heat])[hot].square().sum())
                     energies[n, 1] += int(hot.sum())
                     cells = hot.any(1, keepdim=True)
                     for key in BOX_MAPS:
-                        difference = (task[key] - wanted[key]) * cells
+                        box = heat.replace("heatmap", key)
+                        difference = (found[box] - expected[box]) * cells
                         energies[n, 2] += float(difference.square().sum())
                         energies[n, 3] += int(cells.sum()) * difference.shape[1]
     table = Table(title=f"{len(frames)} keyframes of {args.data.name}:{args.split}; {args.ckpt.name}")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from XX.boxes_of import boxes_of
 
 from qat.boxes.detections import Detections
 from qat.calibrate import load_ptq
@@ -25,7 +24,7 @@ from qat.core.files import sha256
 from qat.core.progress import progress_bar
 from qat.data import NuScenesDataset
 from qat.evaluate import evaluate_detections, paired_bootstrap
-from qat.model.runners import run_frame
+from qat.model.runners import run_frame, to_numpy
 
 
 def row_boxes(name: str, ptq: Path, dataset: NuScenesDataset, cache: Path) -> dict[str, Detections]:
@@ -44,7 +43,7 @@ def row_boxes(name: str, ptq: Path, dataset: NuScenesDataset, cache: Path) -> di
         for n, token in enumerate(dataset.tokens):
             path = folder / f"{token}.npz"
             if not path.is_file():
-                boxes = boxes_of(run_frame(model, dataset.load(token)), model.config)
+                boxes = model.flow.decode(to_numpy(run_frame(model, dataset.load(token))))
                 temporary = path.with_suffix(".part.npz")
                 np.savez(temporary, boxes=boxes.boxes, scores=boxes.scores, labels=boxes.labels)
                 temporary.rename(path)

@@ -34,7 +34,6 @@ from command import check_least, one_line_errors
 from peers_accuracy import Setting, installed, make_part
 from rich.console import Console
 from rich.table import Table
-from XX.auto_methods import auto_methods
 
 from qat.calibrate.ptq import calibrate
 from qat.core.errors import UserError
@@ -48,7 +47,7 @@ from qat.export import export_parts
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.detector import CameraBEVDetector
 from qat.families.bevfusion.random_init import random_model
-from qat.families.bevfusion.recipe import KEEP_FLOAT
+from qat.families.bevfusion.recipe import KEEP_FLOAT, recipe_of
 from qat.families.bevfusion.state import load_float_model
 from qat.model.quantized import QuantizedModel
 
@@ -95,7 +94,8 @@ class Job:
     def quantized(self, keep: Any) -> QuantizedModel:
         """The calibrated network with `keep` in float."""
         if keep not in self.networks:
-            method, by_layer = auto_methods(self.config)
+            usual = recipe_of(self.config)
+            method, by_layer = usual.method, usual.by_layer
             quantized = QuantizedModel(self.model, keep)
             self.networks[keep], _ = calibrate(quantized, self.samples, method, by_layer=by_layer)
         return self.networks[keep]

@@ -96,14 +96,14 @@ class TorchRow(TimedRow):
         import torch
 
         from qat.families.bevfusion.detector import build_model
-        from qat.model.runners import TorchPart, build_wrappers
+        from qat.model.runners import TorchPart, part_modules
 
         if threads:
             torch.set_num_threads(threads)
         model = build_model(dict(config)).eval()
         model.load_state_dict(torch.load(state, weights_only=True))
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        wrapper = build_wrappers(model)[part]
+        wrapper = part_modules(model)[part]
         self.part = TorchPart(wrapper)
         self.feeds, self.size_mb = feeds, state.stat().st_size / 1e6
         if compiled:

@@ -50,11 +50,12 @@ from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.state import load_float_model
 from qat.lean.flavours import DEFAULT
 from qat.lean.observe import counting_macs
-from qat.manifest import PARTS, load_manifest
+from qat.manifest import load_manifest
 from qat.model.runners import run_frame
 from qat.runtime import Pipeline
 
 # What ours quantizes; the vtransform's downsampling stays float, as in CUDA-BEVFusion, unless --vtransform.
+PARTS = ("camera.backbone", "camera.vtransform", "fuser", "head.bbox")
 QUANTIZED_PARTS = ("camera.backbone", "fuser", "head.bbox")
 # The convolutions over the depth map in metres, which ours keeps in float: as they are called in the ONNX part, and in
 # the torch detector.

@@ -50,8 +50,9 @@ from qat.data import NuScenesDataset, Sample
 from qat.data.frame import load_frame
 from qat.engine import Options
 from qat.families.bevfusion.config import load_config
+from qat.families.bevfusion.pooling.cpu import PatternCache, pool
 from qat.families.bevfusion.pooling.geometry import PoolPattern
-from qat.runtime import Calibration, PatternCache, Pipeline, pool
+from qat.runtime import Calibration, Pipeline
 
 GOAL = 0.5
 BLOCK = 1 << 16

@@ -131,7 +131,7 @@ def soak(folder: str, backend: str, frames: int, warm_up: int, variety: int, thr
         files=(counts[1], after[1]),
         differing=differing,
         boxes=boxes,
-        patterns=pipeline.patterns.rebuilds,
+        patterns=pipeline.flow.rebuilds,
         seconds=round(time.perf_counter() - began, 1),
     )
 

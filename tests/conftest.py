@@ -230,7 +230,6 @@ def _config() -> dict:
         "point_cloud_range": [-16.0, -12.0, -5.0, 16.0, 12.0, 3.0],
         "voxel_size": [0.25, 0.25, 8.0],
         "object_classes": ["car", "truck", "pedestrian"],
-        "cameras": list(CAMERAS),
         "model": {
             "encoders": {"camera": camera, "lidar": None},
             "fuser": None,
@@ -241,22 +240,26 @@ def _config() -> dict:
     }
 
 
+def _small() -> dict:
+    return {**_config(), "cameras": list(CAMERAS)}
+
+
 @pytest.fixture(scope="session")
 def make_config():
-    """→ a fresh config such as `small_config`."""
+    """→ a fresh config such as `small_config`, of nuScenes' cameras."""
     return _config
 
 
 @pytest.fixture
 def small_config() -> dict:
     """A config of three cameras, 64×96 pixels and a 32×24 BEV grid; the test's own, to change at will."""
-    return _config()
+    return _small()
 
 
 @pytest.fixture(scope="session")
 def fresh_config():
     """() → another `small_config`, for fixtures that several tests share."""
-    return _config
+    return _small
 
 
 @pytest.fixture(scope="session")
@@ -312,5 +315,5 @@ def exported_fp32(tmp_path_factory, make_detector):
     from qat.export import export_parts
 
     folder = tmp_path_factory.mktemp("exported") / "onnx_fp32"
-    export_parts(make_detector(_config()), folder, "fp32")
+    export_parts(make_detector(_small()), folder, "fp32")
     return folder

@@ -95,14 +95,14 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
             raise UserError(f"{folder}: exported from {made} of {sources.ckpt}, expected the same of --ema for both")
 
 
-def _check_whole(sources: Sources, quantized: QuantizedModel | None) -> None:
+MEND = "what INT8 costs at a branch's BEV features is what `bevqat sensitivity` tells"
+
+
+def _check_whole(folders: Sequence[Path]) -> None:
     """A piece of a model has no accuracy: what it was taken out of turns its features into boxes."""
-    mend = "what INT8 costs at a branch's BEV features is what `bevqat sensitivity` tells"
-    if quantized is not None:
-        quantized.flow.need_boxes(str(sources.ptq), mend)
-    for folder in (*sources.fp32, *sources.int8):
+    for folder in folders:
         settings = pipeline_of(folder, load_manifest(folder, check_files=False))
-        flow_of(settings, source=str(folder)).need_boxes(str(folder), mend)
+        flow_of(settings, source=str(folder)).need_boxes(str(folder), MEND)
 
 
 def _simulations(detector: QuantizedModel, manifests: Manifests) -> list[tuple[str, tuple[str, ...]]]:
@@ -197,6 +197,14 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     Raises:
         UserError: a file is missing, damaged or not of the same weights; a backend is unknown or not installed.
     """
+    _check_whole((*sources.fp32, *sources.int8))
+    float_model = open_model(sources.ckpt, sources.config, ema=sources.ema, as_float=True)
+    if float_model.quantized is not None:
+        raise UserError(
+            f"--ckpt: found {sources.ckpt}, a quantized checkpoint, expected the float one that it was calibrated from; "
+            "--ckpt names the float checkpoint, --ptq the quantized one"
+        )
+    detector, config = float_model.network, float_model.config
     float_hash, ptq_hash = sha256(sources.ckpt), None
     files = [{"what": "float checkpoint", "file": sources.ckpt.name, "sha256": float_hash}]
     recipe: dict[str, Any] = {}
@@ -208,15 +216,9 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
         quantized, recipe = opened.quantized, opened.recipe
         ptq_hash = sha256(sources.ptq)
         files.append({"what": "PTQ checkpoint", "file": sources.ptq.name, "sha256": ptq_hash})
-    _check_whole(sources, quantized)
+    if quantized is not None:
+        quantized.flow.need_boxes(str(sources.ptq), MEND)
     _same_weights(sources, recipe, float_hash, ptq_hash)
-    float_model = open_model(sources.ckpt, sources.config, ema=sources.ema, as_float=True)
-    if float_model.quantized is not None:
-        raise UserError(
-            f"--ckpt: found {sources.ckpt}, a quantized checkpoint, expected the float one that it was calibrated from; "
-            "--ckpt names the float checkpoint, --ptq the quantized one"
-        )
-    detector, config = float_model.network, float_model.config
     flow_for(detector).need_boxes(str(sources.ckpt), "give the whole detector's config")
     settings = flow_for(detector).settings
     folders = [("fp32", folder) for folder in sources.fp32] + [("int8", folder) for folder in sources.int8]

@@ -173,7 +173,9 @@ class OpenVinoEngine(Engine):
             return compiled[0]
         try:
             found = self._import(blob)
-            self._cached = blob.read_bytes()  # what OpenVINO 2026.4.1 exports of an imported model cannot always be imported again
+            self._cached = (
+                blob.read_bytes()
+            )  # what OpenVINO 2026.4.1 exports of an imported model cannot always be imported again
             return found
         except (UserError, FileNotFoundError):
             blob.unlink(missing_ok=True)  # cut short or from another build, or another process has just removed it so

@@ -184,7 +184,7 @@ class _Calls:
                 module: nn.Module,
                 inputs: Any,
                 result: Any,
-                path: str = path.removeprefix("core."),
+                path: str = path.removeprefix("core.").removeprefix("net."),
                 leaf: bool = leaf,
             ) -> torch.Tensor | None:
                 other = record(path, module, inputs, result) if leaf and isinstance(result, torch.Tensor) else None

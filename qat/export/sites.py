@@ -266,7 +266,7 @@ class _Hooks:
         handles = []
         layer: Any  # nn.Module's attributes have no types of their own
         for path, layer in self.wrapper.named_modules() if self.owner.depthwise else ():
-            if path.removeprefix("core.") in self.owner.depthwise:
+            if path.removeprefix("core.").removeprefix("net.") in self.owner.depthwise:
                 if not hasattr(layer, "floats"):
                     layer.floats = [value.detach().clone().float() for value in (layer.scale, layer.shift)]
                 handles.append(layer.register_forward_pre_hook(self.before_scale))
@@ -453,7 +453,9 @@ class SiteReference:
 
     def patches(self, codes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A patch of each site's codes."""
-        modules = {name.removeprefix("core."): module for name, module in self._base.named_modules()}
+        modules = {
+            name.removeprefix("core.").removeprefix("net."): module for name, module in self._base.named_modules()
+        }
         last = {
             place.pair.codes
             for at, place in self.places.items()

@@ -138,12 +138,12 @@ def open_float(
         UserError: as `open_model`; it is a quantized checkpoint.
     """
     path = Path(path)
+    family, settings = read_config(config, prefix)
     checkpoint = load_checkpoint(path, ema)
     if checkpoint.get("format") == PTQ_FORMAT:
         raise UserError(
             f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
         )
-    family, settings = read_config(config, prefix)
     network = family.build(settings)
     left_out = family.load_state(network, float_weights(checkpoint, path), str(path), prefix, finite)
     return Model(family, network.eval(), path=path, ema=ema, left_out=left_out)

@@ -34,7 +34,7 @@ class Pipeline:
     """A model made of parts.
 
     flow: its family's host side, with the plan. timing_ms: milliseconds of each step in the latest call, and of preprocess and
-    decode. classes: names, in the order of `Detections.labels`.
+    decode. classes, cameras: names, in the order of `Detections.labels` and of the inputs.
 
     A model with state carries it from call to call; `reset` begins a scene.
     """
@@ -54,6 +54,7 @@ class Pipeline:
         self.settings = dict(settings)
         self.flow = flow_of(settings, threads, source)
         self.classes = self.flow.classes
+        self.cameras: list[str] = list(getattr(self.flow, "cameras", ()))
         self.session = Session(self.flow)
         self.timing_ms: dict[str, float] = {}
         self._source = source

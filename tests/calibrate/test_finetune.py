@@ -30,6 +30,7 @@ from qat.families.bevfusion.distill import (
     heat_loss,
     relative_error,
 )
+from qat.families.bevfusion.family import BEVFusionFamily
 from qat.families.bevfusion.recipe import KEEP_FLOAT
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
 from qat.lean.modes import quantizers
@@ -541,8 +542,8 @@ def test_a_float_checkpoint_is_refused(tiny_model, data, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_says_what_to_do(ptq, data, tmp_path, monkeypatch):
-    real = stage.distillation_losses
-    monkeypatch.setattr(stage, "distillation_losses", lambda *two: {k: v / 0 for k, v in real(*two).items()})
+    real = BEVFusionFamily.losses
+    monkeypatch.setattr(BEVFusionFamily, "losses", lambda *given: {k: v / 0 for k, v in real(*given).items()})
     with pytest.raises(UserError, match=r"not finite; run again with a lower --lr"):
         run(ptq, data, tmp_path / "out")
 

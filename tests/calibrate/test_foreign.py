@@ -18,8 +18,10 @@ from qat.cli import main
 from qat.core.errors import UserError
 from qat.families.bevfusion.config import camera_branch
 from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.family import FAMILY
 from qat.lean.modes import quantizers
 from qat.model.quantized import QuantizedModel
+from qat.model.runners import part_modules
 
 MAKE = Path(__file__).parents[1] / "make_bevfusion_ptq.py"
 BACKBONE = "encoders.camera.backbone"
@@ -66,9 +68,9 @@ def loaded(read, tiny_config):
 
 
 def outputs(model, expected):
+    cores = [part.core for part in part_modules(model).values()]
     with torch.inference_mode():
-        logits = model.parts["camera"](expected["img"], expected["depth"])
-        return logits, model.parts["decoder"](model.parts["vtransform"](expected["bev"]))
+        return cores[0](expected["img"], expected["depth"]), cores[2](cores[1](expected["bev"]))
 
 
 def test_both_of_torchs_formats_read_the_same(folder, read):
@@ -260,7 +262,7 @@ def test_it_is_imported_and_exported_from_the_command_line(folder, tmp_path, tin
 def test_the_camera_branch_of_it_alone(folder, tmp_path, tiny_config):
     branch = camera_branch(tiny_config)
     path = folder / "ptq-zip.pth"
-    quantized, model, report = load_foreign_file(path, load_checkpoint(path), branch, "encoders.camera")
+    quantized, model, report = load_foreign_file(path, load_checkpoint(path), FAMILY, branch, "encoders.camera")
     assert set(quantized.parts) == {"camera", "vtransform"} and report["mapped"] and report["ignored"]
     save_ptq(tmp_path / "ptq.pth", quantized, model, {"method": "imported"})
     again, _ = load_ptq(tmp_path / "ptq.pth")
@@ -268,12 +270,12 @@ def test_the_camera_branch_of_it_alone(folder, tmp_path, tiny_config):
     with torch.inference_mode():
         both = [q.parts["camera"](expected["img"], expected["depth"]) for q in (quantized, again)]
     assert torch.equal(*both)
-    dotted, _, _ = load_foreign_file(path, load_checkpoint(path), branch, "encoders.camera.")
+    dotted, _, _ = load_foreign_file(path, load_checkpoint(path), FAMILY, branch, "encoders.camera.")
     assert {name: q._disabled for name, q in quantizers(dotted).items()} == {
         name: q._disabled for name, q in quantizers(quantized).items()
     }
     with pytest.raises(UserError, match=r"--prefix: found 'camera'"):
-        load_foreign_file(path, load_checkpoint(path), branch, "camera")
+        load_foreign_file(path, load_checkpoint(path), FAMILY, branch, "camera")
 
 
 def test_a_float_checkpoint_is_not_imported(tmp_path, tiny_model):

@@ -227,8 +227,10 @@ def test_parts_that_the_folder_has_in_int8_are_simulated_so(demonstration, model
 
 def _on(row: Row) -> bool:
     """Whether the view transform's part is rounded."""
-    detector = row.pipeline.parts["camera.vtransform"].wrapper.detector
-    return any(not quantizer._disabled for quantizer in quantizers(detector.parts["vtransform"]).values())
+    return any(
+        not quantizer._disabled
+        for quantizer in quantizers(row.pipeline.parts["camera.vtransform"].wrapper.core).values()
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,10 @@ from qat.compare.frames import disagreement, drawn_from, outlines
 from qat.compare.latency import measure
 from qat.compare.rows import _simulations
 from qat.core.errors import UserError
+from qat.families import flow_of
+from qat.families.bevfusion.frames import random_frame
+from qat.families.bevfusion.settings import pipeline_settings
+from qat.runtime import Pipeline
 
 
 class _Recorder:
@@ -115,7 +119,7 @@ def test_outlines_stay_in_the_picture_behind_and_around_the_camera(y: float) -> 
 
 
 def test_sqnr_is_of_summed_energies() -> None:
-    accuracy = RowAccuracy()
+    accuracy = RowAccuracy(("camera_feature", "middle", "heads"))
     accuracy.energies[0] = 1000, 1
     accuracy.energies[-1] = 50, 0
     assert accuracy.sqnr_db() == {"camera_feature": pytest.approx(30), "heads": 200}
@@ -130,17 +134,18 @@ def test_a_damaged_cache_file_counts_as_none(tmp_path: Path, damage: bytes) -> N
     assert cache.read("x")["a"].tolist() == [0, 1, 2]
 
 
-def test_a_row_that_gives_nan_is_named(tmp_path: Path) -> None:
+def test_a_row_that_gives_nan_is_named(tmp_path: Path, small_config: dict) -> None:
+    settings = pipeline_settings(small_config)
+
     def row(name: str, value: float):
-        tensors = {"camera_feature": np.full(3, value, np.float32)}
-        pipeline = SimpleNamespace(
-            patterns=SimpleNamespace(rebuilds=0), settings={"head_maps": []}, timing_ms={},
-            forward=lambda sample: tensors, decode=lambda found: Detections.empty(),
-        )  # fmt: skip
+        pipeline = Pipeline(dict.fromkeys(flow_of(settings).plan.parts, SimpleNamespace(run=None)), settings)
+        tensors = {n: np.zeros(3, np.float32) for n in pipeline.flow.plan.tensors}
+        tensors["camera_feature"] = np.full(3, value, np.float32)
+        pipeline.forward, pipeline.decode = lambda sample: tensors, lambda found: Detections.empty()
         return SimpleNamespace(name=name, key=name, pipeline=pipeline)
 
-    fed = ("img", "depth", "camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
-    sample = SimpleNamespace(token="s1", **{name: np.zeros(2, np.float32) for name in fed})
+    sample = random_frame(settings, 1)
+    sample.token = "s1"
     rows = [row("pytorch fp32", 1.0), row("openvino int8", np.nan)]
     with pytest.raises(UserError, match="openvino int8: sample s1: camera_feature has values that are not finite"):
         run_accuracy(rows, [sample], tmp_path, lambda index, kept: None)

@@ -245,13 +245,13 @@ def test_a_configs_cameras_are_a_list_of_names(small_config, names):
     assert camera_names(yaml.safe_load(yaml.safe_dump(small_config))) == ("front", "rear")
 
 
-def test_cameras_of_other_names_than_the_configs_are_told(tmp_path, small_config):
+def test_cameras_of_other_names_than_the_configs_are_told(tmp_path, make_config):
     with writer(tmp_path) as out:
         scene(out).add_keyframe(**keyframe())
     with pytest.raises(
         UserError, match=r"has no CAM_FRONT, but LIDAR_TOP, eye, tail; .* list them in the config's `cameras`"
     ):
-        NuScenesDataset(tmp_path / "robot", "calib", small_config)[0]
+        NuScenesDataset(tmp_path / "robot", "calib", make_config())[0]
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):

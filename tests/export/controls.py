@@ -5,6 +5,7 @@ import numpy as np
 from qat.core.onnx_cut import Cut
 from qat.core.sites import Runner, check_sites, grid_problems, tile
 from qat.core.verification import Summary
+from qat.families import flow_of
 from qat.manifest import load_manifest
 
 FLAVOURS = ("tensorrt", "tensorrt-strong", "onnxruntime", "openvino")
@@ -13,7 +14,7 @@ FLAVOURS = ("tensorrt", "tensorrt-strong", "onnxruntime", "openvino")
 def int8_parts(folder):
     """(name, part, bytes, reference of its sites, inputs) of each part with sites."""
     manifest = load_manifest(folder)
-    summary = Summary(folder, manifest)
+    summary = Summary(folder, manifest, flow_of(manifest["pipeline"]))
     for name, part in manifest["parts"].items():
         if "sites" in part:
             yield (

@@ -71,10 +71,11 @@ def exported_int8(tmp_path_factory, quantized, small_cameras, frames):
 def running_parts(detector, settings):
     """Parts in PyTorch with what each takes in of the random frame."""
     parts = torch_parts(detector)
-    verification = Verification(detector, parts, settings)
+    verification = Verification(detector, parts)
     for name, part in parts.items():
-        yield name, part, verification.feeds
-        verification._advance(name, [part.run(verification.feeds)])
+        feeds = verification.feeds(name)
+        yield name, part, feeds
+        verification._advance(name, [part.run(feeds)])
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,13 @@ def test_every_layer_of_every_part_finds_its_node(exported, exported_int8, float
                 node, source = source, matches.producer.get(source.input[0])
             weight = node.input[0] if node.op_type.endswith("Linear") else node.input[1]
             if not weight.startswith("onnx::"):  # a folded batch norm takes the name away
-                path = weight.removesuffix("_t").removesuffix("_s8").removesuffix(".weight").removeprefix("detector.")
+                path = (
+                    weight.removesuffix("_t")
+                    .removesuffix("_s8")
+                    .removesuffix(".weight")
+                    .removeprefix("core.")
+                    .removeprefix("net.")
+                )
                 assert calls.calls[at].path.endswith(path)
 
 
@@ -246,7 +253,7 @@ def test_a_changed_weight_of_an_int8_graph_is_named_by_its_layer(exported_int8, 
     scale_weight(model.graph, "/conv1_1/", -0.9)
     graph = in_flavour(model, FLAVOURS[flavour]) if flavour == "onnxruntime" else model
     (layer,) = diagnose(graph, model, *int8_parts["fuser"], "middle")
-    assert layer.what == "output" and layer.module == "parts.decoder.decoder.backbone.1.0.conv1"
+    assert layer.what == "output" and layer.module == "decoder.backbone.1.0.conv1"
     assert layer.node == "/decoder/conv1_1/Conv" and layer.sqnr_db < 10 < 40 < layer.before_db
 
 
@@ -256,7 +263,7 @@ def test_a_changed_scale_is_named_by_its_quantizer(exported_int8, int8_parts):
     holder = next(n for n in model.graph.node if n.output[0] == node.input[1]).attribute[0].t
     holder.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(holder) * np.float32(1.02), holder.name))
     layer = diagnose(model, model, *int8_parts["fuser"], "middle")[0]
-    assert layer.what == "scale" and layer.module == "parts.decoder.quant_decoder_backbone_1_0_relu"
+    assert layer.what == "scale" and layer.module == "quant_decoder_backbone_1_0_relu"
     assert "found scale" in layer.note and layer.before_db > layer.sqnr_db
 
 
@@ -268,7 +275,7 @@ def test_a_changed_scale_of_a_weight_is_named_with_its_channel(exported_int8, in
     scales[5] *= 4
     holder.CopyFrom(numpy_helper.from_array(scales, holder.name))
     layer = diagnose(model, model, *int8_parts["fuser"], "middle")[0]
-    assert layer.what == "scale" and layer.module == "parts.decoder.decoder.backbone.0.0.conv2"
+    assert layer.what == "scale" and layer.module == "decoder.backbone.0.0.conv2"
     assert layer.node == "/decoder/conv2/Conv" and "of channel 5" in layer.note
 
 
@@ -284,7 +291,7 @@ def test_a_removed_quantizer_is_named(exported_int8, int8_parts):
     graph.node.remove(quantize)
     graph.node.remove(dequantize)
     layer = diagnose(model, model, *int8_parts["fuser"], "middle")[0]
-    assert layer.module == "parts.decoder.quant_decoder_backbone_1_0_relu" and "missing" in layer.note
+    assert layer.module == "quant_decoder_backbone_1_0_relu" and "missing" in layer.note
     assert layer.operator == "Conv" and layer.node == "/decoder/conv2_1/Conv"  # which takes it unrounded now
     assert layer.sqnr_db < layer.before_db
 
@@ -311,7 +318,7 @@ def test_a_failed_export_says_which_layer_and_leaves_the_other_parts_alone(tmp_p
     manifest = export_parts(quantized, tmp_path / "out", "int8", flavour="onnxruntime")
     assert not manifest["verification"]["passed"]
     layer = manifest["parts"]["fuser"]["divergence"][0]
-    assert layer["module"] == "parts.decoder.quant_decoder_backbone_1_0_relu" and layer["frame"] == "made-up:0"
+    assert layer["module"] == "quant_decoder_backbone_1_0_relu" and layer["frame"] == "made-up:0"
     assert not any("divergence" in other for name, other in manifest["parts"].items() if name != "fuser")
 
 
@@ -335,7 +342,8 @@ def test_a_graph_as_near_to_float64_as_pytorch_passes_below_80_db(
 
 
 @pytest.fixture
-def checkpoint(tmp_path, small_config, make_detector):
+def checkpoint(tmp_path, make_config, make_detector):
+    small_config = make_config()
     for step in small_config["data"]["test"]["pipeline"]:
         if step["type"] == "ImageAug3D":
             step["resize_lim"] = [0.25, 0.25]
@@ -364,7 +372,7 @@ def test_a_divergence_is_printed(checkpoint, monkeypatch, tmp_path, capsys, faul
     assert main(["export-camera", "--ckpt", str(checkpoint)]) == 1
     assert json.loads((tmp_path / "onnx_fp32/manifest.json").read_text())["verification"]["frames"] == ["made-up:0"]
     error = capsys.readouterr().err
-    assert "first diverging layer: Conv /backbone/backbone.1/backbone.1.0/conv2/Conv" in error
+    assert "first diverging layer: Conv /core/backbone/backbone.1/backbone.1.0/conv2/Conv" in error
     assert "PyTorch's decoder.backbone.1.0.conv2: " in error and "dB before it" in error
 
 

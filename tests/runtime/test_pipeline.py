@@ -113,11 +113,11 @@ def test_a_moved_camera_rebuilds_the_pattern_and_a_still_one_does_not(folder, sa
     pipeline = Pipeline.load(folder, "openvino", options=Options(threads=1, cache=None))
     pipeline.forward(sample)
     pipeline.forward(sample)
-    assert pipeline.patterns.rebuilds == 1
+    assert pipeline.flow.rebuilds == 1
     sample.camera2lidar = sample.camera2lidar.copy()
     sample.camera2lidar[0, 0, 3] += 0.5
     pipeline.forward(sample)
-    assert pipeline.patterns.rebuilds == 2
+    assert pipeline.flow.rebuilds == 2
 
 
 def test_a_detector_without_depth_and_downsampling_runs(tmp_path, sample, small_config, small_cameras, make_detector):

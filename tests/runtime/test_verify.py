@@ -32,6 +32,7 @@ from qat.core.verification import (
 )
 from qat.engine import Options
 from qat.export import export_parts
+from qat.families import flow_of
 from qat.families.bevfusion.frames import made_frame, random_frame
 from qat.families.bevfusion.settings import pipeline_settings
 from qat.manifest import load_manifest
@@ -39,6 +40,11 @@ from qat.runtime.verify import verify_folder
 
 ROOT = Path(__file__).parents[2]
 IMAGE = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def opened(folder):
+    manifest = load_manifest(folder)
+    return Summary(folder, manifest, flow_of(manifest["pipeline"]))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,7 @@ def test_a_backend_runs_the_parts_as_it_builds_them(folder, backend):
 
 
 def test_inputs_come_back_bit_for_bit(folder, exported):
-    summary = Summary(folder, load_manifest(folder))
+    summary = opened(folder)
     inputs = summary.inputs("camera.backbone", 1)
     np.testing.assert_array_equal(inputs["img"][0], exported[1].img)
     np.testing.assert_array_equal(inputs["depth"][0], exported[1].depth)
@@ -110,7 +116,7 @@ def test_a_large_input_is_a_patch_repeated(tmp_path, make_detector, fresh_config
     monkeypatch.setattr("qat.core.verification.INPUT_MOST", 4000)
     monkeypatch.setattr("qat.core.verification.INPUT_SIDE", 8)
     export_parts(make_detector(fresh_config()), tmp_path / "out", "fp32")
-    summary = Summary(tmp_path / "out", load_manifest(tmp_path / "out"))
+    summary = opened(tmp_path / "out")
     assert "0/camera.vtransform/in/feat_in/patch_shape" in np.load(tmp_path / "out" / "verification.npz").files
     (value,) = summary.inputs("camera.vtransform", 0).values()
     assert value.shape == (1, 10, 32, 24)
