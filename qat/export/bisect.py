@@ -32,6 +32,7 @@ from qat.core.tensors import compare_tensors
 from qat.core.verification import tolerance_db
 from qat.engine.onnxruntime_backend import PlainGraph
 from qat.export.lookups import constants, producers
+from qat.families.family import own_path
 from qat.lean.layers import ScaleShift
 from qat.lean.modes import quantizers_off
 from qat.lean.quantizer import Quantizer
@@ -184,7 +185,7 @@ class _Calls:
                 module: nn.Module,
                 inputs: Any,
                 result: Any,
-                path: str = path.removeprefix("core.").removeprefix("net."),
+                path: str = own_path(path),
                 leaf: bool = leaf,
             ) -> torch.Tensor | None:
                 other = record(path, module, inputs, result) if leaf and isinstance(result, torch.Tensor) else None

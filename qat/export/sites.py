@@ -30,6 +30,7 @@ from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
 from qat.export.scale_as_depthwise import weight_steps
+from qat.families.family import own_path
 from qat.lean.canonical import size
 from qat.lean.layers import ScaleShift
 from qat.lean.quantizer import Quantizer, Spec
@@ -266,7 +267,7 @@ class _Hooks:
         handles = []
         layer: Any  # nn.Module's attributes have no types of their own
         for path, layer in self.wrapper.named_modules() if self.owner.depthwise else ():
-            if path.removeprefix("core.").removeprefix("net.") in self.owner.depthwise:
+            if own_path(path) in self.owner.depthwise:
                 if not hasattr(layer, "floats"):
                     layer.floats = [value.detach().clone().float() for value in (layer.scale, layer.shift)]
                 handles.append(layer.register_forward_pre_hook(self.before_scale))
@@ -453,9 +454,7 @@ class SiteReference:
 
     def patches(self, codes: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A patch of each site's codes."""
-        modules = {
-            name.removeprefix("core.").removeprefix("net."): module for name, module in self._base.named_modules()
-        }
+        modules = {own_path(name): module for name, module in self._base.named_modules()}
         last = {
             place.pair.codes
             for at, place in self.places.items()

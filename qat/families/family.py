@@ -20,17 +20,7 @@ if TYPE_CHECKING:
     from qat.lean.placement import FloatRule
 
 
-class Method(nn.Module):
-    """One method of a network, as a module."""
-
-    def __init__(self, network: nn.Module, method: str) -> None:
-        super().__init__()
-        self.net = network
-        self.method = method
-
-    def forward(self, *inputs: Any) -> Any:
-        """Calls it."""
-        return getattr(self.net, self.method)(*inputs)
+Core = nn.Module | Callable[..., Any]  # a graph, or a method of the network
 
 
 class PartModule(nn.Module):
@@ -45,17 +35,29 @@ class PartModule(nn.Module):
     direct = True
     whole = True
 
-    def __init__(
-        self, core: nn.Module, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, core: Core, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.core = core
+        # The names of an ONNX graph's nodes begin with that of the module that is called: a graph's with its scope.
+        self._method = None if isinstance(core, nn.Module) else str(core.__name__)
+        self._own = "detector" if self._method is not None else str(getattr(core, "scope", "graph"))
+        self.add_module(self._own, core if isinstance(core, nn.Module) else core.__self__)  # type: ignore[attr-defined]
         self.inputs = tuple(inputs) if inputs is not None else type(self).inputs
         self.outputs = tuple(outputs) if outputs is not None else type(self).outputs
+
+    @property
+    def core(self) -> Any:
+        """As the class says; called with the part's inputs, or what forward makes of them."""
+        found = self._modules[self._own]
+        return found if self._method is None else getattr(found, self._method)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """The inputs in their order → the outputs in theirs."""
         return self.core(*inputs)
+
+
+def own_path(path: str) -> str:
+    """The path in the network, or in its graph, of a module of a part."""
+    return path.partition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Family(ABC):
         """For each part, in the plan's order, the network's method that is traced and quantized."""
 
     @abstractmethod
-    def parts(self, network: Any, cores: Mapping[str, nn.Module]) -> dict[str, PartModule]:
+    def parts(self, network: Any, cores: Mapping[str, Core]) -> dict[str, PartModule]:
         """The parts in the plan's order, around these cores."""
 
     @abstractmethod

@@ -175,6 +175,7 @@ class QuantizedModel(nn.Module):
                 self.fixed_views = graph.meta[FIXED_BATCH]
             least = tracer.least(part, graphs)
             self.inventory[part.scope] = quantize_graph(graph, self.keep_float, least)
+            graph.scope = part.scope  # type: ignore[assignment]  # a name for `PartModule`
             self.parts[part.scope] = graph
         self.use(DEFAULT)
         self.eval()

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from qat.boxes.detections import Detections
 from qat.families import family_named
-from qat.families.family import Method, PartModule
+from qat.families.family import Core, PartModule
 from qat.families.flow import Flow, Session
 from qat.model.quantized import QuantizedModel
 from qat.plan import Part, Plan, Runner, run
@@ -40,10 +39,10 @@ def part_modules(model: Model) -> dict[str, PartModule]:
     """The parts in their order, in eval mode."""
     if isinstance(model, QuantizedModel):
         family, network = model.family, model.network
-        cores: dict[str, nn.Module] = {name: model.parts[part.scope] for name, part in model.plan.parts.items()}
+        cores: dict[str, Core] = {name: model.parts[part.scope] for name, part in model.plan.parts.items()}
     else:
         family, network = family_named(model.family), model
-        cores = {name: Method(model, method) for name, method in family.traced(model).items()}
+        cores = {name: getattr(model, method) for name, method in family.traced(model).items()}
     return {name: part.eval() for name, part in family.parts(network, cores).items()}
 
 

@@ -76,7 +76,7 @@ class ToyFamily(Family):
     def traced(self, network: Any) -> dict[str, str]:
         return {"image": "encode", "mixer": "mix"}
 
-    def parts(self, network: Any, cores: Mapping[str, nn.Module]) -> dict[str, PartModule]:
+    def parts(self, network: Any, cores: Mapping[str, Any]) -> dict[str, PartModule]:
         names = {"image": (("img",), ("feat",)), "mixer": (("tokens",), ("heat", "box", "hidden"))}
         return {name: PartModule(core, *names[name]) for name, core in cores.items()}
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qat.core.errors import UserError
 from qat.data.reading import Reading
@@ -35,7 +34,7 @@ from qat.families.bevfusion.reading import reading_of
 from qat.families.bevfusion.recipe import recipe_of
 from qat.families.bevfusion.settings import head_maps, pipeline_settings
 from qat.families.bevfusion.state import load_state, take_branch, under_prefix
-from qat.families.family import Family, PartModule, Recipe
+from qat.families.family import Core, Family, PartModule, Recipe
 
 METHODS = {
     "camera.backbone": "camera_logits",
@@ -98,7 +97,7 @@ class BEVFusionFamily(Family):
             absent |= {"fuser", "head.bbox"}
         return {name: method for name, method in METHODS.items() if name not in absent}
 
-    def parts(self, network: CameraBEVDetector, cores: Mapping[str, nn.Module]) -> dict[str, PartModule]:
+    def parts(self, network: CameraBEVDetector, cores: Mapping[str, Core]) -> dict[str, PartModule]:
         """As `Family.parts`."""
         view = network.vtransform
         camera = CameraBackbone if needs_depth(network.config) else CameraBackboneWithoutDepth

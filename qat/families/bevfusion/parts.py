@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from qat.families.bevfusion.networks.vtransform import split
-from qat.families.family import PartModule
+from qat.families.family import Core, PartModule
 
 
 class CameraBackbone(PartModule):
@@ -22,7 +21,7 @@ class CameraBackbone(PartModule):
     outputs = ("camera_feature", "camera_depth_weights")
     direct = whole = False
 
-    def __init__(self, core: nn.Module, bins: int, channels: int) -> None:
+    def __init__(self, core: Core, bins: int, channels: int) -> None:
         super().__init__(core)
         self.bins, self.channels = bins, channels
 
@@ -88,7 +87,7 @@ class HeadBBox(PartModule):
     inputs = ("middle",)
     whole = False
 
-    def __init__(self, core: nn.Module, outputs: Sequence[str]) -> None:
+    def __init__(self, core: Core, outputs: Sequence[str]) -> None:
         super().__init__(core, outputs=outputs)
 
     def forward(self, middle: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
