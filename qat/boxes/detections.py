@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from qat.boxes.conventions import OURS, convert
 
 
 @dataclass
 class Detections:
     """Boxes in the lidar frame.
 
-    boxes: float32[K,9] of x, y, z (metres; the box's middle), width, length, height (metres), yaw
-    (radians), vx, vy (m/s). At yaw 0 the length lies along y; the box's heading, anticlockwise from x, is
-    −yaw − π/2 (BEVFusion's LiDARInstance3DBoxes, that is mmdet3d before 1.0).
+    boxes: float32[K,9] of x, y, z (metres), three sizes (metres), yaw (radians), vx, vy (m/s), or [K,7] of a model that gives no
+    velocities; as `convention` has them (`qat.boxes.conventions`). BEVFusion's: z is the box's middle, then width, length, height;
+    at yaw 0 the length lies along y, and the heading, anticlockwise from x, is −yaw − π/2.
     BEVFusion calls z the bottom's and hands its boxes the annotated centre as such, so its head learns centre + h/2
     and its decode takes h/2 off again: what comes out, there and here, is the middle.
-    scores: float32[K] in (0, 1). labels: int64[K] into the config's object_classes.
+    scores: float32[K] in (0, 1). labels: int64[K] into the model's classes.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    convention: str = OURS
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def converted(self, convention: str = OURS) -> Detections:
+        """The same boxes in another convention, with velocities of 0 where there were none."""
+        boxes = convert(self.boxes, self.convention, convention)
+        if boxes.shape[1] < 9:
+            boxes = np.pad(boxes, ((0, 0), (0, 9 - boxes.shape[1])))
+        return Detections(boxes, self.scores, self.labels, convention)
+
+    def arrays(self, suffix: str = "") -> dict[str, np.ndarray]:
+        """For a cache, in `OURS`: boxes, scores and labels, each name with `suffix` behind it."""
+        own = self.converted()
+        return {f"boxes{suffix}": own.boxes, f"scores{suffix}": own.scores, f"labels{suffix}": own.labels}
+
+    @staticmethod
+    def of(arrays: Mapping[str, np.ndarray], suffix: str = "") -> Detections:
+        """What `arrays` gave."""
+        return Detections(arrays[f"boxes{suffix}"], arrays[f"scores{suffix}"], arrays[f"labels{suffix}"])
 
     @staticmethod
     def empty() -> Detections:

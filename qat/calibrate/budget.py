@@ -97,9 +97,9 @@ class _Trials:
                         tensors = to_numpy(run(self.model.plan, self.runners, torch_feeds(self.model, feeds)))
                     session.end(tensors)
                     own = self.model.flow.decode(tensors)
-                    found = {"boxes": own.boxes, "scores": own.scores, "labels": own.labels, **session.saved()}
+                    found = {**own.arrays(), **session.saved()}
                     write_arrays(path, found)
-                boxes[frame.token] = Detections(found["boxes"], found["scores"], found["labels"])
+                boxes[frame.token] = Detections.of(found)
                 done(n + 1)
         return dict(self.metric(boxes))
 

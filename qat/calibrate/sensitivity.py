@@ -187,7 +187,7 @@ def _one_frame(
         arrays = {"energies": energies, **{f"state.{k}": v for k, v in to_numpy(next_state(plan, tensors)).items()}}
         if with_boxes:
             for n, detections in enumerate([*boxes, _boxes(model, tensors)]):
-                arrays |= {f"{what}{n}": getattr(detections, what) for what in ("boxes", "scores", "labels")}
+                arrays |= detections.arrays(str(n))
     return arrays
 
 
@@ -264,7 +264,7 @@ def measure_sensitivity(
             energies += found["energies"]
             if metric is not None:
                 for n, own in enumerate(boxes):
-                    own[frame.token] = Detections(found[f"boxes{n}"], found[f"scores{n}"], found[f"labels{n}"])
+                    own[frame.token] = Detections.of(found, str(n))
     reference = dict(metric(boxes[-1])) if metric is not None else None
     total = sum(macs.values())
     rows = []

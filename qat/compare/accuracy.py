@@ -52,6 +52,9 @@ def _energies(plan: Plan, reference: Mapping[str, np.ndarray], found: Mapping[st
     return result
 
 
+ARRAYS = ("boxes", "scores", "labels")
+
+
 class _Cache:
     """One file a keyframe: what each row, by its key and the reference's, found on it."""
 
@@ -118,16 +121,13 @@ def run_accuracy(
                     where = labels[int(np.argmax(~np.isfinite(energies).all(1)))]
                     raise NotFiniteError(f"{row.name}: sample {sample.token}: {where} has values that are not finite")
                 found = row.pipeline.decode(tensors)
-                for what, array in (("boxes", found.boxes), ("scores", found.scores), ("labels", found.labels)):
-                    known[f"{key}.{what}"] = array
+                known |= {f"{key}.{what}": array for what, array in found.arrays().items()}
                 known[f"{key}.energies"] = energies
                 known |= {f"{key}.{state}": array for state, array in row.pipeline.session.saved().items()}
             store.write(name, known)
         for row, result, key in zip(rows, results, names, strict=True):
             row.pipeline.session.restore({k.removeprefix(f"{key}."): x for k, x in known.items()})
-            result.detections[sample.token] = Detections(
-                *(known[f"{key}.{what}"] for what in ("boxes", "scores", "labels"))
-            )
+            result.detections[sample.token] = Detections.of({what: known[f"{key}.{what}"] for what in ARRAYS})
             result.energies += known[f"{key}.energies"]
         progress(index + 1)
     return results, rebuilds

@@ -88,6 +88,7 @@ def to_global(
 
     lidar2ego, ego2global: float[4,4] at the keyframe's lidar time.
     """
+    detections = detections.converted()
     lidar2global = ego2global.astype(np.float64) @ lidar2ego.astype(np.float64)
     rotation = lidar2global[:3, :3]
     headings = box_heading(detections.boxes[:, 6].astype(np.float64))

@@ -104,7 +104,7 @@ def detect(model: Model, frames: Any, progress: Callable[[int], None] | None = N
             feeds, _ = session.begin(frame)
             tensors = to_numpy(run(flow.plan, runners, torch_feeds(model, feeds)))
             session.end(tensors)
-            found[frame.token] = flow.decode(tensors)
+            found[frame.token] = flow.decode(tensors).converted()
             if progress:
                 progress(n + 1)
     return found

@@ -149,9 +149,9 @@ class Toy(Flow):
         best = np.argsort(-scores.max(1), kind="stable")[:BOXES]
         box = tensors["box"][best]
         xy = tensors["centres"][best] + box[:, :2]
-        parts = [xy, box[:, 2:3], np.exp(np.clip(box[:, 3:6], -5, 3)), box[:, 6:7], np.zeros((len(best), 2))]
+        parts = [xy, box[:, 2:3], np.exp(np.clip(box[:, 3:6], -5, 3)), box[:, 6:7]]
         boxes = np.concatenate(parts, 1).astype(np.float32)
-        return Detections(boxes, scores[best].max(1).astype(np.float32), scores[best].argmax(1))
+        return Detections(boxes, scores[best].max(1).astype(np.float32), scores[best].argmax(1), "mmdet3d")
 
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         hot = tensors["heat"].max(1, keepdims=True) >= np.median(tensors["heat"].max(1))

@@ -1,0 +1,52 @@
+"""How boxes are written down, and from one convention to another.
+
+All have x, y, z in metres, three sizes and a yaw, in the lidar frame; columns behind the seventh (velocities) are the same everywhere.
+
+    name        sizes                   z       yaw
+    bevfusion   width, length, height   middle  −heading − π/2, clockwise (BEVFusion's boxes: mmdet3d's before 1.0)
+    mmdet3d     length, width, height   bottom  the heading, anticlockwise from x (LiDARInstance3DBoxes from 1.0 on)
+    nuscenes    width, length, height   middle  the heading (the devkit's size and rotation)
+    autoware    length, width, height   middle  the heading (x, y and z of a ROS object's dimensions)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Convention:
+    """length_first: sizes are length, width, height. bottom: z is the bottom's. clockwise: yaw is −heading − π/2."""
+
+    length_first: bool = False
+    bottom: bool = False
+    clockwise: bool = False
+
+
+CONVENTIONS = {
+    "bevfusion": Convention(clockwise=True),
+    "mmdet3d": Convention(length_first=True, bottom=True),
+    "nuscenes": Convention(),
+    "autoware": Convention(length_first=True),
+}
+OURS = "bevfusion"  # what stages compare, score and draw
+
+
+def convert(boxes: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Boxes [K,≥7] of one convention in another, of the same dtype; yaws within (−π, π] where they are changed.
+
+    Raises:
+        KeyError: there is no such convention.
+    """
+    a, b = CONVENTIONS[source], CONVENTIONS[target]
+    found = boxes.copy()
+    if a.length_first != b.length_first:
+        found[:, [3, 4]] = boxes[:, [4, 3]]
+    if a.bottom != b.bottom:
+        found[:, 2] += boxes[:, 5] * (0.5 if a.bottom else -0.5)
+    if a.clockwise != b.clockwise:  # its own inverse
+        turned = -boxes[:, 6].astype(np.float64) - np.pi / 2
+        found[:, 6] = np.pi - np.mod(np.pi - turned, 2 * np.pi)
+    return found
