@@ -33,11 +33,9 @@ setup(
         "nuscenes-devkit>=1.2",
         "numpy<2",
         "numba>=0.60",
-        "embreex>=4.4",
         "jinja2>=3.1",
         "rich>=13",
         "PyYAML>=6",
-        "omegaconf>=2.3",
         "shtab>=1.13",
     ],
     extras_require={
@@ -60,7 +58,8 @@ setup(
             "onnxslim>=0.1.76",
             "polygraphy>=0.53.4",
         ],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
+        "synth": ["embreex>=4.4"],  # `bevqat synth` casts rays
+        "dev": ["embreex>=4.4", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["bevqat = qat.cli:main"]},
     classifiers=[

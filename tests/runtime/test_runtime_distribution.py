@@ -32,10 +32,14 @@ def test_a_robot_gives_the_boxes_that_this_machine_does(exported_fp32, tmp_path)
     python = venv / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
     subprocess.run([*pip, f"{ROOT / 'runtime'}[onnxruntime]"], check=True)
-    listed = subprocess.run([python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+    )
     names = {row["name"].lower() for row in json.loads(listed.stdout)}
     assert "bevqat-runtime" in names and not names & {"torch", "onnx", "pydantic", "bevqat"}
-    done = subprocess.run([python, "-c", CODE, exported_fp32], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [python, "-c", CODE, exported_fp32], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["absent"] == ["torch", "onnx", "pydantic", "nuscenes"]

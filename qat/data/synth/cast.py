@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from embreex import rtcore_scene
-from embreex.mesh_construction import TriangleMesh
+
+from qat.core.errors import UserError
+
+try:
+    from embreex import rtcore_scene
+    from embreex.mesh_construction import TriangleMesh
+except ModuleNotFoundError:
+    raise UserError(
+        "synth: the package embreex is not installed, expected it for casting rays; fix: pip install 'bevqat[synth]'"
+    ) from None
 
 
 class Caster:
