@@ -161,3 +161,34 @@ def test_a_camera_branch_is_refused_where_boxes_are_needed(fusion_config, tiny_c
     need_boxes(tiny_config, "--budget", "leave it out")
     with pytest.raises(UserError, match=r"--budget: found a camera branch alone, .* no boxes, .*; leave it out$"):
         need_boxes(camera_branch(fusion_config), "--budget", "leave it out")
+
+
+@pytest.mark.parametrize(
+    ("step", "key", "value", "expected"),
+    [
+        ("ImageAug3D", "rand_rotate", True, "an option of ImageAug3D: final_dim"),
+        ("ImageAug3D", "rot_lim", [-5.4, 5.4], "0: test data is not augmented"),
+        ("ImageAug3D", "is_train", True, "false"),
+        ("ImageNormalize", "to_rgb", True, "an option of ImageNormalize: mean, std"),
+        ("LoadPointsFromFile", "use_dim", [0, 1, 3], "3 or more, or a list that begins with 0, 1, 2"),
+        ("LoadPointsFromFile", "coord_type", "CAMERA", "LIDAR"),
+        ("LoadPointsFromFile", "reduce_beams", 4, "32 or null"),
+        ("LoadPointsFromMultiSweeps", "load_augmented", "pointpainting", "null"),
+        ("LoadMultiViewImageFromFiles", "file_client_args", {}, "an option of LoadMultiViewImageFromFiles"),
+        ("GlobalRotScaleTrans", "trans_lim", 0.5, "0: test data is not augmented"),
+        ("PhotoMetricDistortion", "prob", 0.5, "other steps are not known here"),
+    ],
+)
+def test_every_key_of_a_test_pipelines_step_is_honoured_or_refused(tiny_config, step, key, value, expected):
+    config = copy.deepcopy(tiny_config)
+    steps = config["data"]["test"]["pipeline"]
+    at = next((n for n, one in enumerate(steps) if one["type"] == step), None)
+    if at is None:
+        steps.append({"type": step})
+        at = len(steps) - 1
+    steps[at][key] = value
+    with pytest.raises(UserError) as error:
+        check_config(config)
+    found = str(error.value)
+    assert f"data.test.pipeline.{at}." in found and expected in found and "\n" not in found
+    check_config(tiny_config)

@@ -27,8 +27,7 @@ DUMPED = {
             "type": "ImageAug3D",
             "final_dim": [64, 96],
             "resize_lim": [0.45, 0.45],
-            "bot_pct_lim": [0.0, 0.0],
-            "share": 0.25,
+            "bot_pct_lim": [0.0, 0.25],
         },
         {"type": "ImageNormalize", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
     ],
@@ -40,8 +39,7 @@ DUMPED = {
                     "type": "ImageAug3D",
                     "final_dim": [64, 96],
                     "resize_lim": [0.45, 0.45],
-                    "bot_pct_lim": [0.0, 0.0],
-                    "share": 0.25,
+                    "bot_pct_lim": [0.0, 0.25],
                 },
                 {"type": "ImageNormalize", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
             ],
@@ -131,8 +129,7 @@ test_pipeline:
   - type: ImageAug3D
     final_dim: ${image_size}
     resize_lim: ${crop.limits[1]}
-    bot_pct_lim: [0.0, 0.0]
-    share: ${crop.mask.share}
+    bot_pct_lim: [0.0, "${crop.mask.share}"]
   - {type: ImageNormalize, mean: [0.5, 0.5, 0.5], std: [0.2, 0.2, 0.2]}
 data:
   test:

@@ -84,7 +84,7 @@ VALUES = [
     (f"{STEPS}.0.final_dim", REMOVE, "missing, expected 2 whole numbers"),
     (f"{STEPS}.0.final_dim", [32, 48], "found [32, 48], expected image_size [64, 96]"),
     (f"{STEPS}.0.resize_lim", [0, 0], "expected one or two numbers above 0"),
-    (f"{STEPS}.1.type", "Dance", "found step 'Dance', which is not known here"),
+    (f"{STEPS}.1.type", "Dance", "found 'Dance', expected one of LoadMultiViewImageFromFiles,"),
     (f"{STEPS}.2.std", [0, 0, 0], "found [0, 0, 0], expected 3 numbers above 0"),
     (f"{STEPS}.2.mean", [1, 2], "found [1, 2], expected 3 numbers"),
     ("load_dim", 3, "found 3, expected a whole number from 5"),

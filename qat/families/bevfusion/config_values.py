@@ -193,7 +193,43 @@ _LIMITS: Rule = (
     "one or two numbers above 0",
 )
 _SHARES: Rule = (lambda value: several(number(0), 2)[0](value) and max(value) < 1, "two shares from 0 to below 1")
+ANY: Rule = (lambda value: True, "anything")
+FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
+FALSE: Rule = (lambda value: value is False or value is None, "false: points and pictures are read without it")
+AS_IT_IS: Rule = (lambda value: value is False or value is None, "false: test data is not augmented")
+NOTHING: Rule = (lambda value: value is None, "null")
+BEAMS: Rule = (lambda value: value is None or (_is_number(value) and value >= 32), "32 or null: all beams are read")
+_XYZ: Rule = (
+    lambda value: _is_whole(value, 3) if isinstance(value, int) else list(value or ())[:3] == [0, 1, 2],
+    "3 or more, or a list that begins with 0, 1, 2: x, y and z",
+)
+_NONE_TURNED: Rule = (
+    lambda value: all(_is_number(v) and v == 0 for v in (value if isinstance(value, list | tuple) else [value])),
+    "0: test data is not augmented",
+)
+_NOT_SCALED: Rule = (
+    lambda value: all(_is_number(v) and v == 1 for v in (value if isinstance(value, list | tuple) else [value])),
+    "1: test data is not augmented",
+)
+_POINTS: dict[str, Rule] = {
+    "load_dim": whole(3, 100),
+    "use_dim": _XYZ,
+    "reduce_beams": BEAMS,
+    "load_augmented": NOTHING,
+}
+# Every key of a step that is known here: what is followed has a rule; ANY is for what a camera detector's input does not depend
+# on (annotations, formats of tensors, keys that are collected). NEEDED_OF: those that must be there.
 STEPS: dict[str, dict[str, Rule]] = {
+    "LoadMultiViewImageFromFiles": {"to_float32": ANY, "color_type": one_of("unchanged", "color")},
+    "LoadPointsFromFile": {**_POINTS, "coord_type": one_of("LIDAR"), "shift_height": FALSE, "use_color": FALSE},
+    "LoadPointsFromMultiSweeps": {
+        **_POINTS,
+        "sweeps_num": whole(0, 1_000),
+        "time_dim": one_of(4),
+        "pad_empty_sweeps": FLAG,
+        "remove_close": FLAG,
+        "test_mode": FLAG,
+    },
     "ImageAug3D": {
         "final_dim": SIZE,
         "resize_lim": (
@@ -201,10 +237,59 @@ STEPS: dict[str, dict[str, Rule]] = {
             "one or two numbers above 0 and at most 16",
         ),
         "bot_pct_lim": _SHARES,
+        "rot_lim": _NONE_TURNED,
+        "rand_flip": FLAG,  # of training alone: is_train
+        "is_train": AS_IT_IS,
     },
-    "ImageNormalize": {"mean": several(number(), 3), "std": several(number(above=0), 3)},
-    "LoadPointsFromMultiSweeps": {"sweeps_num": whole(0, 1_000)},
+    "GlobalRotScaleTrans": {
+        "resize_lim": _NOT_SCALED,
+        "rot_lim": _NONE_TURNED,
+        "trans_lim": _NONE_TURNED,
+        "is_train": AS_IT_IS,
+    },
     "PointsRangeFilter": {"point_cloud_range": RANGE},
+    "ImageNormalize": {"mean": several(number(), 3), "std": several(number(above=0), 3)},
+    "LoadAnnotations3D": {
+        f"with_{name}": ANY
+        for name in (
+            "bbox_3d",
+            "label_3d",
+            "attr_label",
+            "mask_3d",
+            "seg_3d",
+            "bbox",
+            "label",
+            "mask",
+            "seg",
+            "bbox_depth",
+        )
+    },
+    "LoadBEVSegmentation": dict.fromkeys(("dataset_root", "xbound", "ybound", "classes", "object_classes"), ANY),
+    "LoadRadarPointsMultiSweeps": dict.fromkeys(
+        (
+            "load_dim",
+            "use_dim",
+            "sweeps_num",
+            "pad_empty_sweeps",
+            "remove_close",
+            "test_mode",
+            "file_client_args",
+            "max_num",
+            "compensate_velocity",
+            "normalize",
+            "filtering",
+        ),
+        ANY,
+    ),
+    "DefaultFormatBundle3D": dict.fromkeys(("classes", "class_names", "with_gt", "with_label"), ANY),
+    "Collect3D": dict.fromkeys(("keys", "meta_keys", "meta_lis_keys"), ANY),
+    "GTDepth": {"keyframe_only": ANY},
+}
+NEEDED_OF = {
+    "ImageAug3D": ("final_dim", "resize_lim", "bot_pct_lim"),
+    "ImageNormalize": ("mean", "std"),
+    "LoadPointsFromMultiSweeps": ("sweeps_num",),
+    "PointsRangeFilter": ("point_cloud_range",),
 }
 
 
@@ -274,13 +359,23 @@ def check_steps(steps: Any, path: str, fail: Fail) -> None:
     for n, step in enumerate(steps):
         if not isinstance(step.get("type"), str):
             raise fail(f"{path}.{n}.type", step.get("type"), "a step's name, such as ImageAug3D")
-        for key, (accepts, expected) in STEPS.get(step["type"], {}).items():
-            if not accepts(step.get(key)):
-                raise fail(f"{path}.{n}.{key}", step.get(key), expected)
-        accepts, expected = PLAIN["load_dim"]
-        if step["type"] == "LoadPointsFromFile" and "load_dim" in step and not accepts(step["load_dim"]):
-            found = step["load_dim"]
-            raise fail(f"{path}.{n}.load_dim", NULL if found is None else found, expected)
+        known = STEPS.get(step["type"])
+        if known is None:
+            raise fail(f"{path}.{n}.type", step["type"], f"one of {', '.join(STEPS)}: other steps are not known here")
+        for key in NEEDED_OF.get(step["type"], ()):
+            if not known[key][0](step.get(key)):
+                raise fail(f"{path}.{n}.{key}", step.get(key), known[key][1])
+        for key, value in step.items():
+            if key == "type":
+                continue
+            if key not in known:
+                options = ", ".join(known) or "none"
+                raise fail(
+                    f"{path}.{n}.{key}", NULL if value is None else value, f"an option of {step['type']}: {options}"
+                )
+            accepts, expected = known[key]
+            if not accepts(value):
+                raise fail(f"{path}.{n}.{key}", NULL if value is None else value, expected)
 
 
 def check_sections(config: Mapping[str, Any], fail: Fail, camera_alone: bool) -> None:
