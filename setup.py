@@ -34,6 +34,7 @@ setup(
         "numpy<2",
         "numba>=0.60",
         "embreex>=4.4",
+        "filelock>=3.30",
         "rich>=13",
         "PyYAML>=6",
         "omegaconf>=2.3",
