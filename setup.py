@@ -34,6 +34,7 @@ setup(
         "numpy<2",
         "numba>=0.60",
         "jinja2>=3.1",
+        "filelock>=3.30",
         "rich>=13",
         "PyYAML>=6",
         "shtab>=1.13",

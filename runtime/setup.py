@@ -23,7 +23,7 @@ setup(
     package_dir={"": ".."},
     packages=find_packages("..", include=["qat", "qat.*"], exclude=["qat.data.synth", "qat.doctor"]),
     package_data={"qat": ["py.typed"], "qat.families.bevfusion.pooling": ["pooling.cu"]},
-    install_requires=["numpy<2", "numba>=0.60", "Pillow>=10", "rich>=13"],
+    install_requires=["numpy<2", "numba>=0.60", "filelock>=3.30", "Pillow>=10", "rich>=13"],
     extras_require={
         "onnxruntime": ["onnxruntime>=1.18"],
         "openvino": ["openvino>=2025.0"],

@@ -9,20 +9,22 @@ patch file into the working directory.
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
 import re
 import struct
 import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qat.checkpoints.unpickle import Damaged, Machine, Record, Storage, is_integers
+from qat.checkpoints.unpickle import Damaged, InertUnpickler, Record, Storage, is_integers
 from qat.core.errors import UserError
 
-# As unpickle's bounds: far above any network's.
+# As unpickle's bound: far above any network's.
 MAX_PICKLE = 256 << 20
 MAX_MODULES = 100_000
 MAX_NAMES = 1_000_000
@@ -65,22 +67,26 @@ FAILURES = (
     EOFError,
     OSError,
     MemoryError,
+    AttributeError,
     struct.error,
+    pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
 
 
-class _Storages(ABC):
-    """Answers persistent ids: ("storage", class, key, device, elements[, view]) and, before 1.6, ("module", class, …)."""
+class _Storages:
+    """Answers persistent ids: ("storage", class, key, device, elements[, view]) and, before 1.6, ("module", class, …).
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit  # bytes that all storages together can have
-        self.claimed = 0
+    Args:
+        read: gives the storage of a key, at least so many bytes.
+        limit: bytes that all storages together can have.
+    """
+
+    def __init__(self, read: Callable[[str, int], torch.UntypedStorage], limit: int) -> None:
+        self.read = read
+        self.left = limit
         self.data: dict[str, torch.UntypedStorage] = {}
-
-    @abstractmethod
-    def read(self, key: str, size: int) -> torch.UntypedStorage:
-        """The storage of this key, at least `size` bytes."""
+        self.elements: dict[str, int] = {}
 
     def __call__(self, identity: Any) -> Any:
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
@@ -97,69 +103,21 @@ class _Storages(ABC):
             return Record("torch", "storage", (kind, key, numel))
         size = numel * dtype.itemsize
         if key not in self.data:
-            self.claimed += size
-            if self.claimed > self.limit:
+            self.left -= size
+            if self.left < 0:
                 raise Damaged(f"storage {key[:40]!r} of {size:,} bytes, more than the file has")
-            self.data[key] = self.read(key, size)
+            self.data[key], self.elements[key] = self.read(key, size), numel
         data = self.data[key]
         if data.nbytes() < size:
             raise Damaged(f"storage {key[:40]!r} of {size:,} bytes, of which the file has {data.nbytes():,}")
-        found = Storage(data, dtype, numel)
+        start, length = 0, numel
         if view and view[0] is not None:
-            if not isinstance(view[0], tuple) or len(view[0]) != 3:
+            if not isinstance(view[0], tuple) or len(view[0]) != 3 or not is_integers(view[0][1:]):
                 raise Damaged("a view of a storage that is none")
             _, start, length = view[0]
-            if not is_integers([start, length]) or min(start, length) < 0 or start + length > numel:
+            if min(start, length) < 0 or start + length > numel:
                 raise Damaged("a view of a storage beyond its end")
-            found = Storage(data, dtype, length, start)
-        return found
-
-
-class _Zipped(_Storages):
-    def __init__(self, archive: zipfile.ZipFile, root: str, limit: int) -> None:
-        super().__init__(limit)
-        self.archive, self.root = archive, root
-
-    def read(self, key: str, size: int) -> torch.UntypedStorage:
-        name = f"{self.root}data/{key}"
-        have = self.archive.getinfo(name).file_size
-        if have < size:
-            raise Damaged(f"storage {key[:40]!r} of {size:,} bytes, of which the file has {have:,}")
-        content = bytearray(self.archive.read(name))
-        return torch.frombuffer(content, dtype=torch.uint8).untyped_storage() if content else torch.UntypedStorage(0)
-
-
-class _Appended(_Storages):
-    """Their bytes come after the pickle; until `fill` they are empty."""
-
-    def read(self, key: str, size: int) -> torch.UntypedStorage:
-        return torch.UntypedStorage(size)
-
-    def fill(self, data: bytes, position: int, keys: Any, elements: Mapping[str, int]) -> None:
-        """Takes them from behind the list of keys: for each, its number of elements in 8 bytes and its values."""
-        if not isinstance(keys, list) or set(keys) != set(self.data):
-            raise Damaged("a list of storages that is not the pickle's")
-        for key in keys:
-            storage = self.data[key]
-            start = position + 8
-            position = start + storage.nbytes()
-            if position > len(data):
-                raise Damaged("the file ends early")
-            if struct.unpack("<q", data[start - 8 : start])[0] != elements[key]:
-                raise Damaged(f"storage {key[:40]!r} of another size than the pickle says")
-            if storage.nbytes():
-                content = torch.frombuffer(bytearray(data[start:position]), dtype=torch.uint8)
-                torch.empty(0, dtype=torch.uint8).set_(storage).copy_(content)
-
-    def __call__(self, identity: Any) -> Any:
-        found = super().__call__(identity)
-        if isinstance(found, Storage):
-            self.elements.setdefault(identity[2], identity[4])
-        return found
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self.elements: dict[str, int] = {}
+        return Storage(data, dtype, length, start)
 
 
 def _check_entries(archive: zipfile.ZipFile, path: Path) -> str:
@@ -206,7 +164,15 @@ def _read_zip(path: Path) -> Any:
         root = pickled.removesuffix("data.pkl")
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise Damaged("tensors of a big-endian machine")
-        return Machine(archive.read(pickled), _Zipped(archive, root, path.stat().st_size)).run()
+
+        def read(key: str, _size: int) -> torch.UntypedStorage:
+            content = bytearray(archive.read(f"{root}data/{key}"))
+            return (
+                torch.frombuffer(content, dtype=torch.uint8).untyped_storage() if content else torch.UntypedStorage(0)
+            )
+
+        storages = _Storages(read, path.stat().st_size)
+        return InertUnpickler(io.BytesIO(archive.read(pickled)), storages).load()
 
 
 def _no_persistent(_: Any) -> Any:
@@ -214,27 +180,32 @@ def _no_persistent(_: Any) -> Any:
 
 
 def _read_legacy(path: Path) -> Any:
+    """Four pickles and the list of storages, also pickled; then, for each, its number of elements in 8 bytes and its values."""
     data = path.read_bytes()
-    machine = Machine(data, _no_persistent)
-    if not data or data[0] != 0x80 or machine.run() != LEGACY_MAGIC:
+    stream = io.BytesIO(data)
+    if data[:1] != pickle.PROTO or InertUnpickler(stream, _no_persistent).load() != LEGACY_MAGIC:
         raise Damaged("no checkpoint's first bytes")
-    position = machine.position
-    header = []
-    for _ in range(2):
-        machine = Machine(data, _no_persistent, position)
-        header.append(machine.run())
-        position = machine.position
-    protocol, system = header
-    if protocol != LEGACY_PROTOCOL:
+    if (protocol := InertUnpickler(stream, _no_persistent).load()) != LEGACY_PROTOCOL:
         raise Damaged(f"format {protocol!r:.40}")
+    system = InertUnpickler(stream, _no_persistent).load()
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Damaged("tensors of a big-endian machine")
-    storages = _Appended(len(data))
-    machine = Machine(data, storages, position)
-    value = machine.run()
-    keys = Machine(data, _no_persistent, machine.position)
-    listed = keys.run()
-    storages.fill(data, keys.position, listed, storages.elements)
+    storages = _Storages(lambda _key, size: torch.UntypedStorage(size), len(data))  # empty for now
+    value = InertUnpickler(stream, storages).load()
+    keys = InertUnpickler(stream, _no_persistent).load()
+    listed = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not listed or set(keys) != set(storages.data):
+        raise Damaged("a list of storages that is not the pickle's")
+    for key in keys:
+        storage = storages.data[key]
+        if struct.unpack("<q", stream.read(8))[0] != storages.elements[key]:
+            raise Damaged(f"storage {key[:40]!r} of another size than the pickle says")
+        content = stream.read(storage.nbytes())
+        if len(content) < storage.nbytes():
+            raise Damaged("the file ends early")
+        if content:
+            values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            torch.empty(0, dtype=torch.uint8).set_(storage).copy_(values)
     return value
 
 
@@ -244,7 +215,8 @@ def _one_line(path: Path) -> Iterator[None]:
         yield
     except (Damaged, *FAILURES) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        if reason == "File is not a zip file":  # it began as one: the list of its entries, at its end, is not there
+        # A zip file began as one: the list of its entries, at its end, is not there.
+        if reason == "File is not a zip file" or isinstance(error, EOFError):
             reason = "it ends early"
         raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason}); save or fetch it again") from None
 
@@ -290,10 +262,11 @@ def unwrapped(record: Record) -> Record:
 
 def _quantizer(record: Record) -> dict[str, Any]:
     """A TensorQuantizer's settings, pytorch-quantization's or ModelOpt's, by the names of its attributes."""
-    have = {**record.attributes, **record.attributes["_buffers"], **record.attributes["_parameters"]}
+    kept = (record.attributes["_parameters"], record.attributes["_buffers"], record.attributes)
+    have: ChainMap[str, Any] = ChainMap({}, *kept)  # not a copy: many records may share huge ones
     clip = record.attributes["_modules"].get("clip")
     if is_module(clip) and have.get("_learn_amax"):
-        learned = {**clip.attributes, **clip.attributes["_parameters"]}
+        learned = ChainMap(clip.attributes["_parameters"], clip.attributes)
         low, high = learned.get("clip_value_min"), learned.get("clip_value_max")
         if isinstance(low, torch.Tensor) and isinstance(high, torch.Tensor) and low.shape == high.shape:
             have["_amax"] = torch.maximum(-low, high)
@@ -339,13 +312,14 @@ def module_state(record: Record, source: str) -> tuple[dict[str, torch.Tensor], 
     state: dict[str, torch.Tensor] = {}
     quantizers: dict[str, dict[str, Any]] = {}
     waiting = [("", 0, unwrapped(record))]
-    count = 0
+    count = names = 0
     while waiting:
         prefix, depth, module = waiting.pop()
         count += 1
         children = module.attributes["_modules"]
         big = count + len(waiting) + len(children) > MAX_MODULES or depth > MAX_DEPTH or len(prefix) > MAX_NAME
-        if big or len(state) + sum(len(module.attributes[kind]) for kind in ("_parameters", "_buffers")) > MAX_NAMES:
+        names += sum(len(module.attributes[kind]) for kind in ("_parameters", "_buffers"))
+        if big or names > MAX_NAMES:
             raise UserError(
                 f"{source}: not a torch checkpoint, or damaged (a network of more than {MAX_MODULES:,} modules or "
                 f"{MAX_NAMES:,} tensors, or {MAX_DEPTH} deep)"

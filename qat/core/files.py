@@ -7,14 +7,12 @@ it leaves under the other name is removed by the next process that writes there 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import io
 import json
 import os
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +20,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from qat.core.errors import UserError
-from qat.core.locks import clear_leftovers, in_use, make_temporary, meant, only_writer
+from qat.core.locks import clear_leftovers, make_temporary, meant, only_writer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 # Of the place that is written to; others that come out of a block are about something else.
 _PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _ALMOST_FULL = 1 << 20
-_AT_CWD, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def _mode(full: int) -> int:
@@ -156,48 +153,34 @@ def atomic_path(target: str | os.PathLike[str], durable: bool = True) -> Iterato
             flush([target.parent])
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps what two names stand for, in one step; False where the system or the file system cannot."""
-    if sys.platform != "linux":
-        return False
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    if call(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP, errno.EPERM):
-        return False
-    raise OSError(number, os.strerror(number))
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.bevqat.old")
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Gives a folder its name; what had that name before is left under `temporary`, if anything is."""
-    if not target.exists():
-        os.rename(temporary, target)
-    elif not _exchange(temporary, target):
-        # Between these two there is no folder of that name; killed there, the next process brings the earlier one back.
-        earlier = temporary.with_suffix(".old")
-        with in_use(target):
-            os.rename(target, earlier)
-            os.rename(temporary, target)
-        shutil.rmtree(earlier, ignore_errors=True)
+def _put_back(target: Path) -> None:
+    """Of a folder that a killed process had moved aside: brings it back, or removes it where the new one is in its place."""
+    if target.exists():
+        shutil.rmtree(_aside(target), ignore_errors=True)
+    else:
+        os.rename(_aside(target), target)
 
 
 def restore(folder: str | os.PathLike[str]) -> None:
-    """Brings back a folder that a killed process had moved aside and not replaced, on file systems that cannot swap two."""
-    folder = Path(folder)
-    if not folder.exists():
-        clear_leftovers(Path(os.path.abspath(folder)).parent, again=True)
+    """Brings back a folder that a killed process had moved aside and not replaced."""
+    with suppress(UserError, OSError, ValueError):  # of a place that cannot be written; or it is being replaced
+        target = Path(os.path.realpath(folder))
+        if not target.exists() and _aside(target).exists():
+            with only_writer(target):
+                _put_back(target)
 
 
 @contextmanager
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary folder beside `target`; puts it in `target`'s place when the block succeeds.
 
-    At every moment the name stands for a whole folder, the earlier or the new one. Inside the block this process is the only
-    writer (`only_writer`). A link is followed: what it leads to is replaced.
+    The name stands for a whole folder, the earlier or the new one, but for the moment between two renames: a process that is
+    killed there leaves the earlier one aside, and the next one that writes or reads there brings it back (`restore`). Inside the
+    block this process is the only writer (`only_writer`). A link is followed: what it leads to is replaced.
 
     Raises:
         UserError: another process is writing there, or nothing can be written there, or `target` is a file.
@@ -206,16 +189,24 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise UserError(f"{named}: found a file, expected a folder or nothing; choose another --out")
     with only_writer(target), _temporary(target, folder=True) as temporary:
+        if _aside(target).exists():
+            _put_back(target)
         with _told(named):
             yield temporary
             temporary.chmod(_mode(0o777))
             flush(Path(folder) / name for folder, _, names in os.walk(temporary) for name in names)
             flush(folder for folder, _, _ in os.walk(temporary))
         try:
-            _put_in_place(temporary, target)
+            if replaced := target.exists():
+                os.rename(target, _aside(target))
+            try:
+                os.rename(temporary, target)
+                flush([target.parent])
+            finally:
+                if replaced:
+                    _put_back(target)
         except OSError as error:
             raise _refusal(named, error) from None
-        flush([target.parent])
 
 
 @contextmanager

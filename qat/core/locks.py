@@ -1,12 +1,13 @@
 """One writer for an output, and what killed writers leave behind.
 
-Both stand on `flock`: the kernel gives a lock back when its process ends, however it ends, so a lock is held exactly as long as
-somebody is at work. Windows has no such locks and some network file systems refuse them: there nothing is locked, and nothing
-that was left behind is removed.
+Both stand on the locks of the `filelock` package, which the kernel gives back when their process ends, however it ends: a lock is
+held exactly as long as somebody is at work. Some network file systems refuse them: there nothing is locked. Nothing that was left
+behind is removed there, nor on Windows, which renames nothing that is open.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import json
@@ -17,8 +18,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
@@ -28,61 +27,41 @@ from typing import Any, Protocol, TypeVar
 from qat.core.command import command_line
 from qat.core.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+# filelock is imported where something is written: what only reads, on a robot, needs numpy alone.
 
 INSIDE = ".bevqat.lock"
-PASSING_SECONDS = 10.0
-# What `tempfile` draws is eight of these characters.
-_LEFT = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.bevqat\.(?P<kind>tmp|old)")
+# A holder has a lock for some moments more: what ended may have forked a child that has not closed the lock yet.
+PASSING_SECONDS = 3.0
+# What `tempfile` draws is eight of these characters; an earlier folder that is moved aside has none.
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.bevqat\.tmp")
+_ASIDE = re.compile(r"\.(.+)\.bevqat\.old")
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 
-_held: dict[tuple[str, int], int] = {}  # how often each thread has taken each lock
-_descriptors: set[int] = set()
 _swept: set[tuple[int, str]] = set()
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """Locks an open file or folder until the descriptor is closed; False where another one has it, None where this system
-    or file system has no locks."""
-    if fcntl is None:
-        return None
+    """Locks an open file or folder until the descriptor is closed; False where another one has it, None where there are no
+    locks."""
+    from filelock import lock_descriptor
+
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(descriptor, blocking=False)
     except OSError:
         return None
-    return True
 
 
-def _is_at(descriptor: int, path: str | Path) -> bool:
-    """Whether the path still names what was opened: between opening and locking its last holder may have removed it."""
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the path still names what was opened: between opening and locking another process may have removed it."""
     try:
-        found = os.stat(path, follow_symlinks=False)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except OSError:
         return False
-    return os.path.samestat(os.fstat(descriptor), found)
 
 
 def _open_any(path: Path) -> int:
     """Folders open for reading only. A file opens for both: over NFS only a descriptor that may write can be locked."""
     return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-
-
-@contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    """Inside the block `clear_leftovers` lets the folder be, whatever its name becomes."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = _open_any(folder)
-    try:
-        _try_lock(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def make_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
@@ -100,7 +79,7 @@ def make_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
             descriptor, made = tempfile.mkstemp(end, start, target.parent)
             os.close(descriptor)
             path = Path(made)
-        if fcntl is None:  # Windows renames nothing that is open
+        if os.name == "nt":
             return path, os.open(os.devnull, os.O_RDONLY)
         try:
             descriptor = _open_any(path)
@@ -112,96 +91,41 @@ def make_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
 
 
 def meant(path: str | os.PathLike[str]) -> Path:
-    """What a path stands for that is `make_temporary`'s, or lies in such a folder: the output that it is made for."""
+    """What a path stands for that is `make_temporary`'s or of a folder moved aside, or lies in such a folder: the output that it is made for."""
     path = Path(path)
     for place in reversed((path, *path.parents)):
-        if left := _LEFT.fullmatch(place.name):
-            return place.with_name(left["name"])
+        if left := _TEMPORARY.fullmatch(place.name) or _ASIDE.fullmatch(place.name):
+            return place.with_name(left[1])
     return path
 
 
 def clear_leftovers(folder: Path, again: bool = False) -> None:
     """Removes the temporary files and folders that killed processes left in `folder`, and no others: those of living ones are
-    locked. A folder that was moved aside and never replaced comes back under its name.
+    locked.
 
     again: look even if this process has looked before.
     """
     place = os.getpid(), os.path.abspath(folder)
-    if fcntl is None or (place in _swept and not again):
+    if os.name == "nt" or (place in _swept and not again):
         return
     _swept.add(place)
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return
-    for name in names:
-        if left := _LEFT.fullmatch(name):
-            _clear(folder / name, folder / left["name"] if left["kind"] == "old" else None)
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if _TEMPORARY.fullmatch(name):
+                with suppress(OSError):
+                    _clear(folder / name)
 
 
-def _clear(path: Path, earlier: Path | None) -> None:
+def _clear(path: Path) -> None:
+    descriptor = _open_any(path)
     try:
-        descriptor = _open_any(path)
-    except OSError:
-        return
-    try:
-        if not (_try_lock(descriptor) and _is_at(descriptor, path)):
-            return
-        if earlier is not None and not os.path.lexists(earlier):
-            os.rename(path, earlier)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError:
-        pass
+        if _try_lock(descriptor) and _is_at(descriptor, path):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Makes a folder and its parents; returns those that were missing, innermost first."""
-    missing = []
-    for path in (folder, *folder.parents):
-        if path.exists():
-            break
-        missing.append(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _is_running(found: dict[str, Any]) -> bool:
-    """Whether the process that signed a lock file runs; of another host's nothing is known, and it is taken to run."""
-    if found["host"] != platform.node():
-        return True
-    try:
-        os.kill(int(found["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def _wait_or_name_holder(descriptor: int) -> str | None:
-    """None as soon as the lock is ours; else who holds it, as the lock file says.
-
-    A file that is not signed, or signed by a process that ended, has a lock in passing: its next holder has not signed yet, or a
-    child that the process forked just before it ended has not run `_forget` yet (flock's locks last until every copy of the
-    descriptor is closed). There the lock is asked for again, for a few seconds at most.
-    """
-    end = time.monotonic() + PASSING_SECONDS
-    while time.monotonic() < end:
-        time.sleep(0.05)
-        if _try_lock(descriptor):
-            return None
-        try:
-            found = json.loads(os.pread(descriptor, 4096, 0))
-            if _is_running(found):
-                return f"process {found['pid']} on {found['host']} ({found['command']}, since {found['since']})"
-        except (ValueError, KeyError, TypeError, OSError):
-            continue
-    return "another process"
 
 
 def _command() -> str:
@@ -210,45 +134,24 @@ def _command() -> str:
     return text if len(text) <= 160 else f"{text[:159]}…"
 
 
-def _sign(descriptor: int) -> None:
+def _sign(path: Path) -> None:
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     named = {"pid": os.getpid(), "host": platform.node(), "command": _command(), "since": since}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(named).encode(), 0)
+    path.write_text(json.dumps(named))
 
 
-def _take(target: Path, path: Path) -> tuple[int, list[Path]]:
-    """The lock file's descriptor, and the folders that were made for it."""
-    made: list[Path] = []
+def _holder(path: Path) -> str:
+    """Who holds a lock, as its file says."""
     try:
-        while True:
-            made = _make_folders(path.parent) or made
-            try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            except FileNotFoundError:  # another process, which ends, removed the folder again
-                continue
-            locked = _try_lock(descriptor)
-            if locked is False and (who := _wait_or_name_holder(descriptor)) is not None:
-                os.close(descriptor)
-                raise UserError(f"{target}: {who} is writing here; wait until it ends, or write elsewhere")
-            if locked is None or _is_at(descriptor, path):
-                _sign(descriptor)
-                return descriptor, made
-            os.close(descriptor)  # the one before removed the file just now
-    except OSError as error:
-        _remove_empty(made)
-        raise UserError(f"{target}: cannot write here: {error.strerror or error}") from None
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+        found = json.loads(path.read_text())
+        return f"process {found['pid']} on {found['host']} ({found['command']}, since {found['since']})"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "another process"
 
 
 @contextmanager
 def only_writer(target: str | os.PathLike[str], inside: bool = False) -> Iterator[None]:
-    """Inside the block no other process that asks for the same output gets it. The same thread may ask again.
+    """Inside the block no other process or thread that asks for the same output gets it. The same thread may ask again.
 
     The lock is on a hidden file that is removed at the end, with folders that were made for it and are still empty. What killed
     processes left there is removed at the beginning.
@@ -260,45 +163,48 @@ def only_writer(target: str | os.PathLike[str], inside: bool = False) -> Iterato
     Raises:
         UserError: another process, which the message names, is at it; or nothing can be written there.
     """
-    if fcntl is None:
-        yield
-        return
-    target = Path(target)
+    from filelock import FileLock, Timeout
+
     whole = Path(os.path.abspath(target))
     path = whole / INSIDE if inside else whole.with_name(f".{whole.name}{INSIDE}")
-    key = os.path.join(os.path.realpath(path.parent), path.name), threading.get_ident()
-    if key in _held:
-        _held[key] += 1
-        try:
-            yield
-        finally:
-            _held[key] -= 1
-        return
-    descriptor, made = _take(target, path)
-    _held[key] = 1
-    _descriptors.add(descriptor)
+    made: list[Path] = []
+    lock = FileLock(Path(os.path.realpath(path.parent)) / path.name, is_singleton=True, fallback_to_soft=False)
     try:
-        clear_leftovers(path.parent, again=True)
+        made = [folder for folder in path.parents if not folder.exists()]  # innermost first
+        try:
+            lock.acquire(timeout=PASSING_SECONDS)
+        except FileNotFoundError:  # another process, which ends, removed the folder again
+            lock.acquire(timeout=PASSING_SECONDS)
+        if lock.lock_counter == 1:
+            _sign(path)
+    except Timeout:
+        raise UserError(f"{target}: {_holder(path)} is writing here; wait until it ends, or write elsewhere") from None
+    except OSError as error:
+        if lock.lock_counter == 1:  # it could not be signed
+            path.unlink(missing_ok=True)
+        lock.release()
+        if error.errno not in _NO_LOCKS:
+            _remove_empty(made)
+            raise UserError(f"{target}: cannot write here: {error.strerror or error}") from None
+        path.unlink(missing_ok=True)
+    try:
+        if lock.lock_counter < 2:
+            clear_leftovers(path.parent, again=True)
         yield
     finally:
-        if _held.pop(key, None) is not None:  # a forked child that comes here has no lock
-            path.unlink(missing_ok=True)
-            _descriptors.discard(descriptor)
-            os.close(descriptor)
+        if lock.lock_counter == 1:  # not in a forked child that comes here: the lock is its parent's
+            with suppress(OSError):  # Windows removes nothing that is open
+                path.unlink()
+            lock.release()
             _remove_empty(made)
+        else:
+            lock.release()
 
 
-def _forget() -> None:
-    """In a forked child: the lock is the parent's. (It would last as long as any process has the descriptor open.)"""
-    for descriptor in _descriptors:
-        with suppress(OSError):
-            os.close(descriptor)
-    _descriptors.clear()
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 class _Lock(Protocol):

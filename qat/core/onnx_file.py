@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,40 +271,9 @@ def has_fp16(path: Path) -> bool:
 
 
 MOST_NESTED = 32  # subgraphs in subgraphs
-
-
-def _tensors(graph: memoryview, depth: int = 0) -> Iterator[memoryview]:
-    """Every tensor that a graph holds: initializers, sparse ones, attributes, those of subgraphs."""
-    if depth > MOST_NESTED:
-        raise ValueError(f"graphs nested more than {MOST_NESTED} deep")
-    for number, value in _fields(graph):
-        if not isinstance(value, memoryview):
-            continue
-        if number == 5:
-            yield value
-        elif number == 15:
-            yield from (tensor for inner in (1, 2) for tensor in _messages(value, inner))
-        elif number == 1:
-            yield from _tensors_of_node(value, depth)
-
-
-def _tensors_of_node(node: memoryview, depth: int = 0) -> Iterator[memoryview]:
-    """Every tensor in a node's attributes."""
-    for attribute in _messages(node, 5):
-        for number, content in _fields(attribute):
-            if not isinstance(content, memoryview):
-                continue
-            if number in (5, 10):
-                yield content
-            elif number in (22, 23):
-                yield from (tensor for part in (1, 2) for tensor in _messages(content, part))
-            elif number in (6, 11):
-                yield from _tensors(content, depth + 1)
-
-
+MOST_AXES = 64
 # Bytes of an element; types that are stored otherwise (strings, 4 bits) are not looked at.
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
-MOST_AXES = 64
 
 
 def _integers(value: int | memoryview) -> Iterator[int]:
@@ -317,9 +287,61 @@ def _integers(value: int | memoryview) -> Iterator[int]:
         yield one - (one >> 63 << 64)
 
 
-def _check_tensor(tensor: memoryview) -> None:
-    """Raises `ValueError` where a tensor's shape is none, or its data are of another size than its shape says: runtimes compute
-    addresses with these numbers, and not all of them look."""
+def _tensors(graph: memoryview, outer: set[str] | None, depth: int = 0) -> Iterator[memoryview]:
+    """Every tensor that a graph holds: initializers, sparse ones, attributes, those of subgraphs.
+
+    Raises `ValueError` where a node reads what no node before it, no input and no initializer gives (so that there is no circle,
+    over which OpenVINO 2026.4 dies of its stack), or where two tensors have one name.
+
+    Args:
+        outer: names that the graphs around it give; None where these are not known.
+    """
+    if depth > MOST_NESTED:
+        raise ValueError(f"graphs nested more than {MOST_NESTED} deep")
+    found: dict[int, list[memoryview]] = defaultdict(list)
+    for number, value in _fields(graph):
+        if isinstance(value, memoryview):
+            found[number].append(value)
+    yield from found[5]
+    for sparse in found[15]:
+        yield from _messages(sparse, 1) + _messages(sparse, 2)
+    given = {_text(_message(tensor, 8)) for tensor in (*found[5], *(_message(sparse, 1) for sparse in found[15]))}
+    given |= {_text(_message(value, 1)) for value in found[11]}
+    known, made = given | (outer or set()), set()
+
+    def check(names: list[str], what: str) -> None:
+        if outer is not None and (missing := [name for name in names if name not in known]):
+            raise ValueError(f"{what} {missing[0][:80]!r}, which nothing before it gives")
+
+    for data in found[1]:
+        node, _ = _read_node(data)
+        check([name for name in node.inputs if name], f"{node.kind[:40]} reads")
+        yield from _tensors_of_node(data, known if outer is not None else None, depth)
+        for name in filter(None, node.outputs):
+            if name in made or name in given:
+                raise ValueError(f"two tensors named {name[:80]!r}")
+            made.add(name)
+            known.add(name)
+    check([_text(_message(value, 1)) for value in found[12]], "it has the output")
+
+
+def _tensors_of_node(node: memoryview, outer: set[str] | None, depth: int = 0) -> Iterator[memoryview]:
+    """Every tensor in a node's attributes, as `_tensors`."""
+    for attribute in _messages(node, 5):
+        for number, content in _fields(attribute):
+            if not isinstance(content, memoryview):
+                continue
+            if number in (5, 10):
+                yield content
+            elif number in (22, 23):
+                yield from _messages(content, 1) + _messages(content, 2)
+            elif number in (6, 11):
+                yield from _tensors(content, outer, depth + 1)
+
+
+def _check_tensor(tensor: memoryview) -> int:
+    """The bytes that a tensor's shape says it has. Raises `ValueError` where the shape is none, or the data are of another size:
+    runtimes compute addresses with these numbers, and not all of them look."""
     dims: list[int] = []
     kind, raw, outside = 0, None, False
     for number, value in _fields(tensor):
@@ -336,65 +358,35 @@ def _check_tensor(tensor: memoryview) -> None:
     expected = math.prod(dims) * _BYTES.get(kind, 0)
     if raw is not None and len(raw) and not outside and kind in _BYTES and len(raw) != expected:
         raise ValueError(f"a tensor of shape {str(dims)[:80]} with {len(raw):,} bytes of data, not {expected:,}")
+    return expected
 
 
-def _check_place(tensor: memoryview, folder: Path) -> None:
-    """Raises `ValueError` where a tensor's data are not in the file that it names: beyond its end, or fewer than the shape's."""
-    place = {_text(_message(entry, 1)): _text(_message(entry, 2)) for entry in _messages(tensor, 13)}
-    numbers = {name: place.get(name, "") for name in ("offset", "length")}
+def _check_place(entries: list[memoryview], size: int, path: Path) -> str:
+    """The file that has a tensor's data, by the name that the graph gives it. Raises `ValueError` where the data are not in it:
+    beyond its end, or fewer than the shape's `size`."""
+    place = [(_text(_message(entry, 1)), _text(_message(entry, 2))) for entry in entries]
+    names = [value for key, value in place if key == "location"]
+    if len(names) != 1:
+        raise ValueError(f"data in {len(names)} files")
+    if not is_inside(path.parent, names[0]):
+        raise UserError(f"{path}: found its data in {names[0]!r}, expected a file in the graph's folder")
+    file = path.parent / names[0]
+    if not file.is_file():
+        raise UserError(f"{path}: {names[0]!r}: no such file, expected the graph's data there; copy it with the graph")
+    numbers = {key: dict(place).get(key, "") for key in ("offset", "length")}
     if any(text and not re.fullmatch(r"[0-9]{1,18}", text) for text in numbers.values()):
         raise ValueError(f"data at {numbers!r:.80}")
-    dims = [size for number, value in _fields(tensor) if number == 1 for size in _integers(value)]
-    size = math.prod(dims) * _BYTES.get(_number(tensor, 2), 0)
-    have = (folder / place["location"]).stat().st_size
-    begin = int(numbers["offset"] or 0)
-    length = int(numbers["length"]) if numbers["length"] else max(0, have - begin)
+    have, begin = file.stat().st_size, int(numbers["offset"] or 0)
+    length = int(numbers["length"] or max(0, have - begin))
     if begin + length > have or length < size:
-        raise ValueError(f"{size:,} bytes of data at {begin:,} of {place['location']}, which has {have:,}")
-
-
-def _check_order(graph: memoryview, outer: set[str], depth: int = 0) -> None:
-    """Raises `ValueError` where a node reads what no node before it, no input and no initializer gives (so that there is no
-    circle, over which OpenVINO 2026.4 dies of its stack), or where two tensors have one name."""
-    if depth > MOST_NESTED:
-        raise ValueError(f"graphs nested more than {MOST_NESTED} deep")
-    nodes, outputs = [], []
-    given: set[str] = set()
-    for number, value in _fields(graph):
-        if not isinstance(value, memoryview):
-            continue
-        if number == 1:
-            nodes.append(value)
-        elif number == 5:
-            given.add(_text(_message(value, 8)))
-        elif number == 15:
-            given.add(_text(_message(_message(value, 1), 8)))
-        elif number == 11:
-            given.add(_text(_message(value, 1)))
-        elif number == 12:
-            outputs.append(_text(_message(value, 1)))
-    made: set[str] = set()
-    known = outer | given
-    for data in nodes:
-        node, _ = _read_node(data)
-        if missing := [name for name in node.inputs if name and name not in known]:
-            raise ValueError(f"{node.kind[:40]} reads {missing[0][:80]!r}, which nothing before it gives")
-        for attribute in _messages(data, 5):
-            for inner in (6, 11):
-                for subgraph in _messages(attribute, inner):
-                    _check_order(subgraph, known, depth + 1)
-        for name in filter(None, node.outputs):
-            if name in made or name in given:
-                raise ValueError(f"two tensors named {name[:80]!r}")
-            made.add(name)
-            known.add(name)
-    if missing := [name for name in outputs if name not in known]:
-        raise ValueError(f"nothing gives its output {missing[0][:80]!r}")
+        raise ValueError(f"{size:,} bytes of data at {begin:,} of {names[0]}, which has {have:,}; copy its data anew")
+    return names[0]
 
 
 def check_graph(path: str | Path) -> list[str]:
     """Looks over a graph from elsewhere before a runtime reads it, some of which compute addresses from whatever they find: the
-    shapes and sizes of tensors, the order of the nodes, and where data lie.
+    shapes and sizes of tensors, the order of the nodes, and where data lie. (`onnx.checker` looks at most of this too, but a
+    robot has no onnx package.)
 
     Returns:
         the files beside the graph that hold its tensors' data, by the names that it gives them; most graphs hold all themselves.
@@ -405,37 +397,21 @@ def check_graph(path: str | Path) -> list[str]:
     """
     path = Path(path)
     read_outline(path)  # words what is wrong with the file as a whole
-    names: dict[str, list[memoryview]] = {}
+    names: dict[str, None] = {}
     try:
         data = memoryview(path.read_bytes())
-        for graph in _messages(data, 7):
-            _check_order(graph, set())
-            for tensor in _tensors(graph):
-                _check_tensor(tensor)
-                entries = _messages(tensor, 13)
-                places = [_text(_message(e, 2)) for e in entries if _text(_message(e, 1)) == "location"]
-                if entries and len(places) != 1:
-                    raise ValueError(f"data in {len(places)} files")
-                for place in places:
-                    names.setdefault(place, []).append(tensor)
+        for tensor in _tensors(_message(data, 7), set()):
+            size = _check_tensor(tensor)
+            if entries := _messages(tensor, 13):
+                names[_check_place(entries, size, path)] = None
         for function in _messages(data, 25):  # of the model's own; its nodes are field 7 there
             for node in _messages(function, 7):
-                for tensor in _tensors_of_node(node):
+                for tensor in _tensors_of_node(node, None):
                     _check_tensor(tensor)
                     if _messages(tensor, 13):
                         raise ValueError("data in another file for a function's constant")
     except (ValueError, IndexError, OSError) as error:
         raise UserError(f"{path}: not an ONNX graph ({error}); expected a file written by export-camera") from None
-    for name, tensors in names.items():
-        if not is_inside(path.parent, name):
-            raise UserError(f"{path}: found its data in {name!r}, expected a file in the graph's folder")
-        if not (path.parent / name).is_file():
-            raise UserError(f"{path}: {name!r}: no such file, expected the graph's data there; copy it with the graph")
-        try:
-            for tensor in tensors:
-                _check_place(tensor, path.parent)
-        except (ValueError, IndexError, OSError) as error:
-            raise UserError(f"{path}: not an ONNX graph ({error}); export it again, or copy its data anew") from None
     return list(names)
 
 

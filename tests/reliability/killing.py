@@ -60,10 +60,6 @@ def watch(root: str, moment: str | None, at: int, told: int) -> None:
             path, _, flags = args
             if not (isinstance(flags, int) and flags & WRITING):
                 return
-        elif event == "ctypes.dlsym":  # a swap of two folders has no event of its own
-            if args[1] != "renameat2":
-                return
-            path = root
         elif event in CHANGES:
             path = args[0]
         else:

@@ -259,6 +259,13 @@ def test_a_circle_of_nodes_reaches_no_runtime(tmp_path):
         assert "Add reads 'b', which nothing before it gives" in message and "graph.onnx" in message
 
 
+@pytest.mark.parametrize("name", ["", "z"])
+def test_an_output_that_nothing_gives_is_refused(tmp_path, name):
+    made = model([helper.make_node("Relu", ["x"], ["y"])])
+    made.graph.output[0].name = name
+    assert f"output {name!r}, which nothing" in refused(check_graph, written(tmp_path, made))
+
+
 def test_a_circle_of_transposes_does_not_hang_the_outline(tmp_path):
     nodes = [helper.make_node("Transpose", ["b"], ["a"]), helper.make_node("Transpose", ["a"], ["b"])]
     path = written(tmp_path, model([*nodes, helper.make_node("MatMul", ["x", "a"], ["y"])]))
