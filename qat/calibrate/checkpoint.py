@@ -22,7 +22,9 @@ not round among what is off, and named some quantizers by the number of an opera
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +150,9 @@ def _check_sections(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     family_of(checkpoint, str(path)).check_config(checkpoint["config"], f"{path}: config")
 
 
-def _build(
-    checkpoint: Mapping[str, Any], path: str | Path, as_saved: bool, finite: bool = True
-) -> tuple[QuantizedModel, Any]:
-    """The quantized model, and the float one. as_saved: with equalized channels and trained weights; otherwise its
-    weights are the float one's, folded."""
-    try:
+def _base(checkpoint: Mapping[str, Any], path: str | Path, finite: bool = True) -> tuple[QuantizedModel, Any]:
+    """The quantized model with the float one's weights, folded, and no ranges yet; and the float one."""
+    with _telling(path):
         recipe = checkpoint["recipe"]
         family = family_of(checkpoint, str(path))
         model = family.build(checkpoint["config"])
@@ -161,7 +160,23 @@ def _build(
         rules = [FloatRule(pattern, reason, tuple(*flavours)) for pattern, reason, *flavours in recipe["keep_float"]]
         parts = recipe["parts_off"]
         off = parts if isinstance(parts, Mapping) else dict.fromkeys(parts, tuple(FLAVOURS))
-        quantized = QuantizedModel(model.eval(), rules, off)
+        return QuantizedModel(model.eval(), rules, off), model
+
+
+@contextmanager
+def _telling(path: str | Path) -> Iterator[None]:
+    """Inside the block what does not fit is the file's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        found = error.args[0] if error.args else type(error).__name__  # str() of a KeyError has quotes around it
+        raise UserError(f"{path}: damaged, or made by another version: {found}; calibrate again") from None
+
+
+def _settle(quantized: QuantizedModel, checkpoint: Mapping[str, Any], path: str | Path, as_saved: bool) -> None:
+    """Gives a `_base` the checkpoint's ranges. as_saved: and equalized channels and trained weights."""
+    with _telling(path):
+        recipe = checkpoint["recipe"]
         names = (lambda name: name) if checkpoint["schema"] >= 3 else old_names(quantized, checkpoint)
         if as_saved:
             for name, scales in checkpoint.get("equalized", {}).items():
@@ -180,10 +195,12 @@ def _build(
             quantized.use(quantized.flavour)
         elif as_saved and recipe.get("background") == "corrected":  # checkpoints of before it was done lack it
             quantized.keep_background()
-    except (KeyError, TypeError, ValueError) as error:
-        found = error.args[0] if error.args else type(error).__name__  # str() of a KeyError has quotes around it
-        raise UserError(f"{path}: damaged, or made by another version: {found}; calibrate again") from None
-    return quantized, model
+
+
+def _float(reference: QuantizedModel) -> QuantizedModel:
+    for quantizer in quantizers(reference.parts).values():
+        quantizer.off = quantizer._disabled = True
+    return reference
 
 
 def ptq_of(checkpoint: dict[str, Any], path: str | Path, finite: bool = True) -> tuple[QuantizedModel, Any]:
@@ -194,7 +211,9 @@ def ptq_of(checkpoint: dict[str, Any], path: str | Path, finite: bool = True) ->
     Raises:
         UserError: not a PTQ checkpoint, one of another schema, or one whose quantizers do not fit its config.
     """
-    return _build(_checked(checkpoint, path), path, as_saved=True, finite=finite)
+    quantized, model = _base(_checked(checkpoint, path), path, finite)
+    _settle(quantized, checkpoint, path, as_saved=True)
+    return quantized, model
 
 
 def reference_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[QuantizedModel, Any]:
@@ -202,10 +221,23 @@ def reference_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[Quantize
 
     The two share weights. Raises as `ptq_of`.
     """
-    reference, model = _build(_checked(checkpoint, path), path, as_saved=False)
-    for quantizer in quantizers(reference.parts).values():
-        quantizer.off = quantizer._disabled = True
-    return reference, model
+    reference, model = _base(_checked(checkpoint, path), path)
+    _settle(reference, checkpoint, path, as_saved=False)
+    return _float(reference), model
+
+
+def student_and_teacher(checkpoint: dict[str, Any], path: str | Path) -> tuple[QuantizedModel, QuantizedModel, Any]:
+    """`ptq_of`'s quantized model, and `reference_of`'s two, of one trace; they share no weights. Raises as `ptq_of`."""
+    student, model = _base(_checked(checkpoint, path), path)
+    teacher = copy.deepcopy(student, {id(model): model})
+    _settle(student, checkpoint, path, as_saved=True)
+    _settle(teacher, checkpoint, path, as_saved=False)
+    return student, _float(teacher), model
+
+
+def recipe_of(path: str | Path) -> dict[str, Any]:
+    """The recipe of a PTQ checkpoint's file, of which no network is built; raises as `ptq_of`."""
+    return dict(_checked(load_checkpoint(path), path)["recipe"])
 
 
 def load_ptq(path: str | Path, finite: bool = True) -> tuple[QuantizedModel, dict[str, Any]]:

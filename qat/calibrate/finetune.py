@@ -22,9 +22,9 @@ import torch
 from torch import distributed, nn
 
 import qat
-from qat.calibrate.checkpoint import load_float_reference, load_ptq, save_ptq
+from qat.calibrate.checkpoint import recipe_of, save_ptq, student_and_teacher
 from qat.calibrate.distributed import agree, device, only_writers, place
-from qat.checkpoints.reading import save_plain
+from qat.checkpoints.reading import load_checkpoint, save_plain
 from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import atomic_path, atomic_set, check_same_run, reading_left, sha256, write_json
 from qat.core.locks import one_writer
@@ -179,7 +179,9 @@ class _State:
 
     def __init__(self, checkpoint: Path, options: FinetuneOptions, where: torch.device) -> None:
         torch.manual_seed(options.seed)
-        self.student, self.recipe = load_ptq(checkpoint)
+        read = load_checkpoint(checkpoint)
+        self.student, self.teacher, self.float_model = student_and_teacher(read, checkpoint)
+        self.recipe = dict(read["recipe"])
         self.student.absorb_background()
         self.student.to(device=where, memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups: list[dict[str, Any]] = [{"params": list(trained_parameters(self.student).values()), "share": 1.0}]
@@ -378,7 +380,7 @@ def _train(
 def _is_of(result: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether a checkpoint was written by the run of this recipe; an earlier run may have left another."""
     try:
-        return bool(load_ptq(result)[1].get("finetune") == recipe["finetune"])
+        return bool(recipe_of(result).get("finetune") == recipe["finetune"])
     except UserError:
         return False
 
@@ -428,7 +430,7 @@ def finetune(
             state.load(resume, run)
             quiet(f"{resume}: goes on at step {state.step}")
         source = _Source(datasets, state.student, options)
-        reference, float_model = load_float_reference(checkpoint)
+        reference, float_model = state.teacher, state.float_model
     except UserError as found:
         error = found
     agree(error)
