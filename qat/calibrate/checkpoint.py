@@ -228,11 +228,11 @@ def reference_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[Quantize
 
 def student_and_teacher(checkpoint: dict[str, Any], path: str | Path) -> tuple[QuantizedModel, QuantizedModel, Any]:
     """`ptq_of`'s quantized model, and `reference_of`'s two, of one trace; they share no weights. Raises as `ptq_of`."""
-    student, model = _base(_checked(checkpoint, path), path)
-    teacher = copy.deepcopy(student, {id(model): model})
+    student, _ = _base(_checked(checkpoint, path), path)
+    teacher = copy.deepcopy(student)  # its float network too, whose unchanged layers the graphs share
     _settle(student, checkpoint, path, as_saved=True)
     _settle(teacher, checkpoint, path, as_saved=False)
-    return student, _float(teacher), model
+    return student, _float(teacher), teacher.network
 
 
 def recipe_of(path: str | Path) -> dict[str, Any]:

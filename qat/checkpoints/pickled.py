@@ -185,8 +185,8 @@ def _read_legacy(path: Path) -> Any:
     stream = io.BytesIO(data)
     if data[:1] != pickle.PROTO or InertUnpickler(stream, _no_persistent).load() != LEGACY_MAGIC:
         raise Damaged("no checkpoint's first bytes")
-    if (protocol := InertUnpickler(stream, _no_persistent).load()) != LEGACY_PROTOCOL:
-        raise Damaged(f"format {protocol!r:.40}")
+    if InertUnpickler(stream, _no_persistent).load() != LEGACY_PROTOCOL:
+        raise Damaged("another format than torch's")  # not which: printing what a file holds may never end
     system = InertUnpickler(stream, _no_persistent).load()
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Damaged("tensors of a big-endian machine")
@@ -265,7 +265,7 @@ def _quantizer(record: Record) -> dict[str, Any]:
     kept = (record.attributes["_parameters"], record.attributes["_buffers"], record.attributes)
     have: ChainMap[str, Any] = ChainMap({}, *kept)  # not a copy: many records may share huge ones
     clip = record.attributes["_modules"].get("clip")
-    if is_module(clip) and have.get("_learn_amax"):
+    if is_module(clip) and have.get("_learn_amax") is True:
         learned = ChainMap(clip.attributes["_parameters"], clip.attributes)
         low, high = learned.get("clip_value_min"), learned.get("clip_value_max")
         if isinstance(low, torch.Tensor) and isinstance(high, torch.Tensor) and low.shape == high.shape:

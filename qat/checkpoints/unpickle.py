@@ -80,9 +80,11 @@ def _tensor(
         return NotImplemented
     dtype = rest[0] if rest and isinstance(rest[0], torch.dtype) else storage.dtype
     have = storage.numel * storage.dtype.itemsize // dtype.itemsize
-    shape = f"a tensor of shape {list(size)[:8]}, strides {list(stride)[:8]} from element {offset}"
     numbers = (offset, *size, *stride)
-    if not is_integers(numbers) or len(size) != len(stride) or len(size) > 32 or min(numbers) < 0:
+    if not is_integers(numbers):
+        raise Damaged("a tensor whose shape is not of integers")
+    shape = f"a tensor of shape {list(size)[:8]}, strides {list(stride)[:8]} from element {offset}"
+    if len(size) != len(stride) or len(size) > 32 or min(numbers) < 0:
         raise Damaged(f"{shape}, which no tensor can have")
     if 0 in size:
         return torch.empty(tuple(size), dtype=dtype)

@@ -311,6 +311,24 @@ def test_a_bomb_is_refused_or_read_in_little_time_and_memory(tmp_path, monkeypat
     assert time.monotonic() - start < 10 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
+MANIFOLD = b"]" + b"".join(b"q\x000](" + b"h\x00" * 10 + b"e" for _ in range(40))  # 10⁴⁰ lists to print
+
+
+def test_what_a_file_holds_is_not_printed(tmp_path):
+    format_number = pickle.dumps(reader.LEGACY_MAGIC, 2) + b"\x80\x02" + MANIFOLD + b"."
+    (tmp_path / "x.pth").write_bytes(format_number)
+    shape = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00" + MANIFOLD + b"\x85K\x01\x85\x89}tR."
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(N(K\x00tC\x01btR(K\x01" + MANIFOLD + b"\x85"
+    dtype = b"cnumpy\ndtype\n(X\x02\x00\x00\x00f4tR"
+    key = STORAGE.replace(b"X\x01\x00\x00\x000", MANIFOLD)
+    archive(shape, tmp_path / "y.pth", {"0": bytes(16)})
+    archive(array + dtype + b"\x89C\x04aaaatb.", tmp_path / "z.pth")
+    archive(key + b".", tmp_path / "k.pth")
+    for name in "xyzk":
+        with pytest.raises(UserError, match="not a torch checkpoint, or damaged"):
+            read_pickled(tmp_path / f"{name}.pth")
+
+
 def test_a_list_of_storages_whose_keys_take_2_to_the_60_steps_to_hash_is_damage(tmp_path):
     header = [reader.LEGACY_MAGIC, reader.LEGACY_PROTOCOL, {}, None]
     key = b"N" + b"2\x86" * 60
