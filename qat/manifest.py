@@ -25,7 +25,7 @@ def check_inside(path: str | Path, name: object) -> None:
         raise UserError(f"{path}: found file {name!r}, expected the name of a file in the manifest's folder")
 
 
-def check_kind(path: Path, values: object, key: str, kind: type, mend: str, where: str = "") -> Any:
+def check_kind(path: Path, values: object, key: str, kind: type, fix: str, where: str = "") -> Any:
     """The value of a key in a section of a manifest.
 
     Args:
@@ -38,7 +38,7 @@ def check_kind(path: Path, values: object, key: str, kind: type, mend: str, wher
     if not isinstance(value, kind):
         name = {"dict": "a section", "str": "a text"}.get(kind.__name__, kind.__name__)
         found = "none" if value is None else f"{str(value)[:40]!r}"
-        raise UserError(f"{path}: {where and where + ': '}{key}: found {found}, expected {name}: damaged; {mend}")
+        raise UserError(f"{path}: {where and where + ': '}{key}: found {found}, expected {name}: damaged; {fix}")
     return value
 
 
@@ -48,8 +48,8 @@ def pipeline_of(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, An
     Raises:
         UserError: it has none.
     """
-    mend = _again(manifest)
-    section: dict[str, Any] = check_kind(Path(folder) / FILE, manifest, "pipeline", dict, mend)
+    fix = _again(manifest)
+    section: dict[str, Any] = check_kind(Path(folder) / FILE, manifest, "pipeline", dict, fix)
     return section
 
 
@@ -57,22 +57,22 @@ def _again(manifest: Mapping[str, Any]) -> str:
     return "run `bevqat build` again" if manifest.get("format_of_parts") == "engine" else "export again"
 
 
-def _check_shape(path: Path, manifest: dict[str, Any], mend: str) -> None:
+def _check_shape(path: Path, manifest: dict[str, Any], fix: str) -> None:
     """Raises `UserError` where what everybody reads is missing or of another kind, as in a file that was cut or edited."""
-    check_kind(path, manifest, "precision", str, mend)
+    check_kind(path, manifest, "precision", str, fix)
     if manifest.get("format_of_parts") != "pt2":
-        check_kind(path, manifest, "flavour", str, mend)
-    parts = check_kind(path, manifest, "parts", dict, mend)
+        check_kind(path, manifest, "flavour", str, fix)
+    parts = check_kind(path, manifest, "parts", dict, fix)
     for name in parts:
-        part = check_kind(path, parts, name, dict, mend, "parts")
+        part = check_kind(path, parts, name, dict, fix, "parts")
         for key in ("sha256", "precision"):
-            check_kind(path, part, key, str, mend, name)
+            check_kind(path, part, key, str, fix, name)
     for name in ("verification", "pipeline"):
         if name in manifest:
-            check_kind(path, manifest, name, dict, mend)
+            check_kind(path, manifest, name, dict, fix)
     if "pipeline" in manifest:
         pipeline = manifest["pipeline"]
-        flow_class(named_in(pipeline, f"{path}: pipeline")).check(path, pipeline, mend)
+        flow_class(named_in(pipeline, f"{path}: pipeline")).check(path, pipeline, fix)
 
 
 def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts: str = "onnx") -> dict[str, Any]:
@@ -98,11 +98,11 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path}: found schema {manifest.get('schema')!r}, expected {SCHEMA}; export again")
     if (found := manifest.get("format_of_parts", "onnx")) != format_of_parts:
-        mend = {
+        fix = {
             "pt2": "those are for torch (docs/formats.md); export ONNX parts for an engine",
             "engine": "those are built (docs/engines.md); name the folder that they were built from",
         }.get(str(found), "export again")
-        raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {mend}")
+        raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {fix}")
     again = _again(manifest)
     _check_shape(path, manifest, again)
     files = {f"part {name}": part for name, part in manifest["parts"].items()}

@@ -41,7 +41,7 @@ _VERIFIED_PART = section(
 )
 
 
-def check_verification(path: str | Path, manifest: Mapping[str, Any], mend: str) -> None:
+def check_verification(path: str | Path, manifest: Mapping[str, Any], fix: str) -> None:
     """Raises `UserError` where what `bevqat verify` reads of a manifest is missing or does not fit together."""
     try:
         about = manifest.get("verification")
@@ -61,4 +61,4 @@ def check_verification(path: str | Path, manifest: Mapping[str, Any], mend: str)
             if "sites" in part and part["sites"]["frame"] not in stored:
                 fail(f"{name}: sites: frame", part["sites"]["frame"], "one of the stored frames")
     except Wrong as wrong:
-        raise UserError(f"{path}: {wrong}: damaged; {mend}") from None
+        raise UserError(f"{path}: {wrong}: damaged; {fix}") from None

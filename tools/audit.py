@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     distributions = installed(args.path)
     root = canonicalize_name(args.package)
     if root not in distributions:
-        print(f"error: {args.package}: not installed here; mend by pip install -e '.[dev]'", file=sys.stderr)
+        print(f"error: {args.package}: not installed here; fix by pip install -e '.[dev]'", file=sys.stderr)
         return 2
     needed, missing = closure(distributions, root, args.extra)
     reviewed, advisories = read_advisories()

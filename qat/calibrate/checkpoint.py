@@ -91,8 +91,8 @@ def _checked(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if checkpoint.get("schema") not in READ:
         found, expected = checkpoint.get("schema"), " or ".join(map(str, READ))
         newer = isinstance(found, int) and found > SCHEMA
-        mend = "update bevqat, or calibrate again with this version" if newer else "calibrate again"
-        raise UserError(f"{path}: found schema {found!r}, expected {expected}; {mend}")
+        fix = "update bevqat, or calibrate again with this version" if newer else "calibrate again"
+        raise UserError(f"{path}: found schema {found!r}, expected {expected}; {fix}")
     _check_sections(checkpoint, path)
     return checkpoint
 

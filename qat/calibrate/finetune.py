@@ -211,10 +211,10 @@ class _State:
             )
 
     def load(self, path: Path, run: Mapping[str, Any]) -> None:
-        mend = "remove it or choose another --out"
-        with reading_left(path, "damaged, or of another version", mend):
+        fix = "remove it or choose another --out"
+        with reading_left(path, "damaged, or of another version", fix):
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            check_same_run(path, saved["run"], run, mend)
+            check_same_run(path, saved["run"], run, fix)
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(saved["parameters"][name])
@@ -288,7 +288,7 @@ def _check_teacher(plan: Plan, tensors: Mapping[str, Any], tokens: Sequence[str]
     if not bool(finite.all()):
         token = tokens[int((~finite).nonzero()[0])]
         raise NotFiniteError(
-            f"frame {token}: the float network gives values that are not finite; leave the frame out, or mend the checkpoint"
+            f"frame {token}: the float network gives values that are not finite; leave the frame out, or fix the checkpoint"
         )
 
 

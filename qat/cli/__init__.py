@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package == "qat":
             raise
         print(
-            f"error: the package {package} is not installed; mend by: what `bevqat doctor` says of it", file=sys.stderr
+            f"error: the package {package} is not installed; fix by: what `bevqat doctor` says of it", file=sys.stderr
         )
         return BAD_USE
 

@@ -1,6 +1,6 @@
 """Say what this machine can run, and what to install for the rest.
 
-Each line is ok, missing (which only who needs it minds) or a problem, with the command that mends it. Exit status 1 if
+Each line is ok, missing (which only who needs it minds) or a problem, with the command that fixes it. Exit status 1 if
 something is not ok that calibrating, exporting, building and comparing on the CPU needs.
 
 example:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     print()
     wrong = [found.name for found in report.findings if found.needed and found.state != "ok"]
     if wrong:
-        print(f"the main job cannot be done here before these are mended: {', '.join(wrong)}")
+        print(f"the main job cannot be done here before these are fixed: {', '.join(wrong)}")
     else:
         print("the main job can be done here: calibrate, export, build and compare on the CPU")
     emit_json(args, report.to_json())

@@ -100,9 +100,9 @@ def null(value: Any, where: str) -> None:
         fail(where, value, "null")
 
 
-def holds(path: str | Path, check: Callable[[], None], mend: str) -> None:
+def holds(path: str | Path, check: Callable[[], None], fix: str) -> None:
     """Raises `UserError` with what a check found wrong in a file."""
     try:
         check()
     except Wrong as wrong:
-        raise UserError(f"{path}: {wrong}: damaged; {mend}") from None
+        raise UserError(f"{path}: {wrong}: damaged; {fix}") from None

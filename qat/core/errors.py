@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user can cause and fix."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ LONGEST = 600  # characters of a message: what a file holds may be quoted in it,
 
 
 class UserError(Exception):
-    """Bad input. Its message is one line: where, what was found, what was expected, how to mend it.
+    """Bad input. Its message is one line: where, what was found, what was expected, how to fix it.
 
     The commands print it after `error:` and leave with exit status 2; no traceback is shown. What it quotes from a file may be
     of any length and hold line ends or a terminal's control characters: these are escaped, and of a long message the middle is
-    left out, so that where and how to mend it stay.
+    left out, so that where and how to fix it stay.
     """
 
     def __init__(self, message: object = "") -> None:

@@ -90,7 +90,7 @@ def is_inside(folder: str | os.PathLike[str], name: object) -> bool:
 
 @contextmanager
 def _told(target: Path) -> Iterator[None]:
-    """Errors of the disk that is written to are the user's to mend."""
+    """Errors of the disk that is written to are the user's to fix."""
     try:
         yield
     except OSError as error:
@@ -285,29 +285,29 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return {}
 
 
-def check_same_run(path: str | os.PathLike[str], found: Mapping[str, Any], run: Mapping[str, Any], mend: str) -> None:
+def check_same_run(path: str | os.PathLike[str], found: Mapping[str, Any], run: Mapping[str, Any], fix: str) -> None:
     """Raises `UserError` where what a killed run left is of another run.
 
     Args:
-        path: what it left. found: of which run, by name. run: what goes on. mend: what the message ends with.
+        path: what it left. found: of which run, by name. run: what goes on. fix: what the message ends with.
     """
     for name, value in run.items():
         if found.get(name) != value:
             raise UserError(
-                f"{path}: left by a run with another {name}: found {found.get(name)}, expected {value}; {mend}"
+                f"{path}: left by a run with another {name}: found {found.get(name)}, expected {value}; {fix}"
             )
 
 
 @contextmanager
-def reading_left(path: str | os.PathLike[str], what: str, mend: str) -> Iterator[None]:
-    """Whatever goes wrong inside, while what a killed run left is read, is a `UserError`: `path: what (reason); mend`."""
+def reading_left(path: str | os.PathLike[str], what: str, fix: str) -> Iterator[None]:
+    """Whatever goes wrong inside, while what a killed run left is read, is a `UserError`: `path: what (reason); fix`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # torch.load of a damaged file raises almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: {what} ({reason}); {mend}") from None
+        raise UserError(f"{path}: {what} ({reason}); {fix}") from None
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any) -> None:

@@ -55,7 +55,7 @@ class ResizeCrop:
             raise PictureSizeError(
                 f"found a picture of {width}×{height} pixels, which resizing by {factor:.3g} makes {new_width:.0f}×{new_height:.0f} for "
                 f"an image of {fw}×{fh}, expected {about}{size[1]}×{size[0]}, which the model was made for; give such pictures, or "
-                "mend resize_lim (or native_size: [height, width]) in the config"
+                "fix resize_lim (or native_size: [height, width]) in the config"
             )
         return factor
 

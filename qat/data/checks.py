@@ -87,9 +87,9 @@ def numbers_of(record: Mapping[str, Any], key: str, shape: tuple[int, ...], wher
         found = None
     if found is None or found.shape != shape:
         text = repr(record.get(key))[:80] if key in record else "none"
-        raise UserError(f"{where}: {key}: found {text}, expected numbers [{','.join(map(str, shape))}]; mend the table")
+        raise UserError(f"{where}: {key}: found {text}, expected numbers [{','.join(map(str, shape))}]; fix the table")
     if not np.isfinite(found).all():
-        raise UserError(f"{where}: {key}: found {repr(record[key])[:80]}, which is not finite; mend the table")
+        raise UserError(f"{where}: {key}: found {repr(record[key])[:80]}, which is not finite; fix the table")
     return found
 
 
@@ -104,7 +104,7 @@ def rotation_of(record: Mapping[str, Any], where: str) -> np.ndarray:
     if abs(norm - 1) > 0.01:
         raise UserError(
             f"{where}: rotation: found {found.round(4).tolist()} of length {norm:.3g}, expected a quaternion w, x, y, z of "
-            "length 1; mend the table"
+            "length 1; fix the table"
         )
     return found
 
@@ -118,7 +118,7 @@ def check_intrinsics(matrix: np.ndarray, width: int, height: int, where: str) ->
     if fx <= 0 or fy <= 0 or not np.allclose(matrix[2], [0, 0, 1]):
         raise UserError(
             f"{where}: camera_intrinsic: found {matrix.round(3).tolist()}, expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with "
-            "focal lengths above 0; mend the table"
+            "focal lengths above 0; fix the table"
         )
     if not (-width <= cx <= 2 * width and -height <= cy <= 2 * height):
         raise UserError(

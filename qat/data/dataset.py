@@ -284,7 +284,7 @@ class NuScenesDataset(Sequence[Sample]):
             if (said := (record.get("width"), record.get("height"))) != (width, height):
                 raise UserError(
                     f"{path}: found {width}×{height} pixels, expected {said[0]}×{said[1]} as sample_data.json says; fetch the "
-                    "picture again, or mend the table and the camera's intrinsics"
+                    "picture again, or fix the table and the camera's intrinsics"
                 )
             check_intrinsics(intrinsic, width, height, f"{path}: calibrated_sensor.json")
             images.append(image)

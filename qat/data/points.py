@@ -60,16 +60,16 @@ def read_points(path: Path, load_dim: int) -> np.ndarray:
     kind = "a zip archive, such as NumPy's .npz" if content.startswith(ZIP) else signature_of(content[:512])
     if kind is not None:
         raise UserError(f"{path}: found {kind}, {expected}, as raw bytes; write its points so, or fetch the file again")
-    mend = "fetch it again, or mend load_dim in the config"
+    fix = "fetch it again, or fix load_dim in the config"
     if not content or len(content) % (4 * load_dim):
-        raise UserError(f"{path}: found {len(content):,} bytes, {expected}; {mend}")
+        raise UserError(f"{path}: found {len(content):,} bytes, {expected}; {fix}")
     values = np.frombuffer(content, "<f4").astype(np.float32, copy=False)
     points = values.reshape(-1, load_dim)[:, :5]
     finite = np.isfinite(points).all(1)
     if 2 * finite.sum() < len(points):
         raise UserError(
             f"{path}: found NaN or infinity in {len(points) - finite.sum():,} of {len(points):,} points, expected float32 points "
-            f"of load_dim {load_dim}; {mend}"
+            f"of load_dim {load_dim}; {fix}"
         )
     points = points[finite]
     size = np.abs(points[:, :3])
@@ -78,11 +78,11 @@ def read_points(path: Path, load_dim: int) -> np.ndarray:
         some = points[:, :3][wrong][0]
         raise UserError(
             f"{path}: found {wrong.mean():.0%} of x, y, z beyond {FARTHEST:,.0f} m or next to nothing, such as {some:.3g}, {expected} in "
-            "the sensor's frame; write float32 in metres (not float64 or integers), or mend load_dim in the config"
+            "the sensor's frame; write float32 in metres (not float64 or integers), or fix load_dim in the config"
         )
     if (other := _likelier_width(values, load_dim)) is not None:
         raise UserError(
-            f"{path}: found points of {other} values each, as its columns say, {expected}; mend load_dim in the config, or write "
+            f"{path}: found points of {other} values each, as its columns say, {expected}; fix load_dim in the config, or write "
             "x, y, z, intensity and ring"
         )
     return points

@@ -53,19 +53,19 @@ def _backend_finding(name: str, told: Mapping[str, Any], needed: bool, gpu: bool
     if told["state"] == OK:
         return Finding("backends", name, OK, told["found"], needed=needed)
     package = told.get("package", "")
-    mend = told.get("mend", "").removeprefix("mend by: ")
+    fix = told.get("fix", "").removeprefix("fix by: ")
     extra = next(
         (extra for extra, wanted in want.extras.items() if package in (packages.name_of(each) for each in wanted)), ""
     )
     if extra:
         # Not so for ONNX Runtime's: beside the CPU's build, which has the same modules, the extra would not do.
         if package not in packages.STANDS_FOR.values():
-            mend = packages.pip_line(extra=extra)
+            fix = packages.pip_line(extra=extra)
         if not gpu:
-            mend = f"an NVIDIA GPU with its driver, then: {mend}"
+            fix = f"an NVIDIA GPU with its driver, then: {fix}"
     elif needed and package:
-        mend = packages.pip_line(*(each for each in want.core if packages.name_of(each) == package))
-    return Finding("backends", name, told["state"], told["found"], mend, needed)
+        fix = packages.pip_line(*(each for each in want.core if packages.name_of(each) == package))
+    return Finding("backends", name, told["state"], told["found"], fix, needed)
 
 
 def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
@@ -101,22 +101,22 @@ def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
     findings += packages.package_findings(want)
     for module, package in IMPORTS.items():
         answer = told[f"import:{module}"]
-        mend = packages.pip_line("--force-reinstall", *(e for e in want.core if packages.name_of(e) == package))
+        fix = packages.pip_line("--force-reinstall", *(e for e in want.core if packages.name_of(e) == package))
         if answer["state"] != OK:
             state = answer["state"]
-            mend = mend.replace("--force-reinstall ", "") if state == MISSING else mend
-            findings.append(Finding("imports", module, state, answer["found"], mend, needed=True))
+            fix = fix.replace("--force-reinstall ", "") if state == MISSING else fix
+            findings.append(Finding("imports", module, state, answer["found"], fix, needed=True))
         else:
             findings.append(Finding("imports", module, OK, answer["found"], needed=True))
     if unknown:
         findings.append(
-            Finding("backends", "all", PROBLEM, f"cannot be asked: {unknown}", "mend the packages above", True)
+            Finding("backends", "all", PROBLEM, f"cannot be asked: {unknown}", "fix the packages above", True)
         )
     for name in names:
         findings.append(_backend_finding(name, told[f"backend:{name}"], name in needed, has_gpu, want))
     tensorrt = told["tensorrt"]
     if tensorrt["state"] != MISSING:  # else the backend's line has said it
-        findings.append(Finding("backends", "TensorRT", tensorrt["state"], tensorrt["found"], tensorrt.get("mend", "")))
+        findings.append(Finding("backends", "TensorRT", tensorrt["state"], tensorrt["found"], tensorrt.get("fix", "")))
     return Report(
         findings,
         {

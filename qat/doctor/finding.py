@@ -14,7 +14,7 @@ class Finding:
     """What was found of one thing.
 
     state: OK; MISSING, which nobody minds who does not need it; PROBLEM: there, and not as it has to be.
-    found: in words. mend: what to do, a command where there is one; "" for nothing. needed: whether the main job, from
+    found: in words. fix: what to do, a command where there is one; "" for nothing. needed: whether the main job, from
     calibrate to compare on the CPU, cannot be done without it.
     """
 
@@ -22,7 +22,7 @@ class Finding:
     name: str
     state: str
     found: str
-    mend: str = ""
+    fix: str = ""
     needed: bool = False
 
 
@@ -51,5 +51,5 @@ def describe(findings: Iterable[Finding], width: int = 120) -> Iterator[str]:
             break_long_words=False,
             break_on_hyphens=False,
         ) or [f"  {found.state:9s}{found.name}"]
-        if found.mend:
-            yield f"{margin}mend by: {found.mend}"
+        if found.fix:
+            yield f"{margin}fix by: {found.fix}"

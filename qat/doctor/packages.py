@@ -1,4 +1,4 @@
-"""Installed versions beside those that setup.py wants, and the command that mends a difference."""
+"""Installed versions beside those that setup.py wants, and the command that fixes a difference."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def pip_line(*requirements: str, extra: str = "") -> str:
 def package_findings(want: Wanted) -> list[Finding]:
     """Core packages each, extras as a whole."""
     if not want.core:
-        mend = "pip install -e . in a checkout"
-        return [Finding(GROUP, "bevqat", PROBLEM, "neither setup.py nor installed metadata say what is wanted", mend)]
+        fix = "pip install -e . in a checkout"
+        return [Finding(GROUP, "bevqat", PROBLEM, "neither setup.py nor installed metadata say what is wanted", fix)]
     found = []
     for requirement in want.core:
         name = name_of(requirement)
@@ -110,17 +110,17 @@ def package_findings(want: Wanted) -> list[Finding]:
         if version is None and name in STANDS_FOR:
             version = installed(STANDS_FOR[name])
         bounds = requirement[len(name) :].strip() or "any"
-        mend = pip_line(requirement)
+        fix = pip_line(requirement)
         if version is None:
             state, words = MISSING, f"not installed, expected {bounds}"
         elif not version:
             state, words = PROBLEM, "installed in part: its metadata have no version"
-            mend = mend.replace("install", "install --force-reinstall", 1)
+            fix = fix.replace("install", "install --force-reinstall", 1)
         elif fits(requirement, version) is False:
             state, words = PROBLEM, f"{version}, expected {bounds}"
         else:
-            state, words, mend = OK, f"{version} ({bounds})", ""
-        found.append(Finding(GROUP, name, state, words, mend, needed=True))
+            state, words, fix = OK, f"{version} ({bounds})", ""
+        found.append(Finding(GROUP, name, state, words, fix, needed=True))
     for extra, requirements in want.extras.items():
         bad = []
         for requirement in requirements:

@@ -51,8 +51,8 @@ def _backend(name: str) -> Answer:
     try:
         device = identify(name).name
     except UserError as error:
-        found, _, mend = str(error).partition("; ")
-        return {**answer, "state": MISSING, "found": found, "mend": mend}
+        found, _, fix = str(error).partition("; ")
+        return {**answer, "state": MISSING, "found": found, "fix": fix}
     return {**answer, "state": OK, "found": f"{backend.version} on {device}", "device": device}
 
 
@@ -65,8 +65,8 @@ def _tensorrt(_: str) -> Answer:
         has = Capabilities(tensorrt_module())
     except UserError as error:
         state = MISSING if "is not installed" in str(error) else PROBLEM
-        found, _, mend = str(error).partition("; ")
-        return {"state": state, "found": found, "mend": mend}
+        found, _, fix = str(error).partition("; ")
+        return {"state": state, "found": found, "fix": fix}
     flavours = [
         name for name, takes in (("tensorrt", has.weak_typing), ("tensorrt-strong", has.strong_typing)) if takes
     ]
@@ -86,8 +86,8 @@ def _cuda(_: str) -> Answer:
     try:
         device = use_device(0)
     except UserError as error:
-        found, _, mend = str(error).partition("; ")
-        return {"state": MISSING, "found": found, "mend": mend}
+        found, _, fix = str(error).partition("; ")
+        return {"state": MISSING, "found": found, "fix": fix}
     return {
         "state": OK,
         "found": f"{device.name}, compute capability {device.capability}, driver for CUDA {device.driver}",

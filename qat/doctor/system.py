@@ -144,13 +144,13 @@ def disk_finding(name: str, folder: Path) -> Finding:
     place = folder.absolute()
     while not os.path.exists(place) and place != place.parent:  # Path.exists raises where it may not look
         place = place.parent
-    mend = "name another with --out" if name == "runs" else "name another: export BEVQAT_CACHE=DIR"
+    fix = "name another with --out" if name == "runs" else "name another: export BEVQAT_CACHE=DIR"
     try:
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(b"bevqat")
         free = shutil.disk_usage(place).free
     except OSError as error:
-        return Finding(GROUP, name, PROBLEM, f"{folder}: cannot be written: {one_line(error)}", mend, needed=True)
+        return Finding(GROUP, name, PROBLEM, f"{folder}: cannot be written: {one_line(error)}", fix, needed=True)
     if free < LITTLE_DISK:
-        return Finding(GROUP, name, PROBLEM, f"{folder}: {_gigabytes(free)} free, which is little", mend, needed=True)
+        return Finding(GROUP, name, PROBLEM, f"{folder}: {_gigabytes(free)} free, which is little", fix, needed=True)
     return Finding(GROUP, name, OK, f"{folder}: {_gigabytes(free)} free", needed=True)

@@ -129,7 +129,7 @@ def _module(name: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != backend.package:
             raise
         raise UserError(
-            f"backend {name}: the package {backend.package} is not installed; mend by: pip install {backend.install}"
+            f"backend {name}: the package {backend.package} is not installed; fix by: pip install {backend.install}"
         ) from None
 
 

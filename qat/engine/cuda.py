@@ -1,7 +1,7 @@
 """The little of CUDA that is needed here, over NVIDIA's cuda-bindings: calls of the runtime, the driver and NVRTC; buffers, streams,
 events, graphs. No torch, no pycuda.
 
-Everything here works on the current device. What cannot be done raises `UserError` where the user can mend it (no GPU, no
+Everything here works on the current device. What cannot be done raises `UserError` where the user can fix it (no GPU, no
 driver, no package, memory spent) and `CudaError` elsewhere.
 """
 
@@ -51,7 +51,7 @@ def module(prefix: str) -> ModuleType:
             raise UserError(
                 f"cuda-bindings: {' '.join(str(error).split())}; install the release of the driver's CUDA"
             ) from None
-    raise UserError("the package cuda-bindings is not installed; mend by: pip install cuda-bindings")
+    raise UserError("the package cuda-bindings is not installed; fix by: pip install cuda-bindings")
 
 
 def runtime() -> ModuleType:

@@ -122,7 +122,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
         KeyError,
     ) as error:  # torch, of a tensor that requires grad or of a type of its own
         raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
-    mend = "copy it to the GPU first"
+    fix = "copy it to the GPU first"
     if interface is not None:
         array, contiguous = _from_interface(interface, value)
         if writable and interface["data"][1]:
@@ -130,7 +130,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
     elif hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         kind, number = (int(part) for part in value.__dlpack_device__())
         if kind not in (CUDA, CUDA_MANAGED):
-            raise UserError(f"{where}: found an array in the host's memory, expected one on cuda:{device}; {mend}")
+            raise UserError(f"{where}: found an array in the host's memory, expected one on cuda:{device}; {fix}")
         if number != device:
             raise UserError(f"{where}: found an array on cuda:{number}, expected cuda:{device}; copy it there first")
         try:
@@ -141,7 +141,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
             raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
     else:
         raise UserError(
-            f"{where}: found {type(value).__name__}, expected an array with __cuda_array_interface__ or __dlpack__; {mend}"
+            f"{where}: found {type(value).__name__}, expected an array with __cuda_array_interface__ or __dlpack__; {fix}"
         )
     if not contiguous:
         raise UserError(

@@ -134,7 +134,7 @@ def check_available(device: str) -> None:
     available = ort.get_available_providers()
     if device not in available:
         raise UserError(
-            f"onnxruntime: found the providers {', '.join(available)}, expected {device}; mend by: "
+            f"onnxruntime: found the providers {', '.join(available)}, expected {device}; fix by: "
             "pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
 
@@ -149,7 +149,7 @@ def check_used(session: ort.InferenceSession, device: str) -> None:
         raise UserError(
             f"onnxruntime: {device} did not start"
             + (f": {library} is not found" if library else ": no driver, or no GPU that it supports")
-            + "; mend by: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            + "; fix by: pip install 'onnxruntime-gpu[cuda,cudnn]'"
             + (" tensorrt" if device == TENSORRT else "")
             + ", with a driver for its CUDA"
         )
@@ -188,7 +188,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
             raise UserError(
                 f"onnxruntime: {device} did not start"
                 + (f": {library} is not found" if library else "")
-                + "; mend by: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt, with a driver for its CUDA"
+                + "; fix by: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt, with a driver for its CUDA"
             ) from None
         raise
     finally:
@@ -465,12 +465,12 @@ def _check_precision(path: Path, precision: str, device: str) -> None:
         return
     if device == CPU:
         raise UserError(
-            f"{path}: precision fp16: ONNX Runtime's CPU provider takes no precision flag; mend by fp32 or int8"
+            f"{path}: precision fp16: ONNX Runtime's CPU provider takes no precision flag; fix by fp32 or int8"
         )
     if device == CUDA and not has_fp16(path):
         raise UserError(
             f"{path}: precision fp16: found an FP32-typed graph, expected FP16 types: the CUDA provider takes no "
-            "precision flag; mend by export-camera --fp16 --flavour tensorrt-strong, or by backend onnxruntime-tensorrt"
+            "precision flag; fix by export-camera --fp16 --flavour tensorrt-strong, or by backend onnxruntime-tensorrt"
         )
 
 

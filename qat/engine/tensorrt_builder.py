@@ -471,16 +471,16 @@ def read_facts(plan: Path, sha: str | None = None) -> PlanFacts | None:
 
 def check_facts(plan: Path, facts: PlanFacts, version: str, gpu: str, capability: str) -> None:
     """Raises `UserError` where the plan was built by another TensorRT or for another GPU."""
-    mend = "build it again here"
+    fix = "build it again here"
     if facts.tensorrt != version and not facts.options.get("version_compatible"):
-        raise UserError(f"{plan}: built by TensorRT {facts.tensorrt}, found {version} here; {mend}")
+        raise UserError(f"{plan}: built by TensorRT {facts.tensorrt}, found {version} here; {fix}")
     if facts.capability != capability:
         raise UserError(
-            f"{plan}: built for {facts.gpu} (compute capability {facts.capability}), found {gpu} ({capability}) here; {mend}"
+            f"{plan}: built for {facts.gpu} (compute capability {facts.capability}), found {gpu} ({capability}) here; {fix}"
         )
     if facts.gpu != gpu:
         raise UserError(
-            f"{plan}: built for {facts.gpu}, found {gpu} here, whose best kernels may be others; {mend}, or remove "
+            f"{plan}: built for {facts.gpu}, found {gpu} here, whose best kernels may be others; {fix}, or remove "
             f"{sidecar_path(plan).name} to use it all the same"
         )
 

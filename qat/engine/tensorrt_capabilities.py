@@ -25,7 +25,7 @@ def tensorrt_module() -> ModuleType:
         if error.name is None or error.name.split(".")[0] != "tensorrt":
             raise UserError(f"TensorRT: its package does not import: {' '.join(str(error).split())}") from None
         raise UserError(
-            "the package tensorrt is not installed; mend by: pip install tensorrt, or on a Jetson: JetPack's own "
+            "the package tensorrt is not installed; fix by: pip install tensorrt, or on a Jetson: JetPack's own "
             "(docs/tensorrt.md)"
         ) from None
     except (ImportError, OSError) as error:

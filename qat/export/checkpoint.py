@@ -51,7 +51,7 @@ def open_source(
         if config is None:
             raise UserError("--init random: found no --config, expected the network's")
         if precision == "int8":
-            raise UserError("--init random: found no scales for INT8; mend by bevqat calibrate --init random first")
+            raise UserError("--init random: found no scales for INT8; fix by bevqat calibrate --init random first")
         if ema:
             raise UserError("--ema: found with --init random, expected a checkpoint that has averaged weights")
         model = random_model(config, seed, prefix)
@@ -59,7 +59,7 @@ def open_source(
     # FP32 and FP16 parts are of the float network: weights that were trained for rounding are not it without rounding.
     model = open_model(path, config, prefix, ema, as_float=precision not in (None, "int8"))
     if model.quantized is None and precision == "int8":
-        raise UserError(f"{path}: a float checkpoint has no scales for INT8; mend by running calibrate on it first")
+        raise UserError(f"{path}: a float checkpoint has no scales for INT8; fix by running calibrate on it first")
     return Source(model, model.best, precision or ("fp32" if model.quantized is None else "int8"), Path(path).parent)
 
 

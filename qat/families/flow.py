@@ -41,7 +41,7 @@ class Flow(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, path: str | Path, settings: object, mend: str) -> None:
+    def check(cls, path: str | Path, settings: object, fix: str) -> None:
         """Raises `UserError` where a manifest's `pipeline` section is not what this class needs, for the file `path`."""
 
     @abstractmethod
@@ -92,10 +92,10 @@ class Flow(ABC):
     def share(self, other: Any) -> None:  # noqa: B027
         """Uses another flow's caches of the same model."""
 
-    def need_boxes(self, what: str, mend: str) -> None:
-        """Raises `UserError` where the model gives no boxes. what, mend: the beginning and the end of the message."""
+    def need_boxes(self, what: str, fix: str) -> None:
+        """Raises `UserError` where the model gives no boxes. what, fix: the beginning and the end of the message."""
         if not self.plan.boxes:
-            raise UserError(f"{what}: found {self.without_boxes}, expected a whole detector; {mend}")
+            raise UserError(f"{what}: found {self.without_boxes}, expected a whole detector; {fix}")
 
     without_boxes = "a model that gives no boxes"
 

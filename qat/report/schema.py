@@ -26,13 +26,13 @@ _BOX_KINDS = ("truth", "reference", "candidate")
 class _Checker:
     """Walks the document; every complaint names the file and the place in it."""
 
-    def __init__(self, source: str, mend: str = "write it again with compare") -> None:
-        self.source, self.mend = source, mend
+    def __init__(self, source: str, fix: str = "write it again with compare") -> None:
+        self.source, self.fix = source, fix
 
     def fail(self, path: str, found: Any, expected: str) -> UserError:
         text = repr(found)
         text = text if len(text) <= 60 else text[:57] + "…"
-        return UserError(f"{self.source}: {path}: found {text}, expected {expected}; {self.mend}")
+        return UserError(f"{self.source}: {path}: found {text}, expected {expected}; {self.fix}")
 
     def mapping(self, value: Any, path: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -227,16 +227,16 @@ def check_results(results: Any, source: str = "results") -> Results:
     return results
 
 
-def check_sensitivity(section: Any, source: str, mend: str) -> dict[str, Any]:
+def check_sensitivity(section: Any, source: str, fix: str) -> dict[str, Any]:
     """Returns what can be results.json's entry `sensitivity`.
 
     Args:
-        source: the file that it is from. mend: what to do about a complaint.
+        source: the file that it is from. fix: what to do about a complaint.
 
     Raises:
         UserError: a missing or impossible value, named by its path.
     """
-    _Checker(source, mend).sensitivity(section, "")
+    _Checker(source, fix).sensitivity(section, "")
     return dict(section)
 
 

@@ -72,7 +72,7 @@ def _open(path: Path, precision: str, backend: str | None, options: Options, opt
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "onnxruntime":
             raise
-        raise UserError("the package onnxruntime is not installed; mend by: pip install onnxruntime") from None
+        raise UserError("the package onnxruntime is not installed; fix by: pip install onnxruntime") from None
     check_graph(path)
     return PlainGraph(path, options.threads, optimized)
 

@@ -115,7 +115,7 @@ def test_a_package_that_is_not_installed_is_one_line(package, words):
     script = f"import sys; sys.modules[{package!r}] = None; from qat.cli import main; sys.exit(main({words}))"
     done = python(script, capture_output=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"error: the package {package} is not installed; mend by: what `bevqat doctor` says")
+    assert done.stderr.startswith(f"error: the package {package} is not installed; fix by: what `bevqat doctor` says")
 
 
 @pytest.fixture(scope="module")

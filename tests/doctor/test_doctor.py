@@ -25,7 +25,7 @@ def test_a_machine_that_runs_these_tests_can_do_the_main_job(capsys, tmp_path, m
     assert states["imports", "torch"] == states["backends", "openvino"] == states["backends", "onnxruntime"] == OK
     assert set(states.values()) <= {OK, MISSING, PROBLEM}
     assert all(each["found"] for each in found["findings"])
-    assert all(each["mend"] for each in found["findings"] if each["needed"] and each["state"] != OK)
+    assert all(each["fix"] for each in found["findings"] if each["needed"] and each["state"] != OK)
     assert found["machine"]["cores_physical"] >= 1 and found["machine"]["memory"] > 2**28
     from qat.engine import BACKENDS
 
@@ -65,15 +65,15 @@ def test_broken_packages_are_told_with_what_mends_them_and_nothing_crashes(tmp_p
         timeout=120,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "cannot be done here before these are mended: " in done.stdout
+    assert "cannot be done here before these are fixed: " in done.stdout
     found = json.loads(out.read_text())
     by_name = {(each["group"], each["name"]): each for each in found["findings"]}
     assert not found["passed"]
     torch = by_name["packages", "torch"]
-    assert torch["state"] == PROBLEM and torch["found"].startswith("1.9.0, expected >=") and "torch>=" in torch["mend"]
+    assert torch["state"] == PROBLEM and torch["found"].startswith("1.9.0, expected >=") and "torch>=" in torch["fix"]
     assert by_name["packages", "numpy"]["found"] == "2.1.0, expected <2"
     assert (
-        by_name["packages", "numba"]["state"] == PROBLEM and "--force-reinstall" in by_name["packages", "numba"]["mend"]
+        by_name["packages", "numba"]["state"] == PROBLEM and "--force-reinstall" in by_name["packages", "numba"]["fix"]
     )
     assert "SIGSEGV" in by_name["imports", "torch"]["found"]
     assert "libopenblas.so.0" in by_name["imports", "numpy"]["found"]
@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
     (tmp_path / "file").touch()
     assert system.disk_finding("runs", tmp_path / "new" / "runs").state == OK
     found = system.disk_finding("runs", tmp_path / "file" / "runs")
-    assert found.state == PROBLEM and found.needed and "--out" in found.mend
+    assert found.state == PROBLEM and found.needed and "--out" in found.fix
     system.disk_finding(
         "runs", tmp_path / ("x" * 300)
     )  # which pathlib cannot look at, as a folder that is somebody else's
@@ -224,13 +224,13 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
 def test_a_processor_without_dot_products_is_told_what_that_means():
     facts = {**system.system_facts(), "architecture": "x86_64", "int8_instructions": ["avx2"]}
     found = next(each for each in system.system_findings(facts) if each.name == "INT8")
-    assert found.state == MISSING and "--reduce-range" in found.mend
+    assert found.state == MISSING and "--reduce-range" in found.fix
     facts["int8_instructions"] = ["avx2", "avx_vnni"]
     assert next(each for each in system.system_findings(facts) if each.name == "INT8").state == OK
 
 
 def test_lines_keep_to_the_width_and_commands_stay_whole():
-    mend = "pip install " + "x" * 90
-    lines = list(describe([Finding("g", "name", OK, "word " * 40), Finding("g", "n", MISSING, "not there", mend)], 60))
-    assert lines[0] == "g" and lines[-1].endswith(mend)
+    fix = "pip install " + "x" * 90
+    lines = list(describe([Finding("g", "name", OK, "word " * 40), Finding("g", "n", MISSING, "not there", fix)], 60))
+    assert lines[0] == "g" and lines[-1].endswith(fix)
     assert all(len(line) <= 60 for line in lines[:-1])

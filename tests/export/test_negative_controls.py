@@ -67,7 +67,7 @@ def test_a_wrong_grid_shows_in_the_codes_too(exported, kind):
         assert not sites[done].compare(found, Cut(data).pairs[site])["passed"], site
 
 
-def mend(folder, name, data):
+def fix(folder, name, data):
     """A part's graph becomes another, and the manifest has its hash: as a wrong exporter, or somebody by hand, would have it."""
     manifest = json.loads((folder / "manifest.json").read_text())
     path = folder / manifest["parts"][name]["file"]
@@ -89,7 +89,7 @@ def test_the_command_fails_and_names_the_layer(exported, tmp_path, kind):
         site = next(s for s in pairs if "downsample" in s)  # without a ReLU behind it
     damaged, done = damage(data, kind, [site], {name: s.shape for name, s in sites.items()})
     assert done == [site]
-    mend(folder, name, damaged)
+    fix(folder, name, damaged)
     found = verify_folder(folder, [name])["parts"][name]
     module = next(entry["module"] for entry in part["sites"]["pairs"] if entry["tensor"] == site)
     assert not found["passed"] and any(module in problem for problem in found["problems"])
@@ -108,7 +108,7 @@ def test_a_lost_and_an_added_pair_fail(exported, tmp_path):
                     node.input[at] = quantize.input[0]
         model.graph.node.remove(dequantize)
     model.graph.node.remove(quantize)
-    mend(folder, name, model.SerializeToString())
+    fix(folder, name, model.SerializeToString())
     problems = verify_folder(folder, [name])["parts"][name]["problems"]
     assert problems == [f"{site}: a quantizer that only the manifest has"]
 
@@ -123,7 +123,7 @@ def test_an_engine_that_is_damaged_grossly_fails(exported, tmp_path, backend):
     assert verify_folder(folder, ["fuser"], backend, options)["passed"]
     ((name, _, data, sites, _),) = [row for row in int8_parts(folder) if row[0] == "fuser"]
     damaged, _ = damage(data, "weights to 5 bits", list(sites), {})
-    mend(folder, name, damaged)
+    fix(folder, name, damaged)
     assert not verify_folder(folder, [name], backend, options)["passed"]
 
 

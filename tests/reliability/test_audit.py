@@ -76,7 +76,7 @@ def test_a_version_with_a_known_vulnerability_is_found(site, capsys):
     status, _, err = run(site, capsys)
     assert status == 1
     assert "error: onnx 1.15.0 (needed by bevqat): CVE-2024-27318" in err and "CVE-2026-27489" in err
-    assert "CVE-2022-25882" not in err  # mended in 1.13
+    assert "CVE-2022-25882" not in err  # fixed in 1.13
 
 
 def test_extras_are_followed_and_what_is_not_installed_is_said(site, capsys):

@@ -141,7 +141,7 @@ def test_a_float_checkpoint_for_a_quantized_one(verbs, refused):
             verbs.quantized("float.pth")[verb], "float.pth: found a checkpoint without quantizer ranges", "calibrate"
         )
     int8 = [*verbs.floats("float.pth")["export-camera"], "--int8"]
-    refused(int8, "float.pth: a float checkpoint has no scales for INT8; mend by running calibrate")
+    refused(int8, "float.pth: a float checkpoint has no scales for INT8; fix by running calibrate")
 
 
 def test_a_quantized_checkpoint_for_a_float_one(verbs, refused):
@@ -217,9 +217,9 @@ def test_the_state_of_a_run_that_is_damaged(work, refused):
         (work / folder).mkdir()
         (work / folder / "resume.pth").write_text("cut")
     common = ["--data", "data:calib", "--steps", "1", "--batch", "1"]
-    mend = "remove it or choose another --out"
-    refused(["train", "--config", "config.yaml", *common, "--out", "trained"], "trained/resume.pth", mend)
-    refused(["finetune", "--ckpt", "ptq.pth", *common, "--no-augment", "--out", "tuned"], "tuned/resume.pth", mend)
+    fix = "remove it or choose another --out"
+    refused(["train", "--config", "config.yaml", *common, "--out", "trained"], "trained/resume.pth", fix)
+    refused(["finetune", "--ckpt", "ptq.pth", *common, "--no-augment", "--out", "tuned"], "tuned/resume.pth", fix)
 
 
 def test_a_network_whose_values_are_not_finite(work, refused):

@@ -124,7 +124,7 @@ BROKEN = {
     ),
     "intrinsics nan": (
         lambda data: _cameras(data, camera_intrinsic=[[float("nan"), 0, 48], [0, 80, 32], [0, 0, 1]]),
-        "camera_intrinsic: found [[nan, 0, 48], [0, 80, 32], [0, 0, 1]], which is not finite; mend the table",
+        "camera_intrinsic: found [[nan, 0, 48], [0, 80, 32], [0, 0, 1]], which is not finite; fix the table",
     ),
     "intrinsics cut": (
         lambda data: _cameras(data, camera_intrinsic=[[80, 0, 48], [0, 80, 32]]),
@@ -132,7 +132,7 @@ BROKEN = {
     ),
     "intrinsics zero": (
         lambda data: _cameras(data, camera_intrinsic=[[0, 0, 48], [0, 0, 32], [0, 0, 1]]),
-        "with focal lengths above 0; mend the table",
+        "with focal lengths above 0; fix the table",
     ),
     "intrinsics of another size": (
         lambda data: _cameras(data, camera_intrinsic=[[1266, 0, 816], [0, 1266, 491], [0, 0, 1]]),

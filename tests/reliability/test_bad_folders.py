@@ -179,7 +179,7 @@ def test_a_backend_that_is_not_installed(monkeypatch, refused):
     """Its line names the pip command."""
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.delitem(sys.modules, "qat.engine.openvino_backend", raising=False)
-    words = "backend openvino: the package openvino is not installed; mend by: pip install openvino"
+    words = "backend openvino: the package openvino is not installed; fix by: pip install openvino"
     refused(["build", "--onnx", "fp32", "--backend", "openvino", "--out", "built"], words)
     refused(["verify", "fp32", "--backend", "openvino"], words)
     compare = ["compare", "--ckpt", "float.pth", "--config", "config.yaml", "--fp32", "fp32", "--data", "data"]
@@ -197,7 +197,7 @@ def test_a_backend_that_nobody_knows(refused):
 
 def test_a_gpus_backend_without_a_gpu(refused):
     arguments = ["build", "--onnx", "fp32", "--backend", "onnxruntime-cuda", "--out", "built"]
-    refused(arguments, "expected CUDAExecutionProvider; mend by: pip", "onnxruntime-gpu")
+    refused(arguments, "expected CUDAExecutionProvider; fix by: pip", "onnxruntime-gpu")
 
 
 def test_a_pipeline_does_not_decode_what_is_not_finite(work, small_scene):

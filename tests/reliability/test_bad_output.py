@@ -170,7 +170,7 @@ def test_a_checkpoint_on_a_full_disk(work):
     [
         (OSError(errno.ENOSPC, "x", "runs/a.pth"), ("runs/a.pth: found no space left on device", "free some space")),
         (OSError(errno.EROFS, "x", "a"), ("a: found read-only file system", "write to another folder")),
-        (PermissionError(errno.EACCES, "x", "a"), ("a: found permission denied", "mend its permissions")),
+        (PermissionError(errno.EACCES, "x", "a"), ("a: found permission denied", "fix its permissions")),
         (OSError(errno.EDQUOT, "x", "a"), ("a: found disk quota exceeded", "free some of the quota")),
         (OSError(errno.EMFILE, "x", "a"), ("a: found too many open files", "ulimit -n")),
         (IsADirectoryError(errno.EISDIR, "x", "a"), ("a: found is a directory", "name a file in it")),

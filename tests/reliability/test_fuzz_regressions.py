@@ -38,9 +38,9 @@ def refused(reader, *arguments, seconds=2.0):
 
 
 def test_a_message_is_one_printable_line_of_bounded_length_whatever_it_quotes():
-    message = str(UserError(f"file.yaml: key: found {'x' * 10_000}\n\x1b[2J\u202e, expected a number; mend it so"))
+    message = str(UserError(f"file.yaml: key: found {'x' * 10_000}\n\x1b[2J\u202e, expected a number; fix it so"))
     assert len(message) <= LONGEST and message.isprintable()
-    assert message.startswith("file.yaml: key: found xxx") and message.endswith("expected a number; mend it so")
+    assert message.startswith("file.yaml: key: found xxx") and message.endswith("expected a number; fix it so")
     short = "a.pth: found 118×256 pixels, „schön“, expected 3"
     assert str(UserError(short)) == short
     assert str(UserError("a\nb")) == "a\\nb"

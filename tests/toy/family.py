@@ -55,7 +55,7 @@ class ToyFamily(Family):
 
     def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
         if not isinstance(config, Mapping) or set(config) != {"family", "size", "width"}:
-            raise UserError(f"{source}: found {config!r}, expected family, size and width; mend them")
+            raise UserError(f"{source}: found {config!r}, expected family, size and width; fix them")
         return dict(config)
 
     def build(self, config: Mapping[str, Any]) -> ToyNet:

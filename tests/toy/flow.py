@@ -107,8 +107,8 @@ class Toy(Flow):
         self.classes = list(settings["classes"])
 
     @classmethod
-    def check(cls, path: Any, settings: object, mend: str) -> None:
-        holds(path, lambda: _SETTINGS(settings, "pipeline"), mend)
+    def check(cls, path: Any, settings: object, fix: str) -> None:
+        holds(path, lambda: _SETTINGS(settings, "pipeline"), fix)
 
     def ops(self) -> Mapping[str, Any]:
         def gather(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -69,7 +69,7 @@ class _Checker:
         text = repr(found)
         text = text if len(text) <= 120 else text[:119] + "…"
         found_text = "missing" if found is None else f"found {text}"
-        return UserError(f"{self.source}: {path}: {found_text}, expected {expected}; mend it there")
+        return UserError(f"{self.source}: {path}: {found_text}, expected {expected}; fix it there")
 
     def get(self, path: str) -> Any:
         value: Any = self.config
@@ -322,15 +322,15 @@ def needs_depth(config: Mapping[str, Any]) -> bool:
     return config["model"]["encoders"]["camera"]["vtransform"]["type"] == "DepthLSSTransform"
 
 
-def need_boxes(config: Mapping[str, Any], what: str, mend: str) -> None:
+def need_boxes(config: Mapping[str, Any], what: str, fix: str) -> None:
     """Raises `UserError` where `config` is a camera branch alone, which gives BEV features and no boxes.
 
-    what, mend: the beginning and the end of the message: what asks for boxes, and what to do instead.
+    what, fix: the beginning and the end of the message: what asks for boxes, and what to do instead.
     """
     if is_camera_branch(config):
         raise UserError(
             f"{what}: found a camera branch alone, which gives BEV features and no boxes, expected a whole detector; "
-            f"{mend}"
+            f"{fix}"
         )
 
 

@@ -46,7 +46,7 @@ def inherit(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise UserError(
             f"{path}: a part of a config tree (it inherits {defaults_above(path)[-1]}), which torchpack reads: found "
-            f"{error}; mend by pip install 'bevqat[bevfusion]', or give the run's dumped configs.yaml"
+            f"{error}; fix by pip install 'bevqat[bevfusion]', or give the run's dumped configs.yaml"
         ) from None
     tree = Config()
     tree.load(str(path.resolve()), recursive=True)

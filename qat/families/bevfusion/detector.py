@@ -54,7 +54,7 @@ def _check_maps(backbone: nn.Module, camera: Mapping[str, Any]) -> None:
         return
 
     def fail(path: str, found: object, expected: str) -> UserError:
-        return UserError(f"config: {path}: found {found!r}, expected {expected}; mend it there")
+        return UserError(f"config: {path}: found {found!r}, expected {expected}; fix it there")
 
     check_features(camera, maps.channels(), maps.reduction(), fail)
 

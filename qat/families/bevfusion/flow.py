@@ -112,9 +112,9 @@ class BEVFusion(Flow):
         self._grid: np.ndarray | None = None  # the latest pooled grid that nobody else has
 
     @classmethod
-    def check(cls, path: str | Path, settings: object, mend: str) -> None:
+    def check(cls, path: str | Path, settings: object, fix: str) -> None:
         """As `Flow.check`."""
-        check_pipeline(path, settings, mend)
+        check_pipeline(path, settings, fix)
 
     def share(self, other: Any) -> None:
         """Takes the other's cache of pooling patterns."""

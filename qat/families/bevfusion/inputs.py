@@ -130,7 +130,7 @@ def recorded(
         from qat.data.sample import prepare
     except ModuleNotFoundError as error:
         raise UserError(
-            f"--data: the package {error.name} is not installed, expected nuscenes-devkit's; mend by: pip install "
+            f"--data: the package {error.name} is not installed, expected nuscenes-devkit's; fix by: pip install "
             "nuscenes-devkit, or leave --data out for made-up frames"
         ) from None
     dataset = NuScenesDataset(root, split, _reading(settings), version, count)

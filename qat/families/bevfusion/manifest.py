@@ -129,7 +129,7 @@ def _check_head(pipeline: Mapping[str, Any], where: str) -> None:
         fail(f"{where}: head_maps", maps, f"{', '.join(needed[:4])}, … and none that are not the head's")
 
 
-def check_pipeline(path: str | Path, pipeline: object, mend: str) -> None:
+def check_pipeline(path: str | Path, pipeline: object, fix: str) -> None:
     """Raises `UserError` where a manifest's `pipeline` section is not what `qat.families.bevfusion.flow` needs."""
 
     def check() -> None:
@@ -138,4 +138,4 @@ def check_pipeline(path: str | Path, pipeline: object, mend: str) -> None:
         _check_sizes(pipeline, "pipeline")
         _check_head(pipeline, "pipeline")
 
-    holds(path, check, mend)
+    holds(path, check, fix)

@@ -128,10 +128,10 @@ class _State:
             )
 
     def load(self, path: Path, run: Mapping[str, Any]) -> None:
-        mend = "remove it or choose another --out"
-        with reading_left(path, "does not fit this run", mend):
+        fix = "remove it or choose another --out"
+        with reading_left(path, "does not fit this run", fix):
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            check_same_run(path, saved.get("run", {}), run, mend)
+            check_same_run(path, saved.get("run", {}), run, fix)
             self.model.load_state_dict(saved["model"])
             self.pixels.load_state_dict(saved["pixel_head"])
             self.optimizer.load_state_dict(saved["optimizer"])
