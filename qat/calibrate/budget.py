@@ -87,7 +87,7 @@ class _Trials:
         name = hashlib.sha256(named.encode()).hexdigest()[:16]
         boxes = {}
         with progress_bar(f"set {len(self.points) + 1}: frames", len(self.frames)) as done:
-            session = Session(self.model.flow)
+            session = Session(self.model.flow, keyed=True)
             for n, frame in enumerate(self.frames):
                 feeds, digest = session.begin(frame)
                 path = self.cache / f"{name}-{digest}.npz"

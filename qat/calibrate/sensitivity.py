@@ -237,7 +237,7 @@ def measure_sensitivity(
     boxes: list[dict[str, Detections]] = [{} for _ in range(len(every) + 2)]
     macs: dict[str, int] = {}
     rows_each = len(every) + 1
-    session = Session(model.flow)
+    session = Session(model.flow, keyed=True)
     with progress_bar("units × frames", len(frames) * rows_each) as done:
         for index, frame in enumerate(frames):
             before = index * rows_each
@@ -417,7 +417,7 @@ def measure_histograms(
     ranges = [float(own[unit.quantizers[0]].range) for unit in chosen]
     named = [__version__, key, model.config, [[unit.name, amax] for unit, amax in zip(chosen, ranges, strict=True)]]
     name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
-    session = Session(model.flow)
+    session = Session(model.flow, keyed=True)
     totals = [_Tally(unit.name, amax) for unit, amax in zip(chosen, ranges, strict=True)]
     with progress_bar("histograms: frames", len(frames)) as done:
         for index, frame in enumerate(frames):

@@ -96,7 +96,7 @@ def run_accuracy(
     labels = tuple(plan.reported)
     results = [RowAccuracy(labels) for _ in rows]
     rebuilds: list[float] = []
-    walk = Session(flow)  # names the frames; each row carries its own state
+    walk = Session(flow, keyed=True)  # names the frames; each row carries its own state
     for row in rows:  # one geometry, computed once for all rows
         row.pipeline.flow.share(flow)
         row.pipeline.reset()

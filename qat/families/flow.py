@@ -101,10 +101,13 @@ class Flow(ABC):
 
 
 class Session:
-    """Frames in their order, with the state that each hands to the next one of its scene."""
+    """Frames in their order, with the state that each hands to the next one of its scene.
 
-    def __init__(self, flow: Flow) -> None:
-        self.flow = flow
+    keyed: `begin` names what a frame's tensors depend on, for a cache; it reads every byte of the inputs.
+    """
+
+    def __init__(self, flow: Flow, keyed: bool = False) -> None:
+        self.flow, self.keyed = flow, keyed
         self.reset()
 
     def reset(self) -> None:
@@ -114,17 +117,18 @@ class Session:
         self._key = ""
 
     def begin(self, frame: Any) -> tuple[dict[str, Any], str]:
-        """The plan's inputs for a frame, and a key of everything that they depend on: of a plan with state, of all frames of
-        the scene so far. A frame whose `scene` is another than the last one's begins a scene."""
+        """The plan's inputs for a frame, and a key of everything that they depend on ("" unless `keyed`): of a plan with state,
+        of all frames of the scene so far. A frame whose `scene` is another than the last one's begins a scene."""
         plan = self.flow.plan
         feeds = self.flow.feeds([frame])
-        digest = arrays_digest(feeds)
+        digest = arrays_digest(feeds) if self.keyed else ""
         if not plan.state:
             return feeds, digest
         scene = getattr(frame, "scene", None)
         if self._state is None or scene != self._scene:
             self._scene, self._state, self._key = scene, self.flow.initial_state(), ""
-        self._key = hashlib.sha256(f"{self._key} {digest}".encode()).hexdigest()[:40]
+        if self.keyed:
+            self._key = hashlib.sha256(f"{self._key} {digest}".encode()).hexdigest()[:40]
         return {**feeds, **self._state}, self._key
 
     def end(self, tensors: Mapping[str, Any]) -> None:

@@ -142,6 +142,8 @@ class BEVFusion(Flow):
 
     def feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
         """As `Flow.feeds`, of `qat.core.frame.SampleTensors`."""
+        if len(frames) == 1:  # no copy
+            return {name: getattr(frames[0], name)[None] for name in self.plan.inputs}
         return {name: np.stack([getattr(frame, name) for frame in frames]) for name in self.plan.inputs}
 
     def prepare(self, *raw: Any) -> FrameArrays:
