@@ -20,7 +20,7 @@ from qat.lean.modes import quantizers
 from qat.lean.observe import counting_macs, observing, set_ranges
 from qat.lean.quantizer import Quantizer
 from qat.model.quantized import QuantizedModel
-from qat.model.runners import torch_feeds, torch_runners
+from qat.model.runners import to_numpy, torch_feeds, torch_runners
 from qat.plan import run
 
 FEW_FRAMES = 3  # channels are not equalized on fewer: what one or two frames leave small may be large on the next
@@ -114,7 +114,8 @@ def calibrate(
                 check_frame(frame)
                 try:
                     feeds, _ = session.begin(frame)
-                    session.end(run(quantized.plan, runners, torch_feeds(quantized, feeds)))
+                    tensors = run(quantized.plan, runners, torch_feeds(quantized, feeds))
+                    session.end(to_numpy(tensors, list(quantized.plan.state)))
                 except NotFiniteError as found:
                     raise NotFiniteError(f"frame {frame.token}: {found}") from None
                 report.frames += 1
