@@ -24,6 +24,7 @@ from qat.core.onnx_file import read_outline
 from qat.engine import Engine, Options, build
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.detector import build_model
+from qat.families.bevfusion.family import FAMILY
 from qat.manifest import load_manifest
 from qat.runtime import Pipeline
 from qat.runtime.engines import engine_section, load_engines, part_precisions, run_options
@@ -109,7 +110,7 @@ class Checkpoints(Target):
                 if found.get("format") == "bevqat-ptq":
                     load_ptq(path)
                 elif "quantizers" in found:
-                    load_foreign_file(path, found, load_config(self.seeds / "config" / "small.yaml"))
+                    load_foreign_file(path, found, FAMILY, load_config(self.seeds / "config" / "small.yaml"))
                 else:
                     from qat.export.checkpoint import open_source
 
