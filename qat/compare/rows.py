@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from qat import __version__
+from qat.calibrate import load_ptq
+from qat.checkpoints.reading import load_checkpoint
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.engine import Options, find_backend, passed_over, takes_bfloat16
@@ -197,28 +199,25 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     Raises:
         UserError: a file is missing, damaged or not of the same weights; a backend is unknown or not installed.
     """
-    _check_whole((*sources.fp32, *sources.int8))
-    float_model = open_model(sources.ckpt, sources.config, ema=sources.ema, as_float=True)
-    if float_model.quantized is not None:
+    checkpoint = load_checkpoint(sources.ckpt, sources.ema)
+    if checkpoint.get("format") == "bevqat-ptq":
         raise UserError(
             f"--ckpt: found {sources.ckpt}, a quantized checkpoint, expected the float one that it was calibrated from; "
             "--ckpt names the float checkpoint, --ptq the quantized one"
         )
-    detector, config = float_model.network, float_model.config
     float_hash, ptq_hash = sha256(sources.ckpt), None
     files = [{"what": "float checkpoint", "file": sources.ckpt.name, "sha256": float_hash}]
     recipe: dict[str, Any] = {}
     quantized = None
     if sources.ptq is not None:
-        opened = open_model(sources.ptq)
-        if opened.quantized is None:
-            raise UserError(f"--ptq: found {sources.ptq}, a float checkpoint, expected what calibrate wrote; name that")
-        quantized, recipe = opened.quantized, opened.recipe
+        quantized, recipe = load_ptq(sources.ptq)
         ptq_hash = sha256(sources.ptq)
         files.append({"what": "PTQ checkpoint", "file": sources.ptq.name, "sha256": ptq_hash})
-    if quantized is not None:
         quantized.flow.need_boxes(str(sources.ptq), MEND)
+    _check_whole((*sources.fp32, *sources.int8))
     _same_weights(sources, recipe, float_hash, ptq_hash)
+    float_model = open_model(sources.ckpt, sources.config, ema=sources.ema, as_float=True, read=checkpoint)
+    detector, config = float_model.network, float_model.config
     flow_for(detector).need_boxes(str(sources.ckpt), "give the whole detector's config")
     settings = flow_for(detector).settings
     folders = [("fp32", folder) for folder in sources.fp32] + [("int8", folder) for folder in sources.int8]

@@ -93,6 +93,7 @@ def open_model(
     ema: bool = False,
     finite: bool = True,
     as_float: bool = False,
+    read: dict[str, Any] | None = None,
 ) -> Model:
     """Opens a checkpoint.
 
@@ -104,12 +105,13 @@ def open_model(
         ema: of a float checkpoint, the averaged weights that it keeps beside the others.
         finite: False takes weights that are NaN or infinite, to look at what they do.
         as_float: the float network is asked for: of a PTQ checkpoint, what it was made from, with quantizers that are all off.
+        read: what `load_checkpoint` read from `path`, where that was done already.
 
     Raises:
         UserError: the checkpoint does not load or does not fit its config.
     """
     path = Path(path)
-    checkpoint = load_checkpoint(path, ema)
+    checkpoint = load_checkpoint(path, ema) if read is None else read
     if checkpoint.get("format") == PTQ_FORMAT:
         if config is not None:
             raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")

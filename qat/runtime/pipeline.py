@@ -60,7 +60,7 @@ class Pipeline:
         self._source = source
         if missing := [name for name in self.flow.plan.parts if name not in self.parts]:
             raise UserError(f"{source}: found no part {', '.join(missing)}, expected {', '.join(self.flow.plan.parts)}")
-        self._runners = {**{name: part.run for name, part in self.parts.items()}, **self.flow.ops()}
+        self._ops = self.flow.ops()
 
     @classmethod
     def load(
@@ -166,6 +166,7 @@ class Pipeline:
 
     def _forward(self, sample: Any) -> dict[str, Any]:
         feeds, _ = self.session.begin(sample)
-        tensors = run(self.flow.plan, self._runners, feeds, timed=self._timed)
+        runners = {**{name: part.run for name, part in self.parts.items()}, **self._ops}
+        tensors = run(self.flow.plan, runners, feeds, timed=self._timed)
         self.session.end(tensors)
         return {name: value for name, value in tensors.items() if name not in feeds}
