@@ -9,6 +9,7 @@ insert       quantizers into the graph, weights' quantizers into the layers
 calibrators  histograms and the searches for a range
 """
 
+from qat.lean import _torchvision  # noqa: F401  isort: skip  (before anything that imports torchvision)
 from qat.lean.calibrators import METHODS
 from qat.lean.insert import Inventory, quantize_graph
 from qat.lean.module import QuantizedModule, quantize

@@ -200,7 +200,7 @@ AS_IT_IS: Rule = (lambda value: value is False or value is None, "false: test da
 NOTHING: Rule = (lambda value: value is None, "null")
 BEAMS: Rule = (lambda value: value is None or (_is_number(value) and value >= 32), "32 or null: all beams are read")
 _XYZ: Rule = (
-    lambda value: _is_whole(value, 3) if isinstance(value, int) else list(value or ())[:3] == [0, 1, 2],
+    lambda value: _is_whole(value, 3) or (isinstance(value, list | tuple) and list(value[:3]) == [0, 1, 2]),
     "3 or more, or a list that begins with 0, 1, 2: x, y and z",
 )
 _NONE_TURNED: Rule = (

@@ -1,3 +1,3 @@
 """The networks, with BEVFusion's options and state-dict names."""
 
-from qat.families.bevfusion.networks import _torchvision  # noqa: F401  # before anything that imports torchvision
+from qat.lean import _torchvision  # noqa: F401  # before anything that imports torchvision
