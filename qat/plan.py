@@ -112,6 +112,11 @@ class Plan:
         return {part.scope: name for name, part in self.parts.items()}
 
     @property
+    def part_inputs(self) -> set[str]:
+        """The tensors that the parts take."""
+        return {name for part in self.parts.values() for name in part.inputs.values()}
+
+    @property
     def frame_inputs(self) -> tuple[str, ...]:
         """The inputs that a frame gives: all but the state's."""
         return tuple(name for name in self.inputs if name not in self.state.values())
@@ -136,8 +141,7 @@ class Plan:
     @property
     def geometry(self) -> tuple[Op, ...]:
         """The ops that take nothing but what a frame gives and no part takes: they are the same whatever computes the parts."""
-        given = {name for part in self.parts.values() for name in part.inputs.values()}
-        own = set(self.frame_inputs) - given
+        own = set(self.frame_inputs) - self.part_inputs
         return tuple(step for step in self.steps if isinstance(step, Op) and set(step.inputs) <= own)
 
     def is_raw(self, part: Part) -> bool:

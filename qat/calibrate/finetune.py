@@ -34,7 +34,7 @@ from qat.data import images_digest, version_in
 from qat.families.family import Family
 from qat.lean.learn import learn_ranges, refresh_weight_ranges, settle_ranges, trained_parameters
 from qat.model.quantized import QuantizedModel
-from qat.model.runners import torch_feeds, torch_runners
+from qat.model.runners import torch_feeds, torch_ops, torch_runners
 from qat.plan import Plan, Runner, run
 
 
@@ -137,7 +137,7 @@ class _Source:
 
     def __init__(self, datasets: Sequence[Any], model: QuantizedModel, options: FinetuneOptions) -> None:
         self.options, self.flow = options, model.flow
-        self.ops = model.family.ops(model.network)
+        self.ops = torch_ops(model)
         self.sets = [
             model.family.augmented(dataset, model.config) if options.augment else dataset for dataset in datasets
         ]
@@ -160,10 +160,7 @@ class _Source:
                 drawn.append(chosen.draw(j, np.random.default_rng([self.options.seed, 2, step, k])))
             else:
                 drawn.append(chosen[j])
-        state = {
-            name: np.repeat(value, len(drawn), axis=0) for name, value in self.flow.initial_state().items()
-        }  # every frame begins a scene: gradients do not cross frames
-        feeds = {**self.flow.feeds(drawn), **state}
+        feeds = self.flow.first_feeds(drawn)  # gradients do not cross frames
         geometry: dict[str, Any] = {}
         for op in self.flow.plan.geometry:
             geometry |= self.ops[op.name]({name: feeds[name] for name in op.inputs})

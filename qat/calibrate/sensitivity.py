@@ -37,7 +37,7 @@ from qat.lean.quantizer import BOUND
 from qat.model.quantized import QuantizedModel
 from qat.model.runners import to_numpy, torch_feeds, torch_runners
 from qat.model.units import Unit, only_on, units
-from qat.plan import Plan, Runner, next_state, run
+from qat.plan import Plan, Runner, run
 
 OBJECTS = "objects"  # the values of the last label in the cells where the float network sees an object
 HEADINGS = {"bev": "SQNR BEV", "heads": "SQNR heads", OBJECTS: "at objects"}
@@ -150,6 +150,7 @@ def _boxes(model: QuantizedModel, tensors: Mapping[str, Any]) -> Detections:
 def _one_frame(
     model: QuantizedModel,
     frame: Any,
+    session: Session,
     feeds: Mapping[str, np.ndarray],
     every: Sequence[Unit],
     with_boxes: bool,
@@ -184,7 +185,8 @@ def _one_frame(
             if with_boxes:
                 boxes.append(_boxes(model, own))
             progress(n + 1)
-        arrays = {"energies": energies, **{f"state.{k}": v for k, v in to_numpy(next_state(plan, tensors)).items()}}
+        session.end(to_numpy(tensors, list(plan.state)))
+        arrays = {"energies": energies, **session.saved()}
         if with_boxes:
             for n, detections in enumerate([*boxes, _boxes(model, tensors)]):
                 arrays |= detections.arrays(str(n))
@@ -257,8 +259,7 @@ def measure_sensitivity(
                 or (metric is not None and "boxes0" not in found)
                 or not session.restore(found)
             ):
-                found = _one_frame(model, frame, feeds, every, metric is not None, row_done)
-                session.restore(found)
+                found = _one_frame(model, frame, session, feeds, every, metric is not None, row_done)
                 write_arrays(path, found)
             done(before + rows_each)
             energies += found["energies"]

@@ -107,7 +107,6 @@ def run(args: argparse.Namespace) -> int:
     from qat.calibrate import load_ptq
     from qat.calibrate.distributed import process_group
     from qat.calibrate.finetune import FinetuneOptions, finetune
-    from qat.data import check_annotated
 
     names = {field.name for field in dataclasses.fields(FinetuneOptions)}
     given = {name: value for name, value in vars(args).items() if name in names}
@@ -117,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if held_out is not None:  # opened before the work begins: what is wrong with it is told at once
         model = load_ptq(args.ckpt)[0]
         model.flow.need_boxes("--held-out", "leave --held-out out")
-        check_annotated(_held_out(args, held_out, model))
+        _held_out(args, held_out, model).check_annotated()
     with process_group() as (rank, _):
         result = finetune(args.ckpt, data, args.out, options, args.version, lambda s: print(s, flush=True))
     if rank > 0:

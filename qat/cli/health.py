@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.compare.health import check_detector, check_parts, print_health, saturated
     from qat.core.errors import UserError
     from qat.core.progress import counted
-    from qat.families import flow_of
+    from qat.families import DEFAULT, KEY, flow_of
     from qat.manifest import load_manifest, pipeline_of
     from qat.model.opening import open_model, read_config
 
@@ -71,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
         flow = flow_of(settings, source=str(source))
         prefix = None if flow.plan.boxes else ""
         family, config = read_config(args.config or MODEL / "config.yaml", prefix)
+        if family.name != settings.get(KEY, DEFAULT):
+            raise UserError(
+                f"{source}: found parts of the family {settings[KEY]}, expected its config to read data with; name it with --config"
+            )
         frames = family.dataset(args.data, args.split, config, args.version, args.frames)
         found = check_parts(source, counted("check", frames, len(frames)))
     else:

@@ -97,14 +97,14 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
             raise UserError(f"{folder}: exported from {made} of {sources.ckpt}, expected the same of --ema for both")
 
 
-MEND = "what INT8 costs at a branch's BEV features is what `bevqat sensitivity` tells"
+INSTEAD = "what INT8 costs at a branch's BEV features is what `bevqat sensitivity` tells"
 
 
 def _check_whole(folders: Sequence[Path]) -> None:
     """A piece of a model has no accuracy: what it was taken out of turns its features into boxes."""
     for folder in folders:
         settings = pipeline_of(folder, load_manifest(folder, check_files=False))
-        flow_of(settings, source=str(folder)).need_boxes(str(folder), MEND)
+        flow_of(settings, source=str(folder)).need_boxes(str(folder), INSTEAD)
 
 
 def _simulations(detector: QuantizedModel, manifests: Manifests) -> list[tuple[str, tuple[str, ...]]]:
@@ -213,7 +213,7 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
         quantized, recipe = load_ptq(sources.ptq)
         ptq_hash = sha256(sources.ptq)
         files.append({"what": "PTQ checkpoint", "file": sources.ptq.name, "sha256": ptq_hash})
-        quantized.flow.need_boxes(str(sources.ptq), MEND)
+        quantized.flow.need_boxes(str(sources.ptq), INSTEAD)
     _check_whole((*sources.fp32, *sources.int8))
     _same_weights(sources, recipe, float_hash, ptq_hash)
     float_model = open_model(sources.ckpt, sources.config, ema=sources.ema, as_float=True, read=checkpoint)

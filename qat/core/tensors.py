@@ -24,11 +24,11 @@ class TensorDifference(TypedDict):
     sqnr_db: float
 
 
-def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Hash of what a model is fed of a frame: the same pictures and geometry give the same name, whatever the token."""
-    hashed = hashlib.blake2b(digest_size=16)
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of arrays with their names and shapes, in hexadecimal."""
+    hashed = hashlib.sha256()
     for name in sorted(arrays):
-        hashed.update(f"{name}{arrays[name].shape}".encode())
+        hashed.update(f"{name}{list(arrays[name].shape)}".encode())
         hashed.update(np.ascontiguousarray(arrays[name]).tobytes())
     return hashed.hexdigest()
 

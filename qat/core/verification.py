@@ -10,7 +10,6 @@ version to the next.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import zipfile
@@ -25,7 +24,7 @@ from qat.core.files import sha256
 from qat.core.noise import words
 from qat.core.preprocess import normalize
 from qat.core.sites import Site, cut_patch, tile
-from qat.core.tensors import TensorDifference, compare_tensors
+from qat.core.tensors import TensorDifference, compare_tensors, digest
 
 FILE = "verification.npz"
 FP32_DB = 80.0
@@ -92,19 +91,8 @@ def what_is_wrong(row: Mapping[str, Any]) -> str:
 
 def made_feeds(flow: Any, seed: int, batch: int) -> dict[str, np.ndarray]:
     """What the parts take of a plan's inputs for a batch of made-up frames at the beginning of a scene."""
-    state = {name: np.repeat(value, batch, axis=0) for name, value in flow.initial_state().items()}
-    feeds = {**flow.feeds([flow.made_frame(seed + n) for n in range(batch)]), **state}
-    taken = {name for part in flow.plan.parts.values() for name in part.inputs.values()}
-    return {name: array for name, array in feeds.items() if name in taken}
-
-
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of arrays with their names and shapes, in hexadecimal."""
-    hashed = hashlib.sha256()
-    for name in sorted(arrays):
-        hashed.update(f"{name}{list(arrays[name].shape)}".encode())
-        hashed.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return hashed.hexdigest()
+    feeds = flow.first_feeds([flow.made_frame(seed + n) for n in range(batch)])
+    return {name: array for name, array in feeds.items() if name in flow.plan.part_inputs}
 
 
 def round_input(array: np.ndarray) -> np.ndarray:

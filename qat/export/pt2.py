@@ -162,7 +162,7 @@ def export_pt2(
     with state, atomic_directory(out) as folder, progress_bar("export", len(chosen)) as done:
         runners = torch_parts(detector)
         frame = flow.made_frame(seed, noise=True)
-        every = {**flow.feeds([frame]), **flow.initial_state(), **Pipeline(runners, flow.settings).forward(frame)}
+        every = {**flow.first_feeds([frame]), **Pipeline(runners, flow.settings).forward(frame)}
         for name in chosen:
             tensors = {**every, **{own: every[tensor] for own, tensor in plan.parts[name].inputs.items()}}
             done(len(manifest["parts"]), name)

@@ -19,10 +19,9 @@ import torch
 
 from qat.core.files import sha256
 from qat.core.sites import Runner, check_sites, runner_of, tile
-from qat.core.tensors import arrays_digest, compare_tensors
+from qat.core.tensors import compare_tensors, digest
 from qat.core.verification import (
     FILE,
-    digest,
     input_patch,
     judge,
     made_feeds,
@@ -36,10 +35,8 @@ from qat.export.bisect import diagnose
 from qat.export.flavour_tensorrt_strong import verify_strong
 from qat.export.lookups import constants
 from qat.export.sites import SiteReference, prepared
-from qat.families import family_named
 from qat.lean.modes import quantizers_off, recording_scales
-from qat.model.quantized import QuantizedModel
-from qat.model.runners import TorchPart, flow_for
+from qat.model.runners import TorchPart, flow_for, torch_ops
 from qat.plan import BATCH, Op
 
 __all__ = ["Verification", "compare_scales", "graph_scales", "verify_part"]
@@ -191,20 +188,15 @@ class Verification:
         self.flow = flow_for(detector)
         self.plan = self.flow.plan
         self.batch = batches[0]
-        network = detector.network if isinstance(detector, QuantizedModel) else detector
-        self.ops = family_named(network.family).ops(network)
-
-        def feeds(frames: Sequence[Any]) -> dict[str, Any]:
-            state = {name: np.repeat(x, len(frames), axis=0) for name, x in self.flow.initial_state().items()}
-            return {**self.flow.feeds(frames), **state}
+        self.ops = torch_ops(detector)
 
         def made(count: int) -> dict[str, Any]:
-            return feeds([self.flow.made_frame(seed + n) for n in range(count)])
+            return self.flow.first_feeds([self.flow.made_frame(seed + n) for n in range(count)])
 
         self.running = [_Running(f"made-up:{seed}", made(self.batch))]
         for frame in frames:
-            arrays = feeds([frame] * self.batch)
-            token = str(getattr(frame, "token", None) or arrays_digest(arrays))
+            arrays = self.flow.first_feeds([frame] * self.batch)
+            token = str(getattr(frame, "token", None) or digest(arrays))
             self.flow.check_frame(frame, token)
             self.running.append(_Running(token, arrays))
         self.kept = len(self.running)

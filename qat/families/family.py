@@ -55,6 +55,21 @@ class PartModule(nn.Module):
         return self.core(*inputs)
 
 
+def outputs_of(module: Any, result: Any) -> dict[str, Any]:
+    """What a part's forward returned, by its outputs' names."""
+    values = result if isinstance(result, tuple) else (result,)
+    return dict(zip(module.outputs, values, strict=True))
+
+
+def kept_flow(model: Any, family: Family) -> Flow:
+    """The host's side of a model, made anew only where its config is another than the last time."""
+    kept = model.__dict__.get("_flow")
+    if kept is None or kept[0] is not model.config:
+        kept = model.__dict__["_flow"] = (model.config, family.flow(model.config))
+    flow: Flow = kept[1]
+    return flow
+
+
 def own_path(path: str) -> str:
     """The path in the network, or in its graph, of a module of a part."""
     return path.partition(".")[2]
@@ -170,11 +185,14 @@ class Family(ABC):
         """The same with `draw(index, rng)`, frames as training sees them."""
         raise UserError("--augment: this family has no augmentation, expected --no-augment")
 
-    def check_training(self, config: Mapping[str, Any], source: str) -> None:
-        """Raises `UserError` where a config lacks what training reads."""
-        raise UserError(
+    def _no_training(self, source: str) -> UserError:
+        return UserError(
             f"{source}: the family {self.name} is not trained here, expected one that is; train it with its own tools"
         )
+
+    def check_training(self, config: Mapping[str, Any], source: str) -> None:
+        """Raises `UserError` where a config lacks what training reads."""
+        raise self._no_training(source)
 
     def train(
         self,
@@ -188,7 +206,7 @@ class Family(ABC):
         ema: bool,
     ) -> dict[str, Any] | None:
         """Trains the float network: writes out/model.pth, returns the metrics on `held_out`. options: `bevqat train`'s flags."""
-        raise NotImplementedError(self.name)
+        raise self._no_training("config")
 
     def losses(
         self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int

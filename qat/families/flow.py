@@ -12,7 +12,7 @@ import numpy as np
 
 from qat.boxes.detections import Detections
 from qat.core.errors import UserError
-from qat.core.tensors import arrays_digest
+from qat.core.tensors import digest
 from qat.plan import Plan, Runner, next_state
 
 
@@ -51,6 +51,11 @@ class Flow(ABC):
     @abstractmethod
     def feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
         """The plan's inputs for a batch of preprocessed frames, without the state's."""
+
+    def first_feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
+        """The plan's inputs for a batch of frames each of which begins a scene."""
+        state = {name: np.repeat(value, len(frames), axis=0) for name, value in self.initial_state().items()}
+        return {**self.feeds(frames), **state}
 
     @abstractmethod
     def prepare(self, *raw: Any) -> Any:
@@ -121,14 +126,14 @@ class Session:
         of all frames of the scene so far. A frame whose `scene` is another than the last one's begins a scene."""
         plan = self.flow.plan
         feeds = self.flow.feeds([frame])
-        digest = arrays_digest(feeds) if self.keyed else ""
+        name = digest(feeds) if self.keyed else ""
         if not plan.state:
-            return feeds, digest
+            return feeds, name
         scene = getattr(frame, "scene", None)
         if self._state is None or scene != self._scene:
             self._scene, self._state, self._key = scene, self.flow.initial_state(), ""
         if self.keyed:
-            self._key = hashlib.sha256(f"{self._key} {digest}".encode()).hexdigest()[:40]
+            self._key = hashlib.sha256(f"{self._key} {name}".encode()).hexdigest()[:40]
         return {**feeds, **self._state}, self._key
 
     def end(self, tensors: Mapping[str, Any]) -> None:

@@ -126,9 +126,38 @@ def open_model(
         quantized, network, report = load_foreign_file(path, checkpoint, family, settings, prefix)
         recipe = {"method": "imported", "float_layers": report["float_layers"], "merged": report["merged"]}
         return Model(family, network, quantized, recipe, path, ema)
-    network = family.build(settings)
+    return _float(family, settings, checkpoint, path, prefix, ema, finite)
+
+
+def _float(
+    family: Family,
+    config: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
+    path: Path,
+    prefix: str | None,
+    ema: bool,
+    finite: bool,
+) -> Model:
+    network = family.build(config)
     left_out = family.load_state(network, float_weights(checkpoint, path), str(path), prefix, finite)
     return Model(family, network.eval(), path=path, ema=ema, left_out=left_out)
+
+
+def load_float(
+    family: Family,
+    config: Mapping[str, Any],
+    path: str | Path,
+    prefix: str | None = None,
+    ema: bool = False,
+    finite: bool = True,
+) -> Model:
+    """The network of a checked config with a float checkpoint's weights; args and raises as `open_float`."""
+    checkpoint = load_checkpoint(path, ema)
+    if checkpoint.get("format") == PTQ_FORMAT:
+        raise UserError(
+            f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
+        )
+    return _float(family, config, checkpoint, Path(path), prefix, ema, finite)
 
 
 def open_float(
@@ -139,13 +168,4 @@ def open_float(
     Raises:
         UserError: as `open_model`; it is a quantized checkpoint.
     """
-    path = Path(path)
-    family, settings = read_config(config, prefix)
-    checkpoint = load_checkpoint(path, ema)
-    if checkpoint.get("format") == PTQ_FORMAT:
-        raise UserError(
-            f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
-        )
-    network = family.build(settings)
-    left_out = family.load_state(network, float_weights(checkpoint, path), str(path), prefix, finite)
-    return Model(family, network.eval(), path=path, ema=ema, left_out=left_out)
+    return load_float(*read_config(config, prefix), path, prefix, ema, finite)

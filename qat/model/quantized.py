@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from qat.core.errors import UserError
 from qat.families import family_named
-from qat.families.family import PartModule
+from qat.families.family import PartModule, kept_flow, outputs_of
 from qat.families.flow import Flow
 from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds
 from qat.lean.equalize import equalizable, equalize
@@ -44,7 +44,6 @@ class _Given(nn.Module):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
         self.result = [graph.graph.output_node().args[0]]
-        self.fixed = graph.meta.get(FIXED_BATCH)
 
     def forward(self, *inputs: Any) -> Any:
         batch = len(next(x for x in inputs if isinstance(x, torch.Tensor)))
@@ -94,9 +93,8 @@ class _Tracer:
             graph.meta[FIXED_BATCH] = len(next(x for x in examples if isinstance(x, torch.Tensor)))
         for batch, shapes in self.shapes.items():
             module = self._module(part.name, _Given(graph))
-            result = module(*self._inputs(part, batch))
-            values = result if isinstance(result, tuple) else (result,)
-            shapes.update((name, tuple(x.shape)) for name, x in zip(part.outputs, values, strict=True))
+            found = outputs_of(module, module(*self._inputs(part, batch)))
+            shapes.update((name, tuple(x.shape)) for name, x in found.items())
         return graph
 
     def least(self, part: Part, earlier: Mapping[str, fx.GraphModule]) -> dict[str, float]:
@@ -155,7 +153,6 @@ class QuantizedModel(nn.Module):
         self.config = network.config
         recipe = self.family.recipe(self.config)
         self._network = [network]  # no module of this one: its weights are not this model's
-        self._flow: tuple[Any, Flow] | None = None
         self.keep_float = tuple(recipe.keep_float if keep_float is None else keep_float)
         off = recipe.parts_off if parts_off is None else parts_off
         self.off_in = {name: tuple(flavours) for name, flavours in off.items()}
@@ -188,9 +185,7 @@ class QuantizedModel(nn.Module):
     @property
     def flow(self) -> Flow:
         """The host's side, of the config as it is now."""
-        if self._flow is None or self._flow[0] is not self.config:
-            self._flow = (self.config, self.family.flow(self.config))
-        return self._flow[1]
+        return kept_flow(self, self.family)
 
     @property
     def plan(self) -> Plan:

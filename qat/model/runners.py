@@ -11,45 +11,41 @@ import torch
 
 from qat.boxes.detections import Detections
 from qat.families import family_named
-from qat.families.family import Core, PartModule
+from qat.families.family import Core, Family, PartModule, kept_flow, outputs_of
 from qat.families.flow import Flow, Session
 from qat.model.quantized import QuantizedModel
-from qat.plan import Part, Plan, Runner, run
+from qat.plan import Runner, run
 
 Model = Any  # a family's float network, or a `QuantizedModel` of one
 
 
+def _whose(model: Model) -> tuple[Family, Any]:
+    """A model's family and its float network."""
+    if isinstance(model, QuantizedModel):
+        return model.family, model.network
+    return family_named(model.family), model
+
+
 def flow_for(model: Model) -> Flow:
     """The host's side of a model, made once for its config."""
-    if isinstance(model, QuantizedModel):
-        return model.flow
-    kept = model.__dict__.get("_flow")
-    if kept is None or kept[0] is not model.config:
-        kept = model.__dict__["_flow"] = (model.config, family_named(model.family).flow(model.config))
-    flow: Flow = kept[1]
-    return flow
+    return kept_flow(model, _whose(model)[0])
 
 
-def plan_for(model: Model) -> Plan:
-    """Its plan."""
-    return flow_for(model).plan
+def torch_ops(model: Model) -> dict[str, Runner]:
+    """A runner for each op of a model's plan on torch tensors."""
+    family, network = _whose(model)
+    return dict(family.ops(network))
 
 
 def part_modules(model: Model) -> dict[str, PartModule]:
     """The parts in their order, in eval mode."""
+    family, network = _whose(model)
+    cores: dict[str, Core]
     if isinstance(model, QuantizedModel):
-        family, network = model.family, model.network
-        cores: dict[str, Core] = {name: model.parts[part.scope] for name, part in model.plan.parts.items()}
+        cores = {name: model.parts[part.scope] for name, part in model.plan.parts.items()}
     else:
-        family, network = family_named(model.family), model
-        cores = {name: getattr(model, method) for name, method in family.traced(model).items()}
+        cores = {name: getattr(network, method) for name, method in family.traced(network).items()}
     return {name: part.eval() for name, part in family.parts(network, cores).items()}
-
-
-def outputs_of(module: PartModule, result: Any) -> dict[str, Any]:
-    """What a part's forward returned, by its outputs' names."""
-    values = result if isinstance(result, tuple) else (result,)
-    return dict(zip(module.outputs, values, strict=True))
 
 
 def torch_runners(
@@ -69,30 +65,23 @@ def torch_runners(
 
         return compute
 
-    quantized = isinstance(model, QuantizedModel)
-    ops = (model.family if quantized else family_named(model.family)).ops(model.network if quantized else model)
-    return {**{name: runner(module) for name, module in part_modules(model).items()}, **ops}
+    return {**{name: runner(module) for name, module in part_modules(model).items()}, **torch_ops(model)}
 
 
 def torch_feeds(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """A plan's inputs as torch tensors on the model's device; what no part takes stays numpy, for the ops."""
     device = next(model.parameters()).device
-    steps = plan_for(model).steps
-    taken = {name for step in steps if isinstance(step, Part) for name in step.inputs.values()}
+    taken = flow_for(model).plan.part_inputs
     return {
         name: torch.from_numpy(np.ascontiguousarray(array)).to(device) if name in taken else array
         for name, array in feeds.items()
     }
 
 
-def run_frame(model: Model, frame: Any, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Runs one frame through a model's whole plan: every tensor, in torch.
-
-    state: of a plan with state, what the frame is given; None at the beginning of a scene.
-    """
+def run_frame(model: Model, frame: Any) -> dict[str, Any]:
+    """Runs one frame, the first of a scene, through a model's whole plan: every tensor, in torch."""
     flow = flow_for(model)
-    feeds = {**flow.feeds([frame]), **(flow.initial_state() if state is None else state)}
-    return run(flow.plan, torch_runners(model), torch_feeds(model, feeds))
+    return run(flow.plan, torch_runners(model), torch_feeds(model, flow.first_feeds([frame])))
 
 
 def detect(model: Model, frames: Any, progress: Callable[[int], None] | None = None) -> dict[str, Detections]:
@@ -127,11 +116,8 @@ class TorchPart:
         device = next(self.wrapper.parameters()).device
         with torch.inference_mode():
             result = self.wrapper(*(torch.from_numpy(feeds[name]).to(device) for name in self.wrapper.inputs))
-        values = result if isinstance(result, tuple) else (result,)
-        return {
-            name: np.ascontiguousarray(value.cpu().numpy())
-            for name, value in zip(self.wrapper.outputs, values, strict=True)
-        }
+        found = outputs_of(self.wrapper, result)
+        return {name: np.ascontiguousarray(value.cpu().numpy()) for name, value in found.items()}
 
 
 def torch_parts(model: Model) -> dict[str, TorchPart]:

@@ -10,7 +10,6 @@ from onnx import TensorProto, helper
 
 from qat.calibrate import calibrate
 from qat.compare.health import _Watch, _WatchedPart, check_detector, check_parts, print_health
-from qat.families.bevfusion import family
 from qat.families.bevfusion.frames import random_frame
 from qat.families.bevfusion.settings import pipeline_settings
 from qat.lean.modes import quantizers
@@ -35,8 +34,12 @@ def test_the_first_layer_is_named_in_a_float_detector(tiny_model, tiny_frames, v
 
 
 def test_an_operation_between_layers_is_told_by_the_layer_after_it(tiny_model, tiny_frames, monkeypatch):
-    real = family.bev_pool
-    monkeypatch.setattr(family, "bev_pool", lambda *given: real(*given) * float("inf"))
+    real = type(tiny_model).pool
+
+    def spoilt(self, *args):
+        return real(self, *args) * float("inf")
+
+    monkeypatch.setattr(type(tiny_model), "pool", spoilt)
     first = check_detector(tiny_model, tiny_frames).first
     assert first.where == "the operations before encoders.camera.vtransform.downsample.0"
 

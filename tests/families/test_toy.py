@@ -201,6 +201,14 @@ def test_compare_benchmark_and_report_take_it(root, ptq, exported):
     assert all({"image", "gather", "mixer", "remember"} <= set(row["sections"]) for row in rows)
 
 
+def test_health_of_its_parts_reads_data_by_its_own_config(root, exported, capsys):
+    data = ["--data", str(root / "data"), "--split", "a"]
+    assert main(["health", str(exported["tensorrt"]), *data, "--config", str(root / "toy.yaml")]) == 0
+    capsys.readouterr()
+    assert main(["health", str(exported["tensorrt"]), *data]) == 2
+    assert "found parts of the family toy" in capsys.readouterr().err
+
+
 def test_an_unknown_family_is_one_line(root, tmp_path, capsys):
     (tmp_path / "other.yaml").write_text("family: nobody\nsize: [64, 96]\n")
     arguments = ["calibrate", "--config", str(tmp_path / "other.yaml"), "--ckpt", str(root / "toy.pth")]

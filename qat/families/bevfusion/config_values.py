@@ -196,21 +196,24 @@ _SHARES: Rule = (lambda value: several(number(0), 2)[0](value) and max(value) < 
 ANY: Rule = (lambda value: True, "anything")
 FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
 FALSE: Rule = (lambda value: value is False or value is None, "false: points and pictures are read without it")
-AS_IT_IS: Rule = (lambda value: value is False or value is None, "false: test data is not augmented")
+AS_IT_IS = worded(FALSE, "false: test data is not augmented")
 NOTHING: Rule = (lambda value: value is None, "null")
 BEAMS: Rule = (lambda value: value is None or (_is_number(value) and value >= 32), "32 or null: all beams are read")
 _XYZ: Rule = (
     lambda value: _is_whole(value, 3) or (isinstance(value, list | tuple) and list(value[:3]) == [0, 1, 2]),
     "3 or more, or a list that begins with 0, 1, 2: x, y and z",
 )
-_NONE_TURNED: Rule = (
-    lambda value: all(_is_number(v) and v == 0 for v in (value if isinstance(value, list | tuple) else [value])),
-    "0: test data is not augmented",
-)
-_NOT_SCALED: Rule = (
-    lambda value: all(_is_number(v) and v == 1 for v in (value if isinstance(value, list | tuple) else [value])),
-    "1: test data is not augmented",
-)
+
+
+def _only(wanted: float) -> Rule:
+    """This number, by itself or throughout a list: what an augmentation that changes nothing has."""
+
+    def accepts(value: Any) -> bool:
+        return all(_is_number(v) and v == wanted for v in (value if isinstance(value, list | tuple) else [value]))
+
+    return accepts, f"{wanted:g}: test data is not augmented"
+
+
 _POINTS: dict[str, Rule] = {
     "load_dim": whole(3, 100),
     "use_dim": _XYZ,
@@ -237,14 +240,14 @@ STEPS: dict[str, dict[str, Rule]] = {
             "one or two numbers above 0 and at most 16",
         ),
         "bot_pct_lim": _SHARES,
-        "rot_lim": _NONE_TURNED,
+        "rot_lim": _only(0),
         "rand_flip": FLAG,  # of training alone: is_train
         "is_train": AS_IT_IS,
     },
     "GlobalRotScaleTrans": {
-        "resize_lim": _NOT_SCALED,
-        "rot_lim": _NONE_TURNED,
-        "trans_lim": _NONE_TURNED,
+        "resize_lim": _only(1),
+        "rot_lim": _only(0),
+        "trans_lim": _only(0),
         "is_train": AS_IT_IS,
     },
     "PointsRangeFilter": {"point_cloud_range": RANGE},

@@ -21,7 +21,6 @@ from qat.families.bevfusion.config import (
 )
 from qat.families.bevfusion.detector import CameraBEVDetector, build_model
 from qat.families.bevfusion.distill import WEIGHTS, distillation_losses
-from qat.families.bevfusion.networks.bev_pool import bev_pool
 from qat.families.bevfusion.parts import (
     CameraBackbone,
     CameraBackboneWithoutDepth,
@@ -120,11 +119,8 @@ class BEVFusionFamily(Family):
             return {"pattern": network.patterns(*given.values())}
 
         def pooling(given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-            patterns = given["pattern"]
             context = given["camera_feature"].permute(0, 3, 1, 2)
-            count = len(context) // len(patterns)
-            samples = zip(given["camera_depth_weights"].split(count), context.split(count), patterns, strict=True)
-            return {"feat_in": torch.stack([bev_pool(d, c, own) for d, c, own in samples])}
+            return {"feat_in": network.pool(given["camera_depth_weights"], context, given["pattern"])}
 
         return {"pattern": pattern, "pooling": pooling}
 

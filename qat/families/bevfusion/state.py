@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.checkpoints.reading import float_weights, load_checkpoint
 from qat.checkpoints.weights import OUTER
 from qat.core.console import note
 from qat.core.errors import UserError
-from qat.families.bevfusion.detector import UNBUILDABLE, CameraBEVDetector, build_model
+from qat.families import family_named
+from qat.families.bevfusion.detector import UNBUILDABLE, CameraBEVDetector
+from qat.model.opening import load_float
 
 
 def _grouped(names: list[str], words: int = 3) -> str:
@@ -238,33 +239,17 @@ def load_state(
 def load_float_model(
     config: Mapping[str, Any], path: str | Path, finite: bool = True, ema: bool = False
 ) -> CameraBEVDetector:
-    """The detector of `config` with a float checkpoint's weights, in eval mode. finite: as for `load_state`; ema: as for
-    `load_checkpoint`."""
-    return _load_float(config, path, None, finite, ema)[0]
+    """The detector of `config` with a float checkpoint's weights, in eval mode (`qat.model.opening.load_float`)."""
+    found: CameraBEVDetector = load_float(family_named("bevfusion"), config, path, None, ema, finite).network
+    return found
 
 
-def load_float_branch(
-    config: Mapping[str, Any], path: str | Path, prefix: str, finite: bool = True, ema: bool = False
-) -> tuple[CameraBEVDetector, int]:
+def load_float_branch(config: Mapping[str, Any], path: str | Path, prefix: str) -> tuple[CameraBEVDetector, int]:
     """The camera branch alone out of a float checkpoint, in eval mode, and how many names of the file were left out.
 
     Args:
         config: the branch's (`qat.families.bevfusion.config.camera_branch`).
         prefix: where it lies in the file, as for `take_branch`.
-        finite: as for `load_state`.
-        ema: as for `load_checkpoint`.
     """
-    return _load_float(config, path, prefix, finite, ema)
-
-
-def _load_float(
-    config: Mapping[str, Any], path: str | Path, prefix: str | None, finite: bool, ema: bool
-) -> tuple[CameraBEVDetector, int]:
-    checkpoint = load_checkpoint(path, ema)
-    if checkpoint.get("format") == "bevqat-ptq":
-        raise UserError(
-            f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
-        )
-    model = build_model(config)
-    left_out = load_state(model, float_weights(checkpoint, path), str(path), prefix, finite)
-    return model.eval(), left_out
+    opened = load_float(family_named("bevfusion"), config, path, prefix)
+    return opened.network, opened.left_out
