@@ -94,8 +94,14 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def simplify(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+def simplify(
+    model: onnx.ModelProto, name: str, folded: str | None = None, norms: bool = False, compared: bool = True
+) -> onnx.ModelProto:
     """onnxsim with its own comparison of both graphs on random input, then the full ONNX check.
+
+    Args:
+        folded: the largest constant to compute ahead, such as "1MB"; None for any. norms: batch norms may be left.
+        compared: False where random inputs mean nothing (indices), and the caller compares on real ones.
 
     Raises:
         UserError: the simplified graph computes something else, or batch norms are left over.
@@ -103,14 +109,15 @@ def simplify(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     np.random.seed(0)  # onnxsim draws its inputs from numpy's global generator
     try:
         with _quiet():
-            simplified, same = onnxsim.simplify(model, check_n=1)
+            more = {} if folded is None else {"tensor_size_threshold": folded}
+            simplified, same = onnxsim.simplify(model, check_n=int(compared), **more)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         what = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{name}.onnx: onnxsim found {what[:200]!r}; please report it") from error
     if not same:
         raise UserError(f"{name}.onnx: onnxsim's check found another result after simplification; please report it")
     left = op_counts(simplified)["BatchNormalization"]
-    if left:
+    if left and not norms:
         raise UserError(f"{name}.onnx: found {left} BatchNormalization that no convolution takes in, expected none")
     _strip(simplified)
     onnx.checker.check_model(simplified, full_check=True)

@@ -1,0 +1,113 @@
+"""A config's model: with a checkpoint's weights, or with random ones."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qat.checkpoints.reading import load_checkpoint
+from qat.core.console import note
+from qat.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+CLASS_BIAS = -2.0  # of random weights: some scores pass the threshold, so that decoding and NMS have work
+_CLASS_LAYERS = ("conv_cls", "heatmap", "cls_conv", "conv_pred.conv_cls")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block mmengine logs no initialization of layers."""
+    names = ("mmengine", "current", "mmdet3d")
+    levels = {name: logging.getLogger(name).level for name in names}
+    kept = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(kept)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def build(config: Config) -> nn.Module:
+    """The network of a config, in eval mode.
+
+    Raises:
+        UserError: a module of it is unknown, or an argument does not fit.
+    """
+    from mmdet3d.registry import MODELS
+    from mmengine.config import ConfigDict
+    from mmengine.model import revert_sync_batchnorm
+
+    settings = ConfigDict(config.model.to_dict() if hasattr(config.model, "to_dict") else config.model)
+    settings["train_cfg"] = None
+    settings.pop("pretrained", None)
+    try:
+        with quiet():
+            model: nn.Module = revert_sync_batchnorm(MODELS.build(settings))
+    except Exception as error:  # mmengine wraps whatever a module raised
+        what = str(error).strip().splitlines()
+        raise UserError(
+            f"{config.source}: model: found {type(error).__name__}: {what[-1][:300] if what else ''}, expected a model that "
+            "mmdet3d 1.4 can build; fix the config, or install what it imports (custom_imports)"
+        ) from error
+    return model.eval()
+
+
+def draw(model: nn.Module, seed: int) -> None:
+    """Random weights, the same ones for a seed: mmdet3d's own initialization, and class biases of `CLASS_BIAS`."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if (own := getattr(module, "init_cfg", None)) and str(dict(own).get("type") if isinstance(own, dict) else "") == "Pretrained":
+            module.init_cfg = None  # nothing is downloaded
+    with quiet():
+        model.init_weights()  # type: ignore[operator]
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                module.reset_running_stats()
+    for name, module in model.named_modules():
+        last = module[-1] if isinstance(module, nn.Sequential) and len(module) else module
+        bias = getattr(last, "bias", None)
+        if name.endswith(_CLASS_LAYERS) and isinstance(bias, torch.Tensor):
+            nn.init.constant_(bias, CLASS_BIAS)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a checkpoint, read by this project's own reader, which runs nothing in it.
+
+    Raises:
+        UserError: it does not load, or is of another model.
+    """
+    checkpoint = load_checkpoint(path)
+    state: dict[str, Any] = checkpoint["state_dict"]
+    own = model.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    other = [name for name in own if name in state and tuple(state[name].shape) != tuple(own[name].shape)]
+    if missing or other:
+        name = (missing or other)[0]
+        found = f"no {name}" if missing else f"{name} of shape {list(state[name].shape)}"
+        more = f" ({len(missing)} missing, {len(other)} of other shapes)"
+        raise UserError(
+            f"{path}: found {found}{more}, expected the {type(model).__name__}'s {len(own)} tensors; name the checkpoint of this config"
+        )
+    model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+    release = str((checkpoint.get("meta") or {}).get("mmdet3d_version", ""))
+    if release.startswith("0."):
+        note(
+            f"{path}: trained with mmdet3d {release}: before 1.0 boxes were w, l, h with another yaw; its boxes come out turned "
+            "unless it was converted (tools/model_converters of mmdet3d)"
+        )
