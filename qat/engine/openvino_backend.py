@@ -48,9 +48,16 @@ def _core() -> ov.Core:
         return _only_core()
 
 
+def _name(port: Any) -> str:
+    """The name that the graph gives a port. An output has those of other tensors too where the plugin dropped what stood between
+    (a cast to its own type), and `get_any_name` may take one of these."""
+    own: str = port.get_node().get_friendly_name().removesuffix("/sink_port_0")
+    return own if own in port.get_names() else port.get_any_name()
+
+
 def _specs(ports: Any) -> dict[str, TensorSpec]:
     return {
-        port.get_any_name(): TensorSpec(
+        _name(port): TensorSpec(
             port.get_element_type().to_dtype().name,
             tuple(d.get_length() if d.is_static else None for d in port.get_partial_shape()),
         )

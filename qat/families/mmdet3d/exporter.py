@@ -28,7 +28,7 @@ from qat.families.mmdet3d.tracing import Flat, naming_failures, runnable, tracea
 from qat.families.mmdet3d.tree import Leaf, cloned, leaves
 
 FORMATS = ("pt2", "onnx")
-OPSETS = (13, 17, 18)  # tried in this order; the lowest that works is written
+OPSETS = (13, 17)  # of the TorchScript exporter: the second where the first lacks an operator
 DYNAMO_OPSET = 18  # the lowest that torch's newer exporter writes
 LEAST_DB = 60.0  # of every output, ONNX beside PyTorch: float32 in another order of sums, through a whole network
 SHARES = (1.0, 0.6, 0.15)  # of a file's points: the sizes that an export is verified on
@@ -168,7 +168,7 @@ class Export:
         self.failures: dict[str, str] = {}
         self.verification: dict[str, Any] = {}
         self.opset: int | None = None
-        self.attempts: list[dict[str, str]] = []
+        self.attempts: list[dict[str, Any]] = []
         self.outputs: list[Entry] = []
         self.references: list[Reference] = []
 
@@ -309,27 +309,20 @@ class Export:
         """
         last = ""
         for opset, dynamo in self._graphs():
-            how = f"opset {opset}" + (", torch's newer exporter" if dynamo else "")
+            if last and not dynamo and "opset" not in last:
+                continue  # a higher opset has nothing for it
             try:
                 if dynamo and self.program is None:
                     raise Stuck("torch.export could not follow the model")
                 file.write_bytes(self._onnx(opset, dynamo))
                 found = self._verify_onnx(file)
-            except Stuck as error:
+                last = found["worst"]
+                self.verification["onnx"], self.opset = found, opset
+            except (Stuck, UserError) as error:
                 last = str(error)
-                self.attempts.append({"how": how, "failed": last})
-                continue
-            except UserError as error:
-                last = str(error)
-                self.attempts.append({"how": how, "failed": last})
-                continue
-            self.verification["onnx"] = found
-            self.opset = opset
-            if found["passed"]:
-                self.attempts.append({"how": how, "failed": ""})
+            self.attempts.append({"opset": opset, "exporter": "torch.export" if dynamo else "TorchScript", "failed": last})
+            if not last:
                 return
-            last = found["worst"]
-            self.attempts.append({"how": how, "failed": last})
         if "onnx" not in self.verification:
             file.unlink(missing_ok=True)
         raise Stuck(last)

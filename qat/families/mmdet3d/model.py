@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +29,24 @@ _CLASS_LAYERS = ("conv_cls", "heatmap", "cls_conv", "conv_pred.conv_cls")
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the block mmengine logs no initialization of layers."""
-    names = ("mmengine", "current", "mmdet3d")
-    levels = {name: logging.getLogger(name).level for name in names}
-    kept = logging.root.manager.disable
+    """Inside the block nothing is printed or logged: mmengine lists every layer that it initializes, torch's exporter the whole
+    graph where it stops, and both partly from C++. Exceptions come through."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    disabled = logging.root.manager.disable
+    kept = {number: os.dup(number) for number in (1, 2)}
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with open(os.devnull, "w") as nowhere:
+            for number in kept:
+                os.dup2(nowhere.fileno(), number)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.disable(kept)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+        logging.disable(disabled)
 
 
 def build(config: Config) -> nn.Module:
