@@ -1,0 +1,1 @@
+"""What every mmdet3d model shares."""
