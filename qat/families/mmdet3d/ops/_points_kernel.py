@@ -59,13 +59,19 @@ def first_greatest(bits: np.ndarray) -> int:
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def balls(
-    centres: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, low: float, high: float, near: np.ndarray
+    centres: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    z: np.ndarray,
+    low: np.float32,
+    high: np.float32,
+    near: np.ndarray,
 ) -> None:
     """Writes into int32[M,S] the first S points whose squared distance d from each centre is 0 or has low ≤ d < high.
 
     Where there are fewer, the first is repeated; where there is none, 0 stands.
     """
-    above = max(np.int32(1), np.float32(high).view(np.int32))
+    above = max(np.int32(1), high.view(np.int32))
     total, most = len(x), near.shape[1]
     distances = np.empty(BLOCK, np.float32)
     bits = distances.view(np.int32)

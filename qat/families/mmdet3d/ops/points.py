@@ -44,7 +44,8 @@ def ball_query(
 
     low, high = squared_radii(min_radius, max_radius)
     near = np.zeros((len(centres), count), np.int32)
-    balls(_coordinates(centres), *_columns(points), low, high, near)
+    x, y, z = _columns(points)
+    balls(_coordinates(centres), x, y, z, low, high, near)
     return near
 
 

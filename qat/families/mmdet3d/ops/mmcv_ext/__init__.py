@@ -9,11 +9,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from qat.families.mmdet3d.ops.mmcv_ext import boxes, points, voxels
+from qat.families.mmdet3d.ops.mmcv_ext import assign_score, boxes, convolutions, points, rois, scatter, voxels
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     name: function
-    for module in (boxes, points, voxels)
+    for module in (assign_score, boxes, convolutions, points, rois, scatter, voxels)
     for name, function in inspect.getmembers(module, inspect.isfunction)
     if function.__module__ == module.__name__ and not name.startswith("_")
 }

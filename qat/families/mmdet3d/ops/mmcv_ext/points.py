@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from qat.families.mmdet3d.ops import points as host
-from qat.families.mmdet3d.ops.mmcv_ext.forms import plain
+from qat.families.mmdet3d.ops.mmcv_ext.forms import plain, untraced
 
 FAR = 1e10  # mmcv's greatest squared distance
 
@@ -20,7 +20,7 @@ FAR = 1e10  # mmcv's greatest squared distance
 
 
 def furthest_point_sampling_forward(
-    points_xyz: torch.Tensor, temp: torch.Tensor, output: torch.Tensor, b: int, n: int, m: int
+    points_xyz: torch.Tensor, temp: torch.Tensor, output: torch.Tensor, *, m: int, **sizes: int
 ) -> None:
     """Writes into int32[B,M] indices of points [B,N,3]. `temp` is not used."""
     if plain(points_xyz):
@@ -32,6 +32,24 @@ def furthest_point_sampling_forward(
         output.copy_(_sampling_scan(points_xyz, m))
     else:
         output.copy_(_sample(points_xyz, m))
+
+
+def furthest_point_sampling_with_dist_forward(
+    points_dist: torch.Tensor, temp: torch.Tensor, output: torch.Tensor, *, m: int, **sizes: int
+) -> None:
+    """The same by a table of distances [B,N,N]."""
+    if plain(points_dist):
+        for table, picked in zip(points_dist.detach(), output, strict=True):
+            picked.copy_(torch.from_numpy(host.furthest_point_sample_of_distances(table.numpy(), m)))
+        return
+    untraced("furthest_point_sampling_with_dist_forward")
+    nearest = points_dist.new_full(points_dist.shape[:2], FAR)
+    picked = [torch.zeros_like(nearest[:, 0], dtype=torch.int64)]
+    while len(picked) < m:
+        distance = torch.gather(points_dist, 1, picked[-1][:, None, None].expand(-1, 1, points_dist.shape[2]))[:, 0]
+        nearest = torch.where(distance < nearest, distance, nearest)
+        picked.append(nearest.argmax(-1))
+    output.copy_(torch.stack(picked, 1))
 
 
 def _sampling_scan(points: torch.Tensor, count: int) -> torch.Tensor:
@@ -99,12 +117,11 @@ def ball_query_forward(
     center_xyz: torch.Tensor,
     xyz: torch.Tensor,
     idx: torch.Tensor,
-    b: int,
-    n: int,
-    m: int,
+    *,
     min_radius: float,
     max_radius: float,
     nsample: int,
+    **sizes: int,
 ) -> None:
     """Writes into int32[B,M,nsample] the first points [B,N,3] in the ball (or shell) around each centre [B,M,3]."""
     if plain(center_xyz, xyz):
@@ -136,7 +153,7 @@ def _balls(
 
 
 def three_nn_forward(
-    target: torch.Tensor, source: torch.Tensor, dist2: torch.Tensor, idx: torch.Tensor, b: int, n: int, m: int
+    target: torch.Tensor, source: torch.Tensor, dist2: torch.Tensor, idx: torch.Tensor, **sizes: int
 ) -> None:
     """Writes squared distances [B,N,3] and indices int32[B,N,3] of the source's points [B,M,3] nearest to each target [B,N,3]."""
     _nearest(source, target, dist2, idx)
@@ -147,10 +164,7 @@ def knn_forward(
     center_xyz: torch.Tensor,
     idx: torch.Tensor,
     dist2: torch.Tensor,
-    b: int,
-    n: int,
-    m: int,
-    nsample: int,
+    **sizes: int,
 ) -> None:
     """Writes indices int32[B,M,nsample] and squared distances of the points [B,N,3] nearest to each centre [B,M,3]."""
     _nearest(xyz, center_xyz, dist2, idx)
@@ -181,15 +195,13 @@ def _squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 # Gathering and its gradients
 
 
-def gather_points_forward(
-    features: torch.Tensor, indices: torch.Tensor, output: torch.Tensor, b: int, c: int, n: int, npoints: int
-) -> None:
+def gather_points_forward(features: torch.Tensor, indices: torch.Tensor, output: torch.Tensor, **sizes: int) -> None:
     """Writes columns of features [B,C,N] into [B,C,M]; indices int[B,M]."""
     output.copy_(_taken(features, indices))
 
 
 def gather_points_backward(
-    grad_out: torch.Tensor, idx: torch.Tensor, grad_features: torch.Tensor, b: int, c: int, n: int, npoints: int
+    grad_out: torch.Tensor, idx: torch.Tensor, grad_features: torch.Tensor, **sizes: int
 ) -> None:
     """Adds gradients [B,C,M] to the columns [B,C,N] that were taken."""
     _returned(grad_features, idx, grad_out)
@@ -199,11 +211,7 @@ def group_points_forward(
     features: torch.Tensor,
     indices: torch.Tensor,
     output: torch.Tensor,
-    b: int,
-    c: int,
-    n: int,
-    npoints: int,
-    nsample: int,
+    **sizes: int,
 ) -> None:
     """Writes columns of features [B,C,N] into [B,C,M,S]; indices int[B,M,S]."""
     output.copy_(_taken(features, indices))
@@ -213,11 +221,7 @@ def group_points_backward(
     grad_out: torch.Tensor,
     idx: torch.Tensor,
     grad_features: torch.Tensor,
-    b: int,
-    c: int,
-    n: int,
-    npoints: int,
-    nsample: int,
+    **sizes: int,
 ) -> None:
     """Adds gradients [B,C,M,S] to the columns [B,C,N] that were taken."""
     _returned(grad_features, idx, grad_out)
@@ -228,10 +232,7 @@ def three_interpolate_forward(
     indices: torch.Tensor,
     weight: torch.Tensor,
     output: torch.Tensor,
-    b: int,
-    c: int,
-    m: int,
-    n: int,
+    **sizes: int,
 ) -> None:
     """Writes into [B,C,N] the sums of three columns of features [B,C,M]: indices int[B,N,3], weights [B,N,3]."""
     parts = _taken(features, indices) * weight[:, None]
@@ -243,10 +244,7 @@ def three_interpolate_backward(
     idx: torch.Tensor,
     weight: torch.Tensor,
     grad_features: torch.Tensor,
-    b: int,
-    c: int,
-    n: int,
-    m: int,
+    **sizes: int,
 ) -> None:
     """Adds gradients [B,C,N], weighted, to the columns [B,C,M] that were summed."""
     _returned(grad_features, idx, grad_out[..., None] * weight[:, None])

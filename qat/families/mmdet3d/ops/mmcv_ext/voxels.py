@@ -9,7 +9,7 @@ from qat.families.mmdet3d.ops.voxels import point_cells, voxelize
 
 
 def dynamic_voxelize_forward(
-    points: torch.Tensor, voxel_size: torch.Tensor, coors_range: torch.Tensor, coors: torch.Tensor, NDim: int = 3
+    points: torch.Tensor, voxel_size: torch.Tensor, coors_range: torch.Tensor, coors: torch.Tensor, **options: int
 ) -> None:
     """Writes each point's cell (z, y, x) into int32[N,3], −1 for points that lie in none."""
     untraced("dynamic_voxelize_forward")
@@ -24,14 +24,14 @@ def hard_voxelize_forward(
     coors: torch.Tensor,
     num_points_per_voxel: torch.Tensor,
     voxel_num: torch.Tensor,
+    *,
     max_points: int,
     max_voxels: int,
-    NDim: int = 3,
-    deterministic: bool = True,
+    **options: int,
 ) -> None:
     """Writes voxels [V,P,C], their cells int32[V,3] and points in each int32[V], and how many of the V rows there are.
 
-    Deterministic always.
+    Deterministic, whatever is asked for.
     """
     untraced("hard_voxelize_forward")
     cloud = points.detach().cpu().numpy()
