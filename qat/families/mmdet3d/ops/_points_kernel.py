@@ -71,7 +71,7 @@ def balls(
 
     Where there are fewer, the first is repeated; where there is none, 0 stands.
     """
-    above = max(np.int32(1), high.view(np.int32))
+    above = max(np.int32(1), np.float32(high).view(np.int32))
     total, most = len(x), near.shape[1]
     distances = np.empty(BLOCK, np.float32)
     bits = distances.view(np.int32)

@@ -139,8 +139,10 @@ def _convolved(
     rows, columns = weight.shape[2:]
     taps, (high, wide) = rows * columns, offset.shape[2:]
 
+    exact = torch.promote_types(input.dtype, torch.float32)  # half has no room for a position's fraction
+
     def steps(count: int, size: int) -> torch.Tensor:
-        return torch.arange(count, dtype=input.dtype, device=input.device) * size
+        return torch.arange(count, dtype=exact, device=input.device) * size
 
     tap_y, tap_x = steps(rows, dilation[0]).repeat_interleave(columns), steps(columns, dilation[1]).repeat(rows)
     from_y, from_x = steps(high, stride[0])[:, None] - padding[0], steps(wide, stride[1]) - padding[1]
@@ -148,11 +150,12 @@ def _convolved(
     y = shift[:, :, 0] + tap_y[:, None, None] + from_y
     x = shift[:, :, 1] + tap_x[:, None, None] + from_x
     samples = F.grid_sample(
-        input.reshape(batch * offset_groups, channels // offset_groups, height, width),
+        input.to(exact).reshape(batch * offset_groups, channels // offset_groups, height, width),
         torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1).flatten(1, 2),
         padding_mode="zeros",
         align_corners=False,
-    ).reshape(batch, offset_groups, channels // offset_groups, taps, high, wide)
+    )
+    samples = samples.to(input.dtype).reshape(batch, offset_groups, channels // offset_groups, taps, high, wide)
     if mask is not None:
         samples = samples * mask.reshape(batch, offset_groups, 1, taps, high, wide)
     samples = samples.reshape(batch, groups, channels // groups * taps, high * wide)
