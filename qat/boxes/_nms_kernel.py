@@ -1,4 +1,4 @@
-"""The compiled inner loop of rotated NMS. Imported on first use: importing numba takes half a second."""
+"""The compiled inner loops of NMS and of areas that rotated boxes share. Imported on first use: importing numba takes half a second."""
 
 from __future__ import annotations
 
@@ -74,5 +74,47 @@ def suppress(corners: np.ndarray, areas: np.ndarray, threshold: float, most: int
             common = intersection_area(corners[i], corners[j])
             union = areas[i] + areas[j] - common
             if union > 0 and common / union > threshold:
+                alive[j] = False
+    return keep[:kept]
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def intersection_areas(a: np.ndarray, b: np.ndarray, aligned: bool) -> np.ndarray:
+    """Areas common to rectangles float64[N,4,2] and float64[M,4,2]: float64[N,M], or of pairs in order, float64[N,1]."""
+    out = np.zeros((len(a), 1 if aligned else len(b)))
+    for i in range(len(a)):
+        for j in range(out.shape[1]):
+            other = b[i] if aligned else b[j]
+            # Twice the middles' distance against the sum of the diagonals: most pairs are far apart.
+            dx = a[i, 0, 0] + a[i, 2, 0] - other[0, 0] - other[2, 0]
+            dy = a[i, 0, 1] + a[i, 2, 1] - other[0, 1] - other[2, 1]
+            reach = np.hypot(a[i, 0, 0] - a[i, 2, 0], a[i, 0, 1] - a[i, 2, 1])
+            reach += np.hypot(other[0, 0] - other[2, 0], other[0, 1] - other[2, 1])
+            if dx * dx + dy * dy < reach * reach:
+                out[i, j] = intersection_area(a[i], other)
+    return out
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def suppress_upright(boxes: np.ndarray, threshold: float, offset: float) -> np.ndarray:
+    """`suppress` for upright boxes [K,4] of x1, y1, x2, y2, best first; `offset` is added to each width and height."""
+    total = len(boxes)
+    alive = np.ones(total, np.bool_)
+    keep = np.empty(total, np.int64)
+    kept = 0
+    for i in range(total):
+        if not alive[i]:
+            continue
+        keep[kept] = i
+        kept += 1
+        area = (boxes[i, 2] - boxes[i, 0] + offset) * (boxes[i, 3] - boxes[i, 1] + offset)
+        for j in range(i + 1, total):
+            if not alive[j]:
+                continue
+            width = min(boxes[i, 2], boxes[j, 2]) - max(boxes[i, 0], boxes[j, 0]) + offset
+            height = min(boxes[i, 3], boxes[j, 3]) - max(boxes[i, 1], boxes[j, 1]) + offset
+            common = width * height if width > 0 and height > 0 else width * 0
+            other = (boxes[j, 2] - boxes[j, 0] + offset) * (boxes[j, 3] - boxes[j, 1] + offset)
+            if common / (area + other - common) > threshold:
                 alive[j] = False
     return keep[:kept]
