@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 import qat
+from qat import families
 
 VERBS = {
     "demo": "calibrate, export, build, compare and report on example-data, on the CPU",
@@ -24,6 +25,7 @@ VERBS = {
     "health": "name the first layer that gives NaN or infinity, and quantizers that saturate",
     "export": "write a checkpoint's ONNX parts and their manifest",
     "export-camera": "the same as export, as it was called when cameras were all there was",
+    **{verb: summary for verb, (_, summary) in families.VERBS.items()},
     "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
     "compare": "run every backend and precision over the evaluation frames, beside FP32",
@@ -32,12 +34,18 @@ VERBS = {
     "completion": "print a script that completes verbs, flags, choices and files in a shell",
 }
 
-MODULES = {"export-camera": "export"}  # verbs whose module goes by another name
+# The modules of verbs that go by another name, and of those that a family has.
+MODULES = {"export-camera": "qat.cli.export", **{verb: module for verb, (module, _) in families.VERBS.items()}}
 REMOVED = {
     "--calibration-cache": "was removed with implicit INT8; leave it out: the exported graph has the scales as explicit QDQ, which "
     "trtexec --int8 and `bevqat build` read",
     "--no-roofline": "was removed with the roofline; leave it out: no peaks are measured",
 }
+
+
+def module_of(verb: str) -> str:
+    """The module that has a verb's flags and runs it."""
+    return MODULES.get(verb, f"qat.cli.{verb.replace('-', '_')}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -92,7 +100,7 @@ def make_parser(load: Collection[str] = tuple(VERBS)) -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if verb in load:
-            module = importlib.import_module(f"qat.cli.{MODULES.get(verb, verb).replace('-', '_')}")
+            module = importlib.import_module(module_of(verb))
             subparser.epilog = module.__doc__.split("\n\n", 1)[-1] if module.__doc__ else None
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)

@@ -26,6 +26,10 @@ GROUP = "bevqat.families"
 DEFAULT = "bevfusion"  # of manifests, checkpoints and configs that name none
 KEY = "family"
 _OWN = {DEFAULT: "qat.families.bevfusion"}
+# Verbs that one family has: the module that has its flags, and what it does.
+VERBS = {
+    "export-mmdet3d": ("qat.families.mmdet3d.verb", "write mmdet3d models as model.pt2, model.onnx and metadata.json"),
+}
 
 
 @cache

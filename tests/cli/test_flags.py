@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qat.cli.parser import MODULES, VERBS, make_parser
+from qat.cli.parser import VERBS, make_parser, module_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"qat/calibrate.py": "calibrate", "qat/finetune.py": "finetune", "qat/train.py": "train"}
@@ -79,7 +79,7 @@ def test_defaults_in_the_help_are_the_defaults(by_flag):
 
 def example_lines():
     for verb in VERBS:
-        module = (ROOT / "qat" / "cli" / f"{MODULES.get(verb, verb).replace('-', '_')}.py").read_text()
+        module = (ROOT / f"{module_of(verb).replace('.', '/')}.py").read_text()
         text = module.split('"""')[1]
         assert "\nexample:\n" in text, verb
         for line in text.splitlines():

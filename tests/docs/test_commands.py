@@ -23,7 +23,7 @@ import pytest
 from docs_pages import PYTHON, ROOT, SHELL, Command, blocks, commands, examples_of, kind_of, pages, read_arguments
 
 from qat.cli import BAD_USE, OK, VERBS, main
-from qat.cli.parser import MODULES
+from qat.cli.parser import module_of
 from qat.core.files import sha256
 
 # Flags behind the command's own, of which argparse takes the last.
@@ -243,7 +243,7 @@ def shell_of(page: Path) -> list[Command]:
 
 @functools.cache
 def help_of(verb: str) -> str:
-    text = importlib.import_module(f"qat.cli.{MODULES.get(verb, verb).replace('-', '_')}").__doc__ or ""
+    text = importlib.import_module(module_of(verb)).__doc__ or ""
     return re.split(r"\nexamples?:\n", text, maxsplit=1)[1]
 
 
@@ -254,7 +254,7 @@ def test_every_command_runs(checkout, monkeypatch, capsys):
     sources = [commands(EARLIER.strip(), "EARLIER"), *(shell_of(page) for page in pages())]
     for verb in VERBS:
         examples = examples_of(help_of(verb), f"bevqat {verb} --help")
-        assert any(MODULES.get(verb, verb) in command.words[:2] for command in examples)
+        assert any({verb, module_of(verb).rsplit(".", 1)[-1]} & set(command.words[:2]) for command in examples)
         sources.append(examples)
     failures = []
     for source in sources:
