@@ -7,11 +7,12 @@ of the box's middle plus half its height (see `Detections`); `dim` is log(width,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qat.boxes.conventions import OURS
 from qat.boxes.detections import Detections
 from qat.boxes.geometry import box_corners_bev
 
@@ -104,13 +105,22 @@ def _decode_task(maps: Mapping[str, np.ndarray], head: Mapping[str, Any]) -> tup
     return boxes[inside], score[inside], label[inside].astype(np.int64)
 
 
-def decode(maps: Sequence[Mapping[str, np.ndarray]], head: Mapping[str, Any]) -> Detections:
+Suppress = Callable[[np.ndarray, np.ndarray, float, int, int], np.ndarray]
+
+
+def decode(
+    maps: Sequence[Mapping[str, np.ndarray]],
+    head: Mapping[str, Any],
+    suppress: Suppress = rotated_nms,
+    convention: str = OURS,
+) -> Detections:
     """Boxes of one sample.
 
     Args:
         maps: a dict for each task: heatmap (logits) [1,classes,nx,ny], reg [1,2,…], height [1,1,…], dim [1,3,…],
             rot [1,2,…], vel [1,2,…].
         head: the config's `model.heads.object`.
+        suppress: rotated suppression as `rotated_nms`, of boxes in the head's own convention. convention: that one.
     """
     test = head["test_cfg"]
     tasks = head["tasks"]
@@ -127,7 +137,7 @@ def decode(maps: Sequence[Mapping[str, np.ndarray]], head: Mapping[str, Any]) ->
             scaled = boxes[sure].copy()
             scale = scales[task] if isinstance(scales, list) else [scales] * len(tasks[task])
             scaled[:, 3:5] *= np.asarray(scale, np.float32)[labels[sure]][:, None]
-            keep = sure[rotated_nms(scaled, scores[sure], test["nms_thr"], test["pre_max_size"], test["post_max_size"])]
+            keep = sure[suppress(scaled, scores[sure], test["nms_thr"], test["pre_max_size"], test["post_max_size"])]
             if limits := test.get("post_center_limit_range"):
                 low, high = np.asarray(limits[:3], np.float32), np.asarray(limits[3:], np.float32)
                 keep = keep[((boxes[keep, :3] >= low) & (boxes[keep, :3] <= high)).all(1)]
@@ -135,4 +145,4 @@ def decode(maps: Sequence[Mapping[str, np.ndarray]], head: Mapping[str, Any]) ->
         boxes[:, 2] -= boxes[:, 5] * 0.5
         results.append((boxes, scores, labels))
         first_label += len(tasks[task])
-    return Detections(*(np.concatenate(part) for part in zip(*results, strict=True)))
+    return Detections(*(np.concatenate(part) for part in zip(*results, strict=True)), convention=convention)

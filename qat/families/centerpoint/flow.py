@@ -1,0 +1,99 @@
+"""CenterPoint over pillars without torch: pillars, the scatter, boxes of heat maps.
+
+    points ─► (voxelize) ─► input_features ─► pts_voxel_encoder ─► pillar_features ─► (scatter) ─► spatial_features
+    spatial_features ─► pts_backbone_neck_head ─► heatmap, reg, height, dim, rot, vel
+
+The names and their order are those that Autoware's runtime loads; of several tasks they are `{map}_{task}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qat.boxes.centerhead import decode, maps_from_tensors
+from qat.boxes.detections import Detections
+from qat.boxes.overlap import nms_rotated
+from qat.core.checks import either, flag, listed, null, number, section, text
+from qat.families.mmdet3d.lidar import PillarFlow, pillar_plan, pillar_settings
+from qat.plan import Plan
+
+MAPS = ("heatmap", "reg", "height", "dim", "rot", "vel")
+CONVENTION = "mmdet3d"
+HOT = 0.1  # heat above which a cell is an object's
+_HEAD = section(
+    tasks=listed(listed(text, 1), 1),
+    maps=listed(text, 1),
+    channels=section(),
+    stride=number(1, 1024, whole=True),
+    norm_bbox=flag,
+    bbox_coder=section(
+        optional={"score_threshold": number(0, 1)},
+        max_num=number(1, 1e6, whole=True),
+        out_size_factor=number(1, 1024, whole=True),
+        voxel_size=listed(number(1e-3, 100), 2),
+        pc_range=listed(number(), 2),
+        post_center_range=listed(number(), 6, 6),
+    ),
+    test_cfg=section(
+        optional={
+            "min_radius": either(null, listed(number(0, 1e6), 1)),
+            "nms_thr": number(0, 1),
+            "pre_max_size": number(1, 1e9, whole=True),
+            "score_threshold": number(0, 1),
+        },
+        nms_type=text,
+        post_max_size=number(1, 1e9, whole=True),
+    ),
+)
+
+
+def names_of(tasks: int, maps: Sequence[str]) -> list[tuple[str, int, str]]:
+    """(tensor, task, map) of every output in order."""
+    return [(name if tasks == 1 else f"{name}_{task}", task, name) for task in range(tasks) for name in maps]
+
+
+def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, pre: int, post: int) -> np.ndarray:
+    """mmdet3d's `nms_bev` of float[K,≥7] boxes, whose yaw turns from x towards y: kept indices, best first."""
+    order = np.argsort(-scores, kind="stable")[:pre]
+    return order[nms_rotated(boxes[order][:, [0, 1, 3, 4, 6]], scores[order], threshold)][:post]
+
+
+class CenterPoint(PillarFlow):
+    """The host's side of a pillar CenterPoint."""
+
+    section = staticmethod(pillar_settings(head=_HEAD))
+    state_names = ("pts_voxel_encoder.", "pts_backbone.", "pts_neck.", "pts_bbox_head.")
+
+    @classmethod
+    def plan_of(cls, settings: Mapping[str, Any]) -> Plan:
+        """As `PillarFlow.plan_of`."""
+        head = settings["head"]
+        maps = {
+            tensor: len(head["tasks"][task]) if name == "heatmap" else head["channels"][name]
+            for tensor, task, name in names_of(len(head["tasks"]), head["maps"])
+        }
+        return pillar_plan(settings, maps, dict.fromkeys(maps, head["stride"]))
+
+    def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
+        """Boxes from the head's maps, whose rows are y."""
+        head = self.settings["head"]
+        several = {
+            f"{name}_{task}": tensors[tensor].swapaxes(2, 3) for tensor, task, name in names_of(len(head["tasks"]), head["maps"])
+        }
+        return decode(maps_from_tensors(several), head, suppress, CONVENTION)
+
+    def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Which values of the maps lie in a cell whose heat, of any class of the task, is over HOT."""
+        head, found = self.settings["head"], {}
+        names = names_of(len(head["tasks"]), head["maps"])
+        for tensor, task, _ in names:
+            heat = next(tensors[other] for other, same, name in names if same == task and name == "heatmap")
+            there = heat.max(axis=1, keepdims=True) > np.log(HOT / (1 - HOT))
+            found[tensor] = np.broadcast_to(there, tensors[tensor].shape)
+        return found
+
+
+FLOW = CenterPoint
