@@ -151,6 +151,71 @@ def record_of(nusc: NuScenes, table: str, token: str) -> dict[str, Any]:
     return found
 
 
+def _record_name(nusc: NuScenes, table: str, record: Mapping[str, Any]) -> str:
+    """A record, for messages."""
+    return f"{Path(nusc.dataroot) / nusc.version / table}.json: {record.get('token')}"
+
+
+def sensor_of(
+    nusc: NuScenes, sample: Mapping[str, Any], channel: str
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """A sensor's record in a keyframe, sensor2ego, ego2global, float64[4,4], and its intrinsics [3,3] (or an empty array).
+
+    Raises:
+        UserError: the keyframe has no such channel, or a table does not say what is needed.
+    """
+    if channel not in sample["data"]:
+        has = ", ".join(sorted(sample["data"]))
+        raise UserError(
+            f"{nusc.dataroot}: sample {sample['token']} has no {channel}, but {has}; the data set is incomplete, or "
+            "its cameras have other names: list them in the config's `cameras`"
+        )
+    record = nusc.get("sample_data", sample["data"][channel])
+    for key, kind in (("filename", str), ("calibrated_sensor_token", str), ("ego_pose_token", str)):
+        if not isinstance(record.get(key), kind):
+            raise UserError(f"{_record_name(nusc, 'sample_data', record)}: found no {key}, expected one; {FETCH}")
+    return record, *poses_of(nusc, record)
+
+
+def poses_of(nusc: NuScenes, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """sensor2ego, ego2global and intrinsics of a sensor's record, as `sensor_of`."""
+    calibrated = record_of(nusc, "calibrated_sensor", record["calibrated_sensor_token"])
+    pose = record_of(nusc, "ego_pose", record["ego_pose_token"])
+    where = _record_name(nusc, "calibrated_sensor", calibrated)
+    intrinsic = np.zeros(0)
+    if record.get("sensor_modality") == "camera":
+        intrinsic = numbers_of(calibrated, "camera_intrinsic", (3, 3), where)
+    return transform(calibrated, where), transform(pose, _record_name(nusc, "ego_pose", pose)), intrinsic
+
+
+def boxes_of(
+    nusc: NuScenes, sample: Mapping[str, Any], global2lidar: np.ndarray, classes: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    """Annotated objects of these classes in a keyframe: boxes float64[K,9] in the lidar's frame, in BEVFusion's convention (unknown
+    velocities 0), labels int64[K], and their records.
+
+    global2lidar: float64[4,4], to any frame whose z points up.
+    """
+    boxes, labels, records = [], [], []
+    rotation = global2lidar[:3, :3]
+    turn = np.arctan2(rotation[1, 0], rotation[0, 0])
+    for annotation_token in sample["anns"]:
+        annotation = record_of(nusc, "sample_annotation", annotation_token)
+        where = _record_name(nusc, "sample_annotation", annotation)
+        name = category_to_detection_name(annotation["category_name"])
+        if name not in classes:
+            continue
+        centre = rotation @ numbers_of(annotation, "translation", (3,), where) + global2lidar[:3, 3]
+        width, length, height = numbers_of(annotation, "size", (3,), where)
+        forward = Quaternion(rotation_of(annotation, where)).rotation_matrix[:, 0]
+        heading = np.arctan2(forward[1], forward[0]) + turn
+        velocity = rotation @ np.nan_to_num(nusc.box_velocity(annotation_token))
+        boxes.append([*centre, width, length, height, box_yaw(heading), *velocity[:2]])
+        labels.append(classes.index(name))
+        records.append(annotation)
+    return np.asarray(boxes, np.float64).reshape(-1, 9), np.asarray(labels, np.int64), records
+
+
 def check_annotated(dataset: NuScenesDataset) -> None:
     """Raises `UserError` where no keyframe has an annotated object of a class that the detector knows: nothing could be
     scored."""
@@ -237,35 +302,6 @@ class NuScenesDataset(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return (self.load(token) for token in self.tokens)
 
-    def _sensor(
-        self, sample: Mapping[str, Any], channel: str
-    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-        """The sensor's record, sensor2ego, ego2global, and its intrinsics (or an empty array)."""
-        if channel not in sample["data"]:
-            has = ", ".join(sorted(sample["data"]))
-            raise UserError(
-                f"{self.nusc.dataroot}: sample {sample['token']} has no {channel}, but {has}; the data set is incomplete, or "
-                "its cameras have other names: list them in the config's `cameras`"
-            )
-        record = self.nusc.get("sample_data", sample["data"][channel])
-        for key, kind in (("filename", str), ("calibrated_sensor_token", str), ("ego_pose_token", str)):
-            if not isinstance(record.get(key), kind):
-                raise UserError(f"{self._table('sample_data', record)}: found no {key}, expected one; {FETCH}")
-        return record, *self._poses(record)
-
-    def _table(self, name: str, record: Mapping[str, Any]) -> str:
-        """A record, for messages."""
-        return f"{Path(self.nusc.dataroot) / self.nusc.version / name}.json: {record.get('token')}"
-
-    def _poses(self, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        calibrated = record_of(self.nusc, "calibrated_sensor", record["calibrated_sensor_token"])
-        pose = record_of(self.nusc, "ego_pose", record["ego_pose_token"])
-        where = self._table("calibrated_sensor", calibrated)
-        intrinsic = np.zeros(0)
-        if record.get("sensor_modality") == "camera":
-            intrinsic = numbers_of(calibrated, "camera_intrinsic", (3, 3), where)
-        return transform(calibrated, where), transform(pose, self._table("ego_pose", pose)), intrinsic
-
     def load(self, token: str) -> Sample:
         """One keyframe by its token, as the network takes it."""
         return prepare(self.read(token), self.pipeline)
@@ -273,11 +309,11 @@ class NuScenesDataset(Sequence[Sample]):
     def read(self, token: str) -> Keyframe:
         """One keyframe by its token, before resizing, cropping and normalisation."""
         sample = self.nusc.get("sample", token)
-        lidar_record, lidar2ego, ego2global = self._sensor(sample, "LIDAR_TOP")[:3]
+        lidar_record, lidar2ego, ego2global = sensor_of(self.nusc, sample, "LIDAR_TOP")[:3]
         global2lidar = np.linalg.inv(ego2global @ lidar2ego)
         images, intrinsics, camera2lidar = [], [], []
         for name in self.cameras:
-            record, camera2ego, camera_ego2global, intrinsic = self._sensor(sample, name)
+            record, camera2ego, camera_ego2global, intrinsic = sensor_of(self.nusc, sample, name)
             path = data_path(self.nusc.dataroot, record["filename"], "sample_data.json")
             image = load_image(path)
             height, width = image.shape[:2]
@@ -336,35 +372,16 @@ class NuScenesDataset(Sequence[Sample]):
                 yield without_close(points)
         for record in earlier:
             cloud = without_close(self._read_points(record))
-            sensor2ego, ego2global, _ = self._poses(record)
+            sensor2ego, ego2global, _ = poses_of(self.nusc, record)
             move = (global2lidar @ ego2global @ sensor2ego).astype(np.float32)
             cloud[:, :3] = cloud[:, :3] @ move[:3, :3].T + move[:3, 3]
             cloud[:, 4] = (keyframe["timestamp"] - record["timestamp"]) / 1e6
             yield cloud
 
     def _boxes(self, sample: Mapping[str, Any], global2lidar: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        boxes, labels, counts = [], [], []
-        rotation = global2lidar[:3, :3]
-        turn = np.arctan2(rotation[1, 0], rotation[0, 0])
-        for annotation_token in sample["anns"]:
-            annotation = record_of(self.nusc, "sample_annotation", annotation_token)
-            where = self._table("sample_annotation", annotation)
-            name = category_to_detection_name(annotation["category_name"])
-            if name not in self.classes:
-                continue
-            centre = rotation @ numbers_of(annotation, "translation", (3,), where) + global2lidar[:3, 3]
-            width, length, height = numbers_of(annotation, "size", (3,), where)
-            forward = Quaternion(rotation_of(annotation, where)).rotation_matrix[:, 0]
-            heading = np.arctan2(forward[1], forward[0]) + turn
-            velocity = rotation @ np.nan_to_num(self.nusc.box_velocity(annotation_token))
-            boxes.append([*centre, width, length, height, box_yaw(heading), *velocity[:2]])
-            labels.append(self.classes.index(name))
-            counts.append(annotation["num_lidar_pts"])
-        return (
-            np.asarray(boxes, np.float32).reshape(-1, 9),
-            np.asarray(labels, np.int64),
-            np.asarray(counts, np.int64),
-        )
+        boxes, labels, records = boxes_of(self.nusc, sample, global2lidar, self.classes)
+        counts = np.asarray([record["num_lidar_pts"] for record in records], np.int64)
+        return boxes.astype(np.float32), labels, counts
 
 
 def images_digest(datasets: Sequence[NuScenesDataset]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from qat.families.mmdet3d.ops import points as host
-from qat.families.mmdet3d.ops.mmcv_ext.forms import plain, untraced
+from qat.families.mmdet3d.ops.mmcv_ext.forms import plain, traced, untraced
 
 FAR = 1e10  # mmcv's greatest squared distance
 
@@ -252,6 +252,11 @@ def three_interpolate_backward(
 
 def _taken(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Columns of [B,C,N] at int[B,…]: [B,C,…]."""
+    if traced():  # whole rows of [B·N,C]: OpenVINO takes 24 ms for 128 channels of 32,768 points where elements take it 80
+        start = torch.arange(features.shape[0], device=features.device) * features.shape[2]
+        rows = indices.long() + start.reshape(-1, *[1] * (indices.ndim - 1))
+        taken = features.transpose(1, 2).flatten(0, 1).index_select(0, rows.flatten())
+        return taken.unflatten(0, indices.shape).movedim(-1, 1)
     flat = indices.long().flatten(1)[:, None].expand(-1, features.shape[1], -1)
     return torch.gather(features, 2, flat).unflatten(2, indices.shape[1:])
 
