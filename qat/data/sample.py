@@ -56,10 +56,10 @@ class Sample(Keyframe):
 
 
 def camera_matrices(intrinsics: Sequence[np.ndarray], camera2lidar: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """N matrices [3,3] and N [4,4] → camera_intrinsics, camera2lidar and lidar2image, float32[N,4,4]."""
-    moved = np.stack(camera2lidar).astype(np.float64)
+    """N matrices [3,3] and N [4,4] → camera_intrinsics, camera2lidar and lidar2image, float32[N,4,4]. N may be 0."""
+    moved = np.asarray(camera2lidar, np.float64).reshape(-1, 4, 4)
     full = np.tile(np.eye(4), (len(moved), 1, 1))
-    full[:, :3, :3] = intrinsics
+    full[:, :3, :3] = np.asarray(intrinsics).reshape(-1, 3, 3)
     matrices = {"camera_intrinsics": full, "camera2lidar": moved, "lidar2image": full @ np.linalg.inv(moved)}
     return {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.core.errors import UserError
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 GROUP = "bevqat.families"
 DEFAULT = "bevfusion"  # of manifests, checkpoints and configs that name none
 KEY = "family"
-_OWN = {DEFAULT: "qat.families.bevfusion"}
+_OWN = {name: f"qat.families.{name}" for name in (DEFAULT, "pointpillars", "centerpoint")}
+# Configs in Python: the function that says which family has one.
+_PYTHON_CONFIGS = "qat.families.mmdet3d.config"
 # Verbs that one family has: the module that has its flags, and what it does.
 VERBS = {
     "export-mmdet3d": ("qat.families.mmdet3d.verb", "write mmdet3d models as model.pt2, model.onnx and metadata.json"),
@@ -73,6 +76,16 @@ def family_named(name: str) -> Family:
     """A family's PyTorch side."""
     found: Family = import_module(f"{packages()[name]}.family").FAMILY
     return found
+
+
+def of_python_config(path: Path) -> str:
+    """The name of the family of a config that is written in Python, as mmengine's are; it is run.
+
+    Raises:
+        UserError: it cannot be read, or describes a model that no family here has.
+    """
+    name: str = import_module(_PYTHON_CONFIGS).family_in(path)
+    return name
 
 
 def family_of(values: Mapping[str, Any], source: str) -> Family:

@@ -11,7 +11,7 @@ from qat.calibrate.checkpoint import FORMAT as PTQ_FORMAT
 from qat.calibrate.checkpoint import ptq_of, reference_of
 from qat.checkpoints.reading import float_weights, load_checkpoint
 from qat.core.errors import UserError
-from qat.families import DEFAULT, KEY, family_named, family_of
+from qat.families import DEFAULT, KEY, family_named, family_of, of_python_config
 from qat.families.family import Family
 
 if TYPE_CHECKING:
@@ -71,7 +71,10 @@ def read_config(path: str | Path, prefix: str | None = None) -> tuple[Family, di
 
 
 def _family_in(path: Path) -> str:
-    """The family that a YAML config names in a line of its own; the default where it names none."""
+    """The family that a YAML config names in a line of its own, the default where it names none; of a config in Python, the one that
+    has its model."""
+    if path.suffix == ".py":
+        return of_python_config(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):

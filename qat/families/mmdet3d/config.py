@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # What 0.x and 1.x say differently, or one of them alone.
 _DROPPED = {"3d", "head", "10class", "18class", "py"}
 _RENAMED = {"fp16": "amp"}
+_FAMILIES = {"Anchor3DHead": "pointpillars", "CenterHead": "centerpoint"}
 
 
 def shipped() -> Path | None:
@@ -93,3 +94,20 @@ def read(name: str | Path) -> Config:
         raise UserError(f"{path}: found {older}, expected one of mmdet3d 1.x; take the 1.x config of the same model")
     config.source = str(path)
     return config
+
+
+def family_in(path: str | Path) -> str:
+    """The family that has the model of a config.
+
+    Raises:
+        UserError: the config cannot be read, or no family has such a model.
+    """
+    model = read(path).model
+    head = (model.get("pts_bbox_head") or model.get("bbox_head") or {}).get("type")
+    encoder = (model.get("pts_voxel_encoder") or model.get("voxel_encoder") or {}).get("type")
+    if head in _FAMILIES and encoder == "PillarFeatureNet":
+        return _FAMILIES[head]
+    raise UserError(
+        f"{path}: model: found {model.type} with {encoder or 'no voxel encoder'} and {head or 'no head'}, expected PillarFeatureNet "
+        f"with {' or '.join(_FAMILIES)}; export it whole, with export-mmdet3d"
+    )

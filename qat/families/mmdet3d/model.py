@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,9 @@ def draw(model: nn.Module, seed: int) -> None:
         if (own := getattr(module, "init_cfg", None)) and str(dict(own).get("type") if isinstance(own, dict) else "") == "Pretrained":
             module.init_cfg = None  # nothing is downloaded
     with quiet():
-        model.init_weights()  # type: ignore[operator]
+        for module in [model] if hasattr(model, "init_weights") else model.children():
+            if hasattr(module, "init_weights"):
+                module.init_weights()  # type: ignore[operator]
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 module.reset_running_stats()
@@ -94,6 +96,31 @@ def draw(model: nn.Module, seed: int) -> None:
             nn.init.constant_(bias, CLASS_BIAS)
 
 
+def fitted(model: nn.Module, state: Mapping[str, Any], source: str, finite: bool = True) -> int:
+    """Loads a checkpoint's weights into a model; returns how many names were left out.
+
+    finite: False takes NaN and infinity, to look at what they do.
+
+    Raises:
+        UserError: they are another model's, or not finite.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    other = [name for name in own if name in state and tuple(state[name].shape) != tuple(own[name].shape)]
+    if missing or other:
+        name = (missing or other)[0]
+        found = f"no {name}" if missing else f"{name} of shape {list(state[name].shape)}"
+        raise UserError(
+            f"{source}: found {found} ({len(missing)} missing, {len(other)} of other shapes), expected the {len(own)} tensors of a "
+            f"{type(model).__name__}; name the checkpoint of this config"
+        )
+    taken = {name: state[name] for name in own if name in state}
+    if finite and (bad := next((n for n, value in taken.items() if not torch.isfinite(value.float()).all()), None)):
+        raise UserError(f"{source}: {bad}: found NaN or infinity, expected finite weights; `bevqat health` shows what they do")
+    model.load_state_dict(taken, strict=False)
+    return len(state) - len(taken)
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a checkpoint, read by this project's own reader, which runs nothing in it.
 
@@ -101,18 +128,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         UserError: it does not load, or is of another model.
     """
     checkpoint = load_checkpoint(path)
-    state: dict[str, Any] = checkpoint["state_dict"]
-    own = model.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    other = [name for name in own if name in state and tuple(state[name].shape) != tuple(own[name].shape)]
-    if missing or other:
-        name = (missing or other)[0]
-        found = f"no {name}" if missing else f"{name} of shape {list(state[name].shape)}"
-        more = f" ({len(missing)} missing, {len(other)} of other shapes)"
-        raise UserError(
-            f"{path}: found {found}{more}, expected the {type(model).__name__}'s {len(own)} tensors; name the checkpoint of this config"
-        )
-    model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+    fitted(model, checkpoint["state_dict"], str(path))
     release = str((checkpoint.get("meta") or {}).get("mmdet3d_version", ""))
     if release.startswith("0."):
         note(

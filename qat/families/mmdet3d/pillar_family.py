@@ -1,0 +1,223 @@
+"""What the families of pillar detectors share with the stages that run PyTorch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.core.errors import UserError
+from qat.families.family import Family, PartModule, Recipe
+from qat.families.mmdet3d.network import PillarNet, check_type
+from qat.families.mmdet3d.pillars import batch_of_pillars, grid_of
+from qat.lean.flavours import FLAVOURS
+
+KEYS = {"family", "source", "model", "classes", "load_dim", "columns", "sweeps"}
+SWEEPS = {"sweeps_num": "count", "pad_empty_sweeps": "pad_empty", "remove_close": "remove_close"}
+MADE_UP = 2  # clouds that random networks take their batch norms' statistics from
+
+
+def plain(value: Any) -> Any:
+    """mmengine's config values as Python's own."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(entry) for entry in value)
+    return value
+
+
+def _steps(steps: Any) -> list[Mapping[str, Any]]:
+    found = []
+    for step in steps or ():
+        found += [step, *_steps(step.get("transforms"))]
+    return found
+
+
+class PillarFamily(Family):
+    """Detectors of mmdet3d over pillars: `PillarFeatureNet`, `PointPillarsScatter`, SECOND, SECONDFPN. A subclass has the head."""
+
+    head_types: tuple[str, ...]
+    loss_weights = {"heads": 1.0}  # noqa: RUF012
+
+    @abstractmethod
+    def head_settings(self, head: Mapping[str, Any], model: Mapping[str, Any], stride: int) -> dict[str, Any]:
+        """The manifest's `head` section of an mmdet3d head's description."""
+
+    @abstractmethod
+    def output_names(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """The maps in the order in which mmdet3d's head returns them."""
+
+    def load_config(self, path: str | Path, prefix: str | None = None) -> dict[str, Any]:
+        """An mmdet3d config, which is Python, and is run."""
+        from qat.families.mmdet3d.config import read
+        from qat.families.mmdet3d.inputs import pipeline_of
+
+        if prefix is not None:
+            raise UserError(f"{path}: --prefix: found one, expected none: {self.name} has no branches; leave it out")
+        config = read(path)
+        dataset = config.test_dataloader.dataset
+        steps = _steps(pipeline_of(config))
+        kinds = {str(step.get("type", "")).split(".")[-1]: step for step in steps}
+        loads = kinds.get("LoadPointsFromFile", {})
+        use = loads.get("use_dim", loads.get("load_dim", 4))
+        used = list(range(use)) if isinstance(use, int) else list(use)
+        if used != list(range(len(used))):
+            raise UserError(f"{config.source}: use_dim: found {used}, expected the first columns of a point, in order")
+        sweeps = kinds.get("LoadPointsFromMultiSweeps", {})
+        names = (config.get("metainfo") or {}).get("classes") or config.get("class_names") or dataset.get("metainfo", {}).get("classes", ())
+        described = {
+            "family": self.name,
+            "source": str(Path(config.source).name),
+            "model": {key: value for key, value in plain(config.model.to_dict()).items() if key != "train_cfg"},
+            "classes": list(names),
+            "load_dim": int(loads.get("load_dim", 4)),
+            "columns": len(used),
+            "sweeps": {own: plain(sweeps[theirs]) for theirs, own in SWEEPS.items() if theirs in sweeps} if sweeps else {},
+        }
+        return self.check_config(described, config.source)
+
+    def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
+        """As `Family.check_config`."""
+        if not isinstance(config, Mapping) or not set(config) >= KEYS or not isinstance(config["model"], Mapping):
+            raise UserError(f"{source}: found no description of a {self.name}, expected the keys {', '.join(sorted(KEYS))}")
+        self.settings(config)
+        return dict(config)
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """As `Family.settings`."""
+        source, model = str(config["source"]), config["model"]
+        encoder = check_type(model, "voxel_encoder", ("PillarFeatureNet",), source)
+        check_type(model, "middle_encoder", ("PointPillarsScatter",), source)
+        backbone = check_type(model, "backbone", ("SECOND",), source)
+        neck = check_type(model, "neck", ("SECONDFPN",), source)
+        head = check_type(model, "bbox_head", self.head_types, source)
+        layer = (model.get("data_preprocessor") or {}).get("voxel_layer")
+        if not isinstance(layer, Mapping):
+            raise UserError(f"{source}: model: data_preprocessor: found no voxel_layer, expected the one of 1.x")
+        if str(model["data_preprocessor"].get("voxel_type", "hard")) != "hard":
+            raise UserError(f"{source}: model: data_preprocessor: voxel_type: found dynamic, expected hard; export it whole")
+        most = layer.get("max_voxels", 20000)
+        strides = [float(s) for s in backbone["layer_strides"]]
+        ups = [float(u) for u in neck["upsample_strides"]]
+        out = {prod(strides[: n + 1]) / up for n, up in enumerate(ups)}
+        if len(out) != 1 or (stride := out.pop()) != int(stride):
+            raise UserError(f"{source}: model: neck: upsample_strides: found {ups} over strides {strides}, expected one size of map")
+        channels = list(encoder.get("feat_channels", (64,)))
+        return {
+            "family": self.name,
+            "classes": list(config["classes"]),
+            "load_dim": int(config["load_dim"]),
+            "sweeps": dict(config["sweeps"]),
+            "channels": int(channels[-1]),
+            "voxel": {
+                "size": [float(v) for v in layer["voxel_size"]],
+                "range": [float(v) for v in layer["point_cloud_range"]],
+                "max_points": int(layer["max_num_points"]),
+                "max_voxels": int(most[1] if isinstance(most, list | tuple) else most),
+            },
+            "decoration": {
+                "columns": int(config["columns"]),
+                "cluster": bool(encoder.get("with_cluster_center", True)),
+                "centre": bool(encoder.get("with_voxel_center", True)),
+                "distance": bool(encoder.get("with_distance", False)),
+                "legacy": bool(encoder.get("legacy", True)),
+            },
+            "head": self.head_settings(head, model, int(stride)),
+        }
+
+    def build(self, config: Mapping[str, Any]) -> PillarNet:
+        """As `Family.build`."""
+        return PillarNet(config, self.name)
+
+    def random(self, config: Mapping[str, Any], seed: int) -> PillarNet:
+        """mmdet3d's own initial values, class biases that let boxes through, and batch norms with the statistics of made-up clouds."""
+        from qat.families.mmdet3d.model import draw
+
+        network = self.build(config)
+        draw(network, seed)
+        flow = self.flow(config)
+        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        kept = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = None
+            norm.train()
+        features, cells, _ = batch_of_pillars(flow.feeds([flow.made_frame(n) for n in range(MADE_UP)])["points"], flow.settings)
+        with torch.no_grad():
+            pillars = network.encode(torch.from_numpy(features))
+            network.detect(network.scatter(pillars, torch.from_numpy(cells), grid_of(flow.settings)))
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+        return network.eval()
+
+    def load_state(
+        self, network: Any, state: Mapping[str, Any], source: str, prefix: str | None = None, finite: bool = True
+    ) -> int:
+        """As `Family.load_state`."""
+        from qat.families.mmdet3d.model import fitted
+
+        return fitted(network, state, source, finite)
+
+    def traced(self, network: Any) -> dict[str, str]:
+        """As `Family.traced`."""
+        return {"pts_voxel_encoder": "encode", "pts_backbone_neck_head": "detect"}
+
+    def parts(self, network: Any, cores: Mapping[str, Any]) -> dict[str, PartModule]:
+        """As `Family.parts`."""
+        maps = self.output_names(self.settings(network.config))
+        names = {
+            "pts_voxel_encoder": (("input_features",), ("pillar_features",)),
+            "pts_backbone_neck_head": (("spatial_features",), maps),
+        }
+        return {name: PartModule(core, *names[name]) for name, core in cores.items()}
+
+    def ops(self, network: Any) -> Mapping[str, Any]:
+        """As `Family.ops`: voxels by numpy, the scatter in torch."""
+        settings = self.settings(network.config)
+        grid = grid_of(settings)
+
+        def voxelize(given: Mapping[str, Any]) -> dict[str, Any]:
+            device = next(network.parameters()).device
+            features, cells, _ = batch_of_pillars(given["points"], settings)
+            return {"input_features": torch.from_numpy(features).to(device), "coors": torch.from_numpy(cells).to(device)}
+
+        def scatter(given: Mapping[str, Any]) -> dict[str, Any]:
+            return {"spatial_features": network.scatter(given["pillar_features"], given["coors"], grid)}
+
+        return {"voxelize": voxelize, "scatter": scatter}
+
+    def recipe(self, config: Mapping[str, Any]) -> Recipe:
+        """The encoder stays float: its features are metres, intensities up to 255 and offsets of centimetres side by side, and it
+        is under a hundredth of the multiplications."""
+        return Recipe(
+            parts_off={"encoder": tuple(FLAVOURS)},
+            off_reason="metres, intensities and offsets of centimetres side by side, for under a hundredth of the multiplications",
+            method="mse",
+        )
+
+    def dataset(
+        self, root: Path, split: str, config: Mapping[str, Any], version: str | None = None, frames: int | None = None
+    ) -> Any:
+        """As `Family.dataset`: nuScenes-format keyframes, or .bin files."""
+        from qat.families.mmdet3d.frames import lidar_frames
+
+        return lidar_frames(root, split, self.settings(config), version, frames)
+
+    def losses(
+        self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int
+    ) -> dict[str, torch.Tensor]:
+        """The relative squared error of the head's maps."""
+        lost = [
+            (student[name] - teacher[name]).square().mean() / teacher[name].square().mean().clamp(min=1e-6)
+            for name in self.judged_names(teacher)
+        ]
+        return {"heads": torch.stack(lost).mean()}
+
+    def judged_names(self, tensors: Mapping[str, Any]) -> list[str]:
+        """The maps among a plan's tensors."""
+        other = {"points", "input_features", "coors", "pillar_features", "spatial_features"}
+        return [name for name in tensors if name not in other]
