@@ -28,6 +28,7 @@ from qat.lean.modes import qdq_tracing, quantizers_off, seven_bit_weights
 from qat.manifest import FILE
 from qat.model.runners import TorchPart, flow_for, torch_parts
 from qat.plan import BATCH, Plan
+from qat.runtime.axes import note_axes
 
 OPSET = OPSETS[0]
 SEED = 0  # of the made-up frame that every part is verified on
@@ -141,6 +142,7 @@ def _export(
             (folder / f"{name}.onnx").write_bytes(graph)
             has_qdq = counts["DequantizeLinear"] > 0
             takes, gives = tensor_specs(model)
+            note_axes(takes, verification.plan)
             precision = asked
             if asked == "int8" and not has_qdq:
                 precision = "fp16" if options.strong else "fp32"
