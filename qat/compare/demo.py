@@ -12,7 +12,7 @@ import numpy as np
 from qat.calibrate import load_ptq
 from qat.calibrate.job import calibrate_checkpoint
 from qat.calibrate.options import CalibrateOptions
-from qat.calibrate.sensitivity import WORST, measure_sensitivity, write_sensitivity
+from qat.calibrate.sensitivity import measure_sensitivity, write_sensitivity
 from qat.compare.rows import Sources
 from qat.compare.run import CACHE, CompareOptions, Comparison, compare
 from qat.core.errors import UserError
@@ -31,6 +31,7 @@ EXPORTS = (
 )
 
 
+HISTOGRAMS = 8  # of the most harmful units, as the command's default
 SENSITIVITY_FRAMES = 2  # enough to rank the units; each costs a pass through a part of the network for each of them
 
 
@@ -48,7 +49,7 @@ def _sensitivity(ptq: Path, data: Path, out: Path) -> None:
     dataset = quantized.family.dataset(data, "calib", quantized.config)
     few = np.linspace(0, len(dataset) - 1, min(SENSITIVITY_FRAMES, len(dataset))).round().astype(int)
     frames = [dataset[int(index)] for index in few]
-    found = measure_sensitivity(quantized, frames, out / CACHE, sha256(ptq), recipe=recipe, worst=WORST)
+    found = measure_sensitivity(quantized, frames, out / CACHE, sha256(ptq), recipe=recipe, worst=HISTOGRAMS)
     facts = {"name": data.resolve().name, "version": dataset.nusc.version, "split": dataset.split}
     write_sensitivity(out / "sensitivity.json", found, ptq, facts)
 
