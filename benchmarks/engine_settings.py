@@ -135,8 +135,11 @@ def report(rows: Sequence[Row], title: str) -> list[dict[str, Any]]:
 def shipped_part(folder: Path) -> Path:
     """camera-tiny's camera.backbone in FP32, exported."""
     from qat.export.checkpoint import export_checkpoint
+    from qat.export.options import ExportOptions
+    from qat.model.opening import Source
 
-    written, _ = export_checkpoint("model/camera-tiny/camera-tiny.pth", "fp32", str(folder / "onnx"), only=[PART])
+    source = Source("model/camera-tiny/camera-tiny.pth")
+    written, _ = export_checkpoint(source, ExportOptions("fp32", parts=[PART]), folder / "onnx")
     return written / f"{PART}.onnx"
 
 

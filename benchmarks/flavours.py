@@ -43,7 +43,7 @@ from qat.core.tensors import compare_tensors
 from qat.core.versions import versions
 from qat.data import Sample
 from qat.engine import Engine, Options, build
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.detector import CameraBEVDetector
 from qat.families.bevfusion.random_init import random_model
@@ -130,7 +130,7 @@ def make_graphs(job: Job, args: argparse.Namespace, folder: Path, say: Callable[
     for name, keep, precision, flavour in exports:
         say(f"export {name}")
         out = folder / str(len(graphs))
-        manifest = export_parts(job.quantized(keep), out, precision, flavour=flavour, only=[PART])
+        manifest = export_parts(job.quantized(keep), out, ExportOptions(precision, flavour=flavour, parts=[PART]))
         for output, figures in manifest["parts"][PART]["verification"].items():
             if not figures["passed"]:
                 say(f"{name}: {output} is out of tolerance: {figures['sqnr_db']:.1f} dB against PyTorch")

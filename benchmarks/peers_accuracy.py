@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qat.calibrate.job import calibrate_checkpoint
+from qat.calibrate.options import CalibrateOptions
 from qat.compare.accuracy import run_accuracy
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
@@ -46,11 +47,13 @@ from qat.engine import Options, build
 from qat.evaluate import difference, evaluate_detections, resample
 from qat.export import torch_parts
 from qat.export.checkpoint import export_checkpoint
+from qat.export.options import ExportOptions
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.state import load_float_model
 from qat.lean.flavours import DEFAULT
 from qat.lean.observe import counting_macs
 from qat.manifest import load_manifest
+from qat.model.opening import Source
 from qat.model.runners import run_frame
 from qat.runtime import Pipeline
 
@@ -225,7 +228,9 @@ class Job:
         self.calibration = NuScenesDataset(
             args.calib_data, args.calib_split, self.config, args.calib_version, args.calib_frames
         )
-        self.folder, _ = export_checkpoint(self.ckpt, "fp32", self.out / "onnx_fp32", self.config_file)
+        self.folder, _ = export_checkpoint(
+            Source(self.ckpt, self.config_file), ExportOptions("fp32"), self.out / "onnx_fp32"
+        )
         self.manifest = load_manifest(self.folder)
         self.settings: dict[str, Any] = self.manifest["pipeline"]
         frames = hashlib.sha256("".join(self.calibration.tokens).encode()).hexdigest()
@@ -290,19 +295,18 @@ def our_candidates(job: Job, ptq: Path | None) -> tuple[Row, list[Candidate]]:
     if ptq is None:
         ptq = job.out / "ours" / "ptq.pth"
         begin = time.perf_counter()
+        frames = job.calibration
         calibrate_checkpoint(
-            config=job.config_file,
-            checkpoint=job.ckpt,
-            data=Path(job.calibration.nusc.dataroot),
-            version=job.calibration.nusc.version,
-            split=job.calibration.split,
-            frames=len(job.calibration),
-            out=ptq,
+            Source(job.ckpt, job.config_file),
+            CalibrateOptions(Path(frames.nusc.dataroot), frames.split, frames.nusc.version, len(frames)),
+            ptq,
         )
         seconds = time.perf_counter() - begin
     folders = {}
     for flavour in ("openvino", "onnxruntime", DEFAULT):
-        folders[flavour], _ = export_checkpoint(ptq, "int8", job.out / "ours" / f"onnx_int8_{flavour}", flavour=flavour)
+        folders[flavour], _ = export_checkpoint(
+            Source(ptq), ExportOptions("int8", flavour), job.out / "ours" / f"onnx_int8_{flavour}"
+        )
     engines = ("openvino", "onnxruntime")
     sources = Sources(job.ckpt, ptq, [], [folders[backend] for backend in engines], job.config_file)
     rows, facts = load_rows(sources, engines, job.options)

@@ -47,7 +47,7 @@ from qat.core.errors import UserError
 from qat.core.files import write_json
 from qat.core.rounds import turned
 from qat.engine import Options
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.families.bevfusion.recipe import KEEP_FLOAT
 from qat.manifest import load_manifest
 
@@ -271,13 +271,13 @@ def end_to_end(config: Path, args: argparse.Namespace, folder: Path, say: Say) -
     job = load_job(argparse.Namespace(**{**vars(args), "config": config, "ckpt": ckpt}))
     network = job.quantized(KEEP_FLOAT)
     folders = [folder / "fp32"]
-    export_parts(network, folders[0], "fp32")
+    export_parts(network, folders[0], ExportOptions("fp32"))
     for flavour in args.backends:
         for suffix, parts in (("", ()), ("_vtransform", ("vtransform",))):
             if parts and "camera.vtransform" not in load_manifest(folders[0])["parts"]:
                 continue  # a view transform without convolutions behind the pooling
             folders.append(folder / f"int8{suffix}_{flavour}")
-            export_parts(network, folders[-1], "int8", flavour=flavour, parts_int8=parts)
+            export_parts(network, folders[-1], ExportOptions("int8", flavour=flavour, parts_int8=parts))
     say(f"{name}: measure")
     results = benchmark(
         BenchmarkOptions(

@@ -23,11 +23,25 @@ Runner = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Axis:
-    """Sizes of an axis that varies: the smallest, the usual and the largest."""
+    """Sizes of an axis that varies: the smallest, the usual and the largest (None: any).
+
+    The manifest notes them; an engine is built for the usual one and refuses what lies outside.
+    """
 
     least: int = 1
     usual: int = 1
     most: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.usual <= (self.usual if self.most is None else self.most):
+            raise ValueError(f"axis: found {self.least}, {self.usual}, {self.most}, expected 0 ≤ least ≤ usual ≤ most")
+
+    def holds(self, size: int) -> bool:
+        """Whether the axis may have this size."""
+        return self.least <= size and (self.most is None or size <= self.most)
+
+    def __str__(self) -> str:
+        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
 
 
 @dataclass(frozen=True)

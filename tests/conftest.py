@@ -312,8 +312,8 @@ def small_scene() -> dict:
 @pytest.fixture(scope="session")
 def exported_fp32(tmp_path_factory, make_detector):
     """Folder of the small detector's FP32 parts; copy it before changing anything in it."""
-    from qat.export import export_parts
+    from qat.export import ExportOptions, export_parts
 
     folder = tmp_path_factory.mktemp("exported") / "onnx_fp32"
-    export_parts(make_detector(_small()), folder, "fp32")
+    export_parts(make_detector(_small()), folder, ExportOptions("fp32"))
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,41 +10,24 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from qat.calibrate.budget import Budget, check_budget, draw_budget, keep_within_budget, print_budget
+from qat.calibrate.budget import Budget, draw_budget, keep_within_budget, print_budget
 from qat.calibrate.checkpoint import save_ptq
 from qat.calibrate.distributed import device, only_writers, place
+from qat.calibrate.options import BudgetOptions, CalibrateOptions
 from qat.calibrate.ptq import CalibrationReport, calibrate, int8_layers
-from qat.calibrate.sensitivity import Metric, measure_sensitivity
+from qat.calibrate.sensitivity import measure_sensitivity
 from qat.core.console import results_console
-from qat.core.errors import UserError
 from qat.core.files import atomic_set, sha256, write_json
 from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
 from qat.lean import Inventory
-from qat.lean.module import check_rules, float_rules
+from qat.lean.module import check_rules
 from qat.lean.placement import Kept
-from qat.model.opening import open_float, random_model
+from qat.model.opening import Model, Source, open_float
 from qat.model.quantized import QuantizedModel
 
 FEW_FRAMES = 8
-
-
-@dataclass(frozen=True)
-class BudgetOptions:
-    """What may be lost for INT8, and where that is measured.
-
-    drop: of mAP. data, version, split, frames: annotated keyframes, as for `NuScenesDataset`. metric: of such a data set,
-    what scores boxes by frame token. ranked_on: frames that the units' own damage is measured on.
-    """
-
-    drop: float
-    data: Path
-    split: str
-    metric: Callable[[Any], Metric]
-    version: str | None = None
-    frames: int | None = None
-    ranked_on: int = 4
 
 
 @dataclass
@@ -59,66 +41,28 @@ class CalibrationResult:
 
 
 @one_writer("out", lock=only_writers)
-def calibrate_checkpoint(
-    config: Path,
-    checkpoint: Path | None,
-    data: Path,
-    split: str,
-    out: Path,
-    version: str | None = None,
-    frames: int | None = None,
-    method: str = "auto",
-    percentile: float = 99.99,
-    by_layer: Sequence[tuple[str, str]] = (),
-    budget: BudgetOptions | None = None,
-    equalize: bool = True,
-    prefix: str | None = None,
-    seed: int = 0,
-    keep_float: Sequence[str] = (),
-    ema: bool = False,
-) -> CalibrationResult:
-    """Calibrates a float checkpoint over a split and writes the PTQ checkpoint to `out`.
+def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -> CalibrationResult:
+    """Calibrates a float network over a split and writes the PTQ checkpoint to `out`.
 
-    checkpoint: None for random weights drawn with `seed`, to measure latency and numerics with.
-    method: one of `qat.lean.METHODS`, or "auto": what serves each part best (the family's recipe). by_layer goes before it.
-    budget: leaves units float for it, and writes `<out>.budget.json` and `.budget.png` beside `out`.
-    prefix: takes the camera branch alone, which lies under it in the checkpoint ("encoders.camera" in a whole BEVFusion
-    model, "" in a state dict of the branch alone); of the config only that branch is looked at. None for the whole model.
-    keep_float: layers to leave float besides the family's own, as `PATTERN` or `PATTERN=reason`.
-    ema: takes the averaged weights that the checkpoint keeps beside the others.
+    With a budget, `<out>.budget.json` and `.budget.png` are written beside `out`.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
     Raises:
-        UserError: anything wrong with the files or their content.
+        UserError: anything wrong with the options, the files or their content.
     """
-    rules = float_rules(keep_float)
-    if not 50 < percentile <= 100:
-        raise UserError(f"--percentile: found {percentile}, expected above 50 and at most 100")
-    if budget is not None and place()[1] > 1:
-        raise UserError("--budget: found several processes, expected one; leave torchrun out")
-    if checkpoint is None:
-        if budget is not None:
-            raise UserError("--budget: found random weights, expected a trained detector's, whose mAP can fall")
-        if ema:
-            raise UserError("--ema: found with --init random, expected a checkpoint that has averaged weights")
-        opened = random_model(config, seed, prefix)
-    else:
-        opened = open_float(checkpoint, config, prefix, ema)
-    family, model, settings = opened.family, opened.network, opened.config
+    options.check(source)
+    opened = open_float(source)
+    family, model, settings, budget = opened.family, opened.network, opened.config, options.budget
     flow = family.flow(settings)
     if budget is not None:
         flow.need_boxes("--budget", "leave --budget out")
-    title, usual = method, family.recipe(settings)
+    usual, method, by_layer = family.recipe(settings), options.method, tuple(options.by_layer)
     if method == "auto":
         method, by_layer = usual.method, (*by_layer, *usual.by_layer)
-    branch: dict[str, object] = {}
-    if prefix is not None and checkpoint is not None:
-        branch = {"branch": {"prefix": prefix, "left_out": opened.left_out}}
     model.to(device())
-    dataset = family.dataset(data, split, settings, version, frames)
+    dataset = family.dataset(options.data, options.split, settings, options.version, options.frames)
     scored = None
     if budget is not None:  # opened before the work begins: what is wrong with it is reported at once
-        check_budget(budget.drop)
         scored = family.dataset(budget.data, budget.split, settings, budget.version, budget.frames)
         scored.check_annotated()
     rank, size = place()
@@ -131,49 +75,32 @@ def calibrate_checkpoint(
 
     own = dataset.share(rank, size, bool(flow.plan.state))
     with progress_bar("calibrating", len(own), show=rank == 0) as done:
+        rules = options.rules
         whole = QuantizedModel(model, (*rules, *usual.keep_float))
         layers = [path for inventory in whole.inventory.values() for path in inventory.quantized]
         check_rules(rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
-        quantized, report = calibrate(
-            whole,
-            (load(token) for token in own),
-            method,
-            percentile,
-            done,
-            by_layer,
-            equalize,
-        )
+        frames = (load(token) for token in own)
+        quantized, report = calibrate(whole, frames, method, options.percentile, done, by_layer, options.equalize)
+    origin = None if opened.path is None else sha256(opened.path)
     found = None
-    if budget is not None and scored is not None:
-        assert checkpoint is not None
-        found = _keep_within(budget, quantized, scored, out, sha256(checkpoint))
+    if budget is not None and scored is not None and origin is not None:
+        found = _keep_within(budget, quantized, scored, out, origin)
     quantized.cpu()
     model.cpu()
     if len(pictures) == 1:  # what is exported then knows what it was made for
         quantized.config = family.note_pictures(quantized.config, *pictures)
     report.int8 = int8_layers(quantized)
     recipe: dict[str, object] = {
-        "method": title,
+        "method": options.method,
         "default_method": method,
         "by_layer": [list(pair) for pair in by_layer],
-        "percentile": percentile if "percentile" in (method, *(other for _, other in by_layer)) else None,
+        "percentile": options.percentile if "percentile" in (method, *(other for _, other in by_layer)) else None,
         "equalized": sorted(quantized.equalized),
         "frames": report.frames,
-        "split": split,
-        "dataset": data.name,
+        "split": options.split,
+        "dataset": options.data.name,
         "frames_sha256": hashlib.sha256("".join(dataset.tokens).encode()).hexdigest(),
-        **(
-            {"random_weights": {"seed": seed}}
-            if checkpoint is None
-            else {
-                "float_checkpoint": {
-                    "file": checkpoint.name,
-                    "sha256": sha256(checkpoint),
-                    **({"ema": True} if ema else {}),
-                }
-            }
-        ),
-        **branch,
+        **_weights(source, opened, origin),
         "int8_share_of_macs": round(report.int8_share, 4),
         "unexcited": report.unexcited,
         "made": {"calibrate": made_by()},
@@ -188,6 +115,18 @@ def calibrate_checkpoint(
                 write_json(stage / curve[0].name, found.to_json())
                 draw_budget(found, stage / curve[1].name)
     return CalibrationResult(quantized, report, recipe, found)
+
+
+def _weights(source: Source, opened: Model, digest: str | None) -> dict[str, object]:
+    """What a recipe says about where the float weights came from. digest: the checkpoint's sha256."""
+    if opened.path is None:
+        return {"random_weights": {"seed": source.seed}}
+    found: dict[str, object] = {
+        "float_checkpoint": {"file": opened.path.name, "sha256": digest, **({"ema": True} if opened.ema else {})}
+    }
+    if source.prefix is not None:
+        found["branch"] = {"prefix": source.prefix, "left_out": opened.left_out}
+    return found
 
 
 def _keep_within(options: BudgetOptions, model: QuantizedModel, dataset: Any, out: Path, checkpoint: str) -> Budget:

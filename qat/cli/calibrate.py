@@ -85,9 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the PTQ checkpoint, prints what is INT8 and what is not."""
     from qat.calibrate.distributed import process_group
-    from qat.calibrate.job import BudgetOptions, calibrate_checkpoint, print_summary, summarize
+    from qat.calibrate.job import calibrate_checkpoint, print_summary, summarize
+    from qat.calibrate.options import BudgetOptions, CalibrateOptions
     from qat.core.errors import UserError
     from qat.evaluate import devkit_metric
+    from qat.model.opening import Source
 
     seed = init_seed(args)
     by_layer = []
@@ -107,25 +109,21 @@ def run(args: argparse.Namespace) -> int:
         for name in ("data", "version", "split", "frames"):
             if getattr(args, f"budget_{name}") is not None:
                 raise UserError(f"--budget-{name}: found without --budget, expected both, such as --budget 0.001")
+    source = Source(None if args.init else args.ckpt, args.config, args.prefix, args.ema, seed)
+    options = CalibrateOptions(
+        data=args.data,
+        split=args.split,
+        version=args.version,
+        frames=args.frames,
+        method=args.method,
+        percentile=args.percentile,
+        by_layer=by_layer,
+        budget=budget,
+        equalize=not args.no_equalize,
+        keep_float=args.keep_float,
+    )
     with process_group() as (rank, _):
-        result = calibrate_checkpoint(
-            config=args.config,
-            checkpoint=None if args.init else args.ckpt,
-            seed=seed,
-            data=args.data,
-            version=args.version,
-            split=args.split,
-            frames=args.frames,
-            method=args.method,
-            percentile=args.percentile,
-            out=args.out,
-            by_layer=by_layer,
-            budget=budget,
-            equalize=not args.no_equalize,
-            prefix=args.prefix,
-            keep_float=args.keep_float,
-            ema=args.ema,
-        )
+        result = calibrate_checkpoint(source, options, args.out)
     if rank == 0:
         print_summary(result)
         print(args.out)

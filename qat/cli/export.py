@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qat.cli import FAILED, OK
 from qat.cli.flags import (
@@ -34,7 +35,10 @@ from qat.cli.flags import (
     init_seed,
 )
 from qat.cli.json_output import add_json_flag, emit_json
-from qat.core.errors import UserError
+
+if TYPE_CHECKING:
+    from qat.export.options import ExportOptions
+    from qat.model.opening import Source
 
 SHOWN = 5  # diverging layers of a part
 
@@ -119,28 +123,24 @@ def run(args: argparse.Namespace) -> int:
     from qat.core.verification import what_is_wrong
     from qat.export.bisect import describe
     from qat.export.checkpoint import export_checkpoint
+    from qat.export.options import ExportOptions
+    from qat.model.opening import Source
 
-    seed = init_seed(args)
-    if args.format == "pt2":
-        return _programs(args, seed)
-    folder, manifest = export_checkpoint(
-        args.ckpt,
+    source = Source(args.ckpt, args.config, args.prefix, args.ema, init_seed(args))
+    options = ExportOptions(
         args.precision,
-        args.out,
-        args.config,
         args.flavour,
-        prefix=args.prefix,
-        ema=args.ema,
-        frames=verification_frames(args),
-        seed=seed,
-        opset=args.opset,
-        batch=args.batch,
-        dynamic_batch=args.dynamic_batch,
-        only=args.parts,
-        parts_int8=args.parts_int8,
-        reduce_range=args.reduce_range,
-        io=args.io,
+        args.opset,
+        args.batch,
+        args.dynamic_batch,
+        args.parts,
+        args.parts_int8,
+        args.reduce_range,
+        args.io,
     )
+    if args.format == "pt2":
+        return _programs(args, source, options)
+    folder, manifest = export_checkpoint(source, options, args.out, verification_frames(args))
     for part in manifest["parts"].values():
         size = (folder / part["file"]).stat().st_size / 1e6
         worst = min(part["verification"].items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])
@@ -174,26 +174,15 @@ def run(args: argparse.Namespace) -> int:
     return FAILED
 
 
-def _programs(args: argparse.Namespace, seed: int) -> int:
+def _programs(args: argparse.Namespace, source: Source, options: ExportOptions) -> int:
     """Writes torch.export programs, and prints whether they compute the same reloaded."""
     from qat.export.checkpoint import export_programs
+    from qat.export.options import only_for_graphs
 
-    given = {
-        "--flavour": args.flavour != "tensorrt",
-        "--opset": args.opset is not None,
-        "--batch": args.batch != 1,
-        "--dynamic-batch": args.dynamic_batch,
-        "--parts-int8": bool(args.parts_int8),
-        "--reduce-range": args.reduce_range,
-        "--io": args.io != "fp32",
-        **{f"--{name}": getattr(args, name) is not None for name in ("data", "version", "split", "frames")},
-    }
-    for flag, found in given.items():
-        if found:
-            raise UserError(f"{flag}: found with --format pt2, expected without: it is for ONNX graphs")
-    folder, manifest = export_programs(
-        args.ckpt, args.precision, args.out, args.config, args.prefix, seed, args.parts, args.ema
-    )
+    for name in ("data", "version", "split", "frames"):
+        if getattr(args, name) is not None:
+            raise only_for_graphs(f"--{name}")
+    folder, manifest = export_programs(source, options, args.out)
     for part in manifest["parts"].values():
         file = folder / part["file"]
         print(f"{file}: {manifest['precision']}, {file.stat().st_size / 1e6:.1f} MB")

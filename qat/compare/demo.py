@@ -11,14 +11,16 @@ import numpy as np
 
 from qat.calibrate import load_ptq
 from qat.calibrate.job import calibrate_checkpoint
-from qat.calibrate.sensitivity import WORST, measure_sensitivity, write_sensitivity
+from qat.calibrate.options import CalibrateOptions
+from qat.calibrate.sensitivity import measure_sensitivity, write_sensitivity
 from qat.compare.rows import Sources
 from qat.compare.run import CACHE, CompareOptions, Comparison, compare
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.locks import one_writer
 from qat.export.checkpoint import export_checkpoint
-from qat.model.opening import read_config
+from qat.export.options import ExportOptions
+from qat.model.opening import Source, read_config
 
 # folder name, precision, flavour: each CPU backend gets the form that it fuses
 EXPORTS = (
@@ -29,6 +31,7 @@ EXPORTS = (
 )
 
 
+HISTOGRAMS = 8  # of the most harmful units, as the command's default
 SENSITIVITY_FRAMES = 2  # enough to rank the units; each costs a pass through a part of the network for each of them
 
 
@@ -46,7 +49,7 @@ def _sensitivity(ptq: Path, data: Path, out: Path) -> None:
     dataset = quantized.family.dataset(data, "calib", quantized.config)
     few = np.linspace(0, len(dataset) - 1, min(SENSITIVITY_FRAMES, len(dataset))).round().astype(int)
     frames = [dataset[int(index)] for index in few]
-    found = measure_sensitivity(quantized, frames, out / CACHE, sha256(ptq), recipe=recipe, worst=WORST)
+    found = measure_sensitivity(quantized, frames, out / CACHE, sha256(ptq), recipe=recipe, worst=HISTOGRAMS)
     facts = {"name": data.resolve().name, "version": dataset.nusc.version, "split": dataset.split}
     write_sensitivity(out / "sensitivity.json", found, ptq, facts)
 
@@ -81,14 +84,14 @@ def demo(
         family.dataset(data, "eval", config, frames=frames)
     checkpoint, ptq = model / f"{model.name}.pth", out / "ptq.pth"
     step(f"calibrate {checkpoint} over the calibration frames of {data}")
-    calibrate_checkpoint(config=model / "config.yaml", checkpoint=checkpoint, data=data, split="calib", out=ptq)
+    calibrate_checkpoint(Source(checkpoint, model / "config.yaml"), CalibrateOptions(data, "calib"), ptq)
     step(f"sensitivity: each unit alone in INT8, over {SENSITIVITY_FRAMES} calibration frames")
     _sensitivity(ptq, data, out)
     folders, verified = {}, True
     for name, precision, flavour in EXPORTS:
         folders[name] = out / f"onnx_{name}"
         step(f"export {precision.upper()} parts, flavour {flavour}, to {folders[name]}")
-        _, manifest = export_checkpoint(ptq, precision, folders[name], flavour=flavour)
+        _, manifest = export_checkpoint(Source(ptq), ExportOptions(precision, flavour), folders[name])
         verified &= manifest["verification"]["passed"]
     step("build on every backend and compare over the evaluation keyframes")
     comparison = compare(

@@ -20,6 +20,7 @@ import numpy as np
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, sha256
 from qat.engine.tensorrt_options import TensorRtOptions
+from qat.plan import Axis
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ class Engine(ABC):
 
     inputs, outputs: tensor name to `TensorSpec`, in the graph's order.
     transfer_ms: of the latest run, copies between host and device; 0 where it computes in the host's memory.
+    limits: of inputs whose dimensions vary within known sizes, the place of each such dimension, its name and sizes; whoever reads
+        them in a manifest sets them (`qat.runtime.axes.limited`), for a graph alone does not say them.
     """
 
     transfer_ms: float = 0.0
@@ -189,6 +192,7 @@ class Engine(ABC):
         self.source = source
         self.precision = precision
         self.inputs = dict(inputs)
+        self.limits: dict[str, dict[int, tuple[str, Axis]]] = {}
         self.outputs = dict(outputs)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -217,6 +221,12 @@ class Engine(ABC):
             if not spec.accepts(array):
                 found = TensorSpec(array.dtype.name, array.shape)
                 raise UserError(f"{self.source}: input {name}: found {found}, expected {spec}")
+            for place, (label, axis) in self.limits.get(name, {}).items():
+                if not axis.holds(array.shape[place]):
+                    raise UserError(
+                        f"{self.source}: input {name}: found {array.shape[place]} along its axis {label}, expected {axis}, the "
+                        "sizes in manifest.json; export with other sizes of the axis in the family's plan"
+                    )
         return {name: np.ascontiguousarray(feeds[name]) for name in self.inputs}
 
     @abstractmethod
@@ -252,9 +262,14 @@ class Engine(ABC):
         """
 
     def example_feeds(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random inputs: standard normal floats, dimensions that vary taken as 1."""
+        """Random inputs: standard normal floats, dimensions that vary at their usual size, 1 where none is known."""
         random = np.random.default_rng(seed)
+        usual = {
+            name: {place: axis.usual for place, (_, axis) in places.items()} for name, places in self.limits.items()
+        }
         return {
-            name: random.standard_normal([n or 1 for n in spec.shape]).astype(spec.dtype)
+            name: random.standard_normal(
+                [n or usual.get(name, {}).get(place, 1) for place, n in enumerate(spec.shape)]
+            ).astype(spec.dtype)
             for name, spec in self.inputs.items()
         }

@@ -280,7 +280,9 @@ def _add_profile(tools: Tools, network: Any, config: Any, path: Path, options: T
     for name, shape in dynamic.items():
         axes = "x".join("?" if size < 0 else str(size) for size in shape)
         if name not in given:
-            raise UserError(f"{path}: input {name}: found {axes}, expected a profile for it (min, opt, max shapes)")
+            raise UserError(
+                f"{path}: input {name}: found {axes}, expected a profile for it: --profile {name}=MIN:OPT:MAX"
+            )
     for name, profile in given.items():
         shape = inputs[name]
         for wanted in (profile.min, profile.opt, profile.max):

@@ -21,18 +21,18 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from qat.checkpoints.reading import saving
-from qat.core.errors import UserError
 from qat.core.files import atomic_directory, sha256, write_json
 from qat.core.progress import progress_bar
 from qat.core.tensors import compare_tensors
-from qat.export.manifest_head import check_calibrated, manifest_head
+from qat.export.manifest_head import manifest_head
+from qat.export.options import ExportOptions, Origin
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import Quantizer
 from qat.manifest import FILE
 from qat.model.runners import flow_for, torch_parts
 from qat.runtime import Pipeline
 
-PRECISIONS = ("fp32", "int8")
+SEED = 0  # of the random frame that the parts are run on
 # What a trace records about where an operator came from: paths of this machine and classes of this package.
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -111,13 +111,8 @@ def _specs(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> dict[str, 
 def export_pt2(
     detector: Any,
     out: str | Path,
-    precision: str,
-    *,
-    checkpoint: str | Path | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    parts: Sequence[str] | None = None,
-    seed: int = 0,
-    ema: bool = False,
+    options: ExportOptions | None = None,
+    origin: Origin | None = None,
 ) -> dict[str, Any]:
     """Writes a detector's parts as .pt2 files with manifest.json into `out`, whole or not at all.
 
@@ -128,11 +123,9 @@ def export_pt2(
     Args:
         detector: a family's float network, or for INT8 a `qat.model.quantized.QuantizedModel`, on the CPU.
         out: the folder.
-        precision: "int8" with torch's fake-quantize operators where the detector's quantizers are on; "fp32" without.
-        checkpoint: where the weights came from; its name and sha256 go into the manifest. ema: whether they are its averaged ones.
-        recipe: how the quantizers were calibrated, for the manifest.
-        parts: which ones, by name; None for all.
-        seed: of the random frame that the parts are run on.
+        options: a precision, "int8" with torch's fake-quantize operators where the detector's quantizers are on, "fp32"
+            without; and parts. The others are for ONNX graphs.
+        origin: of the weights, for the manifest.
 
     Returns:
         the manifest, with format_of_parts "pt2" (`qat.manifest.load_manifest` reads it when told so). Its
@@ -140,28 +133,24 @@ def export_pt2(
         the same, to be looked at.
 
     Raises:
-        UserError: an unknown precision or part, or INT8 asked of a float detector.
+        UserError: an unknown precision or part, INT8 asked of a float detector, or an option that is for ONNX graphs.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)} for the pt2 format")
-    check_calibrated(detector, precision)
+    options = (options or ExportOptions()).settled_for_programs(detector)
+    precision = str(options.precision)
     flow = flow_for(detector)
     plan = flow.plan
-    for name in parts or ():
-        if name not in plan.parts:
-            raise UserError(f"parts: found {name!r}, expected some of {', '.join(plan.parts)}")
+    chosen = options.chosen(plan.parts)
     detector.eval()
     state: AbstractContextManager[None] = nullcontext() if precision == "int8" else quantizers_off(detector)
     manifest = {
-        **manifest_head(flow.settings, precision, checkpoint, recipe, ema),
+        **manifest_head(flow.settings, precision, origin or Origin()),
         "format_of_parts": "pt2",
         "types": "FP32 tensors" + (", rounded by torch's fake-quantize operators" if precision == "int8" else ""),
     }
     passed = True
-    chosen = [name for name in plan.parts if parts is None or name in parts]
     with state, atomic_directory(out) as folder, progress_bar("export", len(chosen)) as done:
         runners = torch_parts(detector)
-        frame = flow.made_frame(seed, noise=True)
+        frame = flow.made_frame(SEED, noise=True)
         every = {**flow.first_feeds([frame]), **Pipeline(runners, flow.settings).forward(frame)}
         for name in chosen:
             tensors = {**every, **{own: every[tensor] for own, tensor in plan.parts[name].inputs.items()}}
@@ -196,6 +185,6 @@ def export_pt2(
                 "operators": operators,
                 "verification": report,
             }
-        manifest["verification"] = {"runtime": "torch.export, reloaded", "seed": seed, "passed": passed}
+        manifest["verification"] = {"runtime": "torch.export, reloaded", "seed": SEED, "passed": passed}
         write_json(folder / FILE, manifest)
     return manifest

@@ -18,6 +18,35 @@ if TYPE_CHECKING:
     from qat.model.quantized import QuantizedModel
 
 
+@dataclass(frozen=True)
+class Source:
+    """Which network a stage opens.
+
+    checkpoint: its file; None for random weights of `config`, drawn with `seed`. config: of a checkpoint that is not ours; None
+    for the one inside it, else config.yaml beside it. prefix: takes the piece of a larger model that lies under it (of BEVFusion
+    the camera branch: "encoders.camera" in a whole model, "" in a state dict of the branch alone); of the config only that piece
+    is read. ema: the averaged weights that a float checkpoint keeps beside the others.
+    """
+
+    checkpoint: str | Path | None = None
+    config: str | Path | None = None
+    prefix: str | None = None
+    ema: bool = False
+    seed: int = 0
+
+    def checked_config(self) -> Path:
+        """The config of random weights.
+
+        Raises:
+            UserError: there is none, or averaged weights are asked for.
+        """
+        if self.config is None:
+            raise UserError("--init random: found no --config, expected the network's")
+        if self.ema:
+            raise UserError("--ema: found with --init random, expected a checkpoint that has averaged weights")
+        return Path(self.config)
+
+
 @dataclass
 class Model:
     """What a checkpoint holds.
@@ -154,21 +183,28 @@ def load_float(
     ema: bool = False,
     finite: bool = True,
 ) -> Model:
-    """The network of a checked config with a float checkpoint's weights; args and raises as `open_float`."""
+    """The network of a checked config with a float checkpoint's weights; args as `open_model`, raises as `open_float`."""
+    return _float(family, config, _read_float(path, ema), Path(path), prefix, ema, finite)
+
+
+def _read_float(path: str | Path, ema: bool) -> dict[str, Any]:
     checkpoint = load_checkpoint(path, ema)
     if checkpoint.get("format") == PTQ_FORMAT:
         raise UserError(
             f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
         )
-    return _float(family, config, checkpoint, Path(path), prefix, ema, finite)
+    return checkpoint
 
 
-def open_float(
-    path: str | Path, config: str | Path, prefix: str | None = None, ema: bool = False, finite: bool = True
-) -> Model:
-    """Opens a float checkpoint with the config of a file.
+def open_float(source: Source) -> Model:
+    """Opens a float network: a checkpoint's, or one with random weights.
 
     Raises:
         UserError: as `open_model`; it is a quantized checkpoint.
     """
-    return load_float(*read_config(config, prefix), path, prefix, ema, finite)
+    if source.checkpoint is None:
+        return random_model(source.checked_config(), source.seed, source.prefix)
+    path = Path(source.checkpoint)
+    checkpoint = _read_float(path, source.ema)
+    family, config = find_config(path, checkpoint, source.config, source.prefix)
+    return _float(family, config, checkpoint, path, source.prefix, source.ema, finite=True)

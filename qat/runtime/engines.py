@@ -29,6 +29,7 @@ from qat.engine import (
 )
 from qat.families import flow_of
 from qat.manifest import FILE, check_kind, load_manifest, pipeline_of
+from qat.runtime.axes import check_profiles, limited, options_of_part
 
 FORMAT_OF_PARTS = "engine"
 AGAIN = "run `bevqat build` again, on the machine that is to run it"
@@ -109,6 +110,14 @@ def check_tensors(part: Mapping[str, Any], engine: Engine, file: Path) -> None:
                 )
 
 
+def build_part(folder: Path, part: Mapping[str, Any], backend: str, precision: str, options: Options) -> Engine:
+    """Builds one part of an exported folder, for the sizes that its manifest notes; raises as `build` and `check_tensors`."""
+    file = folder / part["file"]
+    engine = build(file, backend, precision, options_of_part(part, options, folder / FILE))
+    check_tensors(part, engine, file)
+    return limited(engine, part, folder / FILE)
+
+
 def _check_out(out: Path, folder: Path) -> None:
     if out.resolve() == folder.resolve():
         raise UserError(f"{out}: found the folder of the ONNX parts itself, expected another: it would be replaced")
@@ -155,6 +164,7 @@ def build_engines(
         raise UserError(
             f"{folder}: bfloat16: found {manifest['precision']} parts for {backend}, expected int8 for openvino; leave it out"
         )
+    check_profiles(manifest, options, folder)
     out = Path(out) if out is not None else folder.parent / f"engines_{precision or manifest['precision']}_{backend}"
     version, suffix = find_backend(backend).version, ending(backend)
     device = identify(backend)
@@ -164,8 +174,7 @@ def build_engines(
         for name, part in manifest["parts"].items():
             progress(name)
             file = temporary / f"{name}{suffix}"
-            engine = build(folder / part["file"], backend, precisions[name], options)
-            check_tensors(part, engine, folder / part["file"])
+            engine = build_part(folder, part, backend, precisions[name], options)
             engine.save(file)
             parts[name] = {
                 **part,
@@ -296,7 +305,7 @@ def load_engines(
         raise UserError(f"{path}: built for {noted['device']}, found {other} here; {AGAIN}")
     options = run_options(noted, options, path)
     engines = {
-        part: load(folder / entry["file"], name, entry["built_for"], options)
+        part: limited(load(folder / entry["file"], name, entry["built_for"], options), entry, path)
         for part, entry in manifest["parts"].items()
     }
     return engines, manifest, options

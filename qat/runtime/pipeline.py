@@ -13,12 +13,13 @@ import numpy as np
 from qat.boxes.detections import Detections
 from qat.core.errors import UserError
 from qat.core.frame import Calibration, SampleTensors
-from qat.engine import BACKENDS, Options, build
+from qat.engine import BACKENDS, Options
 from qat.families import flow_of
 from qat.families.flow import Session
 from qat.manifest import load_manifest, pipeline_of
 from qat.plan import run
-from qat.runtime.engines import check_tensors, is_engines, load_engines, part_precisions
+from qat.runtime.axes import check_profiles
+from qat.runtime.engines import build_part, is_engines, load_engines, part_precisions
 
 __all__ = ["Calibration", "PartRunner", "Pipeline", "SampleTensors"]
 
@@ -92,12 +93,14 @@ class Pipeline:
             raise UserError(
                 f"{folder}: found ONNX parts, expected a backend for them too: one of {', '.join(BACKENDS)}"
             )
-        parts = {}
-        for name, wanted in part_precisions(folder, manifest, precision, backend).items():
-            part = manifest["parts"][name]
-            parts[name] = build(folder / part["file"], backend, wanted, options)
-            check_tensors(part, parts[name], folder / part["file"])
-        return cls(parts, manifest["pipeline"], options.threads if options else 0, str(folder))
+        options = options or Options()
+        precisions = part_precisions(folder, manifest, precision, backend)
+        check_profiles(manifest, options, folder)
+        parts = {
+            name: build_part(folder, manifest["parts"][name], backend, wanted, options)
+            for name, wanted in precisions.items()
+        }
+        return cls(parts, manifest["pipeline"], options.threads, str(folder))
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -23,6 +23,7 @@ from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
 from qat.families import flow_of
 from qat.manifest import FILE, load_manifest, pipeline_of
 from qat.manifest_schema import check_verification
+from qat.runtime.axes import check_profiles, options_of_part
 
 AS_IT_IS = "onnxruntime, optimizer off"
 SHOWN = 5  # lines of what is wrong with one part
@@ -195,6 +196,7 @@ def verify_folder(
     summary = Summary(folder, manifest, flow)
     tokens = list(manifest["verification"]["frames"])
     options = options or Options()
+    check_profiles(manifest, options, folder)
     report: dict[str, Any] = {}
     for name in names:
         progress(len(report), name)
@@ -208,7 +210,7 @@ def verify_folder(
             precision = part["precision"]
             if precision == "fp16" and (manifest["flavour"] != "tensorrt-strong" or backend in CPU_BACKENDS):
                 precision = "fp32"  # what FP32-typed graphs are compared in, and what a CPU has for those typed FP16
-            runner = _open(path, precision, backend, options)
+            runner = _open(path, precision, backend, options_of_part(part, options, folder / FILE))
             entry["problems"] += _tensors("input", part["inputs"], runner.inputs)
             entry["problems"] += _tensors("output", part["outputs"], runner.outputs)
             if not entry["problems"]:

@@ -10,7 +10,8 @@ from qat.calibrate import load_ptq
 from qat.calibrate.checkpoint import load_float_reference
 from qat.calibrate.finetune import FinetuneOptions, finetune
 from qat.calibrate.inspection import inspect_checkpoint
-from qat.calibrate.job import BudgetOptions, calibrate_checkpoint, print_summary
+from qat.calibrate.job import calibrate_checkpoint, print_summary
+from qat.calibrate.options import BudgetOptions, CalibrateOptions
 from qat.cli import main
 from qat.compare.health import check_detector
 from qat.compare.rows import Sources, load_rows
@@ -20,6 +21,7 @@ from qat.data.synth import SynthOptions, generate
 from qat.engine import Options
 from qat.families.bevfusion.config import is_camera_branch, load_config
 from qat.families.bevfusion.training.loop import TrainOptions, train
+from qat.model.opening import Source
 from qat.model.runners import run_frame
 
 
@@ -38,7 +40,7 @@ def ptq(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calibrated(fusion_files, data, ptq):
     """What nothing may change."""
-    return calibrate_checkpoint(**fusion_files, data=data, split="a", out=ptq, prefix="encoders.camera")
+    return calibrate_checkpoint(Source(**fusion_files, prefix="encoders.camera"), CalibrateOptions(data, "a"), ptq)
 
 
 def features(model, frame):
@@ -70,9 +72,8 @@ def test_the_branchs_ranges_are_those_of_the_whole_detector(
     """What lies behind the branch has no say in it."""
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(tiny_config))
     torch.save(make_tiny_model().state_dict(), tmp_path / "whole.pth")
-    whole = calibrate_checkpoint(
-        tmp_path / "whole.yaml", tmp_path / "whole.pth", data, split="a", out=tmp_path / "whole_ptq.pth"
-    )
+    source = Source(tmp_path / "whole.pth", tmp_path / "whole.yaml")
+    whole = calibrate_checkpoint(source, CalibrateOptions(data, "a"), tmp_path / "whole_ptq.pth")
     wanted = whole.model.amax()
     assert set(calibrated.model.amax()) == {n for n in wanted if n.startswith(("camera.", "vtransform."))}
     assert all(torch.equal(wanted[name], amax) for name, amax in calibrated.model.amax().items())
@@ -140,14 +141,9 @@ def test_what_needs_boxes_is_refused_in_one_line(calibrated, ptq, fusion_files, 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: --") and "no boxes" in line for line in lines)
     with pytest.raises(UserError, match="--budget: found a camera branch alone"):
-        calibrate_checkpoint(
-            **fusion_files,
-            data=data,
-            split="a",
-            out=tmp_path / "b.pth",
-            prefix="encoders.camera",
-            budget=BudgetOptions(0.001, data, "a", lambda _: pytest.fail("the metric was asked for")),
-        )
+        budget = BudgetOptions(0.001, data, "a", lambda _: pytest.fail("the metric was asked for"))
+        options = CalibrateOptions(data, "a", budget=budget)
+        calibrate_checkpoint(Source(**fusion_files, prefix="encoders.camera"), options, tmp_path / "b.pth")
     assert not (tmp_path / "b.pth").exists()
     with pytest.raises(UserError, match=r"ptq\.pth: found a camera branch alone"):
         load_rows(Sources(fusion_files["checkpoint"], path, [], []), ["onnxruntime"], Options())
@@ -158,5 +154,5 @@ def test_what_needs_boxes_is_refused_in_one_line(calibrated, ptq, fusion_files, 
 @pytest.mark.parametrize(("prefix", "message"), [("encoders.cam", "expected 'encoders.camera'"), (None, "--prefix")])
 def test_a_prefix_that_is_wrong_or_forgotten_is_told(fusion_files, data, tmp_path, prefix, message):
     with pytest.raises(UserError, match=message):
-        calibrate_checkpoint(**fusion_files, data=data, split="a", out=tmp_path / "p.pth", prefix=prefix)
+        calibrate_checkpoint(Source(**fusion_files, prefix=prefix), CalibrateOptions(data, "a"), tmp_path / "p.pth")
     assert not (tmp_path / "p.pth").exists()

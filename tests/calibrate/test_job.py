@@ -11,9 +11,11 @@ import yaml
 from qat.calibrate import calibrate, load_ptq
 from qat.calibrate.inspection import inspect_checkpoint
 from qat.calibrate.job import calibrate_checkpoint
+from qat.calibrate.options import CalibrateOptions
 from qat.cli import main
 from qat.core.errors import UserError
 from qat.data.synth import SynthOptions, generate
+from qat.model.opening import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +64,7 @@ def test_two_processes_end_with_the_ranges_of_one(files, data, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / "one.pth")
+        calibrate_checkpoint(Source(**files), CalibrateOptions(data, "a"), tmp_path / "one.pth")
     finally:
         torch.set_num_threads(threads)
     result = torchrun(files, data, tmp_path / "two.pth")
@@ -102,18 +104,17 @@ def test_a_pattern_or_method_that_fits_nothing_is_told(tiny_model, tiny_frames, 
 
 
 def test_methods_by_layer_are_kept_in_the_recipe(files, data, tmp_path):
-    calibrate_checkpoint(
-        **files, data=data, split="a", out=tmp_path / "m.pth", method="mse", by_layer=[("camera.*", "max")]
-    )
+    options = CalibrateOptions(data, "a", method="mse", by_layer=[("camera.*", "max")])
+    calibrate_checkpoint(Source(**files), options, tmp_path / "m.pth")
     assert load_ptq(tmp_path / "m.pth")[1]["by_layer"] == [["camera.*", "max"]]
 
 
 def test_auto_is_a_method_for_each_part(files, data, tmp_path):
     """What the user names goes before it."""
     for method in ("auto", "mse", "max"):
-        calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / f"{method}.pth", method=method)
+        calibrate_checkpoint(Source(**files), CalibrateOptions(data, "a", method=method), tmp_path / f"{method}.pth")
     asked = [("head.quant_x", "mse")]
-    calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / "asked.pth", by_layer=asked)
+    calibrate_checkpoint(Source(**files), CalibrateOptions(data, "a", by_layer=asked), tmp_path / "asked.pth")
     auto, mse, widest, named = (
         torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("auto", "mse", "max", "asked")
     )
@@ -154,5 +155,7 @@ def test_layers_kept_float_by_a_pattern_are_listed_with_its_reason_and_stay_so_i
 
 def test_a_pattern_that_fits_no_layer_is_one_line(files, data, tmp_path):
     with pytest.raises(UserError, match=r"keep-float nothing\.\*: no layer has such a path"):
-        calibrate_checkpoint(**files, data=data, split="a", out=tmp_path / "ptq.pth", keep_float=["nothing.*"])
+        calibrate_checkpoint(
+            Source(**files), CalibrateOptions(data, "a", keep_float=["nothing.*"]), tmp_path / "ptq.pth"
+        )
     assert not (tmp_path / "ptq.pth").exists()

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from qat.calibrate import calibrate, save_ptq
-from qat.calibrate import sensitivity as module
-from qat.calibrate.sensitivity import draw_sensitivity, measure_sensitivity
+from qat.calibrate.sensitivity import (
+    draw_sensitivity,
+    histograms,
+    load_sensitivity,
+    measure,
+    measure_sensitivity,
+    write_sensitivity,
+)
+from qat.calibrate.sensitivity.reasons import range_method
 from qat.cli import main
 from qat.core.errors import UserError
 from qat.core.files import sha256
@@ -105,7 +112,7 @@ def test_the_block_restores_what_was_on(quantized):
 
 def test_an_interrupted_run_goes_on_with_the_next_frame(quantized, tiny_frames, tmp_path, monkeypatch):
     whole = measure_sensitivity(quantized, tiny_frames, tmp_path / "whole", "k")
-    real, seen = module._one_frame, []
+    real, seen = measure._one_frame, []
 
     def cut(model, frame, *rest):
         seen.append(frame.token)
@@ -113,7 +120,7 @@ def test_an_interrupted_run_goes_on_with_the_next_frame(quantized, tiny_frames, 
             raise KeyboardInterrupt
         return real(model, frame, *rest)
 
-    monkeypatch.setattr(module, "_one_frame", cut)
+    monkeypatch.setattr(measure, "_one_frame", cut)
     with pytest.raises(KeyboardInterrupt):
         measure_sensitivity(quantized, tiny_frames, tmp_path / "cut", "k")
     again = measure_sensitivity(quantized, tiny_frames, tmp_path / "cut", "k")
@@ -190,8 +197,8 @@ def test_histograms_go_on_after_an_interruption_and_do_not_depend_on_the_order(
     quantized, tiny_frames, tmp_path, monkeypatch
 ):
     chosen = units(quantized)[:2]
-    whole = module.measure_histograms(quantized, tiny_frames, tmp_path / "whole", "k", chosen, {})
-    real, seen = module._see_inputs, []
+    whole = histograms.measure_histograms(quantized, tiny_frames, tmp_path / "whole", "k", chosen, {})
+    real, seen = histograms._see_inputs, []
 
     def cut(model, feeds, tallies):
         seen.append(next(frame.token for frame in tiny_frames if np.array_equal(frame.img, feeds["img"][0])))
@@ -199,10 +206,10 @@ def test_histograms_go_on_after_an_interruption_and_do_not_depend_on_the_order(
             raise KeyboardInterrupt
         return real(model, feeds, tallies)
 
-    monkeypatch.setattr(module, "_see_inputs", cut)
+    monkeypatch.setattr(histograms, "_see_inputs", cut)
     with pytest.raises(KeyboardInterrupt):
-        module.measure_histograms(quantized, tiny_frames, tmp_path / "cut", "k", chosen, {})
-    again = module.measure_histograms(quantized, tiny_frames[::-1], tmp_path / "cut", "k", chosen, {})
+        histograms.measure_histograms(quantized, tiny_frames, tmp_path / "cut", "k", chosen, {})
+    again = histograms.measure_histograms(quantized, tiny_frames[::-1], tmp_path / "cut", "k", chosen, {})
     assert seen == ["frame0", "frame1", "frame2", "frame1"]
     assert again == whole
 
@@ -237,23 +244,23 @@ def test_int8_and_what_stays_float_are_all_of_the_network(quantized, tiny_frames
     ],
 )
 def test_the_method_of_a_range_is_told_by_the_recipe(recipe, method):
-    assert module.range_method("camera.quant_a", recipe) == method
+    assert range_method("camera.quant_a", recipe) == method
 
 
 def test_a_sensitivity_of_another_checkpoint_is_refused(quantized, tiny_frames, tmp_path):
     checkpoint, file = tmp_path / "ptq.pth", tmp_path / "sensitivity.json"
     checkpoint.write_bytes(b"one")
     found = measure_sensitivity(quantized, tiny_frames[:1], tmp_path, "k")
-    module.write_sensitivity(file, found, checkpoint, {"name": "set", "version": "v", "split": "calib"})
-    read = module.load_sensitivity(file, checkpoint)
+    write_sensitivity(file, found, checkpoint, {"name": "set", "version": "v", "split": "calib"})
+    read = load_sensitivity(file, checkpoint)
     assert read["units"] == found.to_json()["units"] and read["versions"]["torch"] == torch.__version__
     checkpoint.write_bytes(b"two")
     with pytest.raises(UserError, match=r"sensitivity\.json: measured on a checkpoint with sha256 .* again$"):
-        module.load_sensitivity(file, checkpoint)
+        load_sensitivity(file, checkpoint)
     for change, message in (({"format": "other"}, "not a sensitivity"), ({"schema": 2}, "found schema 2, expected 1")):
         file.write_text(json.dumps({**read, **change}))
         with pytest.raises(UserError, match=message):
-            module.load_sensitivity(file, checkpoint)
+            load_sensitivity(file, checkpoint)
 
 
 def test_no_frames_is_an_error(quantized, tmp_path):

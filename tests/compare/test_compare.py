@@ -27,7 +27,9 @@ from qat.data.synth import SynthOptions, generate
 from qat.engine import Options
 from qat.export import torch_parts
 from qat.export.checkpoint import export_checkpoint
+from qat.export.options import ExportOptions
 from qat.lean.modes import quantizers
+from qat.model.opening import Source
 from qat.report import check_results
 from qat.runtime import Pipeline
 
@@ -202,7 +204,7 @@ def test_flavours_that_round_alike_share_a_detector_and_what_it_finds(
     demonstration, model: Path, tmp_path: Path
 ) -> None:
     out = demonstration[0]
-    export_checkpoint(out / "ptq.pth", "int8", tmp_path / "strong", flavour="tensorrt-strong")
+    export_checkpoint(Source(out / "ptq.pth"), ExportOptions("int8", "tensorrt-strong"), tmp_path / "strong")
     folders = [out / "onnx_int8", tmp_path / "strong", out / "onnx_int8_openvino"]
     tensorrt, strong, openvino = _simulated(model, out, int8=folders)
     assert tensorrt.pipeline is strong.pipeline and tensorrt.key == strong.key
@@ -218,7 +220,9 @@ def test_without_int8_folders_the_default_flavour_is_simulated(demonstration, mo
 
 def test_parts_that_the_folder_has_in_int8_are_simulated_so(demonstration, model: Path, tmp_path: Path) -> None:
     out = demonstration[0]
-    _, manifest = export_checkpoint(out / "ptq.pth", "int8", tmp_path / "more", parts_int8=["vtransform"])
+    _, manifest = export_checkpoint(
+        Source(out / "ptq.pth"), ExportOptions("int8", parts_int8=["vtransform"]), tmp_path / "more"
+    )
     assert manifest["parts"]["camera.vtransform"]["precision"] == "int8"
     usual, more = _simulated(model, out, int8=[out / "onnx_int8", tmp_path / "more"])
     assert usual.flavour == more.flavour == "tensorrt" and usual.key != more.key

@@ -103,7 +103,7 @@ FORMS = {
 @pytest.fixture(scope="session")
 def forms(tmp_path_factory, fresh_config, make_detector, small_cameras):
     """{form: folder} of exports of `PART` alone; nothing may change them."""
-    from qat.export import export_parts
+    from qat.export import ExportOptions, export_parts
     from qat.model.quantized import QuantizedModel
 
     detector = make_detector(fresh_config())
@@ -113,7 +113,7 @@ def forms(tmp_path_factory, fresh_config, make_detector, small_cameras):
     root = tmp_path_factory.mktemp("forms")
     for form, (precision, flavour) in FORMS.items():
         source = quantized if precision == "int8" else detector
-        export_parts(source, root / form, precision, flavour=flavour, only=[PART])
+        export_parts(source, root / form, ExportOptions(precision, flavour=flavour, parts=[PART]))
     return {form: root / form for form in FORMS}
 
 

@@ -13,7 +13,7 @@ from qat.compare.rows import Sources, load_rows
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.engine import Options
-from qat.export import export_parts, torch_parts
+from qat.export import ExportOptions, export_parts, torch_parts
 from qat.export.checkpoint import export_checkpoint
 from qat.families.bevfusion.config import CAMERAS, load_config
 from qat.families.bevfusion.detector import build_model
@@ -21,6 +21,7 @@ from qat.families.bevfusion.frames import random_frame
 from qat.families.bevfusion.settings import pipeline_settings
 from qat.families.bevfusion.state import load_float_branch
 from qat.manifest import load_manifest
+from qat.model.opening import Source
 from qat.model.runners import run_frame
 from qat.runtime import Calibration, Pipeline
 
@@ -48,7 +49,7 @@ def ptq(fusion_files, tiny_frames, tmp_path_factory):
 @pytest.fixture(scope="module")
 def int8(ptq):
     """Its INT8 parts and their manifest."""
-    return export_checkpoint(ptq)
+    return export_checkpoint(Source(ptq))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_int8_parts_of_a_branchs_checkpoint(int8):
 
 
 def test_the_onnxruntime_flavour_of_a_branch(ptq):
-    folder, manifest = export_checkpoint(ptq, flavour="onnxruntime")
+    folder, manifest = export_checkpoint(Source(ptq), ExportOptions(flavour="onnxruntime"))
     check_folder(folder, manifest, "int8")
 
 
@@ -110,7 +111,7 @@ def renamed(path):
 
 def test_fp32_parts_are_the_whole_detectors_byte_for_byte(fp32, tmp_path, make_tiny_model):
     check_folder(fp32, load_manifest(fp32), "fp32")
-    export_parts(make_tiny_model(), tmp_path / "whole", "fp32")
+    export_parts(make_tiny_model(), tmp_path / "whole", ExportOptions("fp32"))
     for name in PARTS:
         own, other = (renamed(folder / f"{name}.onnx") for folder in (fp32, tmp_path / "whole"))
         assert own == other, name
@@ -119,12 +120,12 @@ def test_fp32_parts_are_the_whole_detectors_byte_for_byte(fp32, tmp_path, make_t
 def test_the_config_inside_or_beside_a_float_checkpoint_serves_too(fusion_files, fusion_config, tmp_path):
     inside = tmp_path / "inside.pth"
     torch.save({**torch.load(fusion_files["checkpoint"], weights_only=True), "config": fusion_config}, inside)
-    export_checkpoint(inside, out=tmp_path / "a", prefix="encoders.camera")
+    export_checkpoint(Source(inside, prefix="encoders.camera"), out=tmp_path / "a")
     beside = tmp_path / "beside" / "bevfusion.pth"
     beside.parent.mkdir()
     shutil.copy(fusion_files["config"], beside.parent / "config.yaml")
     shutil.copy(fusion_files["checkpoint"], beside)
-    export_checkpoint(beside, out=tmp_path / "b", prefix="encoders.camera")
+    export_checkpoint(Source(beside, prefix="encoders.camera"), out=tmp_path / "b")
     one, two = (load_manifest(tmp_path / name)["parts"] for name in "ab")
     assert one == two
 
@@ -160,7 +161,7 @@ def test_a_branch_that_does_not_downsample_is_one_part(fusion_files, tmp_path):
     torch.manual_seed(0)
     branch = build_model(config).eval()
     assert list(torch_parts(branch)) == ["camera.backbone"]
-    manifest = export_parts(branch, tmp_path / "out", "fp32")
+    manifest = export_parts(branch, tmp_path / "out", ExportOptions("fp32"))
     assert list(manifest["parts"]) == ["camera.backbone"] and manifest["verification"]["passed"]
     assert list(manifest["parts"]["camera.backbone"]["inputs"]) == ["img"]
 
@@ -186,4 +187,4 @@ def test_settings_say_that_they_are_of_a_branch(fusion_files, tiny_config):
 
 def test_a_ptq_checkpoint_needs_no_prefix(ptq):
     with pytest.raises(UserError, match="leave --prefix out"):
-        export_checkpoint(ptq, prefix="encoders.camera")
+        export_checkpoint(Source(ptq, prefix="encoders.camera"))

@@ -10,7 +10,7 @@ from damage import KINDS, damage
 
 from qat.calibrate import calibrate
 from qat.data import NuScenesDataset
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.state import load_float_model
 
@@ -34,7 +34,7 @@ def tiny():
 def exported(request, tiny, tmp_path_factory):
     detector, frame = tiny
     folder = tmp_path_factory.mktemp("tiny") / request.param
-    manifest = export_parts(detector, folder, "int8", flavour=request.param, frames=[frame])
+    manifest = export_parts(detector, folder, ExportOptions("int8", flavour=request.param), frames=[frame])
     assert manifest["verification"]["passed"]
     assert (folder / "verification.npz").stat().st_size < 6e6
     return folder

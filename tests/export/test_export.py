@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qat.core.errors import UserError
-from qat.export import export_parts, torch_parts
+from qat.export import ExportOptions, Origin, export_parts, torch_parts
 from qat.families.bevfusion.settings import pipeline_settings
 from qat.manifest import load_manifest
 
@@ -54,7 +54,9 @@ def test_manifest_records_source_and_settings(tmp_path, small_config, small_came
     checkpoint = tmp_path / "mine" / "float.pth"
     checkpoint.parent.mkdir()
     checkpoint.write_bytes(b"weights")
-    export_parts(make_detector(small_config), tmp_path / "out", "fp16", checkpoint=checkpoint)
+    export_parts(
+        make_detector(small_config), tmp_path / "out", ExportOptions("fp16"), origin=Origin(checkpoint=checkpoint)
+    )
     manifest = load_manifest(tmp_path / "out")
     assert manifest["precision"] == "fp16" and "FP16 flag" in manifest["types"]
     # printf weights | sha256sum
@@ -73,7 +75,7 @@ def test_manifest_records_source_and_settings(tmp_path, small_config, small_came
 
 
 def test_the_same_detector_gives_the_same_bytes(tmp_path, exported_fp32, small_config, small_cameras, make_detector):
-    export_parts(make_detector(small_config), tmp_path / "again", "fp32")
+    export_parts(make_detector(small_config), tmp_path / "again", ExportOptions("fp32"))
     for file in exported_fp32.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
@@ -84,7 +86,7 @@ def test_lss_transform_has_no_depth_input_and_no_downsampling_no_vtransform(
     transform = small_config["model"]["encoders"]["camera"]["vtransform"]
     transform |= {"type": "LSSTransform", "downsample": 1}
     small_config["model"]["heads"]["object"]["bbox_coder"]["out_size_factor"] = 4
-    manifest = export_parts(make_detector(small_config), tmp_path / "out", "fp32")
+    manifest = export_parts(make_detector(small_config), tmp_path / "out", ExportOptions("fp32"))
     assert list(manifest["parts"]) == ["camera.backbone", "fuser", "head.bbox"]
     assert list(manifest["parts"]["camera.backbone"]["inputs"]) == ["img"]
     assert manifest["parts"]["fuser"]["inputs"]["camera"]["shape"] == [1, 10, 32, 24]
@@ -108,7 +110,7 @@ def test_deconvolutions_take_in_their_batch_norms(tmp_path, small_config, small_
             "use_conv_for_no_stride": True,
         },
     }
-    manifest = export_parts(make_detector(small_config), tmp_path / "out", "fp32")
+    manifest = export_parts(make_detector(small_config), tmp_path / "out", ExportOptions("fp32"))
     operators = manifest["parts"]["fuser"]["operators"]
     assert operators["ConvTranspose"] == 1 and "BatchNormalization" not in operators
     assert manifest["verification"]["passed"]
@@ -116,7 +118,7 @@ def test_deconvolutions_take_in_their_batch_norms(tmp_path, small_config, small_
 
 def test_a_float_detector_cannot_be_exported_to_int8(tmp_path, small_config, small_cameras, make_detector):
     with pytest.raises(UserError, match="found a float detector, expected a calibrated one; run calibrate first"):
-        export_parts(make_detector(small_config), tmp_path / "out", "int8")
+        export_parts(make_detector(small_config), tmp_path / "out", ExportOptions("int8"))
     assert not (tmp_path / "out").exists()
 
 
@@ -127,7 +129,7 @@ def test_a_failed_export_leaves_the_previous_folder(
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     monkeypatch.setattr("qat.export.verify.verify_part", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_parts(make_detector(small_config), tmp_path / "out", "fp16")
+        export_parts(make_detector(small_config), tmp_path / "out", ExportOptions("fp16"))
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -148,7 +150,7 @@ def test_verification_fails_on_a_graph_with_other_weights(
         return model
 
     monkeypatch.setattr(parts, "simplify", tampered)
-    manifest = export_parts(make_detector(small_config), tmp_path / "out", "fp32")
+    manifest = export_parts(make_detector(small_config), tmp_path / "out", ExportOptions("fp32"))
     assert not manifest["verification"]["passed"]
     assert not manifest["parts"]["fuser"]["verification"]["middle"]["passed"]
     assert manifest["parts"]["head.bbox"]["verification"]["heatmap_0"]["passed"]

@@ -11,7 +11,7 @@ import yaml
 from qat.calibrate import load_ptq, save_ptq
 from qat.cli import main
 from qat.core.errors import UserError
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.export.lookups import constants
 from qat.families.bevfusion.frames import random_frame
 from qat.manifest import load_manifest
@@ -130,7 +130,7 @@ def test_random_weights_export_without_a_checkpoint(tmp_path, tiny_config, capsy
 
 @pytest.mark.parametrize("flavour", ["onnxruntime", "openvino"])
 def test_cpu_flavours_have_products_of_integers_and_channels_last(tmp_path, quantized, small_cameras, flavour):
-    manifest = export_parts(quantized, tmp_path / "out", "int8", flavour=flavour)
+    manifest = export_parts(quantized, tmp_path / "out", ExportOptions("int8", flavour=flavour))
     assert manifest["verification"]["passed"]
     operators = manifest["parts"]["camera.backbone"]["operators"]
     # to the product's rows, and the depth weights back; around the depth map's first convolution, a product too

@@ -7,7 +7,7 @@ import pytest
 from onnx import numpy_helper
 
 from qat.core.errors import UserError
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.families.bevfusion.frames import random_frame
 from qat.lean.modes import quantizers
 from qat.manifest import load_manifest
@@ -23,15 +23,15 @@ def run(path, feeds):
 @pytest.mark.parametrize("opset", [16, 20])
 @pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
 def test_another_opset_is_written_and_verified(tmp_path, quantized, small_cameras, opset, flavour):
-    manifest = export_parts(quantized, tmp_path / "out", "int8", opset=opset, flavour=flavour)
+    manifest = export_parts(quantized, tmp_path / "out", ExportOptions("int8", opset=opset, flavour=flavour))
     assert manifest["verification"]["passed"] and manifest["opset"] == opset
     for part in manifest["parts"].values():
         assert onnx.load(tmp_path / "out" / part["file"]).opset_import[0].version == opset
 
 
 def test_a_batch_of_two_gives_what_two_runs_of_one_give(tmp_path, quantized, settings, small_cameras):
-    export_parts(quantized, tmp_path / "one", "int8")
-    manifest = export_parts(quantized, tmp_path / "two", "int8", batch=2)
+    export_parts(quantized, tmp_path / "one", ExportOptions("int8"))
+    manifest = export_parts(quantized, tmp_path / "two", ExportOptions("int8", batch=2))
     assert manifest["batch"] == 2 and manifest["verification"]["passed"]
     assert manifest["parts"]["camera.backbone"]["inputs"]["img"]["shape"] == [2, 3, 3, 64, 96]
     assert manifest["parts"]["fuser"]["outputs"]["middle"]["shape"][0] == 2
@@ -50,7 +50,7 @@ def test_a_batch_of_two_gives_what_two_runs_of_one_give(tmp_path, quantized, set
 @pytest.mark.parametrize("precision,flavour", [("fp32", "tensorrt"), ("int8", "tensorrt"), ("int8", "onnxruntime")])
 def test_a_dynamic_batch_runs_any_number_of_samples(tmp_path, quantized, settings, small_cameras, precision, flavour):
     out = tmp_path / "out"
-    manifest = export_parts(quantized, out, precision, flavour=flavour, dynamic_batch=True)
+    manifest = export_parts(quantized, out, ExportOptions(precision, flavour=flavour, dynamic_batch=True))
     assert manifest["batch"] is None
     assert manifest["verification"]["passed"]
     backbone = manifest["parts"]["camera.backbone"]
@@ -70,8 +70,8 @@ def test_a_dynamic_batch_runs_any_number_of_samples(tmp_path, quantized, setting
 def test_some_parts_alone_are_the_same_files(tmp_path, quantized, small_cameras):
     chosen = ["camera.vtransform", "fuser"]
     for flavour in ("tensorrt", "onnxruntime"):
-        export_parts(quantized, tmp_path / "all", "int8", flavour=flavour)
-        export_parts(quantized, tmp_path / "some", "int8", flavour=flavour, only=chosen)
+        export_parts(quantized, tmp_path / "all", ExportOptions("int8", flavour=flavour))
+        export_parts(quantized, tmp_path / "some", ExportOptions("int8", flavour=flavour, parts=chosen))
         assert list(load_manifest(tmp_path / "some")["parts"]) == chosen
         assert sorted(p.name for p in (tmp_path / "some").glob("*.onnx")) == [f"{n}.onnx" for n in chosen]
         for name in chosen:
@@ -84,7 +84,9 @@ def test_some_parts_alone_are_the_same_files(tmp_path, quantized, small_cameras)
 @pytest.mark.parametrize("flavour", ["tensorrt", "onnxruntime"])
 def test_the_vtransform_is_int8_where_asked_for(tmp_path, quantized, small_cameras, flavour):
     before = {name: q._disabled for name, q in quantizers(quantized).items()}
-    manifest = export_parts(quantized, tmp_path / "out", "int8", flavour=flavour, parts_int8=["vtransform"])
+    manifest = export_parts(
+        quantized, tmp_path / "out", ExportOptions("int8", flavour=flavour, parts_int8=["vtransform"])
+    )
     part = manifest["parts"]["camera.vtransform"]
     assert part["precision"] == "int8" and part["verification"]["feat_out"]["passed"] and part["scales"]["passed"]
     model = onnx.load(tmp_path / "out" / "camera.vtransform.onnx")
@@ -99,7 +101,9 @@ def test_the_vtransform_is_int8_where_asked_for(tmp_path, quantized, small_camer
 
 def test_reduced_range_keeps_weights_to_seven_bits(tmp_path, quantized, small_cameras):
     ranges = {name: q.range.clone() for name, q in quantizers(quantized).items()}
-    manifest = export_parts(quantized, tmp_path / "out", "int8", flavour="onnxruntime", reduce_range=True)
+    manifest = export_parts(
+        quantized, tmp_path / "out", ExportOptions("int8", flavour="onnxruntime", reduce_range=True)
+    )
     assert manifest["reduce_range"] and manifest["verification"]["passed"]
     largest = 0
     for part in manifest["parts"].values():
@@ -116,12 +120,12 @@ def test_reduced_range_keeps_weights_to_seven_bits(tmp_path, quantized, small_ca
     [
         ({"opset": 12}, "opset: found 12, expected 13 to 20"),
         ({"batch": 0}, "batch: found 0, expected at least 1"),
-        ({"only": ["camera.neck"]}, "parts: found 'camera.neck', expected some of camera.backbone"),
+        ({"parts": ["camera.neck"]}, "parts: found 'camera.neck', expected some of camera.backbone"),
         ({"parts_int8": ["head"]}, "parts-int8: found 'head', expected a part that calibrate left off: vtransform"),
         ({"reduce_range": True}, "reduce-range: found flavour tensorrt, expected onnxruntime"),
     ],
 )
 def test_a_form_that_cannot_be_is_refused_by_its_flag(tmp_path, quantized, small_cameras, form, message):
     with pytest.raises(UserError, match=message):
-        export_parts(quantized, tmp_path / "out", "int8", **form)
+        export_parts(quantized, tmp_path / "out", ExportOptions("int8", **form))
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from pytorch_quantization.nn import TensorQuantizer
 from qat.core.errors import UserError
 from qat.core.tensors import compare_tensors
 from qat.engine import Options, build
-from qat.export import export_parts, torch_parts
+from qat.export import ExportOptions, Origin, export_parts, torch_parts
 from qat.export.lookups import constants
 from qat.families.bevfusion.frames import random_frame
 from qat.lean.modes import qdq_tracing, quantizers, quantizers_off
@@ -20,7 +20,7 @@ RECIPE = {"method": "max", "frames": 1}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, quantized, small_cameras):
     out = tmp_path_factory.mktemp("exported") / "int8"
-    export_parts(quantized, out, "int8", recipe=RECIPE)
+    export_parts(quantized, out, ExportOptions("int8"), origin=Origin(recipe=RECIPE))
     return out
 
 
@@ -59,7 +59,7 @@ def test_manifest_says_which_parts_are_int8_and_how_they_were_calibrated(tmp_pat
     }
     assert manifest["calibration"] == RECIPE and manifest["flavour"] == "tensorrt"
     assert manifest["verification"]["passed"]
-    again = export_parts(quantized, tmp_path / "again", "int8", recipe=RECIPE)
+    again = export_parts(quantized, tmp_path / "again", ExportOptions("int8"), origin=Origin(recipe=RECIPE))
     assert again == manifest
     for part in manifest["parts"].values():
         assert (folder / part["file"]).read_bytes() == (tmp_path / "again" / part["file"]).read_bytes()
@@ -71,7 +71,7 @@ def test_a_quantized_detector_exports_to_fp16_without_qdq_and_keeps_its_quantize
     frame = random_frame(settings, seed=1)
     feeds = {"img": frame.img[None], "depth": frame.depth[None]}
     before = torch_parts(quantized)["camera.backbone"].run(feeds)
-    manifest = export_parts(quantized, tmp_path / "fp16", "fp16")
+    manifest = export_parts(quantized, tmp_path / "fp16", ExportOptions("fp16"))
     for part in manifest["parts"].values():
         assert "QuantizeLinear" not in part["operators"]
     after = torch_parts(quantized)["camera.backbone"].run(feeds)
@@ -91,7 +91,7 @@ def test_folding_does_not_change_the_detector(tmp_path, quantized, small_config,
 def test_onnxruntime_flavour_is_fused_into_integer_convolutions(tmp_path, folder, quantized, small_cameras, settings):
     before = {name: q._disabled for name, q in quantizers(quantized).items()}
     out = tmp_path / "ort"
-    manifest = export_parts(quantized, out, "int8", flavour="onnxruntime")
+    manifest = export_parts(quantized, out, ExportOptions("int8", flavour="onnxruntime"))
     assert manifest["flavour"] == "onnxruntime" and manifest["verification"]["passed"]
     assert {name: q._disabled for name, q in quantizers(quantized).items()} == before
 
@@ -119,7 +119,7 @@ def test_onnxruntime_flavour_is_fused_into_integer_convolutions(tmp_path, folder
 
 
 def test_onnxruntime_flavour_knows_the_sign_of_what_comes_out_of_the_part_before(tmp_path, quantized, small_cameras):
-    export_parts(quantized, tmp_path / "ort", "int8", flavour="onnxruntime")
+    export_parts(quantized, tmp_path / "ort", ExportOptions("int8", flavour="onnxruntime"))
     for part, tensor in (("fuser", "camera"), ("head.bbox", "middle")):
         graph = onnx.load(tmp_path / "ort" / f"{part}.onnx").graph
         (rounding,) = (n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == tensor)
@@ -129,7 +129,7 @@ def test_onnxruntime_flavour_knows_the_sign_of_what_comes_out_of_the_part_before
 
 def test_onnxruntime_flavour_is_for_int8_alone(tmp_path, quantized):
     with pytest.raises(UserError, match="flavour onnxruntime: found precision fp16, expected int8"):
-        export_parts(quantized, tmp_path / "out", "fp16", flavour="onnxruntime")
+        export_parts(quantized, tmp_path / "out", ExportOptions("fp16", flavour="onnxruntime"))
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -168,7 +168,7 @@ def test_verification_fails_on_a_graph_with_another_scale(tmp_path, quantized, s
         holder.attribute[0].t.CopyFrom(numpy_helper.from_array(value))
 
     _with_fuser(monkeypatch, enlarge)
-    manifest = export_parts(quantized, tmp_path / "int8", "int8")
+    manifest = export_parts(quantized, tmp_path / "int8", ExportOptions("int8"))
     assert not manifest["verification"]["passed"]
     assert manifest["parts"]["fuser"]["scales"]["missing"] == manifest["parts"]["fuser"]["scales"]["unknown"] == 1
     assert manifest["parts"]["camera.backbone"]["scales"]["passed"]
@@ -186,7 +186,7 @@ def test_verification_fails_on_a_graph_that_lost_a_quantizer(tmp_path, quantized
         graph.node.remove(pair)
 
     _with_fuser(monkeypatch, lose)
-    manifest = export_parts(quantized, tmp_path / "int8", "int8")
+    manifest = export_parts(quantized, tmp_path / "int8", ExportOptions("int8"))
     assert not manifest["verification"]["passed"] and manifest["parts"]["fuser"]["scales"]["missing"] == 1
 
 
@@ -196,7 +196,7 @@ def test_verification_fails_on_other_int8_weights(tmp_path, quantized, small_cam
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1], weight.name))
 
     _with_fuser(monkeypatch, change)
-    manifest = export_parts(quantized, tmp_path / "int8", "int8")
+    manifest = export_parts(quantized, tmp_path / "int8", ExportOptions("int8"))
     assert not manifest["parts"]["fuser"]["verification"]["middle"]["passed"]
 
 

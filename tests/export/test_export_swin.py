@@ -7,7 +7,7 @@ import torch
 from qat.calibrate import load_ptq
 from qat.calibrate.checkpoint import save_ptq
 from qat.calibrate.ptq import calibrate
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.families.bevfusion.detector import build_model
 from qat.families.bevfusion.frames import random_frame
 from qat.families.bevfusion.random_init import random_model
@@ -72,7 +72,7 @@ def test_every_weighted_layer_of_the_backbone_is_int8(case):
 )
 def test_its_parts_are_exported_and_verified(case, precision, flavour, tmp_path, small_cameras, capfd):
     detector = case.detector if precision == "fp32" else case.quantized
-    manifest = export_parts(detector, tmp_path / "out", precision, flavour=flavour)
+    manifest = export_parts(detector, tmp_path / "out", ExportOptions(precision, flavour=flavour))
     assert manifest["verification"]["passed"]
     assert list(manifest["parts"]) == ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]
     camera = manifest["parts"]["camera.backbone"]

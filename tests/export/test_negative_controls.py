@@ -22,7 +22,7 @@ from qat.core.onnx_cut import Cut
 from qat.core.sites import tile
 from qat.engine import Options
 from qat.engine.onnxruntime_backend import PlainGraph
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.families.bevfusion.frames import random_frame
 from qat.families.bevfusion.settings import pipeline_settings
 from qat.runtime.verify import verify_folder
@@ -34,7 +34,9 @@ BY_VALUE = ("scale x2", "zero point off by one")
 def exported(request, tmp_path_factory, quantized, small_cameras, settings):
     """One flavour's INT8 parts, verified on a frame that the ranges were not made from."""
     folder = tmp_path_factory.mktemp("right") / request.param
-    manifest = export_parts(quantized, folder, "int8", flavour=request.param, frames=[random_frame(settings, 3)])
+    manifest = export_parts(
+        quantized, folder, ExportOptions("int8", flavour=request.param), frames=[random_frame(settings, 3)]
+    )
     assert manifest["verification"]["passed"]
     return folder
 
@@ -150,7 +152,7 @@ def test_an_optimizer_that_breaks_the_graph_fails(
     def export():
         kind = ("fp32", "tensorrt") if flavour == "fp32" else ("int8", flavour)
         folder = tmp_path / "out"
-        return export_parts(detector, folder, kind[0], flavour=kind[1], only=["camera.backbone"])
+        return export_parts(detector, folder, ExportOptions(kind[0], flavour=kind[1], parts=["camera.backbone"]))
 
     if flavour == "fp32":  # the others' right exports are below
         assert export()["verification"]["passed"]
@@ -216,10 +218,8 @@ def check_right(seed, tmp_path, fresh_config, make_detector, calibrate_largest):
     manifest = export_parts(
         detector,
         tmp_path / "out",
-        "int8",
-        flavour=flavour,
+        ExportOptions("int8", flavour=flavour, parts_int8=["vtransform"] if seed % 3 == 0 else []),
         frames=[random_frame(settings, seed)] if seed % 4 == 3 else (),
-        parts_int8=["vtransform"] if seed % 3 == 0 else [],
     )
     what = {
         part: (entry.get("sites"), entry.get("divergence"), entry["verification"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat.core.errors import UserError
-from qat.export import torch_parts
+from qat.export import ExportOptions, Origin, torch_parts
 from qat.export.pt2 import export_pt2
 from qat.families.bevfusion.frames import random_frame
 from qat.families.bevfusion.settings import pipeline_settings
@@ -31,8 +31,8 @@ def quantized(make_detector, fresh_config):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, quantized, small_cameras):
     root = tmp_path_factory.mktemp("pt2")
-    export_pt2(quantized, root / "fp32", "fp32", parts=["camera.vtransform", "fuser"])
-    export_pt2(quantized, root / "int8", "int8", recipe={"method": "given"})
+    export_pt2(quantized, root / "fp32", ExportOptions("fp32", parts=["camera.vtransform", "fuser"]))
+    export_pt2(quantized, root / "int8", ExportOptions("int8"), origin=Origin(recipe={"method": "given"}))
     return {"fp32": root / "fp32", "int8": root / "int8"}
 
 
@@ -152,13 +152,13 @@ def test_a_quantized_detector_gives_a_float_program_and_is_left_as_it_was(folder
 
 
 def test_batch_norms_of_a_float_detector_stay_as_they_are(tmp_path, make_detector, small_config):
-    manifest = export_pt2(make_detector(small_config), tmp_path / "out", "fp32", parts=["fuser"])
+    manifest = export_pt2(make_detector(small_config), tmp_path / "out", ExportOptions("fp32", parts=["fuser"]))
     assert manifest["verification"]["passed"] and list(manifest["parts"]) == ["fuser"]
     assert manifest["parts"]["fuser"]["operators"]["aten.batch_norm.default"] > 0
 
 
 def test_the_same_detector_gives_the_same_bytes(tmp_path, folders, quantized, small_cameras):
-    export_pt2(quantized, tmp_path / "again", "fp32", parts=["fuser"])
+    export_pt2(quantized, tmp_path / "again", ExportOptions("fp32", parts=["fuser"]))
     assert (tmp_path / "again" / "fuser.pt2").read_bytes() == (folders["fp32"] / "fuser.pt2").read_bytes()
 
 
@@ -175,7 +175,7 @@ def test_a_program_that_computes_something_else_fails_verification(tmp_path, qua
         return program
 
     monkeypatch.setattr(pt2, "trace_program", flawed)
-    manifest = export_pt2(quantized, tmp_path / "out", "fp32", parts=["fuser"])
+    manifest = export_pt2(quantized, tmp_path / "out", ExportOptions("fp32", parts=["fuser"]))
     assert not manifest["verification"]["passed"]
     assert (
         not manifest["parts"]["fuser"]["verification"]["middle"]["passed"]
@@ -187,9 +187,9 @@ def test_wrong_use_is_told_in_one_line(tmp_path, folders, make_detector, small_c
     with pytest.raises(UserError, match="found parts of format pt2, expected onnx: those are for torch"):
         Pipeline.load(folders["fp32"], "onnxruntime")
     with pytest.raises(UserError, match="precision: found 'fp16', expected one of fp32, int8 for the pt2 format"):
-        export_pt2(make_detector(small_config), tmp_path, "fp16")
+        export_pt2(make_detector(small_config), tmp_path, ExportOptions("fp16"))
     with pytest.raises(UserError, match="found a float detector, expected a calibrated one"):
-        export_pt2(make_detector(small_config), tmp_path, "int8")
+        export_pt2(make_detector(small_config), tmp_path, ExportOptions("int8"))
     with pytest.raises(UserError, match="parts: found 'decoder', expected some of"):
-        export_pt2(make_detector(small_config), tmp_path, "fp32", parts=["decoder"])
+        export_pt2(make_detector(small_config), tmp_path, ExportOptions("fp32", parts=["decoder"]))
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from qat.cli import main
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.tensors import compare_tensors
-from qat.export import export_parts, torch_parts
+from qat.export import ExportOptions, export_parts, torch_parts
 from qat.export.bisect import _Calls, _Matches, diagnose
 from qat.export.passes import in_flavour
 from qat.export.verify import Verification
@@ -57,14 +57,14 @@ def quantized(make_detector, fresh_config, frames):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, detector, small_cameras, frames):
     folder = tmp_path_factory.mktemp("verified") / "onnx_fp32"
-    export_parts(detector, folder, "fp32", frames=frames)
+    export_parts(detector, folder, ExportOptions("fp32"), frames=frames)
     return folder
 
 
 @pytest.fixture(scope="module")
 def exported_int8(tmp_path_factory, quantized, small_cameras, frames):
     folder = tmp_path_factory.mktemp("verified") / "onnx_int8"
-    export_parts(quantized, folder, "int8", frames=frames)
+    export_parts(quantized, folder, ExportOptions("int8"), frames=frames)
     return folder
 
 
@@ -145,7 +145,7 @@ def test_int8_has_a_tolerance_of_each_frames_own(exported_int8):
 
 
 def test_the_same_detector_and_frames_give_the_same_bytes(tmp_path, exported, detector, small_cameras, frames):
-    export_parts(detector, tmp_path / "again", "fp32", frames=frames)
+    export_parts(detector, tmp_path / "again", ExportOptions("fp32"), frames=frames)
     for file in exported.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
     recorded = load_manifest(exported)["verification"]
@@ -168,7 +168,7 @@ def test_frames_of_another_rig_are_refused(tmp_path, detector, small_cameras, fr
     arrays = {name: value for name, value in vars(frames[0]).items() if name != "token"}
     frame = SimpleNamespace(token="odd", **change(arrays))
     with pytest.raises(UserError, match=message):
-        export_parts(detector, tmp_path / "out", "fp32", frames=[frame])
+        export_parts(detector, tmp_path / "out", ExportOptions("fp32"), frames=[frame])
     assert not (tmp_path / "out").exists()
 
 
@@ -309,7 +309,7 @@ def test_a_failed_export_says_which_layer_and_leaves_the_other_parts_alone(tmp_p
         holder.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(holder) * np.float32(1.02), holder.name))
 
     faulty("fuser", enlarge)
-    manifest = export_parts(quantized, tmp_path / "out", "int8", flavour="onnxruntime")
+    manifest = export_parts(quantized, tmp_path / "out", ExportOptions("int8", flavour="onnxruntime"))
     assert not manifest["verification"]["passed"]
     layer = manifest["parts"]["fuser"]["divergence"][0]
     assert layer["module"] == "quant_decoder_backbone_1_0_relu" and layer["frame"] == "made-up:0"
@@ -323,7 +323,7 @@ def test_a_graph_as_near_to_float64_as_pytorch_passes_below_80_db(
     monkeypatch.setattr("qat.core.verification.FP32_DB", 190.0)
 
     def export():
-        manifest = export_parts(detector, tmp_path / "out", "fp32", only=["fuser"])
+        manifest = export_parts(detector, tmp_path / "out", ExportOptions("fp32", parts=["fuser"]))
         return manifest["parts"]["fuser"]["verification"]["middle"]
 
     right = export()

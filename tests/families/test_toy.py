@@ -13,6 +13,7 @@ import yaml
 
 from qat import families
 from qat.cli import main
+from qat.core.errors import UserError
 from qat.data.synth import SynthOptions, generate
 from qat.manifest import load_manifest
 from qat.runtime import Pipeline
@@ -137,7 +138,8 @@ def test_every_flavour_is_verified_and_keeps_the_axis_that_varies(exported):
         manifest = load_manifest(folder)
         assert manifest["verification"]["passed"], name
         assert manifest["pipeline"]["family"] == "toy" and list(manifest["parts"]) == ["image", "mixer"]
-        assert manifest["parts"]["mixer"]["inputs"]["tokens"]["shape"] == ["N", 16]
+        tokens = manifest["parts"]["mixer"]["inputs"]["tokens"]
+        assert tokens["shape"] == ["N", 16] and tokens["axes"] == {"N": {"min": 1, "opt": 64, "max": 256}}
         assert main(["verify", str(folder)]) == 0
     operators = load_manifest(exported["onnxruntime"])["parts"]["mixer"]["operators"]
     assert operators["QuantizeLinear"] > 0
@@ -178,6 +180,10 @@ def test_engines_give_the_boxes_of_pytorch(root, exported, backend):
     for frame in frames_of(root, network):
         expected, found = reference.detect_sample(frame), pipeline.detect_sample(frame)
         np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+    for loaded in (pipeline, Pipeline.load(exported["fp32"], backend)):
+        assert loaded.parts["mixer"].example_feeds()["tokens"].shape == (64, 16)
+        with pytest.raises(UserError, match="input tokens: found 257 along its axis N, expected 1 to 256"):
+            loaded.parts["mixer"].run({"tokens": np.zeros((257, 16), np.float32)})
     raw = pipeline.flow.raw_frames(1)[0]
     pipeline.reset()
     assert len(pipeline(*raw.raw)) > 0 and set(pipeline.timing_ms) >= {"image", "gather", "mixer", "remember", "decode"}

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from qat.calibrate import calibrate, load_ptq, save_ptq
-from qat.export.parts import Form
+from qat.export.options import ExportOptions
+from qat.export.parts import quantizers_set
 from qat.lean.background import absorb_backgrounds, backgrounds, correct_backgrounds
 from qat.lean.insert import quantize_graph, use_flavour
 from qat.lean.modes import quantizers, quantizers_off
@@ -158,7 +159,7 @@ def test_absorbed_corrections_are_remembered(calibrated, tiny_model, tmp_path):
 
 def test_seven_bit_weights_get_corrections_of_their_own(calibrated):
     before = shifts(calibrated)
-    with Form("int8", "onnxruntime", None, 1, False, None, (), True).applied(calibrated):
+    with quantizers_set(calibrated, ExportOptions("int8", "onnxruntime", reduce_range=True)):
         inside = shifts(calibrated)
     assert any(not torch.equal(before[name], inside[name]) for name in before)
     assert all(torch.equal(before[name], after) for name, after in shifts(calibrated).items())

@@ -15,14 +15,14 @@ SOAK = ROOT / "benchmarks" / "soak.py"
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory, make_detector, fresh_config, small_cameras):
     """A folder of the small detector's INT8 parts for ONNX Runtime."""
-    from qat.export import export_parts
+    from qat.export import ExportOptions, export_parts
     from qat.model.quantized import QuantizedModel
 
     quantized = QuantizedModel(make_detector(fresh_config()))
     for module in quantized.activation_quantizers().values():
         module.set_range(torch.tensor(4.0))
     folder = tmp_path_factory.mktemp("soak") / "int8"
-    export_parts(quantized, folder, "int8", flavour="onnxruntime")
+    export_parts(quantized, folder, ExportOptions("int8", flavour="onnxruntime"))
     return folder
 
 

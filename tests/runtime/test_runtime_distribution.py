@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qat.engine import CPU_BACKENDS
 from qat.runtime import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +25,30 @@ found = pipeline(*raw)
 absent = [name for name in ("torch", "onnx", "pydantic", "nuscenes") if name not in sys.modules]
 print(json.dumps({"scores": found.scores.tolist(), "absent": absent}))
 """
+
+WITHOUT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "pydantic", "nuscenes"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from qat.cli import main
+from qat.runtime import Pipeline
+parts, built, backend = sys.argv[1:]
+assert main(["build", "--onnx", parts, "--backend", backend, "--out", built]) == 0
+assert main(["verify", parts]) == 0 and main(["verify", parts, "--backend", backend]) == 0
+for pipeline in (Pipeline.load(built), Pipeline.load(parts, backend)):
+    pipeline(*pipeline.flow.raw_frames(1)[0].raw)
+"""
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_what_a_robot_runs_imports_neither_torch_nor_onnx(exported_fp32, tmp_path, backend):
+    command = [sys.executable, "-c", WITHOUT, exported_fp32, tmp_path / "built", backend]
+    environment = {**os.environ, "BEVQAT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.nightly

@@ -31,7 +31,7 @@ from qat.core.verification import (
     unpack,
 )
 from qat.engine import Options
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.families import flow_of
 from qat.families.bevfusion.frames import made_frame, random_frame
 from qat.families.bevfusion.settings import pipeline_settings
@@ -55,7 +55,7 @@ def exported(tmp_path_factory, make_detector, fresh_config, small_cameras):
     frame.img = np.stack([normalize(one, IMAGE["mean"], IMAGE["std"]) for one in pixels])
     frame.token = "pictures"
     folder = tmp_path_factory.mktemp("verified") / "onnx_fp32"
-    export_parts(make_detector(fresh_config()), folder, "fp32", frames=[frame])
+    export_parts(make_detector(fresh_config()), folder, ExportOptions("fp32"), frames=[frame])
     return folder, frame
 
 
@@ -115,7 +115,7 @@ def test_inputs_come_back_bit_for_bit(folder, exported):
 def test_a_large_input_is_a_patch_repeated(tmp_path, make_detector, fresh_config, small_cameras, monkeypatch):
     monkeypatch.setattr("qat.core.verification.INPUT_MOST", 4000)
     monkeypatch.setattr("qat.core.verification.INPUT_SIDE", 8)
-    export_parts(make_detector(fresh_config()), tmp_path / "out", "fp32")
+    export_parts(make_detector(fresh_config()), tmp_path / "out", ExportOptions("fp32"))
     summary = opened(tmp_path / "out")
     assert "0/camera.vtransform/in/feat_in/patch_shape" in np.load(tmp_path / "out" / "verification.npz").files
     (value,) = summary.inputs("camera.vtransform", 0).values()

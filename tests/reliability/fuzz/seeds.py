@@ -17,7 +17,7 @@ from torch import nn
 
 from qat.calibrate.checkpoint import save_ptq
 from qat.engine import Options
-from qat.export import export_parts
+from qat.export import ExportOptions, export_parts
 from qat.export.pt2 import export_pt2
 from qat.families.bevfusion.detector import build_model
 from qat.model.quantized import QuantizedModel
@@ -113,10 +113,10 @@ def make_checkpoints(folder: Path) -> None:
 def make_manifests(folder: Path) -> None:
     """Folders with a manifest: parts in FP32 and INT8, built engines of both CPU backends, programs of torch.export."""
     detector, quantized = detectors()
-    export_parts(detector, folder / "fp32", "fp32")
-    export_parts(quantized, folder / "int8", "int8", flavour="onnxruntime")
-    export_parts(quantized, folder / "strong", "int8", flavour="tensorrt-strong", only=["fuser"])
-    export_pt2(detector, folder / "pt2", "fp32", parts=["fuser"])
+    export_parts(detector, folder / "fp32", ExportOptions("fp32"))
+    export_parts(quantized, folder / "int8", ExportOptions("int8", flavour="onnxruntime"))
+    export_parts(quantized, folder / "strong", ExportOptions("int8", flavour="tensorrt-strong", parts=["fuser"]))
+    export_pt2(detector, folder / "pt2", ExportOptions("fp32", parts=["fuser"]))
     options = Options(threads=1, cache=None)
     build_engines(folder / "fp32", "onnxruntime", out=folder / "engines-onnxruntime", options=options)
     build_engines(folder / "fp32", "openvino", out=folder / "engines-openvino", options=options)

@@ -112,9 +112,9 @@ class Checkpoints(Target):
                 elif "quantizers" in found:
                     load_foreign_file(path, found, FAMILY, load_config(self.seeds / "config" / "small.yaml"))
                 else:
-                    from qat.export.checkpoint import open_source
+                    from qat.export.checkpoint import Source, open_source
 
-                    open_source(path)
+                    open_source(Source(path))
             except UserError as error:
                 return refusal(error, path.name)
         return READ

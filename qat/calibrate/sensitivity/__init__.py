@@ -1,0 +1,20 @@
+"""Where accuracy goes: the damage that each quantized unit does alone.
+
+`measure` runs the units, `histograms` counts what their quantizers are given, `reasons` says why layers stay float, `file` writes
+and reads sensitivity.json, `show` prints and draws; `result` is what they hand to each other.
+"""
+
+from qat.calibrate.sensitivity.file import load_sensitivity, write_sensitivity
+from qat.calibrate.sensitivity.measure import measure_sensitivity
+from qat.calibrate.sensitivity.result import Metric, Sensitivity
+from qat.calibrate.sensitivity.show import draw_sensitivity, print_sensitivity
+
+__all__ = [
+    "Metric",
+    "Sensitivity",
+    "draw_sensitivity",
+    "load_sensitivity",
+    "measure_sensitivity",
+    "print_sensitivity",
+    "write_sensitivity",
+]
