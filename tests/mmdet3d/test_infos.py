@@ -366,3 +366,30 @@ def test_a_box_that_nobody_turned_the_right_way_is_seen(scene, own):
     boxes = np.array([instance["bbox_3d"] for instance in record["instances"]])
     wrong = own.read(own.tokens[0]).gt_boxes
     assert np.abs(boxes[:, 3:5] - wrong[:, 3:5]).max() > 1 and np.abs(boxes[:, 6] - wrong[:, 6]).max() > 1
+
+
+def test_the_verb_writes_both_forms_and_says_where(scene, infos, tmp_path, capsys):
+    import json
+
+    from qat.cli import main
+
+    given = ["infos", "--data", str(scene), "--out"]
+    assert (
+        main([*given, str(tmp_path / "n"), "--form", "nuscenes", "--split", "one", "--json", str(tmp_path / "n.json")])
+        == 0
+    )
+    written = tmp_path / "n" / "nuscenes_infos_one.pkl"
+    assert written.read_bytes() == infos.read_bytes()
+    assert capsys.readouterr().out.splitlines()[0] == str(written)
+    assert json.loads((tmp_path / "n.json").read_text()) == {
+        "out": str(tmp_path / "n"),
+        "form": "nuscenes",
+        "infos": [str(written)],
+    }
+    assert main([*given, str(tmp_path / "k"), "--form", "kitti", "--camera", "CAM_BACK"]) == 0
+    assert len(list((tmp_path / "k/training/label_2").glob("*.txt"))) == SCENE
+    capsys.readouterr()
+    assert main([*given, str(tmp_path / "m"), "--form", "nuscenes", "--camera", "CAM_BACK"]) == 2
+    assert capsys.readouterr().err.startswith("error: --camera only applies to --form kitti")
+    assert main([*given, str(tmp_path / "k"), "--form", "kitti"]) == 2
+    assert "found something there" in capsys.readouterr().err

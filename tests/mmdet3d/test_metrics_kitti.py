@@ -430,7 +430,7 @@ def test_no_detection_in_the_image_is_an_empty_anno(their_metric):
     assert {key: value.shape for key, value in ours.items()} == {key: expected[key].shape for key in ours}
 
 
-def annotated(frames: int = 6) -> tuple[dict, list[Detections]]:
+def annotated(frames: int = 4) -> tuple[dict, list[Detections]]:
     """Infos whose objects are detections of another seed, and detections near most of them."""
     categories = {name: i for i, name in enumerate(NAMES)} | {"DontCare": -1}
     infos = {"metainfo": {"categories": categories}, "data_list": []}
