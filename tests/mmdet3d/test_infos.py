@@ -360,6 +360,14 @@ def test_bad_input_is_refused_in_one_line(scene, kitti, tmp_path):
     assert not (tmp_path / "k").exists()
 
 
+def test_a_table_without_a_pictures_size_is_refused_in_one_line(scene, own):
+    nusc = open_nuscenes(scene)
+    record = nusc.get("sample_data", nusc.get("sample", own.tokens[0])["data"]["CAM_BACK"])
+    record["width"] = None
+    with pytest.raises(UserError, match=r"sample_data.json: \w+: found width and height \(None, 225\), expected"):
+        nuscenes_info(nusc, own.tokens[0], 0)
+
+
 def test_a_box_that_nobody_turned_the_right_way_is_seen(scene, own):
     """Control: lengths and widths exchanged, or a yaw of another convention, differ from what is written."""
     record = nuscenes_info(open_nuscenes(scene), own.tokens[0], 0)
