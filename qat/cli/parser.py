@@ -15,6 +15,7 @@ VERBS = {
     "demo": "calibrate, export, build, compare and report on example-data, on the CPU",
     "doctor": "say what this machine can run, and what to install for the rest",
     "synth": "write generated driving scenes in the nuScenes format",
+    "infos": "write mmdetection3d's info files of nuScenes-format data, or the data in KITTI's form",
     "show": "draw a sample's lidar points and boxes over its images",
     "train": "train a float detector",
     "calibrate": "insert TensorQuantizers and run PTQ over calibration frames",

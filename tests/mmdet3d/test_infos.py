@@ -360,9 +360,44 @@ def test_bad_input_is_refused_in_one_line(scene, kitti, tmp_path):
     assert not (tmp_path / "k").exists()
 
 
+def test_a_table_without_a_pictures_size_is_refused_in_one_line(scene, own):
+    nusc = open_nuscenes(scene)
+    record = nusc.get("sample_data", nusc.get("sample", own.tokens[0])["data"]["CAM_BACK"])
+    record["width"] = None
+    with pytest.raises(UserError, match=r"sample_data.json: \w+: found width and height \(None, 225\), expected"):
+        nuscenes_info(nusc, own.tokens[0], 0)
+
+
 def test_a_box_that_nobody_turned_the_right_way_is_seen(scene, own):
     """Control: lengths and widths exchanged, or a yaw of another convention, differ from what is written."""
     record = nuscenes_info(open_nuscenes(scene), own.tokens[0], 0)
     boxes = np.array([instance["bbox_3d"] for instance in record["instances"]])
     wrong = own.read(own.tokens[0]).gt_boxes
     assert np.abs(boxes[:, 3:5] - wrong[:, 3:5]).max() > 1 and np.abs(boxes[:, 6] - wrong[:, 6]).max() > 1
+
+
+def test_the_verb_writes_both_forms_and_says_where(scene, infos, tmp_path, capsys):
+    import json
+
+    from qat.cli import main
+
+    given = ["infos", "--data", str(scene), "--out"]
+    assert (
+        main([*given, str(tmp_path / "n"), "--form", "nuscenes", "--split", "one", "--json", str(tmp_path / "n.json")])
+        == 0
+    )
+    written = tmp_path / "n" / "nuscenes_infos_one.pkl"
+    assert written.read_bytes() == infos.read_bytes()
+    assert capsys.readouterr().out.splitlines()[0] == str(written)
+    assert json.loads((tmp_path / "n.json").read_text()) == {
+        "out": str(tmp_path / "n"),
+        "form": "nuscenes",
+        "infos": [str(written)],
+    }
+    assert main([*given, str(tmp_path / "k"), "--form", "kitti", "--camera", "CAM_BACK"]) == 0
+    assert len(list((tmp_path / "k/training/label_2").glob("*.txt"))) == SCENE
+    capsys.readouterr()
+    assert main([*given, str(tmp_path / "m"), "--form", "nuscenes", "--camera", "CAM_BACK"]) == 2
+    assert capsys.readouterr().err.startswith("error: --camera only applies to --form kitti")
+    assert main([*given, str(tmp_path / "k"), "--form", "kitti"]) == 2
+    assert "found something there" in capsys.readouterr().err

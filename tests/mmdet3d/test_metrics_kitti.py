@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +17,14 @@ from shapely.geometry import box as rectangle
 
 from qat.boxes.detections import Detections
 from qat.core.errors import UserError
-from qat.families.mmdet3d.metrics.kitti import CLASSES, average_precision, box_overlaps, image_overlaps, kitti_eval
+from qat.families.mmdet3d.metrics.kitti import (
+    CLASSES,
+    average_precision,
+    bev_overlaps,
+    box_overlaps,
+    image_overlaps,
+    kitti_eval,
+)
 from qat.families.mmdet3d.metrics.kitti_annos import (
     camera_corners,
     camera_to_lidar,
@@ -321,6 +330,54 @@ def test_overlaps_are_shapelys():
     assert box_overlaps(found[0], real) == pytest.approx(inside / (volume - inside), abs=1e-5)
 
 
+IN_THE_SIMULATOR = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("rotate_iou", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+boxes = np.load(sys.argv[2])
+np.save(sys.argv[3], [module.rotate_iou_gpu_eval(boxes["a"], boxes["b"], criterion) for criterion in (-1, 2)])
+"""
+
+
+def test_overlaps_are_those_of_mmdet3ds_cuda_kernel(tmp_path):
+    """The kernel itself, in numba's simulator of CUDA."""
+    kernel = mmdet3d_file("evaluation/functional/kitti_utils/rotate_iou.py")
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform([-4, -4, 0.5, 0.5, -4], [4, 4, 4, 4, 4], (2, 12, 5)).astype(np.float32)
+    np.savez(tmp_path / "boxes.npz", a=a, b=b)
+    arguments = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        IN_THE_SIMULATOR,
+        str(kernel),
+        str(tmp_path / "boxes.npz"),
+        str(tmp_path / "iou.npy"),
+    ]
+    done = subprocess.run(
+        arguments, env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    iou, common = np.load(tmp_path / "iou.npy")
+    zeros = np.zeros(12)
+
+    def boxes(rows):  # in the camera's frame, 2 m high
+        return {
+            "name": np.full(12, "Car"),
+            "location": np.stack([rows[:, 0], zeros, rows[:, 1]], 1),
+            "dimensions": np.stack([rows[:, 2], zeros + 2, rows[:, 3]], 1),
+            "rotation_y": rows[:, 4],
+        }
+
+    assert bev_overlaps(boxes(a), boxes(b)) == pytest.approx(iou, abs=1e-5) and (iou > 0.05).sum() > 20
+    areas = a[:, None, 2:4].prod(-1) + b[None, :, 2:4].prod(-1)
+    assert box_overlaps(boxes(a), boxes(b)) == pytest.approx(common / (areas - common), abs=1e-5)
+    assert by_shapely(a, b) == pytest.approx(iou, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -430,7 +487,7 @@ def test_no_detection_in_the_image_is_an_empty_anno(their_metric):
     assert {key: value.shape for key, value in ours.items()} == {key: expected[key].shape for key in ours}
 
 
-def annotated(frames: int = 6) -> tuple[dict, list[Detections]]:
+def annotated(frames: int = 4) -> tuple[dict, list[Detections]]:
     """Infos whose objects are detections of another seed, and detections near most of them."""
     categories = {name: i for i, name in enumerate(NAMES)} | {"DontCare": -1}
     infos = {"metainfo": {"categories": categories}, "data_list": []}

@@ -24,7 +24,7 @@ from qat.boxes.geometry import box_corners
 from qat.core.errors import UserError
 from qat.core.files import atomic_path, data_path, read_json
 from qat.core.progress import progress_bar
-from qat.data.checks import check_splits
+from qat.data.checks import FETCH, check_splits
 from qat.data.dataset import MAX_SWEEPS, boxes_of, open_nuscenes, poses_of, sensor_of, split_tokens
 from qat.data.tables import LIDAR
 
@@ -153,9 +153,17 @@ def _camera_instances(
 
 
 def _attribute(nusc: NuScenes, annotation: Mapping[str, Any]) -> int:
-    tokens = annotation["attribute_tokens"]
+    tokens = annotation.get("attribute_tokens")
     name = nusc.get("attribute", tokens[0])["name"] if tokens else "None"
     return ATTRIBUTES.index(name) if name in ATTRIBUTES else ATTRIBUTES.index("None")
+
+
+def _size(record: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """A picture's width and height, as the table says."""
+    found = record.get("width"), record.get("height")
+    if not all(isinstance(value, int) and value > 0 for value in found):
+        raise UserError(f"{where}: found width and height {found}, expected the picture's in pixels; {FETCH}")
+    return int(record["width"]), int(record["height"])
 
 
 def _sweeps(nusc: NuScenes, keyframe: Mapping[str, Any], global2lidar: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -206,7 +214,7 @@ def nuscenes_info(nusc: NuScenes, token: str, index: int) -> dict[str, Any]:
             "timestamp": record["timestamp"] / 1e6,
             "lidar2cam": _floats(lidar2cam),
         }
-        size = int(record["width"]), int(record["height"])
+        size = _size(record, f"{Path(nusc.dataroot) / nusc.version}/sample_data.json: {record['token']}")
         camera_instances[name] = _camera_instances(boxes, labels, attributes, lidar2cam, cam2img, size)
     written = convert(boxes, "bevfusion", "autoware")
     sweeps = list(_sweeps(nusc, lidar, global2lidar))
@@ -229,8 +237,8 @@ def nuscenes_info(nusc: NuScenes, token: str, index: int) -> dict[str, Any]:
                 "bbox_3d": box[:7].tolist(),
                 "velocity": box[7:9].tolist(),
                 "num_lidar_pts": int(annotation["num_lidar_pts"]),
-                "num_radar_pts": int(annotation["num_radar_pts"]),
-                "bbox_3d_isvalid": annotation["num_lidar_pts"] + annotation["num_radar_pts"] > 0,
+                "num_radar_pts": int(annotation.get("num_radar_pts", 0)),
+                "bbox_3d_isvalid": annotation["num_lidar_pts"] + annotation.get("num_radar_pts", 0) > 0,
             }
             for box, label, annotation in zip(written, labels, annotations, strict=True)
         ],

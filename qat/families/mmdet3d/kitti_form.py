@@ -130,7 +130,7 @@ class _Frame:
                 nowhere = [-1000.0, -1000.0, -1000.0, -1.0, -1.0, -1.0, -10.0]
                 regions.append(_object(DONT_CARE, bbox, nowhere, -1.0, -1, float(NO_ALPHA), -1))
                 continue
-            occluded = OCCLUDED.get(str(annotations[i]["visibility_token"]), 3)
+            occluded = OCCLUDED.get(str(annotations[i].get("visibility_token")), 3)
             alpha = round(float(turn - np.arctan2(x, z) + np.pi) % (2 * np.pi) - np.pi, DIGITS)
             box = [x, y, z, length, height, width, turn]
             objects.append(_object(name, bbox, box, round(outside, DIGITS), occluded, alpha, int(counts[i])))

@@ -2,7 +2,8 @@
 
 The protocol is Geiger et al., "Are we ready for Autonomous Driving?", CVPR 2012, with the 40 recall points of Simonelli et al.,
 "Disentangling Monocular 3D Object Detection", ICCV 2019. Keys, thresholds and roundings are those of mmdet3d 1.4 (kitti_eval),
-which needs numba.cuda for it.
+which needs numba.cuda for it. One difference: a box that equals its object to the last bit overlaps it by 1 here, while mmdet3d's
+CUDA kernel may find 0 or 1/3 (corners that meet are lost); no detector gives such a box.
 
 An anno is a frame's boxes in the form of KITTI's label files, in the camera's frame: name str[N], truncated, occluded, alpha,
 rotation_y float[N], bbox float[N,4] (left, top, right, bottom in pixels), location float[N,3] (x, y, z of the bottom's middle),
