@@ -221,8 +221,9 @@ def print_summary(result: CalibrationResult) -> None:
     for inventory in model.inventory.values():
         for kept, names in by_reason(inventory).items():
             console.print(f"float: {names[0]}{_more(names)} ({kept.reason})", highlight=False)
+    reason = model.family.recipe(model.config).off_reason
     for part in model.parts_off:
-        console.print(f"float: all of {part} (CUDA-BEVFusion builds that part without QDQ)", highlight=False)
+        console.print(f"float: all of {part} ({reason})", highlight=False)
     if result.budget is not None:
         print_budget(result.budget)
     for line in warnings_of(report):

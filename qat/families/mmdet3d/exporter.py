@@ -120,6 +120,16 @@ def analyse(samples: Sequence[Sample], most: int | None) -> Inputs:
     return Inputs(list(samples), entries, constants, limits)
 
 
+def _different(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples without those that repeat the first: a picture has no fewer points."""
+
+    def same(sample: Sample) -> bool:
+        pairs = zip(leaves(samples[0].inputs, "inputs"), leaves(sample.inputs, "inputs"), strict=False)
+        return all(torch.equal(a.value, b.value) for a, b in pairs if a.is_tensor)  # of other shapes: not equal
+
+    return [samples[0], *(sample for sample in samples[1:] if not same(sample))]
+
+
 def voxel_limit(model: nn.Module) -> int | None:
     """The most voxels that the model's own voxelizer gives at test time."""
     layer = getattr(getattr(model, "data_preprocessor", None), "voxel_layer", None)
@@ -163,7 +173,7 @@ class Export:
                  options: Options, say: Callable[[str], None] = lambda text: None) -> None:
         self.model, self.reader, self.options, self.say = model, reader, options, say
         self.config_name, self.checkpoint = config_name, checkpoint
-        self.inputs = analyse(samples, voxel_limit(model))
+        self.inputs = analyse(_different(samples), voxel_limit(model))
         self.program: torch.export.ExportedProgram | None = None
         self.failures: dict[str, str] = {}
         self.verification: dict[str, Any] = {}
@@ -384,8 +394,11 @@ class Export:
         return next(int(found[e.path].shape[p]) for e in self.inputs.entries for p, a in e.axes.items() if a == axis)
 
     # -- all of it
-    def run(self, out: Path) -> dict[str, Any]:
-        """Writes the folder, whole or not at all; returns metadata.json's content."""
+    def run(self, out: Path, more: Callable[[Path], dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Writes the folder, whole or not at all; returns metadata.json's content.
+
+        more: writes the INT8 form into the folder, and returns what metadata.json says of it.
+        """
         started = time.perf_counter()
         with atomic_directory(out) as folder:
             self.say("PyTorch's own outputs")
@@ -409,6 +422,8 @@ class Export:
                 except Stuck as error:
                     self.failures[name] = str(error)
             metadata = self.metadata(folder, time.perf_counter() - started)
+            if more is not None:
+                metadata["int8"] = more(folder)
             write_json(folder / "metadata.json", metadata)
             write_text(folder / "inputs.html", inputs_page(metadata))
         return metadata

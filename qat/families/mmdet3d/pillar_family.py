@@ -186,7 +186,9 @@ class PillarFamily(Family):
             return {"input_features": torch.from_numpy(features).to(device), "coors": torch.from_numpy(cells).to(device)}
 
         def scatter(given: Mapping[str, Any]) -> dict[str, Any]:
-            return {"spatial_features": network.scatter(given["pillar_features"], given["coors"], grid)}
+            pillars = given["pillar_features"]
+            cells = torch.as_tensor(given["coors"]).to(pillars.device)  # numpy where another runner voxelized
+            return {"spatial_features": network.scatter(pillars, cells, grid)}
 
         return {"voxelize": voxelize, "scatter": scatter}
 

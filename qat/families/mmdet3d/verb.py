@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     source.add_argument("--use-random-data", action="store_true", help="made-up points and pictures")
     parser.add_argument("--opset", type=int, metavar="N", help="of model.onnx (default 13, or the lowest that works)")
+    parser.add_argument("--int8", action="store_true", help="calibrate, and write the parts with INT8 in every flavour into int8/")
+    parser.add_argument(
+        "--calib", nargs="+", type=Path, metavar="FILE",
+        help="points (.bin), or one folder with them, to calibrate --int8 on (default --data, or made-up clouds)",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="print every comparison, and what each attempt failed on")
     add_seed_flag(parser)
     add_json_flag(parser)
@@ -58,13 +63,15 @@ def _folder(args: argparse.Namespace, config: Path) -> Path:
 
 def _export(args: argparse.Namespace, name: str) -> tuple[Path, dict[str, Any]]:
     """One config into its folder; returns it and metadata.json's content."""
-    from qat.families.mmdet3d.config import find, read
+    from qat.families.mmdet3d.config import family_in, find, read
     from qat.families.mmdet3d.exporter import SHARES, Export, Options
     from qat.families.mmdet3d.inputs import Reader
     from qat.families.mmdet3d.model import build, draw, load_weights
 
     path = find(name)
     config = read(path)
+    if args.int8:
+        family_in(path)  # before anything is computed
     model = build(config)
     if args.checkpoint is None:
         draw(model, args.seed)
@@ -82,7 +89,14 @@ def _export(args: argparse.Namespace, name: str) -> tuple[Path, dict[str, Any]]:
     checkpoint = None if args.checkpoint is None else str(args.checkpoint)
     export = Export(model, name, checkpoint, reader, samples, options, lambda what: _say(path.stem, what))
     out = _folder(args, path)
-    return out, export.run(out)
+
+    def int8(folder: Path) -> dict[str, Any]:
+        from qat.families.mmdet3d.int8 import write_int8
+
+        calib = args.calib or ([args.data] if args.data is not None and args.data.suffix == ".bin" else None)
+        return write_int8(path, model, calib, folder / "int8", args.seed, export.say)
+
+    return out, export.run(out, int8 if args.int8 else None)
 
 
 def _print(metadata: dict[str, Any], verbose: bool) -> None:
@@ -97,6 +111,15 @@ def _print(metadata: dict[str, Any], verbose: bool) -> None:
             lines.append((entry["path"], f"{entry['dtype']} {shape}  {entry.get('name', 'unused: no output depends on it')}"))
     lines += [(entry["path"], f"constant: {entry['value']}") for entry in metadata["constants"]]
     print("\n".join(drawn(lines, metadata["model_type"])))
+    if (int8 := metadata.get("int8")) is not None:
+        print(f"INT8: {int8['int8_share_of_macs']:.1%} of the multiplications; float: {', '.join(int8['parts_off']) or 'no part'}")
+        for flavour, entry in int8["flavours"].items():
+            parts = "; ".join(
+                f"{part['file']} {part['precision']} {part['bytes'] / 1e6:.1f} MB"
+                + (f", {part['sqnr_db_beside_float']:.0f} dB beside float" if part["sqnr_db_beside_float"] is not None else "")
+                for part in entry["parts"].values()
+            )
+            print(f"  {entry['folder']}: {'passed' if entry['passed'] else 'FAILED'}: {parts}")
     if not verbose:
         return
     for attempt in metadata["attempts"]:
@@ -135,6 +158,8 @@ def _check(args: argparse.Namespace) -> None:
 
     if args.checkpoint is not None and len(args.configs) > 1:
         raise UserError(f"--checkpoint: found with {len(args.configs)} configs, expected one; export them one by one")
+    if args.calib and not args.int8:
+        raise UserError("--calib: found without --int8, expected both: nothing else is calibrated")
     if args.opset is not None and not 13 <= args.opset <= 20:
         raise UserError(f"--opset: found {args.opset}, expected 13 to 20")
     try:
@@ -171,7 +196,8 @@ def run(args: argparse.Namespace) -> int:
         failures = metadata["failures"]
         for file, why in failures.items():
             print(f"error: {folder}: model.{file}: {why}", file=sys.stderr)
-        if False in metadata["export_success"].values() and status == OK:
+        int8 = [entry["passed"] for entry in metadata.get("int8", {}).get("flavours", {}).values()]
+        if False in (*metadata["export_success"].values(), *int8) and status == OK:
             status = FAILED
         results.append({"config": name, "out": folder, "metadata": metadata})
         table.append(_row(name, metadata, "; ".join(dict.fromkeys(failures.values()))))
