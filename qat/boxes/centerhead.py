@@ -145,4 +145,5 @@ def decode(
         boxes[:, 2] -= boxes[:, 5] * 0.5
         results.append((boxes, scores, labels))
         first_label += len(tasks[task])
-    return Detections(*(np.concatenate(part) for part in zip(*results, strict=True)), convention=convention)
+    found, confidence, classes = (np.concatenate(part) for part in zip(*results, strict=True))
+    return Detections(found, confidence, classes, convention)

@@ -42,7 +42,15 @@ class CenterPointFamily(PillarFamily):
         test = plain(test.get("pts", test))
         common = {name: int(shape[0]) for name, shape in head["common_heads"].items()}
         keys = ("max_num", "score_threshold", "out_size_factor", "voxel_size", "pc_range", "post_center_range")
-        kept = ("nms_type", "min_radius", "nms_thr", "pre_max_size", "post_max_size", "score_threshold", "post_center_limit_range")
+        kept = (
+            "nms_type",
+            "min_radius",
+            "nms_thr",
+            "pre_max_size",
+            "post_max_size",
+            "score_threshold",
+            "post_center_limit_range",
+        )
         ours = {key: _listed(coder[key]) for key in keys if key in coder}
         ours.setdefault("pc_range", _listed(test.get("pc_range", (0, 0))))
         return {

@@ -81,7 +81,8 @@ class CenterPoint(PillarFlow):
         """Boxes from the head's maps, whose rows are y."""
         head = self.settings["head"]
         several = {
-            f"{name}_{task}": tensors[tensor].swapaxes(2, 3) for tensor, task, name in names_of(len(head["tasks"]), head["maps"])
+            f"{name}_{task}": tensors[tensor].swapaxes(2, 3)
+            for tensor, task, name in names_of(len(head["tasks"]), head["maps"])
         }
         return decode(maps_from_tensors(several), head, suppress, CONVENTION)
 

@@ -19,7 +19,10 @@ CLOSE_SCORE = 1e-3
 
 def head_of(model: nn.Module) -> nn.Module | None:
     """The head whose forward gives what `mode="tensor"` returns."""
-    return next((getattr(model, name) for name in ("pts_bbox_head", "bbox_head") if getattr(model, name, None) is not None), None)
+    return next(
+        (getattr(model, name) for name in ("pts_bbox_head", "bbox_head") if getattr(model, name, None) is not None),
+        None,
+    )
 
 
 class Boxes:
@@ -30,17 +33,21 @@ class Boxes:
 
     def __init__(self, model: nn.Module, sample: Any, reference: Sequence[Leaf], tree: Any) -> None:
         """tree: what `mode="tensor"` returned for the sample, in its nesting; reference: its leaves."""
-        self._model, self._sample, self._tree, self._paths = model, sample, tree, [leaf.path for leaf in reference]
+        self._model: nn.Module | None = model
+        self._sample, self._tree, self._paths = sample, tree, [leaf.path for leaf in reference]
         self._features: Any = None
         self.expected: dict[str, np.ndarray] | None = None
         try:
             self.expected = self.of([leaf.value for leaf in reference])
-        except Exception:  # post-processing that wants more than what mode="tensor" gives: there are no boxes to compare
+        except (
+            Exception
+        ):  # post-processing that wants more than what mode="tensor" gives: there are no boxes to compare
             self._model = None
 
     def of(self, values: Sequence[Any]) -> dict[str, np.ndarray] | None:
         """{"boxes", "scores", "labels"} of outputs; None of a model that predicts no 3D boxes."""
-        model, head = self._model, None if self._model is None else head_of(self._model)
+        model: Any = self._model
+        head: Any = None if model is None else head_of(model)
         if model is None or head is None:
             return None
         given = {path: torch.from_numpy(np.array(value)) for path, value in zip(self._paths, values, strict=True)}
@@ -52,7 +59,7 @@ class Boxes:
                 self._features = extract(*args, **more)
             return copy.copy(self._features)  # VoteNet's head adds to it
 
-        head.forward, model.extract_feat = (lambda *_, **__: outputs), features  # type: ignore[method-assign,assignment]
+        head.forward, model.extract_feat = (lambda *_, **__: outputs), features
         try:
             with torch.no_grad(), runnable(model):
                 found = model(cloned(self._sample.inputs), copy.deepcopy(self._sample.samples), mode="predict")[0]
@@ -80,17 +87,21 @@ class Boxes:
             return result, f"boxes: found {result['found']}, expected PyTorch's {result['count']}"
         if result["count"] == 0:
             return result, ""
-        order = [_paired(got, expected, n) for n in range(result["count"])]
-        if None in order:
-            return result, f"boxes: found {order.count(None)} of {len(order)} without a partner within {CLOSE} m, expected none"
+        order = np.array([_paired(got, expected, n) for n in range(result["count"])])
+        if alone := int((order < 0).sum()):
+            return result, f"boxes: found {alone} of {len(order)} without a partner within {CLOSE} m, expected none"
         result["max_box"] = float(np.abs(got["boxes"][order] - expected["boxes"]).max())
         result["max_score"] = float(np.abs(got["scores"][order] - expected["scores"]).max())
         return result, ""
 
 
-def _paired(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], n: int) -> int | None:
-    """The candidate's box that is PyTorch's nth."""
+def _paired(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], n: int) -> int:
+    """The candidate's box that is PyTorch's nth; −1 where there is none."""
     far = np.abs(got["boxes"] - expected["boxes"][n]).max(1)
-    fits = (far < CLOSE) & (got["labels"] == expected["labels"][n]) & (np.abs(got["scores"] - expected["scores"][n]) < CLOSE_SCORE)
+    fits = (
+        (far < CLOSE)
+        & (got["labels"] == expected["labels"][n])
+        & (np.abs(got["scores"] - expected["scores"][n]) < CLOSE_SCORE)
+    )
     places = np.flatnonzero(fits)
-    return int(places[far[places].argmin()]) if len(places) else None
+    return int(places[far[places].argmin()]) if len(places) else -1

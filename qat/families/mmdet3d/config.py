@@ -81,7 +81,9 @@ def read(name: str | Path) -> Config:
     try:
         config = Config.fromfile(str(path))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: _base_: found no {error.filename or error}, expected a config; fix its _base_") from error
+        raise UserError(
+            f"{path}: _base_: found no {error.filename or error}, expected a config; fix its _base_"
+        ) from error
     except Exception as error:  # a config may do anything
         what = str(error).strip().splitlines()
         raise UserError(

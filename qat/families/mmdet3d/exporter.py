@@ -66,7 +66,11 @@ class Entry:
 
     def described(self) -> dict[str, Any]:
         """As metadata.json has it. shape: on the example; dynamic: the axes that vary, by place."""
-        entry: dict[str, Any] = {"path": self.path, "shape": list(self.tensor.shape), "dtype": str(self.tensor.dtype).removeprefix("torch.")}
+        entry: dict[str, Any] = {
+            "path": self.path,
+            "shape": list(self.tensor.shape),
+            "dtype": str(self.tensor.dtype).removeprefix("torch."),
+        }
         if self.name:
             entry = {"name": self.name, **entry}
         if self.axes:
@@ -144,13 +148,19 @@ class Stuck(Exception):
 
 def _what(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    chosen = next((line for line in lines if "Error" in line or "not supported" in line or "Unsupported" in line), lines[0] if lines else "")
+    chosen = next(
+        (line for line in lines if "Error" in line or "not supported" in line or "Unsupported" in line),
+        lines[0] if lines else "",
+    )
     return f"{type(error).__name__}: {chosen[:240]}" if not isinstance(error, UserError) else chosen[:240]
 
 
 def _place(active: Sequence[str], model: nn.Module) -> str:
     """The module that was running, by its path in the model and its class."""
-    path = next((name.removeprefix("model.").removeprefix("model") for name in reversed(active) if name.startswith("model.")), "")
+    path = next(
+        (name.removeprefix("model.").removeprefix("model") for name in reversed(active) if name.startswith("model.")),
+        "",
+    )
     if not path:
         return type(model).__name__
     return f"{path} ({type(model.get_submodule(path)).__name__})"
@@ -162,15 +172,25 @@ class Reference:
     def __init__(self, model: nn.Module, sample: Sample) -> None:
         with torch.no_grad(), runnable(model), quiet():
             tree = model(cloned(sample.inputs), sample.samples, mode="tensor")
-        self.tensors = [Leaf(leaf.path, leaf.value.detach().clone()) for leaf in leaves(tree, "outputs") if leaf.is_tensor]
+        self.tensors = [
+            Leaf(leaf.path, leaf.value.detach().clone()) for leaf in leaves(tree, "outputs") if leaf.is_tensor
+        ]
         self.boxes = Boxes(model, sample, self.tensors, cloned(tree))
 
 
 class Export:
     """One model on its way into files. `run` does all of it."""
 
-    def __init__(self, model: nn.Module, config_name: str, checkpoint: str | None, reader: Reader, samples: Sequence[Sample],
-                 options: Options, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config_name: str,
+        checkpoint: str | None,
+        reader: Reader,
+        samples: Sequence[Sample],
+        options: Options,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.model, self.reader, self.options, self.say = model, reader, options, say
         self.config_name, self.checkpoint = config_name, checkpoint
         self.inputs = analyse(_different(samples), voxel_limit(model))
@@ -195,7 +215,9 @@ class Export:
             except Exception as error:  # whatever a model raises
                 raise Stuck(f"{_place(active, self.model)}: PyTorch's own forward raised {_what(error)}") from error
         if not self.references[0].tensors:
-            raise Stuck(f"{type(self.model).__name__}: mode='tensor' returned no tensors; its parts can be exported one by one")
+            raise Stuck(
+                f"{type(self.model).__name__}: mode='tensor' returned no tensors; its parts can be exported one by one"
+            )
         shapes = [[tuple(leaf.value.shape) for leaf in found.tensors] for found in self.references]
         named: dict[tuple[int, ...], str] = {}
         for entry in self.inputs.entries:
@@ -212,7 +234,9 @@ class Export:
 
     def _wrapper(self) -> Flat:
         first = self.inputs.samples[0]
-        return Flat(self.model, cloned(first.inputs), first.samples, tuple(entry.path for entry in self.inputs.used)).eval()
+        return Flat(
+            self.model, cloned(first.inputs), first.samples, tuple(entry.path for entry in self.inputs.used)
+        ).eval()
 
     def _trace(self) -> torch.export.ExportedProgram:
         dims = {
@@ -221,7 +245,13 @@ class Export:
         }
         shapes = tuple({place: dims[axis] for place, axis in entry.axes.items()} or None for entry in self.inputs.used)
         wrapper = self._wrapper()
-        with torch.no_grad(), warnings.catch_warnings(), traceable(self.model), naming_failures(wrapper) as active, quiet():
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            traceable(self.model),
+            naming_failures(wrapper) as active,
+            quiet(),
+        ):
             warnings.simplefilter("ignore")
             try:
                 return torch.export.export(
@@ -281,33 +311,53 @@ class Export:
 
     def _onnx(self, opset: int, dynamo: bool) -> bytes:
         import onnx
+
         from qat.export.graph import simplify
 
         names = [entry.name for entry in self.inputs.used]
         buffer = io.BytesIO()
         wrapper = self._wrapper()
         tensors = self.inputs.tensors(self.inputs.samples[0])
-        with torch.no_grad(), warnings.catch_warnings(), traceable(self.model), naming_failures(wrapper) as active, quiet():
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            traceable(self.model),
+            naming_failures(wrapper) as active,
+            quiet(),
+        ):
             warnings.simplefilter("ignore")
             try:
                 if dynamo:
+                    assert self.program is not None
                     made = torch.onnx.export(
-                        self.program, input_names=names, output_names=[entry.name for entry in self.outputs], opset_version=opset,
-                        dynamo=True, optimize=False, verbose=False,
+                        self.program,
+                        input_names=names,
+                        output_names=[entry.name for entry in self.outputs],
+                        opset_version=opset,
+                        dynamo=True,
+                        optimize=False,
+                        verbose=False,
                     )
                     assert made is not None
                     model = made.model_proto
                 else:
                     torch.onnx.export(
-                        wrapper, tensors, buffer, input_names=names, output_names=[entry.name for entry in self.outputs],
-                        opset_version=opset, dynamo=False,
+                        wrapper,
+                        tensors,
+                        buffer,  # type: ignore[arg-type]  # the TorchScript exporter takes streams
+                        input_names=names,
+                        output_names=[entry.name for entry in self.outputs],
+                        opset_version=opset,
+                        dynamo=False,
                         dynamic_axes={e.name: dict(e.axes) for e in (*self.inputs.used, *self.outputs) if e.axes},
                     )
                     model = onnx.load_from_string(buffer.getvalue())
             except Exception as error:
                 raise Stuck(f"{_place(active, self.model)}: torch.onnx: {_what(error)}") from error
         try:
-            return simplify(model, "model", folded=SMALL, norms=True, compared=False).SerializeToString(deterministic=True)
+            return simplify(model, "model", folded=SMALL, norms=True, compared=False).SerializeToString(
+                deterministic=True
+            )
         except UserError as error:
             raise Stuck(str(error)) from error
 
@@ -330,7 +380,9 @@ class Export:
                 self.verification["onnx"], self.opset = found, opset
             except (Stuck, UserError) as error:
                 last = str(error)
-            self.attempts.append({"opset": opset, "exporter": "torch.export" if dynamo else "TorchScript", "failed": last})
+            self.attempts.append(
+                {"opset": opset, "exporter": "torch.export" if dynamo else "TorchScript", "failed": last}
+            )
             if not last:
                 return
         if "onnx" not in self.verification:
@@ -350,7 +402,8 @@ class Export:
             rows = []
             for sample, reference in zip(self.inputs.samples, self.references, strict=True):
                 feeds = {
-                    entry.name: value.numpy() for entry, value in zip(self.inputs.used, self.inputs.tensors(sample), strict=True)
+                    entry.name: value.numpy()
+                    for entry, value in zip(self.inputs.used, self.inputs.tensors(sample), strict=True)
                 }
                 found = engine.run({name: feeds[name] for name in engine.inputs})
                 rows.append(self._row(sample, reference, [found[entry.name] for entry in self.outputs], exact=False))
@@ -369,10 +422,11 @@ class Export:
     def _row(self, sample: Sample, reference: Reference, found: Sequence[np.ndarray], exact: bool) -> dict[str, Any]:
         """One sample's comparison: every tensor, and the boxes that mmdet3d's own post-processing makes of it."""
         row: dict[str, Any] = {"source": sample.source, "sizes": {a: self._size(sample, a) for a in self.inputs.axes}}
-        tensors, wrong = {}, ""
+        tensors: dict[str, dict[str, Any]] = {}
+        wrong = ""
         for entry, leaf, value in zip(self.outputs, reference.tensors, found, strict=True):
             try:
-                figures = dict(compare_tensors(leaf.value.cpu().numpy(), np.asarray(value), f"{entry.name} ({leaf.path})"))
+                figures = compare_tensors(leaf.value.cpu().numpy(), np.asarray(value), f"{entry.name} ({leaf.path})")
             except (UserError, NotFiniteError) as error:
                 wrong = wrong or str(error)
                 continue
@@ -380,7 +434,9 @@ class Export:
             tensors[entry.name] = {**figures, "passed": same}
             if not same:
                 expected = "the same bits" if exact else f"{LEAST_DB:.0f} dB or more"
-                wrong = wrong or f"{entry.name} ({leaf.path}): found {figures['sqnr_db']:.0f} dB SQNR, expected {expected}"
+                wrong = (
+                    wrong or f"{entry.name} ({leaf.path}): found {figures['sqnr_db']:.0f} dB SQNR, expected {expected}"
+                )
         row["tensors"] = tensors
         row["sqnr_db"] = min((t["sqnr_db"] for t in tensors.values()), default=0.0)
         row["max_abs"] = max((t["max_abs"] for t in tensors.values()), default=0.0)

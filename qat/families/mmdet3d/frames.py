@@ -39,7 +39,9 @@ class PointFiles(Sequence[LidarFrame]):
         self.columns, self.load_dim, self.split = columns, load_dim, "all"
         if frames is not None:
             if not 1 <= frames <= len(self.files):
-                raise UserError(f"--frames: found {frames}, {root} has {len(self.files)} files, expected 1 to {len(self.files)}")
+                raise UserError(
+                    f"--frames: found {frames}, {root} has {len(self.files)} files, expected 1 to {len(self.files)}"
+                )
             self.files = [self.files[i] for i in np.linspace(0, len(self.files) - 1, frames).round().astype(int)]
         self.tokens = [str(file) for file in self.files]
 
@@ -51,7 +53,11 @@ class PointFiles(Sequence[LidarFrame]):
         return LidarFrame(token, np.ascontiguousarray(read_points(token, self.load_dim)[:, : self.columns]))
 
     def __getitem__(self, index: Any) -> Any:
-        return [self[i] for i in range(*index.indices(len(self)))] if isinstance(index, slice) else self.load(self.tokens[index])
+        return (
+            [self[i] for i in range(*index.indices(len(self)))]
+            if isinstance(index, slice)
+            else self.load(self.tokens[index])
+        )
 
     def __iter__(self) -> Iterator[LidarFrame]:
         return (self.load(token) for token in self.tokens)
@@ -66,7 +72,9 @@ class PointFiles(Sequence[LidarFrame]):
 
     def check_annotated(self) -> None:
         """Raises `UserError`."""
-        raise UserError(f"{self.files[0].parent}: found points without boxes, expected annotated data in nuScenes' format")
+        raise UserError(
+            f"{self.files[0].parent}: found points without boxes, expected annotated data in nuScenes' format"
+        )
 
 
 def keyframes(

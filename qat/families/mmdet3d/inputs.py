@@ -55,7 +55,9 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
 
 
 def _step(config: Config, prefix: str) -> Mapping[str, Any] | None:
-    return next((s for s in _steps(pipeline_of(config)) if str(s.get("type", "")).split(".")[-1].startswith(prefix)), None)
+    return next(
+        (s for s in _steps(pipeline_of(config)) if str(s.get("type", "")).split(".")[-1].startswith(prefix)), None
+    )
 
 
 def takes(config: Config) -> tuple[bool, bool]:
@@ -87,7 +89,9 @@ def read_points(path: str | Path, columns: int) -> np.ndarray:
         )
     points = np.frombuffer(data, np.float32).reshape(-1, columns)
     if bad := int((~np.isfinite(points)).any(1).sum()):
-        raise UserError(f"{path}: found NaN or infinity in {bad} of {len(points)} points, expected finite values; remove them")
+        raise UserError(
+            f"{path}: found NaN or infinity in {bad} of {len(points)} points, expected finite values; remove them"
+        )
     return points
 
 
@@ -105,7 +109,9 @@ def read_infos(path: str | Path) -> list[dict[str, Any]]:
     listed = infos.get("data_list") if isinstance(infos, dict) else None
     if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
         what = "a list, as 0.x wrote them" if isinstance(infos, list) else "no samples"
-        raise UserError(f"{path}: found {what}, expected mmdet3d 1.x infos: a dict with a data_list; convert them (update_infos_to_v2.py)")
+        raise UserError(
+            f"{path}: found {what}, expected mmdet3d 1.x infos: a dict with a data_list; convert them (update_infos_to_v2.py)"
+        )
     return listed
 
 
@@ -138,7 +144,13 @@ class Reader:
             if self._transform is None:
                 self._transform = Compose(pipeline_of(self.config))
             packed = self._transform(
-                {"box_type_3d": self.box_type, "box_mode_3d": self.box_mode, "timestamp": 1.0, "axis_align_matrix": np.eye(4), **info}
+                {
+                    "box_type_3d": self.box_type,
+                    "box_mode_3d": self.box_mode,
+                    "timestamp": 1.0,
+                    "axis_align_matrix": np.eye(4),
+                    **info,
+                }
             )
         except UserError:
             raise
@@ -155,7 +167,9 @@ class Reader:
         inputs = batch["inputs"]
         voxels = inputs.get("voxels", {}) if isinstance(inputs, dict) else {}
         if "coors" in voxels and len(voxels["coors"]) == 0:
-            raise UserError(f"{source}: found no point in the config's point_cloud_range, expected some; take another file")
+            raise UserError(
+                f"{source}: found no point in the config's point_cloud_range, expected some; take another file"
+            )
         return Sample(inputs, list(batch["data_samples"]), source)
 
     def of_points(self, points: np.ndarray, source: str, extra: Mapping[str, Any] | None = None) -> Sample:
@@ -176,9 +190,13 @@ class Reader:
         if path.suffix == ".pkl":
             return self._of_infos(path, share)
         if path.suffix in PICTURES or self.pictures:
-            raise UserError(f"{path}: found a file, expected infos (.pkl) with the camera's matrices: this config reads pictures")
+            raise UserError(
+                f"{path}: found a file, expected infos (.pkl) with the camera's matrices: this config reads pictures"
+            )
         if not self.points:
-            raise UserError(f"{path}: found a file, but the config's pipeline reads none by LoadPointsFromFile; use --use-random-data")
+            raise UserError(
+                f"{path}: found a file, but the config's pipeline reads none by LoadPointsFromFile; use --use-random-data"
+            )
         return self.of_points(self._some(read_points(path, self.columns), share), str(path))
 
     def _some(self, points: np.ndarray, share: float) -> np.ndarray:
@@ -196,7 +214,9 @@ class Reader:
         if not self.points:
             return self.run(extra, str(path))
         name = Path(str(info.get("lidar_points", {}).get("lidar_path", "")))
-        file = next((p for p in (path.parent / name, *sorted(path.parent.rglob(name.name or "*.bin"))) if p.is_file()), None)
+        file = next(
+            (p for p in (path.parent / name, *sorted(path.parent.rglob(name.name or "*.bin"))) if p.is_file()), None
+        )
         if file is None:
             raise UserError(f"{path}: found no file {name} beside it, expected the points that it names")
         return self.of_points(self._some(read_points(file, self.columns), share), str(path), extra)
@@ -205,7 +225,9 @@ class Reader:
         images = {name: dict(image) for name, image in info.get("images", {}).items() if isinstance(image, Mapping)}
         for image in images.values():
             name = Path(str(image.get("img_path", "")))
-            found = next((p for p in (path.parent / name, *sorted(path.parent.rglob(name.name or "*.png"))) if p.is_file()), None)
+            found = next(
+                (p for p in (path.parent / name, *sorted(path.parent.rglob(name.name or "*.png"))) if p.is_file()), None
+            )
             if found is not None:
                 image["img_path"] = str(found)
         if _step(self.config, "LoadMultiView") is None:
@@ -214,7 +236,9 @@ class Reader:
             if camera is None:
                 raise UserError(f"{path}: found none of its pictures beside it, expected the file of one camera")
             images = {camera: images[camera]}
-            found_more = {key: np.array(images[camera][key]) for key in ("lidar2img", "depth2img") if key in images[camera]}
+            found_more = {
+                key: np.array(images[camera][key]) for key in ("lidar2img", "depth2img") if key in images[camera]
+            }
             return {"images": images, **found_more}
         missing = [name for name, image in images.items() if not Path(str(image.get("img_path", ""))).is_file()]
         if missing or not images:
@@ -240,7 +264,7 @@ class Reader:
         info = read_infos(file)[0]
         extra = {}
         for camera, image in info.get("images", {}).items():
-            below = prefix.get(camera, prefix.get("img", ""))
+            below = str(prefix.get(camera, prefix.get("img", "")))
             if isinstance(image, dict) and "img_path" in image:
                 image["img_path"] = str(root / below / image["img_path"])
         if self.pictures:

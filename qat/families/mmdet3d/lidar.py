@@ -52,7 +52,9 @@ class RawPoints:
 
     def moved(self, place: int) -> RawPoints:
         """The sensor `place` millimetres elsewhere."""
-        return replace(self, points=self.points + np.float32([place * 1e-3] + [0] * (self.points.shape[1] - 1)))
+        moved = self.points.copy()
+        moved[:, 0] += np.float32(place * 1e-3)
+        return replace(self, points=moved)
 
 
 def pillar_plan(settings: Mapping[str, Any], maps: Mapping[str, int | None], strides: Mapping[str, int]) -> Plan:
@@ -96,9 +98,7 @@ def pillar_settings(**more: Any) -> Any:
         load_dim=number(3, 32, **COUNT),
         channels=number(1, 65536, **COUNT),
         voxel=_NUMBERS,
-        decoration=section(
-            columns=number(3, 32, **COUNT), cluster=flag, centre=flag, distance=flag, legacy=flag
-        ),
+        decoration=section(columns=number(3, 32, **COUNT), cluster=flag, centre=flag, distance=flag, legacy=flag),
         **more,
     )
 
@@ -141,14 +141,18 @@ class PillarFlow(Flow):
         if left_out and not self._told:
             self._told = True
             most = self.settings["voxel"]["max_voxels"]
-            note(f"voxels: found {most + left_out:,}, expected at most max_voxels {most:,}: the last {left_out:,} are left out, as mmdet3d does")
+            note(
+                f"voxels: found {most + left_out:,}, expected at most max_voxels {most:,}: the last {left_out:,} are left out, as mmdet3d does"
+            )
         return {"input_features": features, "coors": cells}
 
     def feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
         """As `Flow.feeds`: the clouds one after another, each point with its cloud's number before it."""
         rows = []
         for n, frame in enumerate(frames):
-            points = frame.points if len(frame.points) else np.full((1, self.columns), 1e9, np.float32)  # out of every range
+            points = (
+                frame.points if len(frame.points) else np.full((1, self.columns), 1e9, np.float32)
+            )  # out of every range
             rows.append(np.concatenate([np.full((len(points), 1), n, np.float32), points[:, : self.columns]], 1))
         return {"points": np.concatenate(rows)}
 
@@ -161,7 +165,9 @@ class PillarFlow(Flow):
         (points,) = raw
         if points.ndim != 2 or points.shape[1] < self.columns or points.dtype != np.float32:
             shape = ",".join(map(str, points.shape))
-            raise UserError(f"pipeline: points: found {points.dtype}[{shape}], expected float32[M,{self.columns} or more]")
+            raise UserError(
+                f"pipeline: points: found {points.dtype}[{shape}], expected float32[M,{self.columns} or more]"
+            )
         finite = np.isfinite(points[:, : self.columns]).all(1)
         return LidarFrame("points", points[finite][:, : self.columns])
 
@@ -193,7 +199,9 @@ class PillarFlow(Flow):
         """The clouds of a data set's frames."""
         from qat.families.mmdet3d.frames import lidar_frames
 
-        return [RawPoints(frame.token, frame.points) for frame in lidar_frames(root, split, self.settings, version, count)]
+        return [
+            RawPoints(frame.token, frame.points) for frame in lidar_frames(root, split, self.settings, version, count)
+        ]
 
 
 def _revolution(random: np.random.Generator, farthest: float) -> np.ndarray:

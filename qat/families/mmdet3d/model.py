@@ -80,8 +80,9 @@ def draw(model: nn.Module, seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     for module in model.modules():
-        if (own := getattr(module, "init_cfg", None)) and str(dict(own).get("type") if isinstance(own, dict) else "") == "Pretrained":
-            module.init_cfg = None  # nothing is downloaded
+        own = getattr(module, "init_cfg", None)
+        if isinstance(own, dict) and own.get("type") == "Pretrained":
+            setattr(module, "init_cfg", None)  # noqa: B010  # nothing is downloaded
     with quiet():
         for module in [model] if hasattr(model, "init_weights") else model.children():
             if hasattr(module, "init_weights"):
@@ -116,7 +117,9 @@ def fitted(model: nn.Module, state: Mapping[str, Any], source: str, finite: bool
         )
     taken = {name: state[name] for name in own if name in state}
     if finite and (bad := next((n for n, value in taken.items() if not torch.isfinite(value.float()).all()), None)):
-        raise UserError(f"{source}: {bad}: found NaN or infinity, expected finite weights; `bevqat health` shows what they do")
+        raise UserError(
+            f"{source}: {bad}: found NaN or infinity, expected finite weights; `bevqat health` shows what they do"
+        )
     model.load_state_dict(taken, strict=False)
     return len(state) - len(taken)
 

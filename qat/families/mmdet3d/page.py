@@ -20,7 +20,11 @@ def _tree(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for entry in metadata[key]:
             dynamic = entry.get("dynamic", {})
             sizes = [dynamic.get(str(n), size) for n, size in enumerate(entry["shape"])]
-            _put(root, entry["path"], {"tensor": True, "used": used, "name": entry.get("name", ""), "dtype": entry["dtype"], "sizes": sizes})
+            _put(
+                root,
+                entry["path"],
+                {"tensor": True, "used": used, "name": entry.get("name", ""), "dtype": entry["dtype"], "sizes": sizes},
+            )
     for entry in metadata["constants"]:
         _put(root, entry["path"], {"tensor": False, "used": False, "value": entry["value"]})
     return root
@@ -37,7 +41,9 @@ def rows(metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every comparison with PyTorch, a row each."""
     found = metadata["verification"]
     runs = [("model.pt2", "torch.export.load", found["pt2"]["samples"])] if "pt2" in found else []
-    runs += [("model.onnx", name, entry["samples"]) for name, entry in found.get("onnx", {}).get("backends", {}).items()]
+    runs += [
+        ("model.onnx", name, entry["samples"]) for name, entry in found.get("onnx", {}).get("backends", {}).items()
+    ]
     for file, by, samples in runs:
         for row in samples:
             boxes = row.get("boxes")

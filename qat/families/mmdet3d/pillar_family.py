@@ -69,7 +69,11 @@ class PillarFamily(Family):
         if used != list(range(len(used))):
             raise UserError(f"{config.source}: use_dim: found {used}, expected the first columns of a point, in order")
         sweeps = kinds.get("LoadPointsFromMultiSweeps", {})
-        names = (config.get("metainfo") or {}).get("classes") or config.get("class_names") or dataset.get("metainfo", {}).get("classes", ())
+        names = (
+            (config.get("metainfo") or {}).get("classes")
+            or config.get("class_names")
+            or dataset.get("metainfo", {}).get("classes", ())
+        )
         described = {
             "family": self.name,
             "source": str(Path(config.source).name),
@@ -77,14 +81,18 @@ class PillarFamily(Family):
             "classes": list(names),
             "load_dim": int(loads.get("load_dim", 4)),
             "columns": len(used),
-            "sweeps": {own: plain(sweeps[theirs]) for theirs, own in SWEEPS.items() if theirs in sweeps} if sweeps else {},
+            "sweeps": {own: plain(sweeps[theirs]) for theirs, own in SWEEPS.items() if theirs in sweeps}
+            if sweeps
+            else {},
         }
         return self.check_config(described, config.source)
 
     def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
         """As `Family.check_config`."""
         if not isinstance(config, Mapping) or not set(config) >= KEYS or not isinstance(config["model"], Mapping):
-            raise UserError(f"{source}: found no description of a {self.name}, expected the keys {', '.join(sorted(KEYS))}")
+            raise UserError(
+                f"{source}: found no description of a {self.name}, expected the keys {', '.join(sorted(KEYS))}"
+            )
         self.settings(config)
         return dict(config)
 
@@ -100,13 +108,17 @@ class PillarFamily(Family):
         if not isinstance(layer, Mapping):
             raise UserError(f"{source}: model: data_preprocessor: found no voxel_layer, expected the one of 1.x")
         if str(model["data_preprocessor"].get("voxel_type", "hard")) != "hard":
-            raise UserError(f"{source}: model: data_preprocessor: voxel_type: found dynamic, expected hard; export it whole")
+            raise UserError(
+                f"{source}: model: data_preprocessor: voxel_type: found dynamic, expected hard; export it whole"
+            )
         most = layer.get("max_voxels", 20000)
         strides = [float(s) for s in backbone["layer_strides"]]
         ups = [float(u) for u in neck["upsample_strides"]]
         out = {prod(strides[: n + 1]) / up for n, up in enumerate(ups)}
         if len(out) != 1 or (stride := out.pop()) != int(stride):
-            raise UserError(f"{source}: model: neck: upsample_strides: found {ups} over strides {strides}, expected one size of map")
+            raise UserError(
+                f"{source}: model: neck: upsample_strides: found {ups} over strides {strides}, expected one size of map"
+            )
         channels = list(encoder.get("feat_channels", (64,)))
         return {
             "family": self.name,
@@ -146,7 +158,9 @@ class PillarFamily(Family):
         for norm in norms:
             norm.momentum = None
             norm.train()
-        features, cells, _ = batch_of_pillars(flow.feeds([flow.made_frame(n) for n in range(MADE_UP)])["points"], flow.settings)
+        features, cells, _ = batch_of_pillars(
+            flow.feeds([flow.made_frame(n) for n in range(MADE_UP)])["points"], flow.settings
+        )
         with torch.no_grad():
             pillars = network.encode(torch.from_numpy(features))
             network.detect(network.scatter(pillars, torch.from_numpy(cells), grid_of(flow.settings)))
@@ -183,7 +197,10 @@ class PillarFamily(Family):
         def voxelize(given: Mapping[str, Any]) -> dict[str, Any]:
             device = next(network.parameters()).device
             features, cells, _ = batch_of_pillars(given["points"], settings)
-            return {"input_features": torch.from_numpy(features).to(device), "coors": torch.from_numpy(cells).to(device)}
+            return {
+                "input_features": torch.from_numpy(features).to(device),
+                "coors": torch.from_numpy(cells).to(device),
+            }
 
         def scatter(given: Mapping[str, Any]) -> dict[str, Any]:
             pillars = given["pillar_features"]

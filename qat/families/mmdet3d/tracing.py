@@ -18,7 +18,9 @@ from qat.core.errors import UserError
 from qat.families.mmdet3d.tree import leaves, rebuild
 
 
-def pillar_features(self: Any, features: torch.Tensor, num_points: torch.Tensor, coors: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def pillar_features(
+    self: Any, features: torch.Tensor, num_points: torch.Tensor, coors: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
     """mmdet3d's `PillarFeatureNet.forward`, without writing into slices or into its input.
 
     Args:
@@ -55,7 +57,9 @@ def pillar_features(self: Any, features: torch.Tensor, num_points: torch.Tensor,
     return joined.squeeze(1)
 
 
-def scatter_pillars(self: Any, voxel_features: torch.Tensor, coors: torch.Tensor, batch_size: Any = None) -> torch.Tensor:
+def scatter_pillars(
+    self: Any, voxel_features: torch.Tensor, coors: torch.Tensor, batch_size: Any = None
+) -> torch.Tensor:
     """mmdet3d's `PointPillarsScatter.forward` of one sample: float[N,C] → [1,C,ny,nx]. A canvas of zeros is expanded in the
     graph, so the file does not hold it."""
     channels, cells = voxel_features.shape[1], self.ny * self.nx
@@ -141,7 +145,9 @@ class Flat(nn.Module):
         result = self.model(nested, self.samples[0], mode="tensor")
         found = tuple(leaf.value for leaf in leaves(result, "outputs") if leaf.is_tensor)
         if not found:
-            raise UserError(f"{type(self.model).__name__}: mode='tensor' returned no tensors, expected some; it cannot be exported")
+            raise UserError(
+                f"{type(self.model).__name__}: mode='tensor' returned no tensors, expected some; it cannot be exported"
+            )
         return found
 
 

@@ -41,9 +41,16 @@ def rebuild(tree: Any, path: str, values: Mapping[str, Any]) -> Any:
 
 def cloned(tree: Any) -> Any:
     """The tree with a copy of each tensor: some modules of mmdet3d write into their inputs."""
-    return {key: cloned(value) for key, value in tree.items()} if isinstance(tree, Mapping) else (
-        type(tree)(cloned(value) for value in tree) if isinstance(tree, list | tuple)
-        else tree.clone() if isinstance(tree, torch.Tensor) else tree
+    return (
+        {key: cloned(value) for key, value in tree.items()}
+        if isinstance(tree, Mapping)
+        else (
+            type(tree)(cloned(value) for value in tree)
+            if isinstance(tree, list | tuple)
+            else tree.clone()
+            if isinstance(tree, torch.Tensor)
+            else tree
+        )
     )
 
 
@@ -55,5 +62,3 @@ def drawn(rows: Sequence[tuple[str, str]], root: str) -> list[str]:
         branch = "└─ " if n == len(rows) - 1 else "├─ "
         lines.append(f"{branch}{path.ljust(width)}  {words}")
     return lines
-
-

@@ -27,8 +27,12 @@ FORMATS = {"both": ("pt2", "onnx"), "pt2": ("pt2",), "onnx": ("onnx",)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="an mmdet3d config, or the name of one that it ships")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights (default random ones); with one CONFIG alone")
+    parser.add_argument(
+        "configs", nargs="+", metavar="CONFIG", help="an mmdet3d config, or the name of one that it ships"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights (default random ones); with one CONFIG alone"
+    )
     parser.add_argument(
         "--output", "--out", type=Path, metavar="DIR", help=f"folder to write (default {DEFAULT}/NAME of each config)"
     )
@@ -41,12 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     source.add_argument("--use-random-data", action="store_true", help="made-up points and pictures")
     parser.add_argument("--opset", type=int, metavar="N", help="of model.onnx (default 13, or the lowest that works)")
-    parser.add_argument("--int8", action="store_true", help="calibrate, and write the parts with INT8 in every flavour into int8/")
+    parser.add_argument(
+        "--int8", action="store_true", help="calibrate, and write the parts with INT8 in every flavour into int8/"
+    )
     parser.add_argument(
         "--calib", nargs="+", type=Path, metavar="FILE",
         help="points (.bin), or one folder with them, to calibrate --int8 on (default --data, or made-up clouds)",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="print every comparison, and what each attempt failed on")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print every comparison, and what each attempt failed on"
+    )
     add_seed_flag(parser)
     add_json_flag(parser)
 
@@ -108,15 +116,23 @@ def _print(metadata: dict[str, Any], verbose: bool) -> None:
         for entry in metadata[key]:
             sizes = [entry.get("dynamic", {}).get(str(n), size) for n, size in enumerate(entry["shape"])]
             shape = f"[{', '.join(map(str, sizes))}]"
-            lines.append((entry["path"], f"{entry['dtype']} {shape}  {entry.get('name', 'unused: no output depends on it')}"))
+            lines.append(
+                (entry["path"], f"{entry['dtype']} {shape}  {entry.get('name', 'unused: no output depends on it')}")
+            )
     lines += [(entry["path"], f"constant: {entry['value']}") for entry in metadata["constants"]]
     print("\n".join(drawn(lines, metadata["model_type"])))
     if (int8 := metadata.get("int8")) is not None:
-        print(f"INT8: {int8['int8_share_of_macs']:.1%} of the multiplications; float: {', '.join(int8['parts_off']) or 'no part'}")
-        for flavour, entry in int8["flavours"].items():
+        print(
+            f"INT8: {int8['int8_share_of_macs']:.1%} of the multiplications; float: {', '.join(int8['parts_off']) or 'no part'}"
+        )
+        for entry in int8["flavours"].values():
             parts = "; ".join(
                 f"{part['file']} {part['precision']} {part['bytes'] / 1e6:.1f} MB"
-                + (f", {part['sqnr_db_beside_float']:.0f} dB beside float" if part["sqnr_db_beside_float"] is not None else "")
+                + (
+                    f", {part['sqnr_db_beside_float']:.0f} dB beside float"
+                    if part["sqnr_db_beside_float"] is not None
+                    else ""
+                )
                 for part in entry["parts"].values()
             )
             print(f"  {entry['folder']}: {'passed' if entry['passed'] else 'FAILED'}: {parts}")
@@ -125,7 +141,9 @@ def _print(metadata: dict[str, Any], verbose: bool) -> None:
     for attempt in metadata["attempts"]:
         print(f"  opset {attempt['opset']} by {attempt['exporter']}: {attempt['failed'] or 'passed'}")
     for row in rows(metadata):
-        print(f"  {row['file']} {row['by']}, {row['sizes']}: {row['db']}, {row['max_abs']}, boxes {row['boxes']} {row['wrong']}")
+        print(
+            f"  {row['file']} {row['by']}, {row['sizes']}: {row['db']}, {row['max_abs']}, boxes {row['boxes']} {row['wrong']}"
+        )
 
 
 def _row(name: str, metadata: dict[str, Any] | None, note: str) -> tuple[str, ...]:
@@ -165,7 +183,9 @@ def _check(args: argparse.Namespace) -> None:
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: found {args.device!r}, expected a device that this torch has ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"--device: found {args.device!r}, expected a device that this torch has ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def run(args: argparse.Namespace) -> int:

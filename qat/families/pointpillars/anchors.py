@@ -35,7 +35,9 @@ def anchors_of(generator: Mapping[str, Any], rows: int, columns: int) -> np.ndar
     aligned, corner = generator["aligned"], generator["align_corner"]
     found = []
     for low_high, group in zip(ranges, groups, strict=True):
-        x, y, z = (_centres(low_high[n], low_high[n + 3], cells, aligned, corner) for n, cells in enumerate((columns, rows, 1)))
+        x, y, z = (
+            _centres(low_high[n], low_high[n + 3], cells, aligned, corner) for n, cells in enumerate((columns, rows, 1))
+        )
         boxes = np.zeros((rows, columns, len(group), len(rotations), 7 + len(generator["custom_values"])), np.float32)
         boxes[..., 0] = x[None, :, None, None]
         boxes[..., 1] = y[:, None, None, None]
@@ -110,4 +112,3 @@ class AnchorDecoder:
             kept.append(sure[best])
             labels.append(np.full(len(best), label))
         return np.concatenate(kept), np.concatenate(labels)
-

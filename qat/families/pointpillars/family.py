@@ -34,7 +34,9 @@ class PointPillarsFamily(PillarFamily):
             )
         scales = list(generator.get("scales", [1]))
         if len(scales) != 1:
-            raise UserError(f"model: bbox_head: anchor_generator: scales: found {len(scales)}, expected one level of maps")
+            raise UserError(
+                f"model: bbox_head: anchor_generator: scales: found {len(scales)}, expected one level of maps"
+            )
         test = model.get("test_cfg") or {}
         test = test.get("pts", test)
         sigmoid = bool(head.get("loss_cls", {}).get("use_sigmoid", True))
