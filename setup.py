@@ -21,6 +21,7 @@ setup(
         "qat": ["py.typed"],
         "qat.report": ["page.css", "page.js", "templates/*.html"],
         "qat.families.bevfusion.pooling": ["pooling.cu"],
+        "qat.families.mmdet3d": ["templates/*.html"],
     },
     install_requires=[
         "torch>=2.4",
@@ -43,7 +44,9 @@ setup(
         "tensorrt": ["tensorrt", "cuda-bindings"],
         # CUDA 12's, which a CUDA 13 driver runs too, and the last that compiles for Volta (Jetson Xavier).
         "gpu": ["onnxruntime-gpu", "cuda-bindings>=12.8,<13", "nvidia-cuda-nvrtc-cu12>=12.8"],
-        "mmdet3d": ["mmengine>=0.10.7", "mmcv>=2.0.0,<2.2.0", "mmdet>=3.2.0", "mmdet3d>=1.4.0"],
+        # And `pip install --no-deps mmdet3d==1.4.0`, which would bring a gigabyte of what nothing here needs (open3d). A compiled mmcv
+        # in the place of mmcv-lite is used where it is there.
+        "mmdet3d": ["mmengine>=0.10.7", "mmcv-lite>=2.1.0,<2.2.0", "mmdet>=3.2.0", "onnxscript>=0.7"],
         "bevfusion": ["torchpack"],
         # For benchmarks/peers_accuracy.py. modelopt's own [onnx] extra pins an older onnx and ONNX Runtime's CUDA build, neither
         # of which goes with ours; these are the rest of it, and requests, which modelopt imports and does not declare.
