@@ -43,7 +43,7 @@ setup(
         "tensorrt": ["tensorrt", "cuda-bindings"],
         # CUDA 12's, which a CUDA 13 driver runs too, and the last that compiles for Volta (Jetson Xavier).
         "gpu": ["onnxruntime-gpu", "cuda-bindings>=12.8,<13", "nvidia-cuda-nvrtc-cu12>=12.8"],
-        "mmdet3d": ["mmengine>=0.10.7", "mmcv>=2.0.0,<2.2.0", "mmdet>=3.2.0", "mmdet3d>=1.4.0"],
+        "mmdet3d": ["mmengine>=0.10.7", "mmcv>=2.0.0,<2.2.0", "mmdet>=3.2.0", "mmdet3d>=1.4.0", "onnxscript"],
         "bevfusion": ["torchpack"],
         # For benchmarks/peers_accuracy.py. modelopt's own [onnx] extra pins an older onnx and ONNX Runtime's CUDA build, neither
         # of which goes with ours; these are the rest of it, and requests, which modelopt imports and does not declare.
