@@ -312,6 +312,7 @@ class TestExported:
         import onnxruntime
         import openvino
         import torch
+        from mmcv.ops import furthest_point_sample_with_dist
 
         whole = _Net()
 
@@ -321,21 +322,27 @@ class TestExported:
             def forward(self, xyz: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 return whole(xyz, features)[:-1]
 
-        file = tmp_path / "net.onnx"
-        for net, backends in ((whole, "onnxruntime"), (Net(), "onnxruntime openvino")):
-            torch.onnx.export(
-                net, _inputs(200, 0), file, dynamo=True, optimize=False, external_data=False, verbose=False
-            )
-            inputs = [value.numpy() for value in _inputs(200, 1)]
-            expected = net(*_inputs(200, 1))
+        class Table(torch.nn.Module):
+            def forward(self, table: torch.Tensor) -> torch.Tensor:
+                return furthest_point_sample_with_dist(table, 9)
+
+        def onnx_file(net: torch.nn.Module, *inputs: torch.Tensor) -> Path:
+            file = tmp_path / f"{type(net).__name__}.onnx"
+            torch.onnx.export(net.eval(), inputs, file, dynamo=True, optimize=False, external_data=False, verbose=False)
+            return file
+
+        def onnx_runtime(file: Path, *inputs: np.ndarray) -> list[np.ndarray]:
             session = onnxruntime.InferenceSession(file)
-            results = [session.run(None, dict(zip([i.name for i in session.get_inputs()], inputs, strict=True)))]
-            if "openvino" in backends:
-                compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-                results.append(list(compiled(inputs).values()))
-            for result in results:
-                for found, value in zip(result, expected, strict=True):
-                    np.testing.assert_allclose(found, value.numpy(), rtol=0, atol=1e-5)
+            return session.run(None, dict(zip([i.name for i in session.get_inputs()], inputs, strict=True)))
+
+        file = onnx_file(Net(), *_inputs(200, 0))
+        inputs = [value.numpy() for value in _inputs(200, 1)]
+        compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        for results in (onnx_runtime(file, *inputs), list(compiled(inputs).values())):
+            for found, expected in zip(results, Net()(*_inputs(200, 1)), strict=True):
+                np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+        file, table = onnx_file(Table(), torch.rand(1, 40, 40)), torch.rand(1, 40, 40)
+        np.testing.assert_array_equal(onnx_runtime(file, table.numpy())[0], Table()(table))
 
     def test_torchscript_traces_and_its_exporter_is_refused_by_name(self, tmp_path: Path) -> None:
         import torch

@@ -8,10 +8,11 @@ and `torch.onnx.export(dynamo=True, optimize=False)` take; the others run on the
 
     operator                                    E  called by
     hard_voxelize                               -  PointPillars, CenterPoint, SSN, and what needs sparse convolutions
-    dynamic_voxelize, dynamic_point_to_voxel    -  PointPillars and MVX-Net with dynamic voxels
-    nms_rotated                                 -  PointPillars, CenterPoint (not with circle NMS), SSN, PointRCNN, FCOS3D, PGD
+    dynamic_voxelize, dynamic_point_to_voxel    -  PointPillars with dynamic voxels
+    nms_rotated                                 -  PointPillars, CenterPoint (not with circle NMS), SSN, PointRCNN, FCOS3D, PGD,
+                                                     ImVoxelNet on KITTI
     nms                                         -  3DSSD
-    iou3d_nms3d, iou3d_nms3d_normal             -  ImVoxelNet
+    iou3d_nms3d, iou3d_nms3d_normal             -  ImVoxelNet indoors (read in its code, not run)
     furthest_point_sampling, gather_points,     E  VoteNet, H3DNet, GroupFree3D, 3DSSD, PointRCNN, PointNet++, PAConv
       group_points
     ball_query                                  E  the same but PAConv
@@ -20,11 +21,11 @@ and `torch.onnx.export(dynamo=True, optimize=False)` take; the others run on the
     furthest_point_sampling_with_dist           E  3DSSD (not on OpenVINO)
     assign_score_withk                          E  PAConv (CUDA's config)
     points_in_boxes_all, …_part, …_cpu          E  VoteNet, H3DNet, GroupFree3D, 3DSSD; PointRCNN; training
-    roipoint_pool3d, roiaware_pool3d            -  PointRCNN; Part-A2
+    roipoint_pool3d, roiaware_pool3d            -  PointRCNN; Part-A2, should its sparse convolutions be there
     deform_conv, modulated_deform_conv          E  CenterPoint's DCN heads; FCOS3D, PGD, SMOKE
     box_iou_rotated                             -  training: assigners
 
-Sparse convolutions are not replaced, so SECOND, CenterPoint with voxels, Part-A2, PV-RCNN and Cylinder3D are refused by name;
+Sparse convolutions are not replaced: SECOND, CenterPoint with voxels, Part-A2, PV-RCNN, MVX-Net, Cylinder3D are refused by name;
 FCAF3D and MinkUNet want other packages (MinkowskiEngine, torchsparse).
 
 Against mmcv 2.1's own kernels, compiled for a CPU: ball_query, three_nn, points_in_boxes and roiaware_pool3d are bit-identical; knn
