@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -138,4 +139,18 @@ def package_findings(want: Wanted) -> list[Finding]:
         found.append(
             Finding(EXTRAS, f"[{extra}]", state, words, "".join([*first, pip_line(extra=extra)]) if bad else "")
         )
-    return found
+    return [*found, _mmdet3d()]
+
+
+def _mmdet3d() -> Finding:
+    """mmdet3d itself, which no extra brings (its own requirements are a gigabyte), and whose operators its models run on."""
+    version = installed("mmdet3d")
+    if version is None:
+        fix = pip_line("--no-deps", "mmdet3d==1.4.0")
+        return Finding(EXTRAS, "mmdet3d", MISSING, "not installed (export-mmdet3d, pointpillars, centerpoint)", fix)
+    try:
+        compiled = importlib.util.find_spec("mmcv._ext") is not None
+    except ImportError:  # no mmcv: the extra's line says so
+        compiled = False
+    operators = "mmcv's compiled operators" if compiled else "operators in numba and torch, in the place of mmcv's compiled ones"
+    return Finding(EXTRAS, "mmdet3d", OK, f"{version}, {operators}", "")

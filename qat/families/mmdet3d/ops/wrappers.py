@@ -1,4 +1,7 @@
-"""mmcv's Python wrappers that allocate on CUDA, or ask for the current GPU, whatever they are given: the same for any device."""
+"""mmcv's Python wrappers that allocate on CUDA, or ask for the current GPU, whatever they are given: the same for any device.
+
+And one that uses torch.cdist, which ONNX has not.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,13 @@ def rebind() -> None:
     containment = importlib.import_module("mmcv.ops.points_in_boxes")
     sampling.FurthestPointSampling.forward = staticmethod(_sample)
     neighbours.KNN.forward = staticmethod(_knn)
-    for ours in (points_in_boxes_all, points_in_boxes_part):
-        theirs = getattr(containment, ours.__name__)
+    sampler = importlib.import_module("mmcv.ops.points_sampler")
+    for place, ours in (
+        (containment, points_in_boxes_all),
+        (containment, points_in_boxes_part),
+        (sampler, calc_square_dist),
+    ):
+        theirs = getattr(place, ours.__name__)
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] in ("mmcv", "mmdet3d") and vars(module).get(ours.__name__) is theirs:
                 setattr(module, ours.__name__, ours)
@@ -77,3 +85,13 @@ def _contained(
     with torch.cuda.device_of(points):  # a compiled kernel runs on the current GPU
         operator(boxes.contiguous(), points.contiguous(), out)
     return out
+
+
+def calc_square_dist(point_feat_a: torch.Tensor, point_feat_b: torch.Tensor, norm: bool = True) -> torch.Tensor:
+    """Squared distances [B,N,M] of features [B,N,C] and [B,M,C]; norm: the distances over C, as mmcv has it.
+
+    By a matrix product, as torch.cdist computes them from 26 points on.
+    """
+    squares = (point_feat_a**2).sum(-1)[:, :, None] + (point_feat_b**2).sum(-1)[:, None]
+    squared = (squares - 2 * torch.matmul(point_feat_a, point_feat_b.transpose(1, 2))).clamp_min(0)
+    return squared.sqrt() / point_feat_a.shape[-1] if norm else squared

@@ -5,13 +5,12 @@ Squared distances are (dx² + dy²) + dz² in float32 in every form, so the same
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 
 from qat.families.mmdet3d.ops import points as host
-from qat.families.mmdet3d.ops.mmcv_ext.forms import plain, traced, untraced
+from qat.families.mmdet3d.ops.mmcv_ext.forms import plain, traced
 
 FAR = 1e10  # mmcv's greatest squared distance
 
@@ -26,12 +25,10 @@ def furthest_point_sampling_forward(
     if plain(points_xyz):
         for cloud, picked in zip(points_xyz.detach(), output, strict=True):
             picked.copy_(torch.from_numpy(host.furthest_point_sample(cloud.numpy(), m)))
-    elif torch.jit.is_tracing():
-        output.copy_(_sampling_loop()(points_xyz, m))
     elif torch.compiler.is_compiling():
         output.copy_(_sampling_scan(points_xyz, m))
     else:
-        output.copy_(_sample(points_xyz, m))
+        output.copy_(_picked(points_xyz[..., 0], m, lambda last: _squared(points_xyz, _row(points_xyz, last)[:, None])))
 
 
 def furthest_point_sampling_with_dist_forward(
@@ -41,15 +38,10 @@ def furthest_point_sampling_with_dist_forward(
     if plain(points_dist):
         for table, picked in zip(points_dist.detach(), output, strict=True):
             picked.copy_(torch.from_numpy(host.furthest_point_sample_of_distances(table.numpy(), m)))
-        return
-    untraced("furthest_point_sampling_with_dist_forward")
-    nearest = points_dist.new_full(points_dist.shape[:2], FAR)
-    picked = [torch.zeros_like(nearest[:, 0], dtype=torch.int64)]
-    while len(picked) < m:
-        distance = torch.gather(points_dist, 1, picked[-1][:, None, None].expand(-1, 1, points_dist.shape[2]))[:, 0]
-        nearest = torch.where(distance < nearest, distance, nearest)
-        picked.append(nearest.argmax(-1))
-    output.copy_(torch.stack(picked, 1))
+    elif torch.compiler.is_compiling():
+        output.copy_(_table_scan(points_dist, m))
+    else:
+        output.copy_(_picked(points_dist[:, 0], m, lambda last: _row(points_dist, last)))
 
 
 def _sampling_scan(points: torch.Tensor, count: int) -> torch.Tensor:
@@ -62,7 +54,7 @@ def _sampling_scan(points: torch.Tensor, count: int) -> torch.Tensor:
 
     def step(carry: list[torch.Tensor], zero: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         nearest, last, points = carry
-        distance = _squared(points, torch.gather(points, 1, last[:, None, None].expand(-1, 1, 3)))
+        distance = _squared(points, _row(points, last)[:, None])
         nearest = torch.where(distance < nearest, distance, nearest)
         return [nearest, nearest.argmax(-1), points.clone()], last + zero
 
@@ -72,42 +64,38 @@ def _sampling_scan(points: torch.Tensor, count: int) -> torch.Tensor:
     return picked.transpose(0, 1)
 
 
-def _sample(points: torch.Tensor, count: int) -> torch.Tensor:
-    """The same as a Python loop, for tensors on a GPU: it never waits for the host."""
-    nearest = points.new_full(points.shape[:2], FAR)
-    last = torch.zeros(points.shape[0], dtype=torch.int64, device=points.device)
-    picked = []
-    for _ in range(count):
-        picked.append(last)
-        distance = _squared(points, torch.gather(points, 1, last[:, None, None].expand(-1, 1, 3)))
+def _table_scan(distances: torch.Tensor, count: int) -> torch.Tensor:
+    """As `_sampling_scan`, by a table [B,N,N]. That is too large to be carried, so OpenVINO does not take this one."""
+    from torch._higher_order_ops.scan import scan
+
+    def step(carry: list[torch.Tensor], zero: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        nearest, last = carry
+        distance = _row(distances, last)
         nearest = torch.where(distance < nearest, distance, nearest)
-        last = nearest.argmax(-1)
+        return [nearest, nearest.argmax(-1)], last + zero
+
+    first = [distances[:, 0] * 0 + FAR, distances.new_zeros(len(distances), dtype=torch.int64)]
+    _, picked = scan(step, first, torch.zeros(count, len(distances), dtype=torch.int64, device=distances.device))
+    return picked.transpose(0, 1)
+
+
+def _picked(like: torch.Tensor, count: int, distances_from: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The same as a Python loop, for tensors on a GPU (it never waits for the host) and torch.jit.trace: int64[B,count].
+
+    like: any [B,N]. distances_from: squared distances [B,N] from one point of each sample, int64[B].
+    """
+    nearest = torch.full_like(like, FAR)
+    picked = [torch.zeros_like(like[:, 0], dtype=torch.int64)]
+    while len(picked) < count:
+        distance = distances_from(picked[-1])
+        nearest = torch.where(distance < nearest, distance, nearest)
+        picked.append(nearest.argmax(-1))
     return torch.stack(picked, 1)
 
 
-@functools.cache
-def _sampling_loop() -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """The same as a script, which the TorchScript exporter writes as a Loop."""
-
-    def sample(points: torch.Tensor, count: int) -> torch.Tensor:
-        nearest = points[:, :, 0] * 0 + 1e10
-        last = (points[:, 0, 0] * 0).to(torch.int64)
-        steps = torch.arange(count).unsqueeze(0)
-        picked = last.unsqueeze(1) + steps * 0
-        for i in range(count):
-            picked = torch.where(steps == i, last.unsqueeze(1), picked)
-            point = torch.gather(points, 1, last.view(-1, 1, 1).expand(-1, 1, 3))
-            offset = points - point
-            distance = (
-                offset[:, :, 0] * offset[:, :, 0]
-                + offset[:, :, 1] * offset[:, :, 1]
-                + offset[:, :, 2] * offset[:, :, 2]
-            )
-            nearest = torch.where(distance < nearest, distance, nearest)
-            last = nearest.argmax(-1)
-        return picked
-
-    return torch.jit.script(sample)
+def _row(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """One row of each sample: [B,N,C] at int64[B] is [B,C]."""
+    return torch.gather(rows, 1, index[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0]
 
 
 # Neighbours
@@ -141,8 +129,8 @@ def _balls(
     distance = _squared(centres[:, :, None], points[:, None])
     near = (distance < high) if low == 0 else (distance == 0) | ((distance >= low) & (distance < high))
     total = points.shape[1]
-    none = float(total)
-    index = torch.arange(total, dtype=torch.float32, device=points.device)  # exact up to 2^24 points
+    none = 2.0**24  # above every index: float32 holds those exactly up to here
+    index = torch.arange(total, dtype=torch.float32, device=points.device)
     key = torch.where(near, index, torch.full_like(index, none))
     if count > total:
         key = torch.nn.functional.pad(key, (0, count - total), value=none)
