@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.detector import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # for what several folders import (lidar.py)
 
 
 @pytest.fixture(autouse=True)

@@ -70,16 +70,16 @@ def main() -> None:
     torch.nn.init.constant_(network.pts_bbox_head.task_heads[0].heatmap[-1].bias, -2.19)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.3)
-    resume, step = args.out.with_suffix(".resume"), 0
+    resume, begin = args.out.with_suffix(".resume"), 0
     if resume.exists():
         saved = torch.load(resume, weights_only=False)
         network.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
-        step = saved["step"]
+        begin = saved["step"]
     cache = {}
     grid, begun, recent = grid_of(settings), time.time(), []
-    for step in range(step, args.steps):
+    for step in range(begin, args.steps):
         epoch, place = divmod(step * args.batch, len(frames) // args.batch * args.batch)
         order = np.random.default_rng([1, epoch]).permutation(len(frames))
         rng = np.random.default_rng([2, step])

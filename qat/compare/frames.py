@@ -114,8 +114,13 @@ def outlines(
     return result
 
 
+def picture_size(sample: Any) -> tuple[int, int]:
+    """(width, height) of a sample's pictures, before normalisation; 0 where it has none."""
+    return (sample.images.shape[2], sample.images.shape[1]) if len(sample.images) else (0, 0)
+
+
 def _drawn(sample: Sample, found: Detections, classes: list[str], scored: bool) -> list[dict[str, Any]]:
-    height, width = sample.images.shape[1:3]
+    width, height = picture_size(sample)
     boxes: list[dict[str, Any]] = [
         {
             "label": classes[int(label)],
@@ -154,7 +159,7 @@ def describe_frame(
         classes: names by label.
         least: score from which boxes are drawn.
     """
-    height, width = sample.images.shape[1:3]
+    width, height = picture_size(sample)
     differs = disagreement(reference, candidate, least)
     truth = Detections(sample.gt_boxes, np.ones(len(sample.gt_boxes), np.float32), sample.gt_labels)
     return {

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from qat.compare.accuracy import RowAccuracy, run_accuracy
-from qat.compare.frames import describe_frame, disagreement, drawn_from
+from qat.compare.frames import describe_frame, disagreement, drawn_from, picture_size
 from qat.compare.latency import measure
 from qat.compare.machine import machine_facts
 from qat.compare.rows import Row, Sources, load_rows
@@ -225,7 +225,7 @@ def compare(options: CompareOptions) -> Comparison:
 
     def keep(index: int, sample: Sample) -> None:
         objects.update(dataset.classes[label] for label in sample.gt_labels)
-        image[:] = [sample.img.shape[3], sample.img.shape[2]]
+        image[:] = picture_size(sample)
         if index in timed:
             timing_samples.append(sample)
 

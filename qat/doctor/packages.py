@@ -152,5 +152,9 @@ def _mmdet3d() -> Finding:
         compiled = importlib.util.find_spec("mmcv._ext") is not None
     except ImportError:  # no mmcv: the extra's line says so
         compiled = False
-    operators = "mmcv's compiled operators" if compiled else "operators in numba and torch, in the place of mmcv's compiled ones"
+    operators = (
+        "mmcv's compiled operators"
+        if compiled
+        else "operators in numba and torch, in the place of mmcv's compiled ones"
+    )
     return Finding(EXTRAS, "mmdet3d", OK, f"{version}, {operators}", "")

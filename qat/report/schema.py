@@ -165,7 +165,7 @@ class _Checker:
         if len(size) != 2:
             raise self.fail(f"{path}.image_size", size, "[width, height]")
         for value in size:
-            self.number(value, f"{path}.image_size", 1)
+            self.number(value, f"{path}.image_size", 0)  # of a detector without cameras
         for n, camera in enumerate(self.items(frame.get("cameras"), f"{path}.cameras")):
             where = f"{path}.cameras[{n}]"
             self.text(self.mapping(camera, where).get("name"), f"{where}.name")

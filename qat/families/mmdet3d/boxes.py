@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ class Boxes:
 
         head.forward, model.extract_feat = (lambda *_, **__: outputs), features
         try:
-            with torch.no_grad(), runnable(model):
+            with torch.no_grad(), runnable(model), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 found = model(cloned(self._sample.inputs), copy.deepcopy(self._sample.samples), mode="predict")[0]
         finally:
             del head.forward, model.extract_feat

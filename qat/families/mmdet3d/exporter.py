@@ -21,7 +21,7 @@ from qat.core.provenance import made_by
 from qat.core.tensors import compare_tensors
 from qat.families.mmdet3d import library
 from qat.families.mmdet3d.boxes import Boxes
-from qat.families.mmdet3d.inputs import Reader, Sample
+from qat.families.mmdet3d.inputs import Sample
 from qat.families.mmdet3d.model import quiet
 from qat.families.mmdet3d.page import inputs_page
 from qat.families.mmdet3d.tracing import Flat, naming_failures, runnable, traceable
@@ -52,7 +52,7 @@ class Options:
 
 @dataclass
 class Entry:
-    """A tensor of a tree. name: `input_0`…; "" for one that is left out. sizes: how its shape varied over `SHARES`."""
+    """A tensor of a tree. name: `input_0`…; "" for one that no output uses. sizes: how its shape varied over `SHARES`."""
 
     path: str
     tensor: torch.Tensor
@@ -117,7 +117,7 @@ def analyse(samples: Sequence[Sample], most: int | None) -> Inputs:
             seen = tuple(size[place] for size in sizes)
             if len(set(seen)) > 1:
                 axes[place] = named.setdefault(seen, _axis_name(leaf.path, named))
-        entries.append(Entry(leaf.path, leaf.value, sizes, axes=axes))
+        entries.append(Entry(leaf.path, leaf.value, sizes, f"input_{len(entries)}", axes))
     constants = [leaf for leaf in first if not leaf.is_tensor]
     constants += [Leaf(f"data_samples[{n}]", sample) for n, sample in enumerate(samples[0].samples)]
     limits = {name: (2, most if name == "voxels" else None) for name in named.values()}
@@ -170,12 +170,13 @@ class Reference:
     """What mmdet3d's own forward gives for a sample: `tensors`, and its `boxes`."""
 
     def __init__(self, model: nn.Module, sample: Sample) -> None:
-        with torch.no_grad(), runnable(model), quiet():
-            tree = model(cloned(sample.inputs), sample.samples, mode="tensor")
-        self.tensors = [
-            Leaf(leaf.path, leaf.value.detach().clone()) for leaf in leaves(tree, "outputs") if leaf.is_tensor
-        ]
-        self.boxes = Boxes(model, sample, self.tensors, cloned(tree))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.no_grad(), runnable(model), quiet():
+                tree = model(cloned(sample.inputs), sample.samples, mode="tensor")
+            found = [leaf for leaf in leaves(tree, "outputs") if leaf.is_tensor]
+            self.tensors = [Leaf(leaf.path, leaf.value.detach().clone()) for leaf in found]
+            self.boxes = Boxes(model, sample, self.tensors, cloned(tree))
 
 
 class Export:
@@ -186,12 +187,11 @@ class Export:
         model: nn.Module,
         config_name: str,
         checkpoint: str | None,
-        reader: Reader,
         samples: Sequence[Sample],
         options: Options,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.model, self.reader, self.options, self.say = model, reader, options, say
+        self.model, self.options, self.say = model, options, say
         self.config_name, self.checkpoint = config_name, checkpoint
         self.inputs = analyse(_different(samples), voxel_limit(model))
         self.program: torch.export.ExportedProgram | None = None

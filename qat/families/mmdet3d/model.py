@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,8 @@ def build(config: Config) -> nn.Module:
     settings["train_cfg"] = None
     settings.pop("pretrained", None)
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model: nn.Module = revert_sync_batchnorm(MODELS.build(settings))
     except Exception as error:  # mmengine wraps whatever a module raised
         what = str(error).strip().splitlines()

@@ -95,7 +95,7 @@ def _export(args: argparse.Namespace, name: str) -> tuple[Path, dict[str, Any]]:
         samples = [reader.first_of_dataset(share) for share in SHARES]
     options = Options(FORMATS[args.format], args.opset, args.device, args.seed)
     checkpoint = None if args.checkpoint is None else str(args.checkpoint)
-    export = Export(model, name, checkpoint, reader, samples, options, lambda what: _say(path.stem, what))
+    export = Export(model, name, checkpoint, samples, options, lambda what: _say(path.stem, what))
     out = _folder(args, path)
 
     def int8(folder: Path) -> dict[str, Any]:
