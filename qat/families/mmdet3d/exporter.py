@@ -107,7 +107,8 @@ def analyse(samples: Sequence[Sample], most: int | None) -> Inputs:
     """Flattens the first sample and finds which sizes vary from one to the next. most: the config's limit of voxels."""
     first = leaves(samples[0].inputs, "inputs")
     others = [{leaf.path: leaf.value for leaf in leaves(sample.inputs, "inputs")} for sample in samples]
-    entries, named = [], dict[tuple[int, ...], str]()
+    entries: list[Entry] = []
+    named: dict[tuple[int, ...], str] = {}
     for leaf in first:
         if not leaf.is_tensor:
             continue

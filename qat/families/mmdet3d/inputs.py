@@ -115,6 +115,12 @@ def read_infos(path: str | Path) -> list[dict[str, Any]]:
     return listed
 
 
+def _one_camera(name: str, image: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline for a single picture reads: below `images`, and at the top as LoadImageFromFile wants it."""
+    matrices = {key: np.array(image[key]) for key in ("lidar2img", "depth2img", "cam2img", "lidar2cam") if key in image}
+    return {"images": {name: dict(image)}, "img_path": image["img_path"], **matrices}
+
+
 class Reader:
     """Makes samples for a model by its config's pipeline and its data preprocessor."""
 
@@ -235,11 +241,7 @@ class Reader:
             camera = next((name for name in (*CAMERAS, *there) if name in there), None)
             if camera is None:
                 raise UserError(f"{path}: found none of its pictures beside it, expected the file of one camera")
-            images = {camera: images[camera]}
-            found_more = {
-                key: np.array(images[camera][key]) for key in ("lidar2img", "depth2img") if key in images[camera]
-            }
-            return {"images": images, **found_more}
+            return _one_camera(camera, images[camera])
         missing = [name for name, image in images.items() if not Path(str(image.get("img_path", ""))).is_file()]
         if missing or not images:
             raise UserError(f"{path}: found no picture of {', '.join(missing) or 'any camera'} beside it, expected all")
@@ -319,5 +321,4 @@ class Reader:
             }
         if len(images) > 1:
             return {"images": images}
-        only = images[names[0]]
-        return {"images": images, "lidar2img": np.array(only["lidar2img"]), "depth2img": np.array(only["depth2img"])}
+        return _one_camera(names[0], images[names[0]])

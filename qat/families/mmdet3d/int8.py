@@ -102,7 +102,9 @@ def write_int8(
 def _part(part: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What a part's entry in the manifest says of its cost."""
     entries = part["verification"].values()
-    found = [entry.get("float_db", entry.get("quantization_db")) for entry in entries]  # the file's, else the simulation's
+    found = [
+        entry.get("float_db", entry.get("quantization_db")) for entry in entries
+    ]  # the file's, else the simulation's
     costs = [value for value in found if value is not None]
     return {
         "file": part["file"],

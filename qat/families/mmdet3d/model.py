@@ -73,7 +73,8 @@ def build(config: Config) -> nn.Module:
             f"{config.source}: model: found {type(error).__name__}: {what[-1][:300] if what else ''}, expected a model that "
             "mmdet3d 1.4 can build; fix the config, or install what it imports (custom_imports)"
         ) from error
-    return model.eval()
+    model.eval()  # whose result is None where a model has a train() of its own
+    return model
 
 
 def draw(model: nn.Module, seed: int) -> None:
