@@ -26,7 +26,6 @@ WORDS = {
     "bool_type": "true or false",
     "none_required": "null",
     "union_tag_not_found": "the name of a type",
-    "finite_number": "a finite number",
 }
 
 
@@ -84,9 +83,10 @@ def only(*values: Any) -> Expected:
     return Expected(words, core_schema.any_schema(), test=lambda value: value in values)
 
 
-def wrong(key: str, expected: str) -> PydanticCustomError:
-    """What a validator raises: the dotted key, from its model on, and what was expected there."""
-    return PydanticCustomError("wrong", "{words}", {"words": expected, "key": key})
+def wrong(key: str | list[Any], expected: str) -> PydanticCustomError:
+    """What a validator raises: the key, dotted or in a list, from its model on, and what was expected there."""
+    keys = [int(part) if part.isdigit() else part for part in key.split(".")] if isinstance(key, str) and key else key
+    return PydanticCustomError("wrong", "{words}", {"words": expected, "keys": keys or []})
 
 
 class Section(BaseModel):
@@ -111,7 +111,7 @@ class Section(BaseModel):
     @classmethod
     def _unknown(cls, key: Any, value: Mapping[Any, Any]) -> None:
         if cls.OTHERS and value[key] is not None:
-            raise wrong(str(key), f"null: {cls.OTHERS}")
+            raise wrong([key], f"null: {cls.OTHERS}")
 
     @classmethod
     def _is_absent(cls, key: str, value: Mapping[Any, Any]) -> bool:
@@ -129,7 +129,7 @@ class Options(Section):
         kinds = get_args(cls.model_fields["type"].annotation) if "type" in cls.model_fields else (None,)
         if key not in cls.FREE.split() and value.get("type") in (None, *kinds):
             known = ", ".join(sorted({*cls.model_fields, *cls.FREE.split()} - {"type"})) or "none"
-            raise wrong(str(key), f"no such option: {kinds[0] or cls.__name__} has {known}")
+            raise wrong([key], f"no such option: {kinds[0] or cls.__name__} has {known}")
 
     @classmethod
     def _is_absent(cls, key: str, value: Mapping[Any, Any]) -> bool:
@@ -166,6 +166,12 @@ def _words(kind: str, key: Any, context: Mapping[str, Any], message: str) -> str
         )
     if kind == "literal_error":
         return str(context["expected"]).replace("None", "null")
+    if kind in ("too_short", "too_long"):
+        return (
+            f"{context['min_length']} or more items"
+            if kind == "too_short"
+            else f"at most {context['max_length']} items"
+        )
     return str(context["words"]) if "words" in context else WORDS.get(kind, message)
 
 
@@ -204,14 +210,11 @@ def validated(
         kind, keys, context, message, absent = error.type, [], error.context or {}, error.message(), False
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         keys.append(str(context["discriminator"]).strip("'"))
-    if key := context.get("key"):
-        keys += [int(part) if part.isdigit() else part for part in key.split(".")]
+    keys += context.get("keys", [])
     path, found = _locate(document, keys)
     where = under + "".join(index.format(key) if isinstance(key, int) else f".{key}" for key in path)
     shown = repr(found) if found is not None else "null"
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     told = "missing" if absent or found is ABSENT else f"found {shown}"
-    prefix = f"{where.lstrip('.')}: " if path or under else ""
-    raise UserError(
-        f"{source}: {prefix}{told}, expected {_words(kind, keys[-1] if keys else '', context, message)}; {fix}"
-    ) from None
+    expected = _words(kind, keys[-1] if keys else None, context, message)
+    raise UserError(f"{source}: {where.lstrip('.') or 'the document'}: {told}, expected {expected}; {fix}") from None

@@ -114,11 +114,11 @@ class SwinTransformer(Options):
     FREE = "attn_drop_rate drop_path_rate with_cp frozen_stages convert_weights pretrain_img_size init_cfg pretrained"
     type: Literal["SwinTransformer"]
     embed_dims: Channels = 96
-    depths: Fews = Field(default=[2, 2, 6, 2])
-    num_heads: Fews = Field(default=[3, 6, 12, 24])
+    depths: Fews = [2, 2, 6, 2]
+    num_heads: Fews = [3, 6, 12, 24]
     window_size: Few = 7
     mlp_ratio: Positive = 4
-    out_indices: Stages = Field(default=[0, 1, 2, 3])
+    out_indices: Stages = [0, 1, 2, 3]
     qkv_bias: Flag = True
     qk_scale: None = None
     patch_norm: Literal[True] = True
@@ -161,7 +161,7 @@ class GeneralizedLSSFPN(Options):
         Nearest | Bilinear, Expected("mode nearest or bilinear, and align_corners true with bilinear alone")
     ] = Bilinear(mode="bilinear", align_corners=True)
     norm_cfg: TorchNormOrNone = BatchNorm()
-    act_cfg: Relu = Field(default={"type": "ReLU"})
+    act_cfg: Relu = {"type": "ReLU"}
     conv_cfg: PlainConv = None
 
 
