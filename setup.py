@@ -36,6 +36,7 @@ setup(
         "numba>=0.60",
         "jinja2>=3.1",
         "filelock>=3.30",
+        "pydantic>=2.10",
         "rich>=13",
         "PyYAML>=6",
         "shtab>=1.13",

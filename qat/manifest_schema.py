@@ -1,64 +1,152 @@
-"""What the sections of a manifest must hold for `bevqat verify`."""
+"""manifest.json as pydantic models: what qat.export writes. Engine, runtime and verify read it without them (`qat.manifest`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from qat.core.checks import Wrong, either, fail, listed, mapped, null, number, section, text
-from qat.core.errors import UserError
+from pydantic import Field, model_validator
 
-_SHAPE = listed(either(text, number(-1, 1 << 40, whole=True)), 0, 32)
-_TENSORS = mapped(section(dtype=text, shape=_SHAPE))
-_VERIFICATION = section(
-    frames=listed(text),
-    seed=number(0, 1 << 62, whole=True),
-    batch=number(1, 1024, whole=True),
-    file=text,
-    sha256=text,
-    stored=mapped(listed(number(0, 1 << 30, whole=True))),
-    made_sha256=text,
-)
-_DECIBELS = listed(either(null, number(-1e9, 1e9)))
-_PAIR = section(
-    tensor=text,
-    node=text,
-    module=text,
-    dtype=text,
-    scale=listed(number(0, 1e30), 1, 1 << 20),
-    zero_point=listed(number(-128, 255, whole=True), 1, 1 << 20),
-)
-_SITES = section(frame=number(0, 1 << 30, whole=True), pairs=listed(_PAIR), outputs=listed(text), problems=listed(text))
-_VERIFIED_PART = section(
-    {"sites": _SITES},
-    opset=number(1, 1000, whole=True),
-    inputs=_TENSORS,
-    outputs=_TENSORS,
-    verification=mapped(
-        section(frames=section({"float_tolerance_db": _DECIBELS}, tolerance_db=listed(number(-1e9, 1e9))))
-    ),
-)
+from qat.core.files import leads_down, write_json
+from qat.core.validation import Expected, Section, number, validated, whole, wrong
+from qat.manifest import FILE, FORMAT, SCHEMA
+
+Text = Annotated[str, Field(max_length=1000), Expected("a text")]
+File = Annotated[str, Expected("the name of a file in the manifest's folder", test=leads_down)]
+Decibels = Annotated[float, number("a number of decibels", -1e9, 1e9)]
+Index = Annotated[int, whole(0, 1 << 30)]
+Opset = Annotated[int, whole(1, 1000)]
+Batch = Annotated[int, whole(1, 1024)]
 
 
-def check_verification(path: str | Path, manifest: Mapping[str, Any], fix: str) -> None:
-    """Raises `UserError` where what `bevqat verify` reads of a manifest is missing or does not fit together."""
-    try:
-        about = manifest.get("verification")
-        _VERIFICATION(about, "verification")
-        assert isinstance(about, dict)
-        for name, part in manifest["parts"].items():
-            _VERIFIED_PART(part, name)
-            if (unknown := set(part["verification"]) - set(part["outputs"])) or not part["verification"]:
-                fail(f"{name}: verification", sorted(unknown), "the part's outputs")
-            stored = about["stored"].get(name)
-            if not stored or max(stored) >= len(about["frames"]):
-                fail(f"verification: stored: {name}", stored, "numbers of the frames")
-            for output, row in part["verification"].items():
-                for key in ("tolerance_db", "float_tolerance_db"):
-                    if key in row["frames"] and len(row["frames"][key]) <= max(stored):
-                        fail(f"{name}: verification: {output}", row["frames"], "a tolerance for each frame")
-            if "sites" in part and part["sites"]["frame"] not in stored:
-                fail(f"{name}: sites: frame", part["sites"]["frame"], "one of the stored frames")
-    except Wrong as wrong:
-        raise UserError(f"{path}: {wrong}: damaged; {fix}") from None
+class Axis(Section):
+    min: Annotated[int, whole(0, 1 << 31)]
+    opt: Annotated[int, whole(0, 1 << 31)]
+    max: Annotated[int, whole(0, 1 << 31)] | None = None
+
+
+class Tensor(Section):
+    """An input or output; a text in its shape is an axis that varies."""
+
+    dtype: Text
+    shape: Annotated[list[Text | Annotated[int, whole(-1, 1 << 40)]], Field(max_length=32)]
+    axes: dict[str, Axis] = {}
+
+
+class Tolerances(Section):
+    """Of each frame, the least SQNR beside the simulation, and beside the float network or null where that is not asked."""
+
+    tolerance_db: list[Decibels]
+    float_tolerance_db: list[Decibels | None] | None = None
+
+
+class Verified(Section):
+    frames: Tolerances
+
+
+class Pair(Section):
+    """One quantizer: its tensor, scales and zero points as they are in the file."""
+
+    tensor: Text
+    node: Text
+    module: Text
+    dtype: Text
+    scale: Annotated[list[Annotated[float, number("a scale", 0, 1e30)]], Field(min_length=1)]
+    zero_point: Annotated[list[Annotated[int, whole(-128, 255)]], Field(min_length=1)]
+
+
+class Sites(Section):
+    frame: Index
+    pairs: list[Pair]
+    outputs: list[Text]
+    problems: list[Text]
+
+
+class Part(Section):
+    """Of every format."""
+
+    file: File
+    sha256: Text
+    precision: Text
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    operators: Any
+
+
+class GraphPart(Part):
+    """An ONNX file."""
+
+    opset: Opset
+    operators: dict[str, int]
+    verification: Annotated[dict[str, Verified], Field(min_length=1)]
+    sites: Sites | None = None
+
+
+class Checkpoint(Section):
+    file: Text
+    sha256: Text
+    ema: bool = False
+
+
+class Verification(Section):
+    """What the folder's verification.npz holds: of each part, the numbers of its stored frames."""
+
+    frames: list[Text]
+    seed: Annotated[int, whole(0, 1 << 62)]
+    batch: Batch
+    file: File
+    sha256: Text
+    stored: dict[str, Annotated[list[Index], Field(min_length=1)]]
+    made_sha256: Text
+
+
+class Manifest(Section):
+    """Of programs of torch.export (`format_of_parts` "pt2"), and what every other has too."""
+
+    format: Literal[FORMAT]  # type: ignore[valid-type]
+    schema_: Literal[SCHEMA] = Field(alias="schema")  # type: ignore[valid-type]
+    format_of_parts: Literal["onnx", "pt2"] = "onnx"
+    model: Text | None = None
+    precision: Text
+    checkpoint: Checkpoint | None = None
+    calibration: dict[str, Any] | None = None
+    command: str | None = None
+    versions: dict[str, str | None]
+    pipeline: dict[str, Any]  # the family's (`Flow.check`)
+    parts: dict[str, Part]
+    verification: dict[str, Any]
+
+
+class GraphManifest(Manifest):
+    """Of ONNX files."""
+
+    flavour: Text
+    types: Text
+    opset: Opset
+    io: Literal["fp32", "fp16"]
+    batch: Batch | None = None
+    reduce_range: bool
+    parts: dict[str, GraphPart]  # type: ignore[assignment]
+    verification: Verification  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _frames(self) -> GraphManifest:
+        for name, part in self.parts.items():
+            stored = self.verification.stored.get(name)
+            if not stored or max(stored) >= len(self.verification.frames):
+                raise wrong(["verification", "stored", name], "numbers of the frames")
+            if not set(part.verification) <= set(part.outputs):
+                raise wrong(["parts", name, "verification"], "the part's outputs")
+            for output, row in part.verification.items():
+                lists = (row.frames.tolerance_db, row.frames.float_tolerance_db)
+                if any(limits is not None and len(limits) <= max(stored) for limits in lists):
+                    raise wrong(["parts", name, "verification", output, "frames"], "a tolerance for each frame")
+            if part.sites is not None and part.sites.frame not in stored:
+                raise wrong(["parts", name, "sites", "frame"], "one of the stored frames")
+        return self
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], model: type[Manifest]) -> None:
+    """Writes manifest.json. What does not fit its model is an error in this program, which no folder is left of."""
+    validated(model, manifest, str(folder / FILE), fix="please report this", index="[{}]")
+    write_json(folder / FILE, manifest)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 
-from qat.core.files import atomic_directory, write_json
+from qat.core.files import atomic_directory
 from qat.core.progress import progress_bar
 from qat.engine import CPU_FLAVOURS
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
@@ -25,7 +25,7 @@ from qat.export.passes import in_flavour
 from qat.export.verify import Verification
 from qat.lean.flavours import flavour_of
 from qat.lean.modes import qdq_tracing, quantizers_off, seven_bit_weights
-from qat.manifest import FILE
+from qat.manifest_schema import GraphManifest, write_manifest
 from qat.model.runners import TorchPart, flow_for, torch_parts
 from qat.plan import BATCH, Plan
 from qat.runtime.axes import note_axes
@@ -158,7 +158,7 @@ def _export(
                 **verification.check(name, graph, source, typed),
             }
         manifest["verification"] = verification.write(folder)
-        write_json(folder / FILE, manifest)
+        write_manifest(folder, manifest, GraphManifest)
     return manifest
 
 

@@ -21,14 +21,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from qat.checkpoints.reading import saving
-from qat.core.files import atomic_directory, sha256, write_json
+from qat.core.files import atomic_directory, sha256
 from qat.core.progress import progress_bar
 from qat.core.tensors import compare_tensors
 from qat.export.manifest_head import manifest_head
 from qat.export.options import ExportOptions, Origin
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import Quantizer
-from qat.manifest import FILE
+from qat.manifest_schema import Manifest, write_manifest
 from qat.model.runners import flow_for, torch_parts
 from qat.runtime import Pipeline
 
@@ -186,5 +186,5 @@ def export_pt2(
                 "verification": report,
             }
         manifest["verification"] = {"runtime": "torch.export, reloaded", "seed": SEED, "passed": passed}
-        write_json(folder / FILE, manifest)
+        write_manifest(folder, manifest, Manifest)
     return manifest

@@ -21,8 +21,7 @@ from qat.core.sites import check_sites, grid_problems, runner_of, site_line
 from qat.core.verification import Summary, compare_stored, what_is_wrong
 from qat.engine import CPU_BACKENDS, Options, TensorSpec, build
 from qat.families import flow_of
-from qat.manifest import FILE, load_manifest, pipeline_of
-from qat.manifest_schema import check_verification
+from qat.manifest import FILE, check_verification, load_manifest, pipeline_of
 from qat.runtime.axes import check_profiles, options_of_part
 
 AS_IT_IS = "onnxruntime, optimizer off"
@@ -110,7 +109,7 @@ def _verify_part(
             limit = limits["tolerance_db"][index]
             stored = summary.reference(name, index, output)
             row: dict[str, Any] = {"frame": tokens[index], **_compare(stored, found[output], limit)}
-            if (least := limits.get("float_tolerance_db", {index: None})[index]) is not None:
+            if (least := (limits.get("float_tolerance_db") or {index: None})[index]) is not None:
                 beside = _compare(summary.unquantized(name, index, output), found[output], least)
                 row |= {"float_db": beside["sqnr_db"], "float_tolerance_db": least}
                 row["passed"] &= beside["passed"]
@@ -216,7 +215,7 @@ def verify_folder(
             if not entry["problems"]:
                 optimized = _open(path, precision, None, options, True) if backend is None else None
                 entry["outputs"] = _verify_part(name, part, runner, summary, tokens, optimized)
-                if backend is None and "sites" in part:
+                if backend is None and part.get("sites") is not None:
                     entry["sites"], wrong = _check_sites(name, part, path, summary, options)
                     entry["problems"] += wrong
         outputs_pass = all(output["passed"] for output in entry["outputs"].values())

@@ -241,7 +241,7 @@ def _on(row: Row) -> bool:
     ("change", "message"),
     [
         (lambda s: s["checkpoint"].update(sha256="0" * 64), r"measured on a checkpoint with sha256 000000000000…"),
-        (lambda s: s.pop("units"), r"units: found None, expected a list; run `bevqat sensitivity .*ptq\.pth` again"),
+        (lambda s: s.pop("units"), r"units: missing, expected a list; run `bevqat sensitivity .*ptq\.pth` again"),
         (lambda s: s["histograms"][0].update(amax=-1), r"histograms\[0\]\.amax: found -1"),
     ],
 )

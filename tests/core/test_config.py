@@ -54,16 +54,16 @@ def put(config, path, value):
         ("model.heads.object.tasks", [["car"]], "object_classes in their order"),
         ("model.heads.object.test_cfg.nms_type", ["rotate"], "a list of 3, one for each task"),
         ("model.heads.object.test_cfg.min_radius", [4.0], "a list of 3, one for each task"),
-        ("model.heads.object.test_cfg.nms_thr", None, "nms_thr: missing"),
+        ("model.heads.object.test_cfg.nms_thr", None, "nms_thr: found null"),
         ("model.heads.object.test_cfg.nms_scale", [[1.0], [1.0], [1.0]], "a factor for each of"),
-        ("model.heads.object.separate_head.type", "DCNSeparateHead", "'DCNSeparateHead', expected SeparateHead"),
+        ("model.heads.object.separate_head.type", "DCNSeparateHead", "'DCNSeparateHead', expected one of SeparateHead"),
         ("model.heads.object.separate_head.groups", 2, "no such option: SeparateHead"),
         ("model.heads.object.common_heads.iou", [1, 2], "reg (2), height (1), dim (3), rot (2), vel (2) channels"),
-        ("model.heads.object.bbox_coder.max_num", None, "max_num: missing"),
+        ("model.heads.object.bbox_coder.max_num", None, "max_num: found null"),
         ("model.heads.object.bbox_coder.post_center_range", [1, 2], "6 numbers"),
         ("model.decoder.neck.extra_upsample", 2, "no such option: LSSFPN"),
         ("model.decoder.backbone", None, "model.decoder.backbone.type: missing"),
-        ("image_size", "big", "2 numbers"),
+        ("image_size", "big", "2 whole numbers"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tiny_config, path, value, message):
@@ -166,17 +166,17 @@ def test_a_camera_branch_is_refused_where_boxes_are_needed(fusion_config, tiny_c
 @pytest.mark.parametrize(
     ("step", "key", "value", "expected"),
     [
-        ("ImageAug3D", "rand_rotate", True, "an option of ImageAug3D: final_dim"),
+        ("ImageAug3D", "rand_rotate", True, "no such option: ImageAug3D has bot_pct_lim"),
         ("ImageAug3D", "rot_lim", [-5.4, 5.4], "0: test data is not augmented"),
         ("ImageAug3D", "is_train", True, "false"),
-        ("ImageNormalize", "to_rgb", True, "an option of ImageNormalize: mean, std"),
+        ("ImageNormalize", "to_rgb", True, "no such option: ImageNormalize has mean, std"),
         ("LoadPointsFromFile", "use_dim", [0, 1, 3], "3 or more, or a list that begins with 0, 1, 2"),
         ("LoadPointsFromFile", "coord_type", "CAMERA", "LIDAR"),
         ("LoadPointsFromFile", "reduce_beams", 4, "32 or null"),
         ("LoadPointsFromMultiSweeps", "load_augmented", "pointpainting", "null"),
-        ("LoadMultiViewImageFromFiles", "file_client_args", {}, "an option of LoadMultiViewImageFromFiles"),
+        ("LoadMultiViewImageFromFiles", "file_client_args", {}, "no such option: LoadMultiViewImageFromFiles has"),
         ("GlobalRotScaleTrans", "trans_lim", 0.5, "0: test data is not augmented"),
-        ("PhotoMetricDistortion", "prob", 0.5, "other steps are not known here"),
+        ("PhotoMetricDistortion", "prob", 0.5, "others are not known here"),
     ],
 )
 def test_every_key_of_a_test_pipelines_step_is_honoured_or_refused(tiny_config, step, key, value, expected):

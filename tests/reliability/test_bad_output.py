@@ -265,8 +265,8 @@ REPORTS = {
     "missing": (None, "results.json: cannot be read: No such file"),
     "cut": ('{"schema": 1, "rows": [', "results.json: not valid JSON"),
     "newer": ('{"schema": 9}', "schema: found 9, expected 1; write it again with compare"),
-    "another kind": ('{"units": []}', "schema: found None, expected 1"),
-    "a list": ("[]", "the document: found [], expected an object"),
+    "another kind": ('{"units": []}', "schema: missing, expected 1"),
+    "a list": ("[]", "the document: found [], expected a section"),
 }
 
 

@@ -156,14 +156,14 @@ def test_a_minimal_document_of_the_issue_makes_a_page(results: dict, tmp_path: P
     ("change", "message"),
     [
         (lambda r: r.update(schema=2), "schema: found 2, expected 1"),
-        (lambda r: r.update(rows=[]), r"rows: found \[\], expected at least one row"),
-        (lambda r: r["rows"][1].pop("map"), r"rows\[1\]\.map: found None"),
+        (lambda r: r.update(rows=[]), r"rows: found \[\], expected 1 or more"),
+        (lambda r: r["rows"][1].pop("map"), r"rows\[1\]\.map: missing"),
         (lambda r: r["rows"][1].update(nds=1.5), r"rows\[1\]\.nds: found 1.5, expected a number from 0 to 1"),
         (lambda r: r["rows"][2]["latency_ms"].update(median=float("nan")), r"rows\[2\]\.latency_ms\.median: found nan"),
         (lambda r: r["rows"][2]["latency_ms"].update(median=0), "expected more than 0"),
         (lambda r: r["frames"][0]["cameras"][0].update(jpeg='"><script>'), r"frames\[0\]\.cameras\[0\]\.jpeg"),
         (lambda r: r["frames"][0].update(candidate=6), r"frames\[0\]\.candidate: found 6"),
-        (lambda r: r["sensitivity"].update(units=[]), r"sensitivity\.units: found \[\], expected at least one unit"),
+        (lambda r: r["sensitivity"].update(units=[]), r"sensitivity\.units: found \[\], expected 1 or more"),
         (
             lambda r: r["sensitivity"]["units"][1].update(macs_share=2),
             r"sensitivity\.units\[1\]\.macs_share: found 2, expected a number from 0 to 1",
@@ -171,11 +171,11 @@ def test_a_minimal_document_of_the_issue_makes_a_page(results: dict, tmp_path: P
         (lambda r: r["sensitivity"]["together"].update(sqnr_db={}), r"sensitivity\.together\.sqnr_db: found \{\}"),
         (lambda r: r["sensitivity"]["histograms"][0].update(amax=0), r"histograms\[0\]\.amax: found 0, expected more"),
         (lambda r: r["sensitivity"]["histograms"][1].update(counts=[1, -1]), r"histograms\[1\]\.counts\[1\]: found -1"),
-        (lambda r: r["sensitivity"]["histograms"][1].update(counts=[0] * 600), "expected 1 to 512 counts"),
-        (lambda r: r["sensitivity"]["floats"][0].pop("reason"), r"sensitivity\.floats\[0\]\.reason: found None"),
+        (lambda r: r["sensitivity"]["histograms"][1].update(counts=[0] * 600), "expected at most 512"),
+        (lambda r: r["sensitivity"]["floats"][0].pop("reason"), r"sensitivity\.floats\[0\]\.reason: missing"),
         (
             lambda r: r["provenance"].update(commands=["ls"]),
-            r"provenance\.commands\[0\]: found 'ls', expected an object",
+            r"provenance\.commands\[0\]: found 'ls', expected a section",
         ),
         (
             lambda r: r["frames"][0]["boxes"]["truth"][0].update(corners=[[1, "2"]]),
@@ -183,7 +183,7 @@ def test_a_minimal_document_of_the_issue_makes_a_page(results: dict, tmp_path: P
         ),
         # Numbers are written into the page as they are, so none of these may be a text.
         (lambda r: r["dataset"]["objects"].update(car="<script>"), r"dataset\.objects\.car: found '<script>'"),
-        (lambda r: r["dataset"].update(objects=[1]), r"dataset\.objects: found \[1\], expected an object"),
+        (lambda r: r["dataset"].update(objects=[1]), r"dataset\.objects: found \[1\], expected a section"),
         (lambda r: r["measurement"].update(pattern_rebuild_ms="1"), r"measurement\.pattern_rebuild_ms: found '1'"),
         (lambda r: r["provenance"].update(files=3), r"provenance\.files: found 3, expected a list"),
         (lambda r: r["rows"][0].update(flavour=[]), r"rows\[0\]\.flavour: found \[\], expected text"),
@@ -276,7 +276,7 @@ def test_results_of_before_the_commands_and_the_sensitivity_still_make_a_page(re
     assert "Which layers pay" not in text and "None" not in text
 
 
-def test_without_jinja2_results_are_judged_and_benchmarks_drawn() -> None:
+def test_without_jinja2_and_pydantic_benchmarks_are_drawn() -> None:
     """`bevqat benchmark` runs on GPU machines that have no more than numpy; the import must not ask for templates."""
-    code = "import sys; sys.modules['jinja2'] = None; import qat.benchmark.plot; from qat.report import check_results, decide"
+    code = "import sys; sys.modules['jinja2'] = sys.modules['pydantic'] = None; import qat.benchmark.plot; from qat.report import check_results, decide"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -13,35 +13,19 @@ import yaml
 
 from qat.core.errors import UserError
 from qat.core.frame import CAMERAS
+from qat.core.validation import validated
 from qat.families.bevfusion.config_tree import defaults_above, has_expressions, inherit, resolve
-from qat.families.bevfusion.config_values import (
-    LARGEST,
-    check_sections,
-    check_sizes,
-    check_steps,
-    check_training,
-    check_values,
-)
-from qat.families.bevfusion.grid import CLOSE, cells, depth_count
-from qat.families.bevfusion.schema import MAPS, problems
+from qat.families.bevfusion.schema import CameraConfig, DetectorConfig, Steps, Training
+from qat.families.bevfusion.sizes import check_sizes
 
 Config = dict[str, Any]
 Branch = Literal["camera"]
 
 # Far above any config's; what is beyond them is damaged, or meant to fill the memory.
 MOST_BYTES, MOST_VALUES, MOST_NESTED = 1 << 20, 100_000, 100
-MOST_POINTS = 1 << 28
 
 WHOLE = ("model", "image_size", "object_classes")  # a config that is no part of a tree has them
 
-TYPES = {
-    "model.encoders.camera.backbone": ("ResNet", "SwinTransformer", "timm"),
-    "model.encoders.camera.neck": ("GeneralizedLSSFPN", "SECONDFPN"),
-    "model.encoders.camera.vtransform": ("LSSTransform", "DepthLSSTransform"),
-    "model.decoder.backbone": ("GeneralizedResNet", "SECOND"),
-    "model.decoder.neck": ("LSSFPN", "SECONDFPN"),
-    "model.heads.object": ("CenterHead",),
-}
 CAMERA_BRANCH = "model.encoders.camera"
 # Of a whole model's config, what the camera branch, its data and its training read besides the branch and the test pipeline.
 _KEPT = (
@@ -54,71 +38,6 @@ _KEPT = (
     "cameras",
     "native_size",
 )
-_TAKE_OUT = (
-    "calibrate and export-camera take the camera branch out of a camera+lidar model with --prefix encoders.camera"
-)
-
-
-class _Checker:
-    """Looks values up by dotted path and words what is wrong with them."""
-
-    def __init__(self, config: Mapping[str, Any], source: str) -> None:
-        self.config, self.source = config, source
-
-    def fail(self, path: str, found: object, expected: str) -> UserError:
-        text = repr(found)
-        text = text if len(text) <= 120 else text[:119] + "…"
-        found_text = "missing" if found is None else f"found {text}"
-        return UserError(f"{self.source}: {path}: {found_text}, expected {expected}; fix it there")
-
-    def get(self, path: str) -> Any:
-        value: Any = self.config
-        for key in path.split("."):
-            if not isinstance(value, Mapping) or value.get(key) is None:
-                raise UserError(f"{self.source}: {path}: missing; a dumped BEVFusion configs.yaml has it")
-            value = value[key]
-        return value
-
-    def numbers(self, path: str, count: int) -> list[float]:
-        value = self.get(path)
-        good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count
-        if not good or not all(_is_number(v) for v in value):
-            raise self.fail(path, value, f"{count} numbers")
-        return list(value)
-
-    def size(self, path: str) -> tuple[int, int]:
-        height, width = self.numbers(path, 2)
-        if not (1 <= height == int(height) and 1 <= width == int(width)):
-            raise self.fail(path, [height, width], "[height, width], whole numbers of pixels or cells")
-        return int(height), int(width)
-
-    def section(self, path: str) -> Mapping[str, Any]:
-        value = self.get(path)
-        if not isinstance(value, Mapping):
-            raise self.fail(path, value, "a section")
-        return value
-
-    def options(self, path: str, kind: str) -> None:
-        """Every option under `path` is one that a `kind` here understands."""
-        for name, found, expected in problems(kind, self.get(path)):
-            raise self.fail(f"{path}.{name}", found, expected)
-
-    def one_a_task(self, path: str, tasks: int) -> None:
-        value = self.get(path)
-        if not isinstance(value, list) or len(value) != tasks:
-            raise self.fail(path, value, f"a list of {tasks}, one for each task")
-
-    def bound(self, path: str) -> int:
-        low, high, step = self.numbers(path, 3)
-        steps = (high - low) / step if step > 0 else 0
-        if not 1 - CLOSE <= steps <= LARGEST or abs(steps - round(steps)) > CLOSE:
-            raise self.fail(path, [low, high, step], "[lower, upper, step] with a whole number of steps between")
-        return (depth_count if path.endswith(".dbound") else cells)([low, high, step])
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a finite number of a size that configs have."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _find_interpolation(value: Any, path: str = "") -> tuple[str, str] | None:
@@ -143,36 +62,20 @@ def check_config(config: Mapping[str, Any], source: str = "config", branch: Bran
     """
     if not isinstance(config, Mapping):
         raise UserError(f"{source}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
-    check = _Checker(config, source)
     alone = branch == "camera" or is_camera_branch(config)
     if has_steps(config, source) or alone:
-        _check_resolved(check, "data.test.pipeline", test_pipeline(config, source))
-    _check_resolved(check, CAMERA_BRANCH if alone else "model", _branch_of(config) if alone else config.get("model"))
-    check_sections(config, check.fail, alone)
-    if branch == "camera" or is_camera_branch(config):
-        check.get(CAMERA_BRANCH)
-        check_values(config, check.fail, camera_alone=True)
-        _check_camera(check)
-        check_sizes(config, check.fail, camera_alone=True)
-        return
-    check.numbers("image_size", 2)
-    check.numbers("point_cloud_range", 6)
-    model = check.section("model")
-    encoders = check.section("model.encoders")
-    for sensor, encoder in encoders.items():
-        if sensor != "camera" and encoder is not None:
-            expected = f"null: only the camera branch is supported; {_TAKE_OUT}"
-            raise check.fail(f"model.encoders.{sensor}", "an encoder", expected)
-    for head, value in check.section("model.heads").items():
-        if head != "object" and value is not None:
-            raise check.fail(f"model.heads.{head}", "a head", "null: only object detection is supported")
-    if model.get("fuser") is not None:
-        raise check.fail("model.fuser", "a fuser", f"null: a camera-only detector has none; {_TAKE_OUT}")
-    check_values(config, check.fail, camera_alone=False)
-    _check_camera(check)
-    _check_types(check, [path for path in TYPES if not path.startswith(CAMERA_BRANCH)])
-    _check_head(check)
-    check_sizes(config, check.fail, camera_alone=False)
+        _check_resolved("data.test.pipeline", test_pipeline(config, source), source)
+    _check_resolved(CAMERA_BRANCH if alone else "model", _branch_of(config) if alone else config.get("model"), source)
+    read_config(config, source, branch, check_sizes)
+
+
+def read_config(
+    config: Mapping[str, Any], source: str, branch: Branch | None = None, *checks: Callable[[CameraConfig], None]
+) -> CameraConfig:
+    """A config, or the camera branch in it, as a typed object; raises as `check_config`, of what has a type and of `checks`."""
+    model = CameraConfig if branch == "camera" or is_camera_branch(config) else DetectorConfig
+    known = {key: config[key] for key in model.model_fields if key in config}
+    return validated(model, known, source, *checks)
 
 
 def _branch_of(config: Mapping[str, Any]) -> Any:
@@ -182,102 +85,16 @@ def _branch_of(config: Mapping[str, Any]) -> Any:
     return value
 
 
-def _check_resolved(check: _Checker, path: str, value: Any) -> None:
+def _check_resolved(path: str, value: Any, source: str) -> None:
     if found := _find_interpolation(value, path):
-        raise check.fail(found[0], found[1], "a resolved value: give the run's dumped configs.yaml")
-
-
-def _check_types(check: _Checker, paths: Sequence[str]) -> None:
-    for path in paths:
-        kind = check.get(f"{path}.type")
-        if kind not in TYPES[path]:
-            raise check.fail(f"{path}.type", kind, "one of " + ", ".join(TYPES[path]))
-        check.options(path, kind)
-
-
-def _check_camera(check: _Checker) -> None:
-    """The camera branch: its networks' options, and that the sizes fit each other."""
-    names = check.config.get("cameras")
-    if names is not None:
-        good = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
-        if not good or len(set(names)) != len(names):
-            raise check.fail("cameras", names, "a list of the cameras' channels, each once, such as [front, rear]")
-    height, width = check.size("image_size")
-    _check_types(check, [path for path in TYPES if path.startswith(CAMERA_BRANCH)])
-    vt = f"{CAMERA_BRANCH}.vtransform"
-    transform = check.section(vt)
-    for key in ("in_channels", "out_channels"):
-        check.get(f"{vt}.{key}")
-    size = list(check.size(f"{vt}.image_size"))
-    if size != [height, width]:
-        raise check.fail(f"{vt}.image_size", size, f"the same as image_size, {[height, width]}")
-    fh, fw = check.size(f"{vt}.feature_size")
-    if height % fh or width % fw or height // fh != width // fw:
-        raise check.fail(f"{vt}.feature_size", [fh, fw], f"image_size {[height, width]} divided by one whole stride")
-    if transform["type"] == "DepthLSSTransform" and height // fh != 8:
-        raise check.fail(f"{vt}.feature_size", [fh, fw], f"stride 8, {[height // 8, width // 8]}: dtransform has it")
-    count = {key: check.bound(f"{vt}.{key}") for key in ("xbound", "ybound", "zbound", "dbound")}
-    if count["dbound"] * fh * fw > MOST_POINTS or count["xbound"] * count["ybound"] * count["zbound"] > MOST_POINTS:
-        raise check.fail(
-            vt, "xbound, ybound, zbound, dbound and feature_size", f"at most {MOST_POINTS:,} cells, and points"
+        raise UserError(
+            f"{source}: {found[0]}: found {found[1]!r}, expected a resolved value: give the run's dumped configs.yaml"
         )
-
-
-def _check_head(check: _Checker) -> None:
-    """The head's tasks, and what decode reads of test_cfg and bbox_coder. After `check_values`, which has looked at each value's
-    kind."""
-    where = "model.heads.object"
-    classes = list(check.get("object_classes"))
-    tasks = check.get(f"{where}.tasks")
-    flat = [name for task in tasks for name in task]
-    if flat != classes:
-        raise check.fail(f"{where}.tasks", flat, f"object_classes in their order, {classes}")
-    if check.section(where).get("separate_head"):
-        separate = check.section(f"{where}.separate_head")
-        kind = separate.get("type", "SeparateHead")
-        if kind != "SeparateHead":
-            raise check.fail(f"{where}.separate_head.type", kind, "SeparateHead")
-        check.options(f"{where}.separate_head", kind)
-    maps = check.section(f"{where}.common_heads")
-    for name, shape in maps.items():
-        if name not in MAPS or shape[0] != MAPS[name]:
-            wanted = ", ".join(f"{known} ({channels})" for known, channels in MAPS.items())
-            raise check.fail(f"{where}.common_heads.{name}", shape, f"one of {wanted} channels")
-    for name in ("height", "dim", "rot"):
-        if name not in maps:
-            raise check.fail(f"{where}.common_heads", list(maps), f"{name} among them: decode needs it")
-
-    kind = check.section(f"{where}.bbox_coder").get("type", "CenterPointBBoxCoder")
-    if kind != "CenterPointBBoxCoder":
-        raise check.fail(f"{where}.bbox_coder.type", kind, "CenterPointBBoxCoder")
-    check.options(f"{where}.bbox_coder", kind)
-    check.numbers(f"{where}.bbox_coder.post_center_range", 6)
-    for key in ("max_num", "out_size_factor", "pc_range", "voxel_size"):
-        check.get(f"{where}.bbox_coder.{key}")
-
-    test = check.section(f"{where}.test_cfg")
-    check.get(f"{where}.test_cfg.post_max_size")
-    kinds = check.get(f"{where}.test_cfg.nms_type")
-    if isinstance(kinds, list):
-        check.one_a_task(f"{where}.test_cfg.nms_type", len(tasks))
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        if kind not in ("circle", "rotate"):
-            raise check.fail(f"{where}.test_cfg.nms_type", kind, "circle or rotate")
-        if kind == "circle":
-            check.one_a_task(f"{where}.test_cfg.min_radius", len(tasks))
-        else:
-            check.get(f"{where}.test_cfg.nms_thr")
-            check.get(f"{where}.test_cfg.pre_max_size")
-    if isinstance(test.get("nms_scale"), list):
-        check.one_a_task(f"{where}.test_cfg.nms_scale", len(tasks))
-        for task, scales in zip(tasks, test["nms_scale"], strict=True):
-            if not isinstance(scales, list | tuple) or len(scales) != len(task):
-                raise check.fail(f"{where}.test_cfg.nms_scale", scales, f"a factor for each of {list(task)}")
 
 
 def need_training(config: Mapping[str, Any], source: str = "config") -> None:
     """Raises `UserError` where a whole detector's config lacks what training reads of its head."""
-    check_training(config, _Checker(config, source).fail)
+    validated(Training, config["model"]["heads"]["object"], source, under="model.heads.object")
 
 
 def is_camera_branch(config: Mapping[str, Any]) -> bool:
@@ -437,23 +254,24 @@ def load_config(path: str | Path, branch: Branch | None = None) -> Config:
 
 def test_pipeline(config: Mapping[str, Any], source: str = "config") -> list[dict[str, Any]]:
     """The steps that test data goes through: `data.test.pipeline`, or `test_pipeline` of an undumped config."""
-    check = _Checker(config, source)
-    steps = _steps(config, check)
+    steps = _steps(config, source)
     if not steps:
         raise UserError(f"{source}: data.test.pipeline: missing; a dumped BEVFusion configs.yaml has it")
-    check_steps(steps, "data.test.pipeline", check.fail)
+    validated(Steps, steps, source, under="data.test.pipeline")
     return list(steps)
 
 
-def _steps(config: Mapping[str, Any], check: _Checker) -> Any:
+def _steps(config: Mapping[str, Any], source: str) -> Any:
     value: Any = config
     for path in ("data", "data.test", "data.test.pipeline"):
         value = value.get(path.rpartition(".")[2]) or {}
         if path != "data.test.pipeline" and not isinstance(value, Mapping):
-            raise check.fail(path, value, "a section of keys and values")
+            raise UserError(
+                f"{source}: {path}: found {value!r:.120}, expected a section of keys and values; fix it there"
+            )
     return value or config.get("test_pipeline")
 
 
 def has_steps(config: Mapping[str, Any], source: str = "config") -> bool:
     """Whether a config says how test data is read; one that builds a network alone need not."""
-    return bool(_steps(config, _Checker(config, source)))
+    return bool(_steps(config, source))

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from qat.core.errors import UserError
-from qat.families.bevfusion.config import check_config, is_camera_branch, need_boxes
-from qat.families.bevfusion.config_values import BEVFUSION_COUNT, check_features
+from qat.families.bevfusion.config import check_config, is_camera_branch, need_boxes, read_config
 from qat.families.bevfusion.grid import bevfusion_cells, cells
 from qat.families.bevfusion.networks.backbone import build_backbone
 from qat.families.bevfusion.networks.bev_pool import bev_pool
@@ -22,6 +21,7 @@ from qat.families.bevfusion.networks.generalized_lssfpn import GeneralizedLSSFPN
 from qat.families.bevfusion.networks.second import SECOND, SECONDFPN
 from qat.families.bevfusion.networks.vtransform import DepthLSSTransform, LSSTransform
 from qat.families.bevfusion.pooling.geometry import PoolPattern
+from qat.families.bevfusion.sizes import check_features
 
 # What a network of other values than its constructor knows can raise, apart from torch's RuntimeError.
 UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
@@ -47,16 +47,11 @@ def _build(config: Mapping[str, Any], path: str) -> nn.Module:
         raise UserError(f"config: {path}: found values that make no {config['type']}: {error}") from None
 
 
-def _check_maps(backbone: nn.Module, camera: Mapping[str, Any]) -> None:
+def _check_maps(backbone: nn.Module, config: Mapping[str, Any]) -> None:
     """Whether the maps of timm's backbone, which no config tells the sizes of, fit the neck."""
     maps: Any = getattr(backbone, "feature_info", None)
-    if camera["backbone"]["type"] != "timm" or maps is None:
-        return
-
-    def fail(path: str, found: object, expected: str) -> UserError:
-        return UserError(f"config: {path}: found {found!r}, expected {expected}; fix it there")
-
-    check_features(camera, maps.channels(), maps.reduction(), fail)
+    if config["model"]["encoders"]["camera"]["backbone"]["type"] == "timm" and maps is not None:
+        read_config(config, "config", "camera", lambda typed: check_features(typed, maps.channels(), maps.reduction()))
 
 
 def first(x: Any) -> torch.Tensor:
@@ -81,7 +76,7 @@ class CameraBEVDetector(nn.Module):
         where = "model.encoders.camera"
         self.config = dict(config)
         backbone = build_backbone(camera["backbone"], config["image_size"])
-        _check_maps(backbone, camera)
+        _check_maps(backbone, config)
         self.encoders = nn.ModuleDict(
             {
                 "camera": nn.ModuleDict(
@@ -122,7 +117,7 @@ class CameraBEVDetector(nn.Module):
         moved = [[low, low + n * step, step] for n, (low, _, step) in zip(found, bounds, strict=True)]
         self.config = copy.deepcopy(self.config)
         section = self.config["model"]["encoders"]["camera"]["vtransform"]
-        section.update(dict(zip(names, moved, strict=True)), **{BEVFUSION_COUNT: True})
+        section.update(dict(zip(names, moved, strict=True)), bevfusion_count=True)
         check_config(self.config, f"config with BEVFusion's count of {'×'.join(map(str, found))} cells")
         self.vtransform.set_bounds(*moved)
         return True

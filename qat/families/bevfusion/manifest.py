@@ -1,7 +1,7 @@
 """What the `pipeline` section of a manifest must hold for BEVFusion's flow: kinds, ranges, and sizes that fit each other.
 
 A manifest may come from elsewhere: without these checks a wrong number in it ends in a traceback, or in an allocation of any
-size, far from where it stands.
+size, far from where it stands. What writes it is `qat.families.bevfusion.settings.Settings`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _HEAD = section(
         post_max_size=_COUNT,
     ),
 )
-_PIPELINE = section(
+PIPELINE = section(
     {"branch": text},
     cameras=listed(text, 1, MOST_CAMERAS),
     classes=listed(text),
@@ -133,7 +133,7 @@ def check_pipeline(path: str | Path, pipeline: object, fix: str) -> None:
     """Raises `UserError` where a manifest's `pipeline` section is not what `qat.families.bevfusion.flow` needs."""
 
     def check() -> None:
-        _PIPELINE(pipeline, "pipeline")
+        PIPELINE(pipeline, "pipeline")
         assert isinstance(pipeline, dict)
         _check_sizes(pipeline, "pipeline")
         _check_head(pipeline, "pipeline")
