@@ -1,7 +1,7 @@
 """Latency of exported detectors on the machine at hand: `bevqat benchmark`. numpy, a JIT and the backends, never torch.
 
 plan         which folder runs on which backend
-inputs       made-up or recorded frames: images, points, calibration
+inputs       generated or recorded frames: images, points, calibration
 worker       one row in a process of its own: builds, warms up, runs, tells its memory
 environment  what else the figures depend on
 statistics   percentiles, outliers, intervals over rounds

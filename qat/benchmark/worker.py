@@ -210,7 +210,7 @@ class Worker:
         self._process.join(5)
         code = self._process.exitcode
         why = "killed: the machine's memory may be used up" if code == -signal.SIGKILL else "see its messages above"
-        return UserError(f"{self.name}: its process ended with status {code} ({why}); run it alone, or leave it out")
+        return UserError(f"{self.name}: its process ended with status {code} ({why}); run it alone, or omit it")
 
     def _answer(self) -> Any:
         try:

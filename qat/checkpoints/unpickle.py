@@ -82,7 +82,7 @@ def _tensor(
     have = storage.numel * storage.dtype.itemsize // dtype.itemsize
     numbers = (offset, *size, *stride)
     if not is_integers(numbers):
-        raise Damaged("a tensor whose shape is not of integers")
+        raise Damaged("a tensor whose shape is not integers")
     shape = f"a tensor of shape {list(size)[:8]}, strides {list(stride)[:8]} from element {offset}"
     if len(size) != len(stride) or len(size) > 32 or min(numbers) < 0:
         raise Damaged(f"{shape}, which no tensor can have")
@@ -108,7 +108,7 @@ def _pairs(items: Any = ()) -> dict[Any, Any]:
     if isinstance(items, dict):
         return dict(items)
     if not all(isinstance(item, list | tuple) for item in items):
-        raise Damaged("entries of a dict that are no pairs")
+        raise Damaged("entries of a dict that are not pairs")
     return {_key(key): value for key, value in items}
 
 

@@ -141,8 +141,7 @@ def choose_weights(checkpoint: Mapping[str, Any], source: str, ema: bool) -> Cho
         where, average, swapped = beside
     elif ema:
         raise UserError(
-            f"--ema: found no averaged weights in {source}, expected them under {', '.join(BESIDE)} or as {BEFORE}*; leave --ema "
-            "out"
+            f"--ema: found no averaged weights in {source}, expected them under {', '.join(BESIDE)} or as {BEFORE}*; omit --ema"
         )
     else:
         return Chosen(state)
@@ -151,15 +150,15 @@ def choose_weights(checkpoint: Mapping[str, Any], source: str, ema: bool) -> Cho
         return Chosen(
             state,
             True,
-            f"{source}: took the weights of state_dict, which are the averaged ones here; {copy} holds those before averaging",
+            f"{source}: used state_dict, which has the averaged weights here; {copy} has those before averaging",
         )
     if ema:
-        return Chosen({**state, **average}, True, f"{source}: took the averaged weights, {copy}")
+        return Chosen({**state, **average}, True, f"{source}: used the averaged weights, {copy}")
     if not state:
-        raise UserError(f"{source}: found averaged weights alone, {copy}, expected a state_dict too; --ema takes them")
-    often = "; of mmcv, which swaps them at the end of an epoch, evaluate both" if swapped is None else ""
+        raise UserError(f"{source}: found only averaged weights, {copy}, expected a state_dict too; use --ema for them")
+    often = "; mmcv swaps the two at the end of an epoch: evaluate both" if swapped is None else ""
     return Chosen(
         state,
         False,
-        f"{source}: took the weights of state_dict, not the averaged ones, {copy}: --ema takes those{often}",
+        f"{source}: used state_dict, not the averaged weights, {copy}; --ema uses those{often}",
     )

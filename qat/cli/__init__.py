@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package == "qat":
             raise
         print(
-            f"error: the package {package} is not installed; fix by: what `bevqat doctor` says of it", file=sys.stderr
+            f"error: the package {package} is not installed; fix by: run `bevqat doctor`, which prints the command",
+            file=sys.stderr,
         )
         return BAD_USE
 
@@ -60,7 +61,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return BAD_USE
     if asked is not None and asked not in VERBS:
         hint = nearest(asked, VERBS) or "; `bevqat --help` lists them"
-        parser.error(f"found no verb {asked!r}{hint}")
+        parser.error(f"unknown verb {asked!r}{hint}")
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.verb_parser(args.verb).refuse_unknown(unknown)

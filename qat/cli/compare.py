@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         precision = load_manifest(folder, check_files=False)["precision"]
         if precision not in folders:
             raise UserError(
-                f"{folder}: found {precision} parts, expected fp32 or int8: backends on a GPU are timed by benchmark"
+                f"{folder}: found {precision} parts, expected fp32 or int8: use `bevqat benchmark` for fp16 on a GPU"
             )
         folders[precision].append(folder)
     comparison = compare(

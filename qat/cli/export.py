@@ -84,13 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--dynamic-batch", action="store_true", help="any number of samples in an input")
     chosen = parser.add_argument_group("parts")
-    chosen.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as fuser")
+    chosen.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="only these parts, such as fuser")
     chosen.add_argument(
         "--parts-int8",
         nargs="+",
         default=[],
         metavar="PART",
-        help="quantize a part that stays float by itself; `bevqat inspect` names them",
+        help="also quantize a part that is float by default; `bevqat inspect` names them",
     )
     parser.add_argument(
         "--reduce-range",
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _format(word: str) -> str:
     if word == "onnx-e2e":
         raise argparse.ArgumentTypeError(
-            "onnx-e2e was removed; leave --format out to export the parts, run them with qat.runtime.Pipeline and time the "
+            "onnx-e2e was removed; omit --format to export the parts, run them with qat.runtime.Pipeline and time the "
             "whole detector with `bevqat benchmark`"
         )
     return word
@@ -189,9 +189,7 @@ def _programs(args: argparse.Namespace, source: Source, options: ExportOptions) 
     passed = manifest["verification"]["passed"]
     emit_json(args, {"out": folder, "passed": passed, "manifest": manifest})
     if passed:
-        print("each, loaded again, computes what its module computes, bit for bit")
+        print("each file, loaded again, equals its module bit for bit")
         return OK
-    print(
-        f"error: {folder}: a program loaded again computes something else: {manifest['verification']}", file=sys.stderr
-    )
+    print(f"error: {folder}: a reloaded program differs from its module: {manifest['verification']}", file=sys.stderr)
     return FAILED

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="image augmentations of a keyframe that --stage bev keeps (default 2)",
     )
-    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="in all (default 4000)")
+    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="number of steps (default 4000)")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="keyframes of a step (default 2)")
     parser.add_argument("--lr", type=float, default=1e-3, metavar="RATE", help="highest learning rate (default 1e-3)")
     parser.add_argument(

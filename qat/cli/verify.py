@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="a folder that export-camera wrote")
-    either.add_argument("--onnx", type=Path, metavar="DIR", help="the same, by a flag")
-    parser.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as fuser")
+    either.add_argument("--onnx", type=Path, metavar="DIR", help="same as the positional argument")
+    parser.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="only these parts, such as fuser")
     parser.add_argument("--part", dest="parts", action="append", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--backend", choices=("onnxruntime", "openvino"), help="build the parts with it (default: the file as it is)"

@@ -225,7 +225,7 @@ def check_sites(
         UserError: the graph's sites are not the reference's.
     """
     if strange := sorted(set(cut.sites) ^ set(sites)):
-        raise UserError(f"found {len(strange)} sites on one side alone: {', '.join(strange[:3])}")
+        raise UserError(f"found {len(strange)} sites in the graph or in the reference only: {', '.join(strange[:3])}")
     if codes is None:
         codes = {name: tile(site.patch, site.shape) for name, site in sites.items() if site.patch is not None}
     runner = runner or runner_of(cut, sites)
@@ -273,9 +273,7 @@ def site_line(entry: Mapping[str, Any], module: str) -> str:
     """What is wrong with a site, in words."""
     unit = "steps" if entry["codes"] else "(absolute)"
     if entry["share"] == 0:
-        return (
-            f"{module}: on the same inputs found values further from PyTorch's, on average, than rounding accounts for"
-        )
+        return f"{module}: on the same inputs found values further from PyTorch's, on average, than rounding explains"
     return (
         f"{module}: on the same inputs found values up to {entry['off']:.3g} {unit} from PyTorch's beyond rounding at "
         f"{entry['share']:.1%} of the places, at most {entry['slack']:.2g} expected"

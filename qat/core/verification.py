@@ -90,7 +90,7 @@ def what_is_wrong(row: Mapping[str, Any]) -> str:
 
 
 def made_feeds(flow: Any, seed: int, batch: int) -> dict[str, np.ndarray]:
-    """What the parts take of a plan's inputs for a batch of made-up frames at the beginning of a scene."""
+    """What the parts take of a plan's inputs for a batch of generated frames at the beginning of a scene."""
     feeds = flow.first_feeds([flow.made_frame(seed + n) for n in range(batch)])
     return {name: array for name, array in feeds.items() if name in flow.plan.part_inputs}
 
@@ -246,7 +246,7 @@ class Summary:
         self.parts: Mapping[str, Any] = manifest["parts"]
         self.about: Mapping[str, Any] = manifest["verification"]
         if "file" not in self.about:
-            raise UserError(f"{folder}: its export kept nothing to verify with, expected {FILE}; export again")
+            raise UserError(f"{folder}: found nothing to verify with, expected {FILE}; export again")
         path = folder / self.about["file"]
         if not path.is_file():
             raise UserError(f"{path}: no such file, expected what the export wrote; copy it with the parts")
@@ -271,7 +271,7 @@ class Summary:
         """What the part took in.
 
         Raises:
-            UserError: the made-up frame comes out otherwise here than at the export.
+            UserError: the generated frame differs from the export's.
         """
         specs = self.parts[part]["inputs"]
         names = list(specs)
@@ -281,7 +281,7 @@ class Summary:
             arrays = {name: tensors[own.inputs[name]] for name in names}
             if digest(tensors) != self.about["made_sha256"]:
                 raise UserError(
-                    f"{self._path}: the made-up frame of seed {self.about['seed']} comes out otherwise here than at the "
+                    f"{self._path}: the generated frame of seed {self.about['seed']} differs from the one at the "
                     "export; numpy's PCG64 or its float32 arithmetic differs: please report it"
                 )
             return arrays

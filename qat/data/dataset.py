@@ -124,7 +124,7 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
             token = scene["first_sample_token"]
             while token:
                 if token in tokens:
-                    raise UserError(f"{folder / 'sample.json'}: found {token!r} after itself in time; {FETCH}")
+                    raise UserError(f"{folder / 'sample.json'}: found {token!r} in a cycle of `next`; {FETCH}")
                 tokens[token] = None
                 token = record_of(nusc, "sample", token).get("next")
     if not tokens:
@@ -146,7 +146,7 @@ def record_of(nusc: NuScenes, table: str, token: str) -> dict[str, Any]:
     except KeyError:
         folder = Path(nusc.dataroot) / nusc.version
         raise UserError(
-            f"{folder / table}.json: found no record {token!r}, which another table names, expected it; {FETCH}"
+            f"{folder / table}.json: found no record {token!r}, to which another table refers; {FETCH}"
         ) from None
     return found
 

@@ -103,7 +103,11 @@ def package_findings(want: Wanted) -> list[Finding]:
     """Core packages each, extras as a whole."""
     if not want.core:
         fix = "pip install -e . in a checkout"
-        return [Finding(GROUP, "bevqat", PROBLEM, "neither setup.py nor installed metadata say what is wanted", fix)]
+        return [
+            Finding(
+                GROUP, "bevqat", PROBLEM, "found neither setup.py nor installed metadata with the requirements", fix
+            )
+        ]
     found = []
     for requirement in want.core:
         name = name_of(requirement)

@@ -158,7 +158,7 @@ def _died(code: int, words: str) -> str:
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-    return f"ends the process that asks for it: {name}{': ' + words if words else ''}"
+    return f"crashes the process that uses it: {name}{': ' + words if words else ''}"
 
 
 def ask(questions: Sequence[str], timeout: float = TIMEOUT) -> dict[str, Answer]:
@@ -174,7 +174,7 @@ def ask(questions: Sequence[str], timeout: float = TIMEOUT) -> dict[str, Answer]
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-                blame = f"gave no answer in {timeout:.0f} s"
+                blame = f"timed out after {timeout:.0f} s"
             except BaseException:
                 child.kill()
                 child.wait()

@@ -115,7 +115,7 @@ def passed_over(backend: str, precision: str, flavour: str, forms: Collection[tu
     """
     own = find_backend(backend).flavour
     if flavour in CPU_FLAVOURS and flavour != own:
-        return f"made for {flavour} alone"
+        return f"only for {flavour}"
     if flavour != own and (precision, own) in forms:
         return f"{backend} has its own flavour among the folders"
     return ""

@@ -465,12 +465,12 @@ def _check_precision(path: Path, precision: str, device: str) -> None:
         return
     if device == CPU:
         raise UserError(
-            f"{path}: precision fp16: ONNX Runtime's CPU provider takes no precision flag; fix by fp32 or int8"
+            f"{path}: precision fp16: ONNX Runtime's CPU provider takes no precision flag; use fp32 or int8"
         )
     if device == CUDA and not has_fp16(path):
         raise UserError(
             f"{path}: precision fp16: found an FP32-typed graph, expected FP16 types: the CUDA provider takes no "
-            "precision flag; fix by export-camera --fp16 --flavour tensorrt-strong, or by backend onnxruntime-tensorrt"
+            "precision flag; use export-camera --fp16 --flavour tensorrt-strong, or by backend onnxruntime-tensorrt"
         )
 
 

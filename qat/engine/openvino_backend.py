@@ -95,14 +95,12 @@ def _check(core: ov.Core, source: Path, precision: str, options: Options, device
     """Raises `UserError` where the device is not there, or has no arithmetic of this precision."""
     _check_device(core, device)
     if precision not in FLOAT_TYPE[device]:
-        raise UserError(f"{source}: precision {precision}: OpenVINO's {device} computes in FP16; fix by fp16 or int8")
+        raise UserError(f"{source}: precision {precision}: OpenVINO's {device} computes in FP16; use fp16 or int8")
     if precision == "fp16" and "FP16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
-        raise UserError(
-            f"{source}: precision fp16: OpenVINO has no FP16 arithmetic on this {device}; fix by fp32 or int8"
-        )
+        raise UserError(f"{source}: precision fp16: OpenVINO has no FP16 arithmetic on this {device}; use fp32 or int8")
 
     if _bfloat16(precision, options, device) and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
-        raise UserError(f"{source}: bfloat16: OpenVINO has no bfloat16 arithmetic on this {device}; leave it out")
+        raise UserError(f"{source}: bfloat16: OpenVINO has no bfloat16 arithmetic on this {device}; omit it")
 
 
 def _check_device(core: ov.Core, device: str) -> None:

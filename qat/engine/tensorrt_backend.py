@@ -203,9 +203,7 @@ class TensorRtEngine(Engine):
         for name in self.outputs:
             shape = tuple(self._context.get_tensor_shape(name))
             if any(size < 0 for size in shape):
-                raise UserError(
-                    f"{self.source}: output {name}: its size depends on the data, which this engine cannot run"
-                )
+                raise UserError(f"{self.source}: output {name}: its size depends on the data, which is not supported")
             sizes[name] = self._bytes(name, shape)
         self._device = {name: cuda.DeviceBuffer(size) for name, size in sizes.items()}
         self._host = {name: cuda.PinnedBuffer(size) for name, size in sizes.items() if name not in self._vectorized}
@@ -239,7 +237,7 @@ class TensorRtEngine(Engine):
     def _bind(self, addresses: Mapping[str, int]) -> None:
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
-                raise UserError(f"{self.source}: {name}: TensorRT does not take its memory: {self._messages()}")
+                raise UserError(f"{self.source}: {name}: TensorRT rejects its memory: {self._messages()}")
 
     def _enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):

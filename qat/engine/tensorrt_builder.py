@@ -218,7 +218,7 @@ def set_formats(tools: Tools, network: Any, path: Path, options: TensorRtOptions
             if strong and tensor.dtype != wanted:
                 raise UserError(
                     f"{path}: {what} {tensor.name}: format {asked[tensor.name]}: found {tensor.dtype.name} in a strongly typed "
-                    "graph, whose types stay; export with --io fp16"
+                    "graph, whose types are fixed; export with --io fp16"
                 )
             if not strong:
                 tensor.dtype = wanted
@@ -246,12 +246,14 @@ def configure(tools: Tools, network: Any, typing: Typing, path: Path, options: T
     if options.version_compatible:
         if not can.version_compatible:
             raise UserError(
-                f"version-compatible: TensorRT {can.version} has no such plans; leave it out, or use 8.6 or later"
+                f"version-compatible: TensorRT {can.version} does not support it; omit it, or use 8.6 or later"
             )
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.optimization_level is not None:
         if not can.optimization_level:
-            raise UserError(f"optimization level: TensorRT {can.version} has none; leave it out, or use 8.6 or later")
+            raise UserError(
+                f"optimization level: TensorRT {can.version} does not support it; omit it, or use 8.6 or later"
+            )
         config.builder_optimization_level = options.optimization_level
     # Layer names, formats and precisions stay readable in the plan: `TensorRtEngine.layers` shows them.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -265,7 +267,7 @@ def tactic_bits(trt: Any, capabilities: Capabilities, sources: tuple[str, ...]) 
         if source not in capabilities.tactic_sources:
             expected = ", ".join(sorted(capabilities.tactic_sources))
             raise UserError(
-                f"tactic source {source}: TensorRT {capabilities.version} has none of it, expected of {expected}"
+                f"tactic source {source}: TensorRT {capabilities.version} does not have it, expected some of {expected}"
             )
     return sum(1 << int(getattr(trt.TacticSource, source)) for source in sources)
 
@@ -275,7 +277,7 @@ def _add_profile(tools: Tools, network: Any, config: Any, path: Path, options: T
     given = {profile.input: profile for profile in options.profiles}
     for name in given:
         if name not in inputs:
-            raise UserError(f"{path}: profile of {name}: no such input, expected of {', '.join(inputs)}")
+            raise UserError(f"{path}: profile of {name}: no such input, expected one of {', '.join(inputs)}")
     dynamic = {name: shape for name, shape in inputs.items() if any(size < 0 for size in shape)}
     for name, shape in dynamic.items():
         axes = "x".join("?" if size < 0 else str(size) for size in shape)
@@ -483,7 +485,7 @@ def check_facts(plan: Path, facts: PlanFacts, version: str, gpu: str, capability
     if facts.gpu != gpu:
         raise UserError(
             f"{plan}: built for {facts.gpu}, found {gpu} here, whose best kernels may be others; {fix}, or remove "
-            f"{sidecar_path(plan).name} to use it all the same"
+            f"{sidecar_path(plan).name} to use it anyway"
         )
 
 

@@ -108,7 +108,7 @@ class TensorRtOptions:
 
     def __post_init__(self) -> None:
         if self.workspace is not None and self.workspace < 1:
-            raise UserError(f"workspace: found {self.workspace}, expected bytes, 1 or more; leave it out for no limit")
+            raise UserError(f"workspace: found {self.workspace}, expected bytes, 1 or more; omit it for no limit")
         for source in self.tactic_sources or ():
             if source not in TACTIC_SOURCES:
                 raise UserError(f"tactic source: found {source!r}, expected one of {', '.join(TACTIC_SOURCES)}")

@@ -131,7 +131,7 @@ def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEva
     if others := [name for name in dataset.classes if name not in DEFAULT_ATTRIBUTE]:
         raise UserError(
             f"object_classes: found {', '.join(others)}, expected nuScenes' ten detection classes "
-            f"({', '.join(DEFAULT_ATTRIBUTE)}), for which alone its metric is defined; rename them in the config"
+            f"({', '.join(DEFAULT_ATTRIBUTE)}), the only ones its metric defines; rename them in the config"
         )
     nusc = dataset.nusc
     predictions = EvalBoxes()

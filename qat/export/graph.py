@@ -118,7 +118,7 @@ def simplify(
         raise UserError(f"{name}.onnx: onnxsim's check found another result after simplification; please report it")
     left = op_counts(simplified)["BatchNormalization"]
     if left and not norms:
-        raise UserError(f"{name}.onnx: found {left} BatchNormalization that no convolution takes in, expected none")
+        raise UserError(f"{name}.onnx: found {left} BatchNormalization that cannot be folded, expected none")
     _strip(simplified)
     onnx.checker.check_model(simplified, full_check=True)
     return simplified

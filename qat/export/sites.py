@@ -348,7 +348,7 @@ class SiteReference:
                 found = found if len(found) == 1 else []
             call = self.calls.calls[found[0]] if found else None
             if call is None or not isinstance(call.module, Quantizer):
-                self.problems.append(f"{pair.node or name}: no quantizer of the module's")
+                self.problems.append(f"{pair.node or name}: the module has no such quantizer")
                 continue
             self.modules[name] = call.path
             self.places[found[0]] = _Place(pair)

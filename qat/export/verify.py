@@ -1,4 +1,4 @@
-"""Each exported graph beside the PyTorch module it came from, on the same inputs: a made-up frame and real ones.
+"""Each exported graph beside the PyTorch module it came from, on the same inputs: a generated frame and real ones.
 
 ONNX Runtime runs the graph as it is in the file (its optimizer off), so that what is checked is the file; then once with the
 optimizer on, whose rewrites may compute something else (onnxruntime#24737). An INT8 graph is also checked site by site
@@ -176,10 +176,10 @@ class Verification:
         Args:
             detector: float, or quantized and in the state in which it is exported.
             parts: its parts, in their order.
-            frames: real ones; beside these, a made-up one.
-            seed: of the made-up frame; of a batch of them, of the first.
+            frames: real ones; beside these, a generated one.
+            seed: of the generated frame; of a batch of them, of the first.
             batches: samples in an input: that of the file, or one that a graph for any number is traced with, and others
-                that it is verified with too, on made-up frames. A real frame fills its batch alone.
+                that it is verified with too, on generated frames. A real frame fills its batch alone.
 
         Raises:
             UserError: a frame is not what the parts take.
@@ -355,7 +355,7 @@ class Verification:
                 break
             sites = reference.sites(feeds, given, kept)
             if missing := sorted(set(cut.sites) - set(sites)):
-                reference.problems += [f"{site}: PyTorch computes nothing there" for site in missing]
+                reference.problems += [f"{site}: PyTorch has no such site" for site in missing]
                 break
             for optimized in (False, True) if kept else (False,):
                 if optimized not in runners:
@@ -409,7 +409,7 @@ class Verification:
     ) -> None:
         stem = f"{index}/{name}"
         own = self.plan.parts[name]
-        if index > 0 or not self.plan.is_raw(own):  # the made-up frame is made again from its seed
+        if index > 0 or not self.plan.is_raw(own):  # the generated frame is made again from its seed
             for tensor, array in feeds.items():
                 patch = self.running[index].patches.get(own.inputs[tensor])
                 packed = pack(array if patch is None else patch, self.flow.image)

@@ -136,7 +136,7 @@ class Family(ABC):
 
     def take_piece(self, checkpoint: Mapping[str, Any], prefix: str, source: str) -> tuple[dict[str, Any], int]:
         """ "state_dict" and "quantizers" of a checkpoint's piece under a prefix, by the network's names, and how many others."""
-        raise UserError(f"{source}: --prefix: the family {self.name} takes no pieces of larger models; leave it out")
+        raise UserError(f"{source}: --prefix: the family {self.name} does not support it; omit it")
 
     @abstractmethod
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Family(ABC):
 
     def reading(self, config: Mapping[str, Any]) -> Reading:
         """How keyframes of nuScenes-format data are read, of a family that reads those."""
-        raise UserError(f"config: the family {self.name} reads no nuScenes-format data; expected one that does")
+        raise UserError(f"config: the family {self.name} reads no nuScenes-format data; expected a family that does")
 
     @abstractmethod
     def dataset(
@@ -175,7 +175,7 @@ class Family(ABC):
 
     def frame(self, folder: Path, config: Mapping[str, Any]) -> Any:
         """The preprocessed frame of a folder with one keyframe and its info.json."""
-        raise UserError(f"{folder}: found one keyframe, expected a data set: the family {self.name} reads those alone")
+        raise UserError(f"{folder}: found one keyframe, expected a data set: the family {self.name} reads nothing else")
 
     def note_pictures(self, config: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
         """The config with the (height, width) of the pictures that it was calibrated on, where it wants to know."""
@@ -186,9 +186,7 @@ class Family(ABC):
         raise UserError("--augment: this family has no augmentation, expected --no-augment")
 
     def _no_training(self, source: str) -> UserError:
-        return UserError(
-            f"{source}: the family {self.name} is not trained here, expected one that is; train it with its own tools"
-        )
+        return UserError(f"{source}: the family {self.name} cannot be trained here; use its own tools")
 
     def check_training(self, config: Mapping[str, Any], source: str) -> None:
         """Raises `UserError` where a config lacks what training reads."""

@@ -75,16 +75,16 @@ class Flow(ABC):
 
     @abstractmethod
     def made_frame(self, seed: int, noise: bool = False) -> Any:
-        """A made-up frame that is shaped as real ones are (or of plain noise); the same bits on every machine."""
+        """A generated frame that is shaped as real ones are (or of plain noise); the same bits on every machine."""
 
     @abstractmethod
     def raw_frames(self, count: int, seed: int = 0) -> list[Any]:
-        """Made-up inputs of a benchmark that cost what real ones do: objects with `name`, `raw` (the arguments of `prepare`)
+        """Generated inputs of a benchmark that cost what real ones do: objects with `name`, `raw` (the arguments of `prepare`)
         and `moved(place)`, the same with the sensors `place` millimetres elsewhere."""
 
     def recorded(self, root: Path, split: str, version: str | None, count: int | None) -> list[Any]:
         """The same of a data set's frames."""
-        raise UserError("--data: this family reads none here, expected made-up frames; leave --data out")
+        raise UserError("--data: this family only supports generated frames here; omit --data")
 
     def initial_state(self) -> dict[str, np.ndarray]:
         """What the first frame of a scene is given, by the plan's inputs."""
@@ -102,7 +102,7 @@ class Flow(ABC):
         if not self.plan.boxes:
             raise UserError(f"{what}: found {self.without_boxes}, expected a whole detector; {fix}")
 
-    without_boxes = "a model that gives no boxes"
+    without_boxes = "a model without boxes"
 
 
 class Session:

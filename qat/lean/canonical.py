@@ -509,7 +509,7 @@ class _Canonical:
         if given["training"] or values[2] is None or values[3] is None:
             raise UserError(
                 f"{stack or node.name}: found a batch norm without running statistics, expected one that has them: it "
-                "normalises by the batch at hand, which no export keeps; set track_running_stats=True and train"
+                "normalises by the current batch, which cannot be exported; set track_running_stats=True and train"
             )
         weight, bias, mean, variance = values
         module = ScaleShift(weight, bias, mean, variance, float(given["eps"]))

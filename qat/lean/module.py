@@ -21,7 +21,7 @@ from qat.lean.observe import counting_macs, observing, set_ranges
 from qat.lean.placement import FloatRule
 from qat.lean.trace import UNTRACEABLE, first_line, trace
 
-KEPT = "asked for with keep_float"
+KEPT = "requested with keep_float"
 
 
 def float_rules(given: Iterable[str | tuple[str, str] | FloatRule]) -> list[FloatRule]:

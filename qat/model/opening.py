@@ -146,9 +146,9 @@ def open_model(
     checkpoint = load_checkpoint(path, ema) if read is None else read
     if checkpoint.get("format") == PTQ_FORMAT:
         if config is not None:
-            raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")
+            raise UserError(f"{path}: a PTQ checkpoint contains its config; omit --config")
         if prefix is not None:
-            raise UserError(f"{path}: a PTQ checkpoint knows whether it is a camera branch alone; leave --prefix out")
+            raise UserError(f"{path}: a PTQ checkpoint records whether it is a camera branch; omit --prefix")
         quantized, network = reference_of(checkpoint, path) if as_float else ptq_of(checkpoint, path, finite)
         return Model(quantized.family, network, quantized, dict(checkpoint["recipe"]), path)
     family, settings = find_config(path, checkpoint, config, prefix)

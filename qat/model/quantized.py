@@ -206,7 +206,7 @@ class QuantizedModel(nn.Module):
         for name in parts_int8:
             if name not in off:
                 raise UserError(
-                    f"parts-int8: found {name!r}, expected a part that calibrate left off: {', '.join(off) or 'none'}"
+                    f"parts-int8: found {name!r}, expected a part that calibrate kept float: {', '.join(off) or 'none'}"
                 )
         self.flavour = flavour
         self.parts_off = tuple(name for name in off if name not in parts_int8)

@@ -101,7 +101,7 @@ def compare_runs(a: Results, b: Results) -> RunsVerdict:
             reasons.append(f"Their accuracy is the same to within {MIN_CHANGE:g}.")
         elif all(abs(share) < 1 for share in shares):
             bounds = " and ".join(f"{value:.4f} {name}" for name, value in least.items())
-            reasons.append(f"From A to B: {changes}; these keyframes tell no differences below {bounds}.")
+            reasons.append(f"From A to B: {changes}; these keyframes cannot show differences below {bounds}.")
         else:
             accuracy = 1 if min(shares) > -1 else -1 if max(shares) < 1 else 0
             reasons.append(f"From A to B: {changes}.")

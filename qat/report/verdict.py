@@ -165,8 +165,8 @@ def _decide_engines(rows: Sequence[Row], reference: Row | None, max_loss: float)
             "Ship nothing here yet",
             [
                 f"Every row loses more than {max_loss:g} mAP or NDS against {row_name(reference or least, rows)}; the least, "
-                f"{row_name(least, rows)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the layers "
-                "that pay for it in float."
+                f"{row_name(least, rows)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the worst "
+                "layers in float."
             ],
         )
     ship = min(accurate, key=lambda row: row["latency_ms"]["median"])

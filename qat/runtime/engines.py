@@ -32,7 +32,7 @@ from qat.manifest import FILE, check_kind, load_manifest, pipeline_of
 from qat.runtime.axes import check_profiles, limited, options_of_part
 
 FORMAT_OF_PARTS = "engine"
-AGAIN = "run `bevqat build` again, on the machine that is to run it"
+AGAIN = "run `bevqat build` again, on the machine that will run it"
 NOTED = ("backend", "version", "precision", "device", "device_fingerprint", "options")
 
 
@@ -162,7 +162,7 @@ def build_engines(
     precisions = part_precisions(folder, manifest, precision, backend)
     if options.bfloat16 and not any(takes_bfloat16(backend, wanted) for wanted in precisions.values()):
         raise UserError(
-            f"{folder}: bfloat16: found {manifest['precision']} parts for {backend}, expected int8 for openvino; leave it out"
+            f"{folder}: bfloat16: found {manifest['precision']} parts for {backend}, expected int8 for openvino; omit it"
         )
     check_profiles(manifest, options, folder)
     out = Path(out) if out is not None else folder.parent / f"engines_{precision or manifest['precision']}_{backend}"
@@ -258,7 +258,7 @@ def run_options(noted: Mapping[str, Any], asked: Options | None, source: Path) -
     if "plugins" not in tensorrt and (plugins := run.get("plugins")):
         if gone := [name for name in plugins if not Path(name).is_file()]:
             raise UserError(
-                f"{source}: built with plugins of {', '.join(gone)}, found no such file; name it where it is now: --plugins, "
+                f"{source}: built with plugins of {', '.join(gone)}, found no such file; give its current path: --plugins, "
                 "or TensorRtOptions(plugins=…)"
             )
         tensorrt["plugins"] = tuple(map(Path, plugins))

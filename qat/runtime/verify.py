@@ -264,5 +264,5 @@ def print_verification(found: Mapping[str, Any]) -> None:
         print(f"error: {line}", file=sys.stderr)
     if not wrong:
         sites = sum(part.get("sites", {}).get("checked", 0) for part in found["parts"].values())
-        also = f", at {sites} sites within them too" if sites else ""
-        print(f"{len(found['parts'])} parts give what PyTorch gave at their export{also}")
+        also = f", at {sites} sites inside them too" if sites else ""
+        print(f"{len(found['parts'])} parts match PyTorch's outputs at their export{also}")

@@ -153,7 +153,7 @@ def test_an_interrupted_run_leaves_the_earlier_results(tmp_path, exported_fp32, 
     monkeypatch.setattr(Worker, "ask", interrupted)
     flags = ["--onnx", str(exported_fp32), "--backends", "onnxruntime", "--threads", "1", "--out", str(tmp_path)]
     assert main(["benchmark", *flags]) == 130
-    assert f"interrupted; {tmp_path / 'benchmark.json'} is as it was before" in capsys.readouterr().err
+    assert f"interrupted; {tmp_path / 'benchmark.json'} is unchanged" in capsys.readouterr().err
     assert (tmp_path / "benchmark.json").read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
     assert not multiprocessing.active_children()

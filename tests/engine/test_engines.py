@@ -250,7 +250,7 @@ def test_unknown_backend_precision_and_file_are_refused(tmp_path):
 
 def test_onnxruntime_on_the_cpu_refuses_fp16(tmp_path):
     linear_relu(tmp_path / "g.onnx")
-    with pytest.raises(UserError, match="fix by fp32 or int8"):
+    with pytest.raises(UserError, match="use fp32 or int8"):
         engine.build(tmp_path / "g.onnx", "onnxruntime", "fp16")
 
 

@@ -109,7 +109,7 @@ def test_another_networks_shapes(work, verbs, refused):
         refused(
             verbs.floats("bad.pth")[verb],
             f"bad.pth: {FUSE}: found shape [5, 5, 1, 1], the config makes [24, 36, 1, 1]",
-            "give the config that the checkpoint was trained with",
+            "use the config that the checkpoint was trained with",
         )
 
 
@@ -256,7 +256,7 @@ def test_averaged_weights_that_are_not_there(work, verbs, refused):
         )
     for verb in ("export-camera", "health"):
         arguments = [*verbs.quantized("ptq.pth")[verb], "--ema"]
-        refused(arguments, "--ema: found ptq.pth, a checkpoint of bevqat's with one set of weights; leave --ema out")
+        refused(arguments, "--ema: found ptq.pth, a bevqat checkpoint, which has one set of weights; omit --ema")
     refused(
         ["calibrate", "--config", "config.yaml", "--init", "random", "--ema", "--data", "data"],
         "--ema: found with --init",
@@ -275,7 +275,7 @@ def test_every_verb_says_which_weights_it_took_and_ema_takes_the_others(work, ve
         assert main(arguments) == (1 if verb == "health" else 2)
         assert verb != "health" or "--ema takes those" in capsys.readouterr().err
         assert main([*arguments, "--ema"]) == 0
-        assert "note: both.pth: took the averaged weights, state_dict_ema" in capsys.readouterr().err
+        assert "note: both.pth: used the averaged weights, state_dict_ema" in capsys.readouterr().err
     assert torch.load("out/ptq.pth", weights_only=True)["recipe"]["float_checkpoint"]["ema"] is True
     compare = ["compare", "--ckpt", "both.pth", "--config", "config.yaml", "--ptq", "out/ptq.pth", "--data", "data"]
     assert main([*compare, "--split", "calib", "--out", "out/compare"]) == 2

@@ -52,7 +52,7 @@ def test_what_the_keyframes_do_not_tell_apart_is_no_difference(results: dict) ->
     found = compare_runs(results, _change(results, map=-0.005, nds=-0.004))
     assert (found.better, found.headline) == (None, "There is no difference")
     assert found.reasons[0] == (
-        "From A to B: mAP −0.005 and NDS −0.004; these keyframes tell no differences below 0.0055 mAP and 0.0042 NDS."
+        "From A to B: mAP −0.005 and NDS −0.004; these keyframes cannot show differences below 0.0055 mAP and 0.0042 NDS."
     )
     assert compare_runs(results, _change(results, map=-0.006, nds=-0.004)).better == "A"
 

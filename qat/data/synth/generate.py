@@ -106,7 +106,7 @@ def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bo
     for earlier, expected in ((done, recipe), (parts / "recipe.json", begun)):
         if earlier.exists() and read_json(earlier) != expected:
             raise UserError(
-                f"{out}: holds a data set made with other options or by another version ({earlier}); choose another --out or "
+                f"{out}: found a data set made with other options or by another version ({earlier}); choose another --out or "
                 "remove it"
             )
     if done.exists():

@@ -44,7 +44,7 @@ def _build(config: Mapping[str, Any], path: str) -> nn.Module:
     try:
         return NETWORKS[config["type"]](**arguments)
     except (*UNBUILDABLE, RuntimeError) as error:  # RuntimeError: torch's, of sizes below 0 or beyond the memory
-        raise UserError(f"config: {path}: found values that make no {config['type']}: {error}") from None
+        raise UserError(f"config: {path}: cannot build {config['type']} from these values: {error}") from None
 
 
 def _check_maps(backbone: nn.Module, camera: Mapping[str, Any]) -> None:

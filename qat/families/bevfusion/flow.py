@@ -98,7 +98,7 @@ class BEVFusion(Flow):
     }
     state_names = ("encoders.", "decoder.", "heads.", "backbone.", "neck.", "vtransform.")
     geometry_step = "pattern"
-    without_boxes = "a camera branch alone, which gives BEV features and no boxes"
+    without_boxes = "a camera branch, which computes BEV features but no boxes"
 
     def __init__(self, settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> None:
         super().__init__(settings, threads, source)

@@ -1,4 +1,4 @@
-"""What the detectors are fed while they are timed: made-up frames, or keyframes of a data set."""
+"""What the detectors are fed while they are timed: generated frames, or keyframes of a data set."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def recorded(
     except ModuleNotFoundError as error:
         raise UserError(
             f"--data: the package {error.name} is not installed, expected nuscenes-devkit's; fix by: pip install "
-            "nuscenes-devkit, or leave --data out for made-up frames"
+            "nuscenes-devkit, or omit --data for generated frames"
         ) from None
     dataset = NuScenesDataset(root, split, _reading(settings), version, count)
     frames = []

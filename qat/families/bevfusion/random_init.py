@@ -88,7 +88,7 @@ def random_model(config: Mapping[str, Any], seed: int = 0, frames: Sequence[Fram
     Args:
         config: a checked config (`load_config`).
         seed: the same seed and config give the same weights; torch's global generator is left as it was.
-        frames: preprocessed samples whose statistics the batch norms get; None for made-up ones of the config's cameras.
+        frames: preprocessed samples whose statistics the batch norms get; None for generated ones of the config's cameras.
 
     Raises:
         UserError: the config asks for something that is not supported, by name.

@@ -137,7 +137,7 @@ def _check_finite(
         if tensor is not None and tensor.is_floating_point() and not bool((finite := tensor.isfinite()).all()):
             raise UserError(
                 f"{source}: {in_file(name)}: found NaN or infinity in {int((~finite).sum())} of {tensor.numel()} values, "
-                f"expected finite weights; save an earlier epoch (`bevqat health {source}` shows what they do)"
+                f"expected finite weights; save an earlier epoch (`bevqat health {source}` shows their effect)"
             )
 
 
@@ -193,7 +193,7 @@ def load_state(
         name = wrong[0]
         raise UserError(
             f"{source}: {in_file(name)}: found shape {list(state[name].shape)}, the config makes {list(own[name].shape)} "
-            f"({len(wrong)} such tensors); give the config that the checkpoint was trained with"
+            f"({len(wrong)} such tensors); use the config that the checkpoint was trained with"
         )
     if missing or extra:
         parts = [f"missing {_grouped([*map(in_file, missing)])}"] if missing else []
@@ -209,10 +209,7 @@ def load_state(
     if isinstance(model, CameraBEVDetector) and model.keep_cells(_counts(state[f"{BRANCH}vtransform.nx"])):
         own = model.state_dict()
         counts = "×".join(map(str, own[f"{BRANCH}vtransform.nx"].tolist()))
-        note(
-            f"{source}: kept its BEV grid of {counts} cells: BEVFusion cuts the quotient of a bound off where it lies just below "
-            "a whole number"
-        )
+        note(f"{source}: kept its BEV grid of {counts} cells: BEVFusion truncates quotients just below a whole number")
     state = dict(state)
     for name in own:  # a checkpoint's grid decides where features go: another one's shape may be the same
         if name.rpartition(".")[2] not in GEOMETRY:

@@ -305,7 +305,7 @@ def pool_device(pattern: DevicePattern, depth_weights: Any, features: Any, out: 
             failed, no NVRTC, or the driver refuses.
     """
     if not pattern.ready:
-        raise UserError("GPU pooling: found a pattern that was closed or whose upload failed; fix by its upload()")
+        raise UserError("GPU pooling: found a pattern that was closed or whose upload failed; call its upload()")
     handle = stream_handle(stream)
     arrays = check_arrays(pattern, depth_weights, features, out, handle, pattern.device)
     weights, context, grid = arrays

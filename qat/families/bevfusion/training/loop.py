@@ -242,7 +242,7 @@ def train(
     """
     if options.stage not in STAGES:
         raise UserError(f"--stage: found {options.stage!r}, expected one of {', '.join(STAGES)}")
-    need_boxes(config, "train", "give the whole detector's config")
+    need_boxes(config, "train", "use the whole detector's config")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = _State(config, options, init, device, ema)
     resume = out / "resume.pth"
