@@ -1,4 +1,4 @@
-"""A model's course as data: its tensors, and the steps between them in order. No torch.
+"""A model's plan as data: its tensors, and the steps between them in order. No torch.
 
 A step is a *part*, a graph that is exported and built by itself, or an *op*, which the host computes between the parts (BEV
 pooling, voxelizing, a memory's update). `run` walks the steps; what computes a step is a runner, and every stage plugs in its own:
@@ -72,7 +72,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Op:
-    """What the host computes. inputs, outputs: tensors."""
+    """A step that the host computes. inputs, outputs: tensors."""
 
     name: str
     inputs: tuple[str, ...]
@@ -201,7 +201,7 @@ def run(
 
 
 def next_state(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What a frame hands to the next one of its scene, by the input that it becomes."""
+    """The state for the next frame of the scene, by the input that it becomes."""
     return {given: tensors[name] for name, given in plan.state.items()}
 
 

@@ -117,7 +117,7 @@ def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[
 
 
 def _name(place: int, chosen: Sequence[tuple[Path, str, dict[str, Any]]]) -> str:
-    """Backend and precision, and what more it takes to tell the row from the others."""
+    """Backend and precision, and whatever else distinguishes the row from the others."""
 
     def names(entry: tuple[Path, str, dict[str, Any]]) -> list[str]:
         folder, backend, manifest = entry

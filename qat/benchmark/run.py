@@ -40,7 +40,7 @@ CSV_FIELDS = (
 
 @dataclass
 class BenchmarkOptions:
-    """What to measure.
+    """Options of the benchmark.
 
     folders: of exported parts, or of engines. backends: of `qat.engine`; None for those that every machine has. data, split,
     version: keyframes of a nuScenes-format data set; without data frames are made up. frames: how many. rounds, repeats: in
@@ -140,7 +140,7 @@ def _times(row: _Row) -> dict[str, list[list[float]]]:
 
 
 def _row_options(entry: Planned, options: Options) -> dict[str, Any]:
-    """What the row was built and run with."""
+    """The options the row was built and run with."""
     if entry.built:
         options = run_options(entry.manifest["engine"], options, entry.folder / FILE)
     return described(options, [entry.backend], [entry.precision])

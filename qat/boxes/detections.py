@@ -1,4 +1,4 @@
-"""What a detector finds in one frame."""
+"""Detections of one frame."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Detections:
 
     @staticmethod
     def of(arrays: Mapping[str, np.ndarray], suffix: str = "") -> Detections:
-        """What `arrays` gave."""
+        """Detections from what `arrays` returned."""
         return Detections(arrays[f"boxes{suffix}"], arrays[f"scores{suffix}"], arrays[f"labels{suffix}"])
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 Both of torch's formats are read: the zip of version 1.6 on (`data.pkl` and one entry a storage), and the older run of
 pickles followed by the storages' bytes (formats: torch/serialization.py). The pickle goes through `qat.checkpoints.unpickle`.
-`torch.load` takes no part, since on the way to its unpickler it may hand a file to TorchScript, unpack a tar or write a
+`torch.load` is not used, because on the way to its unpickler it may hand a file to TorchScript, unpack a tar or write a
 patch file into the working directory.
 """
 

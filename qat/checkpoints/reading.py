@@ -1,4 +1,4 @@
-"""Reading checkpoints: tensors and plain containers; whatever else a file holds is never executed."""
+"""Reading checkpoints: tensors and plain containers; nothing else in a file is executed."""
 
 from __future__ import annotations
 

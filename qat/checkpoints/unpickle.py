@@ -1,4 +1,4 @@
-"""Python's own unpickler, with everything that a pickle can call taken out.
+"""Python's own unpickler, without anything that a pickle could call.
 
 A pickle is a program, and `pickle.load` lets it import and call anything. Here a global is a `Record` of its name, and calling
 it, or making or filling an object of it, only notes the arguments. What is rebuilt is a fixed list of plain things
@@ -31,7 +31,7 @@ CONSTANTS = {
 
 
 class Damaged(Exception):
-    """What is wrong with the file, without its name."""
+    """The fault of a file, without its name."""
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -201,7 +201,7 @@ PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what protocol 2 
 
 
 def _built(function: Record, args: tuple[Any, ...]) -> Any:
-    """What calling it makes, or NotImplemented for what is not rebuilt."""
+    """The rebuilt object, or NotImplemented for one that is not rebuilt."""
     builder, *kinds = _BUILDERS.get((function.module, function.name), (None,))
     fits = builder and function.args is None and len(args) <= len(kinds)
     return builder(*args) if fits and all(map(isinstance, args, kinds)) else NotImplemented
@@ -222,7 +222,7 @@ def _key(value: Any) -> Any:
 
 
 class _Counted(dict[int, Any]):
-    """An unpickler's table of opcodes, which is asked once for each."""
+    """An unpickler's table of opcodes, looked up once for each opcode."""
 
     left = 0
 
@@ -239,7 +239,7 @@ class _Counted(dict[int, Any]):
 class InertUnpickler(pickle._Unpickler):
     """Reads one pickle from a stream, calling nothing that it names; the stream is then behind it."""
 
-    # The base class has them; mypy's description of it has not.
+    # The base class has them, but mypy's stub of it does not.
     stack: list[Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]

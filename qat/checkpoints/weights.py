@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint are the network's: wrappers' prefixes, and averaged copies (EMA) beside the weights.
 
-Where averaged weights (an exponential moving average over training steps) lie:
+Where files keep averaged weights (an exponential moving average over training steps):
 
     {"state_dict": …, "state_dict_ema": …}    timm; also "model_ema", "ema"
     {"state_dict": …, "ema_state_dict": …}    mmengine, which swaps the two on saving: state_dict holds the average
@@ -8,7 +8,7 @@ Where averaged weights (an exponential moving average over training steps) lie:
                                               epoch the two are swapped; saved in the middle of one they are not
 
 A buffer that counts batches (num_batches_tracked) is not averaged by mmdet's hook: the larger count is the trained weights', and
-tells whether the two were swapped.
+shows whether the two were swapped.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _is_wrapped(names: list[str], prefix: str) -> bool:
 
 @dataclass
 class Chosen:
-    """The weights that were taken. averaged: whether the file says that they are averaged ones. note: what to tell the user
+    """The selected weights. averaged: whether the file says that they are averaged. note: a line for the user
     of a file with two sets, or ""."""
 
     state: dict[str, Any]

@@ -1,6 +1,6 @@
 """The command line: `bevqat VERB`, and the scripts `python qat/VERB.py` beside this folder.
 
-One module a verb, imported only when it is asked for. A module has `add_arguments(parser)` and `run(args) -> int` (the exit
+One module a verb, imported only when it is used. A module has `add_arguments(parser)` and `run(args) -> int` (the exit
 status): it parses, calls one function, prints. What follows the first line of its docstring is the end of its --help.
 """
 

@@ -1,7 +1,7 @@
 """Run the whole detector over the evaluation keyframes with PyTorch and each backend × precision; write the report.
 
 Accuracy is what the nuScenes devkit computes on all keyframes; latency is measured interleaved. An interrupted run
-goes on where it was. With --sensitivity the report tells which layers pay for INT8 and what stays float.
+resumes. With --sensitivity the report shows which layers lose accuracy in INT8 and which stay float.
 
 example:
   bevqat calibrate --out runs/tiny/ptq.pth

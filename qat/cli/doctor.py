@@ -1,6 +1,6 @@
-"""Say what this machine can run, and what to install for the rest.
+"""Show what this machine can run, and what to install for the rest.
 
-Each line is ok, missing (which only who needs it minds) or a problem, with the command that fixes it. Exit status 1 if
+Each line is ok, missing (a problem only if you need it) or a problem, with the command that fixes it. Exit status 1 if
 something is not ok that calibrating, exporting, building and comparing on the CPU needs.
 
 example:

@@ -12,8 +12,8 @@ A float checkpoint, and random weights to measure latency with:
   bevqat export --ckpt model/camera-tiny/camera-tiny.pth --out runs/onnx_fp32
   bevqat export --config model/resnet50/config.yaml --init random --fp16     # into runs/resnet50/onnx_fp16
 
-Each part is verified against PyTorch on a random frame and on real ones, example-data's unless --data names others.
-Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written all the same.
+Each part is verified against PyTorch on a generated frame and on real ones, example-data's unless --data names others.
+Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written anyway.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the operating system refuses, in one line: a full disk, a folder that cannot be written, too little memory."""
+"""One-line errors for what the operating system refuses: a full disk, a folder that cannot be written, too little memory."""
 
 from __future__ import annotations
 

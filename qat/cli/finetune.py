@@ -1,6 +1,6 @@
-"""Train a PTQ checkpoint with its quantizers on (QAT), from the float network's own outputs; no annotation is read.
+"""Train a PTQ checkpoint with its quantizers on (QAT) to match the float network's outputs; no annotation is read.
 
-A killed run goes on with the same command. What it writes is exported, compared and inspected as a PTQ checkpoint is.
+The same command resumes a killed run. The result is exported, compared and inspected like a PTQ checkpoint.
 
 example:
   bevqat calibrate --out runs/calibrate/ptq.pth
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     options = FinetuneOptions(**given, weights=_weights(args))
     data = data_sets(args)
     held_out = root_and_split(args.held_out, "--held-out") if args.held_out else None
-    if held_out is not None:  # opened before the work begins: what is wrong with it is told at once
+    if held_out is not None:  # opened before the work begins, so that its errors come first
         model = load_ptq(args.ckpt)[0]
         model.flow.need_boxes("--held-out", "omit --held-out")
         _held_out(args, held_out, model).check_annotated()

@@ -1,4 +1,4 @@
-"""Flags that several verbs have."""
+"""Flags that verbs share."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def verification_frames(args: argparse.Namespace) -> Callable[[Any], Sequence[An
     """A `qat.model.opening.Model` → the keyframes that `add_verification_flags`' flags choose; None for no real ones.
 
     Raises:
-        UserError: flags that do not go together. The function: the data cannot be read, or has not so many frames.
+        UserError: flags that do not go together. The function: the data cannot be read, or has fewer frames.
     """
     root, count = args.data, 1 if args.frames is None else args.frames
     chosen = root is not None
@@ -188,9 +188,7 @@ def verification_frames(args: argparse.Namespace) -> Callable[[Any], Sequence[An
     if root is None:
         given = [f"--{name}" for name in ("version", "split", "frames") if getattr(args, name)]
         if given:
-            raise UserError(
-                f"{', '.join(given)}: found no data to choose from, expected --data ROOT; there is no {EXAMPLE}"
-            )
+            raise UserError(f"{', '.join(given)}: only applies with --data; add --data ROOT (there is no {EXAMPLE})")
         return None
     if count == 0:
         return None

@@ -1,4 +1,4 @@
-"""Name the first layer that gives NaN or infinity, and the quantizers that saturate, in a checkpoint or exported parts.
+"""Find the first layer with NaN or infinity, and quantizers that saturate, in a checkpoint or exported parts.
 
 Exit status 1 if anything is not finite.
 

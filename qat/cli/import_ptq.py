@@ -1,8 +1,8 @@
-"""Make a PTQ checkpoint of a network that another tool quantized, with its weights and its ranges.
+"""Make a PTQ checkpoint from a network that another tool quantized, with its weights and ranges.
 
 It reads CUDA-BEVFusion's bevfusion_ptq.pth and other pickled networks (nothing in the file is run, and none of its packages
-is needed), and state dicts of pytorch-quantization and NVIDIA ModelOpt. What it writes is inspected, exported, compared and
-fine-tuned like one of calibrate. docs/checkpoints.md tells what is read.
+is needed), and state dicts of pytorch-quantization and NVIDIA ModelOpt. The result is inspected, exported, compared and
+fine-tuned like a checkpoint of calibrate. docs/checkpoints.md says which files are read.
 
 example:
   bevqat import-ptq --ckpt bevfusion_ptq.pth --config configs.yaml --prefix encoders.camera --out runs/imported/ptq.pth

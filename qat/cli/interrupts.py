@@ -1,6 +1,6 @@
-"""Ctrl-C where no verb can take it: while this package is being imported, and between a verb's end and the process's.
+"""Ctrl-C where no verb can handle it: while this package is being imported, and between a verb's end and the process's.
 
-Python then ends with the signal's own status, which a shell tells as 130.
+Python then ends with the signal's own status, which a shell reports as 130.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make report.html, one self-contained page, from results.json; of two, a page that sets the runs side by side.
+"""Make report.html, one self-contained page, from results.json; from two of them, a page that compares the runs.
 
 example:
   bevqat demo --out runs/demo

@@ -1,10 +1,10 @@
-"""Train a float detector on nuScenes-format data; a killed run resumes where it was.
+"""Train a float detector on nuScenes-format data; the same command resumes a killed run.
 
 example:
   bevqat train --data example-data:calib --stage image --steps 4 --out runs/image
   bevqat train --data example-data:calib --ckpt runs/image/model.pth --steps 4 --out runs/train
 
-docs/train.md tells how the shipped model was trained: on 750 scenes of `bevqat synth`, in three stages.
+The shipped model was trained on 750 scenes of `bevqat synth`, in three stages (docs/train.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Check exported parts against what PyTorch gave at their export, on any machine, without PyTorch.
+"""Check exported parts against PyTorch's outputs at their export, on any machine, without PyTorch.
 
-Every part's file, opset and tensors, and its results on the frames that the export kept. By default each graph runs as it
+Checks every part's file, opset and tensors, and its results on the frames stored at the export. By default each graph runs as it
 is in its file, in ONNX Runtime; with --backend, as that backend builds it for use on this machine.
 Exit status 1 when a part differs or was changed, 2 when nothing can be verified.
 

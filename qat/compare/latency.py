@@ -1,4 +1,4 @@
-"""Latency of all rows, interleaved: what slows the machine for a while slows every row alike."""
+"""Latency of all rows, interleaved, so that a slow moment of the machine affects all rows alike."""
 
 from __future__ import annotations
 

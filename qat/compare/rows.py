@@ -1,4 +1,4 @@
-"""What is compared: one row for each backend, precision and flavour, each a whole detector behind `Pipeline`."""
+"""The rows to compare: one for each backend, precision and flavour, each a whole detector behind `Pipeline`."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _simulations(detector: QuantizedModel, manifests: Manifests) -> list[tuple[s
 
 
 def _rounding(detector: QuantizedModel) -> list[str]:
-    """What is rounded, and how: all that the flavour and its parts decide about a detector's results."""
+    """Everything about rounding in the flavour and its parts that affects a detector's results."""
     return [f"{name} {q.spec}" for name, q in quantizers(detector.parts).items() if not q._disabled]
 
 

@@ -1,6 +1,6 @@
 """Whole-file writes, hashes and JSON.
 
-What is written is written under another name beside the target, brought to the disk, and renamed: a process that is killed at
+Content is written under another name beside the target, synced to disk, and renamed: a process that is killed at
 any moment, or a machine that loses power, leaves the earlier content or the new one under the name, never a part of it. What
 it leaves under the other name is removed by the next process that writes there (`qat.core.locks`).
 """

@@ -1,4 +1,4 @@
-"""Long work in view: a bar on a terminal, the means of a training run's losses, batches drawn ahead."""
+"""Progress of long work: a bar on a terminal, the means of a training run's losses, batches drawn ahead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one quantizer's neighbourhood computes, kept so that an INT8 graph can be checked site by site without PyTorch.
+"""Reference values around each quantizer, so that an INT8 graph can be checked site by site without PyTorch.
 
 A site is an activation's QuantizeLinear, or an output of the graph. Its segment (`qat.core.onnx_cut`) is run on given codes,
 and what comes out is compared with what PyTorch computed from the same codes, in float64:
@@ -239,7 +239,7 @@ def runner_of(cut: Cut, sites: Mapping[str, Site], threads: int = 0, optimized: 
 
 
 def grid_problems(cut: Cut, expected: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What differs between a graph's scales and zero points of activations and those that a manifest lists for its sites."""
+    """Differences between a graph's activation scales and zero points and those in a manifest's sites."""
     problems = []
     known = {entry["tensor"]: entry for entry in expected}
     for name in sorted(set(known) ^ set(cut.pairs)):
@@ -270,7 +270,7 @@ def _short(values: Sequence[float]) -> str:
 
 
 def site_line(entry: Mapping[str, Any], module: str) -> str:
-    """What is wrong with a site, in words."""
+    """A site's failure in words."""
     unit = "steps" if entry["codes"] else "(absolute)"
     if entry["share"] == 0:
         return f"{module}: on the same inputs found values further from PyTorch's, on average, than rounding explains"

@@ -1,4 +1,4 @@
-"""What is wrong with a nuScenes-format data set, in one line: which table or file, which record, what it should be."""
+"""One-line errors for nuScenes-format data: the table or file, the record, what was expected."""
 
 from __future__ import annotations
 

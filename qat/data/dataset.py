@@ -1,4 +1,4 @@
-"""Reads nuScenes-format data, real or generated, into what a camera detector takes."""
+"""Reads nuScenes-format data, real or generated, into a camera detector's inputs."""
 
 from __future__ import annotations
 

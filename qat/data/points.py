@@ -1,4 +1,4 @@
-"""Lidar files: raw float32 values, `load_dim` a point, of which nothing in the file says so. What they hold is looked at."""
+"""Lidar files: raw float32 values, `load_dim` a point, which nothing in the file says. The values are checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All questions, and the answers as findings."""
+"""All checks, and their results as findings."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
 
     Args:
         out: where results will go.
-        ask: how the questions of `probes` are asked; `ask` for processes of their own.
+        ask: runs the checks of `probes`; `ask` runs them in their own processes.
     """
     want = packages.wanted()
     names, needed, unknown = _backend_names()
@@ -115,7 +115,7 @@ def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
     for name in names:
         findings.append(_backend_finding(name, told[f"backend:{name}"], name in needed, has_gpu, want))
     tensorrt = told["tensorrt"]
-    if tensorrt["state"] != MISSING:  # else the backend's line has said it
+    if tensorrt["state"] != MISSING:  # else the backend's line says it
         findings.append(Finding("backends", "TensorRT", tensorrt["state"], tensorrt["found"], tensorrt.get("fix", "")))
     return Report(
         findings,

@@ -1,4 +1,4 @@
-"""One line of the answer, and how all of them are printed."""
+"""One finding, and how findings are printed."""
 
 from __future__ import annotations
 

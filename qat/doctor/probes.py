@@ -1,7 +1,7 @@
-"""Questions that could crash or hang the process that asks them: imports of native libraries, backends, drivers.
+"""Checks that could crash or hang their process: imports of native libraries, backends, drivers.
 
-`ask` asks them in processes of their own, one after the other in each; a process that dies is blamed on the question that it
-was at, and the others are asked again in a new one.
+`ask` runs them in their own processes, one after the other in each; if a process dies, the check that it
+was running fails, and the others run again in a new process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qat.doctor.finding import MISSING, OK, PROBLEM, one_line
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 60.0  # seconds for one process; a cold disk takes half a minute to give torch
 START = f"import sys; sys.path[0] = {str(ROOT)!r}; from qat.doctor.probes import main; main(sys.argv[1:])"
-Answer = dict[str, Any]  # "state", "found", and more that a question has to tell
+Answer = dict[str, Any]  # "state", "found", and more results of a check
 
 
 def _import(name: str) -> Answer:
@@ -79,7 +79,7 @@ def _tensorrt(_: str) -> Answer:
 
 
 def _cuda(_: str) -> Answer:
-    """The GPU as CUDA's runtime tells it, through cuda-bindings."""
+    """The GPU as CUDA's runtime reports it, through cuda-bindings."""
     from qat.core.errors import UserError
     from qat.engine.cuda import use_device
 
@@ -96,7 +96,7 @@ def _cuda(_: str) -> Answer:
 
 
 def _nvidia_smi(_: str) -> Answer:
-    """The GPUs as NVIDIA's driver tells them."""
+    """The GPUs as NVIDIA's driver reports them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {"state": MISSING, "found": "no nvidia-smi: no NVIDIA driver is installed", "gpus": []}

@@ -3,8 +3,8 @@
     engine = build("onnx_int8/fuser.onnx", "openvino", "int8")
     outputs = engine.run({"img": img, "depth": depth})
 
-A backend is a line of `BACKENDS`: one file of this folder, on one kind of device. Its package is imported when it is first
-asked for. Nothing here imports torch.
+A backend is a line of `BACKENDS`: one file of this folder, on one kind of device. Its package is imported on first
+use. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
 def load(built_file: str | Path, backend: str, precision: str, options: Options | None = None) -> Engine:
     """Loads an engine that `Engine.save` wrote, on the same kind of device and with the same version of the backend.
 
-    Whether they are the same is not checked here: what a built file is, only its writer's notes tell
+    Whether they are the same is not checked here: only its writer's notes describe a built file
     (`qat.runtime.load_engines` reads them). The engine cache is neither read nor written.
 
     Args:
@@ -187,7 +187,7 @@ def load(built_file: str | Path, backend: str, precision: str, options: Options 
 
 
 def ending(backend: str) -> str:
-    """What the names of a backend's built files end with."""
+    """File name endings of a backend's built files."""
     return str(_module(backend).ENDING)
 
 

@@ -1,4 +1,4 @@
-"""What every backend has in common: tensor checks, options, the engine cache."""
+"""Shared by all backends: tensor checks, options, the engine cache."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ class LayerProfile(_Layer, total=False):
 
 
 def layers_by_device(layers: Iterable[LayerProfile]) -> dict[str, int]:
-    """How many layers of a profile ran on each device: what a GPU session left to the CPU is told by it."""
+    """How many layers of a profile ran on each device: shows what a GPU session left to the CPU."""
     return dict(Counter(layer.get("device", "") for layer in layers))
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to build and run. What measurement settled for all is no option: docs/engines.md.
+    """How to build and run (docs/engines.md).
 
     threads: CPU threads, 0 for one on each core.
     cache: folder of built engines; None switches the cache off. The default is $BEVQAT_CACHE, else
@@ -111,7 +111,7 @@ def described(options: Options, backends: Collection[str], precisions: Collectio
 
 
 class Device(NamedTuple):
-    """What an engine was built for. name: for people. fingerprint: equal on devices that may run the same engine."""
+    """The device an engine was built for. name: for people. fingerprint: equal on devices that may run the same engine."""
 
     name: str
     fingerprint: str

@@ -1,7 +1,7 @@
-"""The little of CUDA that is needed here, over NVIDIA's cuda-bindings: calls of the runtime, the driver and NVRTC; buffers, streams,
+"""The small part of CUDA used here, over NVIDIA's cuda-bindings: calls of the runtime, the driver and NVRTC; buffers, streams,
 events, graphs. No torch, no pycuda.
 
-Everything here works on the current device. What cannot be done raises `UserError` where the user can fix it (no GPU, no
+Everything here works on the current device. Failures raise `UserError` where the user can fix them (no GPU, no
 driver, no package, memory spent) and `CudaError` elsewhere.
 """
 
@@ -185,7 +185,7 @@ class Stream:
 
 
 class Event:
-    """A point in a stream. timed: whether times between it and others are asked for; without them it costs less."""
+    """A point in a stream. timed: whether times between it and others are measured; without them it costs less."""
 
     def __init__(self, timed: bool = True) -> None:
         if timed:

@@ -1,4 +1,4 @@
-"""Arrays and streams of other libraries on the GPU, taken as they are: `__cuda_array_interface__` (CuPy, Numba, torch) or DLPack."""
+"""Arrays and streams of other libraries on the GPU, used without copying: `__cuda_array_interface__` (CuPy, Numba, torch) or DLPack."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
 
 
 def check_place(array: DeviceArray, where: str, device: int) -> None:
-    """Raises `UserError` where CUDA knows an array's address as the host's or another GPU's: its interface does not tell."""
+    """Raises `UserError` where CUDA knows an array's address as the host's or another GPU's: its interface does not say."""
     if 0 in array.shape:
         return
     try:

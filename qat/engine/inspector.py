@@ -1,6 +1,6 @@
-"""What TensorRT's engine inspector says of a plan, as a table: each layer's precision, formats, and the ONNX nodes fused in it.
+"""TensorRT's engine inspector output as a table: each layer's precision, formats, and the ONNX nodes fused in it.
 
-The inspector's JSON differs between versions, and with how much a plan was told to keep:
+The inspector's JSON differs between versions, and with the detail that a plan was built with:
 
     8.5, 8.6   {"Layers": […], "Bindings": ["img", …]}; tensors have "Format/Datatype": "Thirty-two wide channel vectorized row
                major Int8 format"; a layer's name is that of its nodes, joined by " + "
@@ -38,7 +38,7 @@ WEIGHTED = ("conv", "gemm", "matrixmultiply", "matmul", "fullyconnected")
 class LayerInfo:
     """One layer of a plan.
 
-    type: TensorRT's word for the kernel. precision: what it computes in; "" where the plan does not tell.
+    type: TensorRT's word for the kernel. precision: what it computes in; "" where the plan does not say.
     inputs, outputs: type and layout of each tensor, such as "int8:chw32". nodes: labels of the ONNX nodes in it.
     ms: measured time of a run, None before `with_times`.
     """
@@ -199,7 +199,7 @@ def with_times(layers: Iterable[LayerInfo], times: Mapping[str, float]) -> list[
 
 @dataclass(frozen=True)
 class Findings:
-    """What of a plan a user of INT8 wants to know.
+    """Findings about INT8 in a plan.
 
     reformats: layers that copy between types and layouts alone. int8: quantized nodes that run in INT8. fallbacks: those that
     run in another precision, with it. hidden: those that no layer names (fused into a region without names, or a plan without

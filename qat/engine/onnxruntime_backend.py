@@ -64,7 +64,7 @@ def _plain_options(threads: int = 0) -> ort.SessionOptions:
 
 
 def session_options(options: Options) -> ort.SessionOptions:
-    """What sessions run with: threads, where they stay and how they wait. Memory is ONNX Runtime's default: an arena, with
+    """Session options: threads, pinning and waiting. Memory is ONNX Runtime's default: an arena, with
     patterns.
 
     The number of threads is always told: with 0, ONNX Runtime takes all cores and pins the threads to them unasked. A thread
@@ -90,7 +90,7 @@ def provider_options(
 ) -> list[tuple[str, dict[str, str]]]:
     """The execution providers of a session in their order, each with its settings; what one cannot run goes to the next.
 
-    TensorFloat-32: the CUDA provider is told to leave it, so FP32 is FP32 there. The TensorRT provider has no setting for it,
+    TensorFloat-32 is off in the CUDA provider, so FP32 is FP32 there. The TensorRT provider has no setting for it,
     and TensorRT's own default is to take it: what it builds as FP32 may round the inputs of products to TF32 unless the
     process was started with NVIDIA_TF32_OVERRIDE=0 in its environment, which CUDA's libraries read when they are loaded.
 
@@ -140,7 +140,7 @@ def check_available(device: str) -> None:
 
 
 def check_used(session: ort.InferenceSession, device: str) -> None:
-    """Raises `UserError` where ONNX Runtime made a session without the provider that was asked for, or gave it nothing to do.
+    """Raises `UserError` where ONNX Runtime made a session without the requested provider, or gave it no operator.
 
     ONNX Runtime itself then computes on the CPU and says so in its log alone.
     """
@@ -179,7 +179,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
         if hasattr(ort, "preload_dlls"):  # of the nvidia-* packages, which lie where no loader looks
             with contextlib.redirect_stdout(io.StringIO()):
                 ort.preload_dlls()
-        ort.set_default_logger_severity(4)  # a provider that does not start is told below, in one line
+        ort.set_default_logger_severity(4)  # a provider that does not start is reported below, in one line
     try:
         session = _session(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:
@@ -310,7 +310,7 @@ class DeviceRun:
 
 
 def pinned_array(shape: Sequence[int], dtype: np.dtype) -> np.ndarray | None:
-    """An array in page-locked host memory, given back with the array; None without cuda-bindings, a GPU or memory left."""
+    """An array in page-locked host memory, freed with the array; None without cuda-bindings, a GPU or memory left."""
     try:
         return cuda.PinnedBuffer(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize).view(dtype, tuple(shape))
     except (UserError, RuntimeError):  # plain memory does it too; RuntimeError: no CUDA runtime beside the package
@@ -395,7 +395,7 @@ class OnnxRuntimeEngine(Engine):
 
     @property
     def settings(self) -> ort.SessionOptions:
-        """What the session runs with, as ONNX Runtime has it."""
+        """The session's options, as ONNX Runtime reports them."""
         return self._session.get_session_options()
 
     def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

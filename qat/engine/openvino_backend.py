@@ -71,7 +71,7 @@ def _last_line(error: RuntimeError) -> str:
 
 
 def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
-    """What OpenVINO is told when it compiles or loads a graph.
+    """OpenVINO's properties for compiling or loading a graph.
 
     One picture at a time and no second stream: LATENCY. On a CPU also the threads, and whether each stays on its core.
     """
@@ -132,7 +132,7 @@ class OpenVinoEngine(Engine):
 
     @property
     def compiled(self) -> ov.CompiledModel:
-        """OpenVINO's own object, which tells its properties."""
+        """OpenVINO's own object, which has its properties."""
         return self._compiled
 
     def _compile(self, source: Path, **more: Any) -> ov.CompiledModel:

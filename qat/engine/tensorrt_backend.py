@@ -67,8 +67,8 @@ class TensorRtEngine(Engine):
 
     transfer_ms: of the latest `run`, both copies, from CUDA events.
     compute_ms: of the latest `run`, between them.
-    graph_refused: why runs are enqueued layer by layer although a CUDA graph was asked for; "" where they are not.
-    device: the GPU. facts: how the plan was built, None where no sidecar tells.
+    graph_refused: why runs are enqueued layer by layer although a CUDA graph was requested; "" where they are not.
+    device: the GPU. facts: how the plan was built, None without a sidecar.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class TensorRtEngine(Engine):
         self._host = {name: cuda.PinnedBuffer(size) for name, size in sizes.items() if name not in self._vectorized}
 
     def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Tells the context the inputs' shapes, only when they change: TensorRT sets itself up anew."""
+        """Sets the inputs' shapes in the context, only when they change: TensorRT then sets itself up again."""
         key = tuple(shapes[name] for name in self.inputs)
         if key == self._shapes:
             return

@@ -168,7 +168,7 @@ def parse(tools: Tools, network: Any, path: Path) -> Any:
     """Reads the graph into the network; returns the parser, which owns weights that the network uses.
 
     Raises:
-        UserError: TensorRT's parser refuses it: the line names the file, the node where the parser tells, the cause.
+        UserError: TensorRT's parser refuses it: the line names the file, the node if the parser reports it, and the cause.
     """
     parser = tools.trt.OnnxParser(network, tools.logger)
     if parser.parse_from_file(str(path)):
@@ -262,7 +262,7 @@ def configure(tools: Tools, network: Any, typing: Typing, path: Path, options: T
 
 
 def tactic_bits(trt: Any, capabilities: Capabilities, sources: tuple[str, ...]) -> int:
-    """The bit mask of `IBuilderConfig.set_tactic_sources`. Raises `UserError` for one that this TensorRT has not."""
+    """The bit mask of `IBuilderConfig.set_tactic_sources`. Raises `UserError` for one that this TensorRT lacks."""
     for source in sources:
         if source not in capabilities.tactic_sources:
             expected = ", ".join(sorted(capabilities.tactic_sources))
@@ -385,7 +385,7 @@ def _monitor(trt: Any, interrupt: Interrupt, report: Callable[[str], None]) -> A
 
 
 class Ticker:
-    """One line on stderr that says what takes long: the seconds so far, and TensorRT's phases where it tells them.
+    """One line on stderr that says what takes long: the seconds so far, and TensorRT's phases where it reports them.
 
     Silent where stderr is no terminal, and for the first two seconds.
     """
@@ -398,7 +398,7 @@ class Ticker:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def note(self, text: str) -> None:
-        """What is being done now."""
+        """The current phase."""
         self._note = text
 
     def _run(self) -> None:
@@ -425,7 +425,7 @@ class Ticker:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What is known of a plan, and written beside it.
+    """Facts about a plan, written beside it.
 
     tensorrt: version that built it. gpu, capability: that it was built for. quantized: ONNX nodes between Q/DQ, that INT8
     kernels are expected for. options: as `TensorRtOptions.described`.

@@ -1,4 +1,4 @@
-"""What an installed TensorRT can do, asked of the module itself: 8.5, 8.6, 10 and 11 differ in what they have, and so do builds
+"""The installed TensorRT's capabilities, read from the module itself: 8.5, 8.6, 10 and 11 differ in what they have, and so do builds
 of one version (Jetson, RTX). The version string is kept for messages and for matching plans, and decides nothing here.
 """
 

@@ -1,4 +1,4 @@
-"""How sure a difference in mAP or NDS is: a paired bootstrap over scenes.
+"""The interval of a difference in mAP or NDS: a paired bootstrap over scenes.
 
 Keyframes of one scene show the same objects, so scenes are drawn, not keyframes (Koehn, "Statistical Significance Tests
 for Machine Translation Evaluation", EMNLP 2004, has the paired bootstrap). A resample's metrics are the devkit's: which

@@ -93,7 +93,7 @@ QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 class _Range:
-    """What a tensor held over all frames."""
+    """Statistics of a tensor over all frames."""
 
     def __init__(self) -> None:
         self.max_abs = 0.0  # of the finite values
@@ -406,7 +406,7 @@ class _Rewriter:
     def _read(self, name: str, kind: int) -> str:
         """The name under which a tensor is found as FLOAT or FLOAT16."""
         if name in self.plan.constants:
-            return self.stored.setdefault((name, kind), name)  # the two forms are told apart at the end
+            return self.stored.setdefault((name, kind), name)  # the two forms are distinguished at the end
         if self.kind[name] == kind:
             return self.actual.get(name, name)
         if (name, kind) not in self.casts:

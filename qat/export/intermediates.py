@@ -11,14 +11,14 @@ from onnx import helper
 
 from qat.core.errors import UserError
 
-BUDGET = 256 << 20  # bytes of tensors that one session hands out
+BUDGET = 256 << 20  # bytes of tensors that one session returns
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     """Name → element type and shape of every input, initializer and node output.
 
     Raises:
-        UserError: the graph has an operator whose outputs ONNX cannot tell the type of.
+        UserError: the graph has an operator whose output types ONNX cannot infer.
     """
     try:
         graph = onnx.shape_inference.infer_shapes(_standard(model), strict_mode=True, data_prop=True).graph

@@ -1,4 +1,4 @@
-"""What the passes over ONNX graphs look up, and how they put other nodes in place."""
+"""Look-ups and node replacement for the passes over ONNX graphs."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class _Flat(nn.Module):
 
 @dataclass
 class ModuleExport:
-    """What an export's verification found.
+    """The results of an export's verification.
 
     outputs: for each output max_abs, cosine, sqnr_db, tolerance_db, quantization_db and passed. sites: how many places of the graph
     were checked one by one (`qat.core.sites`); 0 where PyTorch cannot run the network in float64. failures: what is wrong at them, a line each.

@@ -1,4 +1,4 @@
-"""The parts as programs of torch.export: NAME.pt2 files, for those who stay in PyTorch.
+"""The parts as programs of torch.export: NAME.pt2 files, for use in PyTorch.
 
 A program holds its own weights and runs without this package: `torch.export.load(file).module()(*inputs)`. An INT8 one
 has torch's own fake-quantize operators, with the ranges as buffers named `…_amax`: what calibration chose can be read

@@ -41,7 +41,7 @@ def silus_to_one(model: onnx.ModelProto) -> int:
             )
             dropped.add(node.output[0])
     if dropped:
-        # The model cannot tell the shape behind an operator that is not ONNX's own.
+        # Shape inference stops at an operator that is not ONNX's own.
         kept = [node for node in graph.node if node.output[0] not in dropped]
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
         del graph.node[:]

@@ -1,8 +1,8 @@
 """The reference of an INT8 graph's sites (`qat.core.sites`): what PyTorch computes in each, on the same codes.
 
-A part runs with hooks on its quantizers. Each hook sees the unrounded value, and hands on codes: those of its rounding, or
-given ones. In one run with given codes every segment between two quantizers is computed by itself, for what comes out of a
-segment is looked at and not used.
+A part runs with hooks on its quantizers. Each hook gets the unrounded value and returns codes: those of its rounding, or
+given ones. In one run with given codes every segment between two quantizers is computed by itself, because the output of a
+segment is checked but not used.
 
 What the graph's flavour rounds beside activations is rounded in PyTorch too (`prepared`, `_Hooks`): weights, always; biases
 to the scale of the products (s32) in the CPU flavours; weights, biases, scales and every layer's result to FP16 in
@@ -63,7 +63,7 @@ def _is_one_of(pair: Pair, grids: Sequence[tuple[np.ndarray, int, str]]) -> bool
 
 def _half(x: torch.Tensor) -> torch.Tensor:
     """x with FP16's 11 bits; what is beyond its range is rounded as if it were not: the graph has it in FP32 (`qat.export.fp16`),
-    and where it has not, its infinity must not be what is expected."""
+    and where it does not, its infinity must not become the reference."""
     rounded = x.half().to(x.dtype)
     if not bool(rounded.isinf().any()):
         return rounded

@@ -215,11 +215,11 @@ class Verification:
         self._ops_until(next(iter(self.parts)))
 
     def feeds(self, name: str) -> dict[str, np.ndarray]:
-        """What a part, the next one, takes of the first frame."""
+        """Inputs of the next part for the first frame."""
         return self.all_feeds(name)[0]
 
     def all_feeds(self, name: str) -> list[dict[str, np.ndarray]]:
-        """What a part, the next one, takes of every frame."""
+        """Inputs of the next part for every frame."""
         return [self._feeds(name, running) for running in self.running]
 
     def _feeds(self, name: str, running: _Running) -> dict[str, np.ndarray]:
@@ -334,7 +334,7 @@ class Verification:
         return self._made[kind]
 
     def _in_float64(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What a part computes in float64, in its place in PyTorch."""
+        """A part's float64 outputs, computed in PyTorch."""
         wrappers = {n: p.wrapper for n, p in self.parts.items()}
         exact = TorchPart(self._copies("float64", lambda: _doubled(wrappers))[name])
         return exact.run({key: value.astype(np.float64) for key, value in feeds.items()})

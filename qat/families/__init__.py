@@ -1,4 +1,4 @@
-"""Families of models, one folder each. This package knows their names; a stage asks it for what it needs.
+"""Families of models, one folder each. This package knows their names; stages get families from it.
 
 A family is a package with two modules:
 

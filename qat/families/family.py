@@ -1,4 +1,4 @@
-"""What a family offers to the stages that run PyTorch, and what its networks' parts are."""
+"""The interface of a family for stages that run PyTorch, and its parts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PartModule(nn.Module):
 
 
 def outputs_of(module: Any, result: Any) -> dict[str, Any]:
-    """What a part's forward returned, by its outputs' names."""
+    """The results of a part's forward, by output name."""
     values = result if isinstance(result, tuple) else (result,)
     return dict(zip(module.outputs, values, strict=True))
 

@@ -1,4 +1,4 @@
-"""What a family offers without torch: its plan, what the host computes, raw input to tensors, tensors to boxes."""
+"""The torch-free interface of a family: its plan, what the host computes, raw input to tensors, tensors to boxes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Flow(ABC):
         raise UserError("--data: this family only supports generated frames here; omit --data")
 
     def initial_state(self) -> dict[str, np.ndarray]:
-        """What the first frame of a scene is given, by the plan's inputs."""
+        """The state for the first frame of a scene, by the plan's inputs."""
         return {}
 
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:

@@ -16,7 +16,7 @@ from qat.core.errors import NotFiniteError
 
 LOG2_BINS = 12
 BINS = 2**LOG2_BINS
-LEVELS = 128  # magnitudes that s8 can tell apart
+LEVELS = 128  # distinct magnitudes of s8
 METHODS = ("max", "percentile", "mse", "entropy")
 SMALLEST_LOG2 = -24  # of the range that a histogram starts with
 

@@ -117,7 +117,7 @@ def out_of_place(graph: fx.Graph) -> None:
     """Functions that change their first argument return a new tensor instead.
 
     Raises:
-        UserError: one changes a part of another tensor, which nothing but its memory tells.
+        UserError: one changes a part of another tensor in memory, which the graph does not show.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -464,7 +464,7 @@ class _Canonical:
         self.place(node, self._owner(node, given["weight"], "conv"), layer, (source,), key)
 
     def _identity(self, node: object, caller: fx.Node) -> object:
-        """What tells one constant from another: a parameter's path, or of one that is computed the node."""
+        """The identity of a constant: a parameter's path, or of one that is computed the node."""
         if isinstance(node, fx.Node):
             return node.target if node.op == "get_attr" else node.name
         return None

@@ -108,7 +108,7 @@ class QuantizedModule(nn.Module):
             self.use(before)
 
     def summary(self) -> Summary:
-        """What is INT8 and what is not, in the flavour at hand."""
+        """What is INT8 and what is not, in the current flavour."""
         own = quantizers(self.graph)
         on = [path for path in self.inventory.quantized if not own[f"{path}.weight_quantizer"]._disabled]
         floats = {

@@ -49,7 +49,7 @@ class Source:
 
 @dataclass
 class Model:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     network: the float network. quantized: of a PTQ checkpoint, and of one that another tool quantized; None of a float one.
     recipe: how it was quantized. path: None for random weights. left_out: names of the file that are no weights of this network.
@@ -136,7 +136,7 @@ def open_model(
         prefix: of such a checkpoint, takes the piece of a larger model that lies under it (of BEVFusion the camera branch).
         ema: of a float checkpoint, the averaged weights that it keeps beside the others.
         finite: False takes weights that are NaN or infinite, to look at what they do.
-        as_float: the float network is asked for: of a PTQ checkpoint, what it was made from, with quantizers that are all off.
+        as_float: return the float network: from a PTQ checkpoint its float weights, with all quantizers off.
         read: what `load_checkpoint` read from `path`, where that was done already.
 
     Raises:

@@ -30,7 +30,7 @@ Background = Literal["corrected", "absorbed"]  # the depth map's, in corrections
 
 
 class _Taken(Exception):
-    """What a part hands to its core."""
+    """The arguments of a part's core."""
 
 
 class _Stop(nn.Module):
@@ -98,7 +98,7 @@ class _Tracer:
         return graph
 
     def least(self, part: Part, earlier: Mapping[str, fx.GraphModule]) -> dict[str, float]:
-        """What a part's core's inputs never go below, by the core's names, where the graph before it tells."""
+        """Lower bounds of a part's core's inputs, by the core's names, where the graph before it shows them."""
         module = self._module(part.name, _Stop())
         if not module.direct:
             return {}

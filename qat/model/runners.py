@@ -1,4 +1,4 @@
-"""PyTorch as what computes a plan: in float, with fake quantization, or recording, as the model's quantizers are set."""
+"""PyTorch runners of a plan: in float, with fake quantization, or recording, as the model's quantizers are set."""
 
 from __future__ import annotations
 

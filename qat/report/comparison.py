@@ -58,7 +58,7 @@ def _origin(results: Results) -> dict[str, str]:
 
 
 def _run(letter: str, name: str, results: Results) -> dict[str, Any]:
-    """What a run's card shows, and the row that stands for it in the classes."""
+    """The content of a run's card, and the row that represents it in the classes."""
     rows, verdict = results["rows"], decide(results["rows"])
     return {
         "letter": letter,

@@ -96,7 +96,7 @@ def _has_intervals(row: Row) -> bool:
 
 
 def _by_intervals(row: Row, reference: Row) -> str:
-    """The difference to the reference: what the intervals tell from zero, and how much they leave open."""
+    """The difference to the reference: what the intervals distinguish from zero, and how much they leave open."""
     losses, gains, unsure = [], [], []
     for name, key in METRICS:
         low, high = (row["change"][key][end] for end in ("low", "high"))
@@ -120,7 +120,7 @@ def _against(row: Row, reference: Row, rows: Sequence[Row]) -> str:
 
 
 def _judgement(row: Row, reference: Row, max_loss: float) -> str:
-    """What a simulated row costs, and whether that is accepted."""
+    """The loss of a simulated row, and whether it is accepted."""
     intervals = _has_intervals(row)
     words = _by_intervals(row, reference) if intervals else f"it costs {_lost(row, reference)}"
     if (loss := _loss(row, reference)) > max_loss:

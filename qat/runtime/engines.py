@@ -126,7 +126,7 @@ def _check_out(out: Path, folder: Path) -> None:
 
 
 def _run_notes(options: TensorRtOptions) -> dict[str, Any]:
-    """What TensorRT is told again when a plan is loaded, and is not in the plan."""
+    """Options that TensorRT needs again when a plan is loaded, because the plan lacks them."""
     plugins = [str(Path(plugin).resolve()) for plugin in options.plugins]
     return {"plugins": plugins, "cuda_graph": options.cuda_graph}
 
@@ -146,7 +146,7 @@ def build_engines(
         backend: a key of `qat.engine.BACKENDS`.
         precision: None for the manifest's.
         out: None for engines_PRECISION_BACKEND beside the folder. Earlier engines there are replaced.
-        options: threads and the other options are noted, and are the defaults of whoever loads the folder.
+        options: threads and the other options are stored, and are the defaults when the folder is loaded.
         progress: called with a part's name before it is built.
 
     Returns:
@@ -205,7 +205,7 @@ def build_engines(
 
 
 def engine_section(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a folder of built engines says of how they were built.
+    """How the engines of a folder were built.
 
     Args:
         manifest: as `load_manifest` gave it.

@@ -1,7 +1,7 @@
-"""A folder of exported parts beside what PyTorch gave at the export, on any machine, without PyTorch.
+"""Compares a folder of exported parts with PyTorch's outputs at the export, on any machine, without PyTorch.
 
-The folder's verification.npz holds inputs and outputs (`qat.core.verification`) and what each quantizer's neighbourhood
-computes (`qat.core.sites`), manifest.json the tolerances, scales and zero points.
+The folder's verification.npz holds inputs and outputs (`qat.core.verification`) and the reference
+of each site (`qat.core.sites`), manifest.json the tolerances, scales and zero points.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _build(config: Mapping[str, Any], path: str) -> nn.Module:
 
 
 def _check_maps(backbone: nn.Module, camera: Mapping[str, Any]) -> None:
-    """Whether the maps of timm's backbone, which no config tells the sizes of, fit the neck."""
+    """Whether the maps of timm's backbone, whose sizes no config states, fit the neck."""
     maps: Any = getattr(backbone, "feature_info", None)
     if camera["backbone"]["type"] != "timm" or maps is None:
         return
@@ -199,7 +199,7 @@ def build_model(config: Mapping[str, Any]) -> CameraBEVDetector:
         UserError: the config asks for something that is not supported, by name.
     """
     check_config(config)
-    with torch.device("meta"):  # sizes alone: where they are damaged, before the memory is asked for them
+    with torch.device("meta"):  # sizes only: damaged ones are found before memory is allocated for them
         count = sum(parameter.numel() for parameter in CameraBEVDetector(config).parameters())
     if count > MOST_PARAMETERS:
         raise UserError(

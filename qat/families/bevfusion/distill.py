@@ -1,6 +1,6 @@
-"""What a quantized network (the student) is to have of the float one (the teacher), frame by frame.
+"""Losses between a quantized network (the student) and the float one (the teacher), frame by frame.
 
-No annotation is read. Every loss is one number for each frame, without a unit: what the average over frames is does not
+No annotation is read. Every loss is one number for each frame, without a unit, so the average over frames does not
 depend on how many processes share them.
 """
 

@@ -1,4 +1,4 @@
-"""Made-up keyframes, for exports and latency without data, and whether a frame fits a model."""
+"""Generated keyframes, for exports and latency without data, and whether a frame fits a model."""
 
 from __future__ import annotations
 

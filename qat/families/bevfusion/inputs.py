@@ -1,4 +1,4 @@
-"""What the detectors are fed while they are timed: generated frames, or keyframes of a data set."""
+"""Inputs for latency measurements: generated frames, or keyframes of a data set."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def recorded(
     manifest does not say how many sweeps a model was trained with.
 
     Raises:
-        UserError: the devkit is not installed, or the data cannot be read or has not so many frames.
+        UserError: the devkit is not installed, or the data cannot be read or has fewer frames.
     """
     try:
         from qat.data.dataset import NuScenesDataset

@@ -1,8 +1,8 @@
 """A detector with random weights that still computes something, for export, numerics and latency without a checkpoint.
 
-PyTorch's and timm's own initial values will not do: a signal shrinks from layer to layer, and timm starts a residual
+PyTorch's and timm's own initial values are not suitable: a signal shrinks from layer to layer, and timm starts a residual
 branch at nothing, or nearly (a block's last batch norm, a layer scale, Swin v2's norms, a transformer's linear layers), which
-leaves its blocks without a say. Here such scales are near 1, linear layers keep the size of what they are given, and
+leaves its blocks without effect. Here such scales are near 1, linear layers keep the size of what they are given, and
 every batch norm has the statistics of what goes through it.
 """
 

@@ -1,4 +1,4 @@
-"""What the torch-free Pipeline must know about a detector, out of its config."""
+"""A detector's settings for the torch-free Pipeline, from its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A float checkpoint's tensors into the detector of a config: names, shapes, BEVFusion's grid, the camera branch by itself."""
+"""Loads a float checkpoint's tensors into a config's detector: names, shapes, BEVFusion's grid, the camera branch by itself."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _counts(nx: torch.Tensor) -> list[int]:
 
 
 def _agree(found: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether fixed values are those of the config's bounds, as far as the number format of the file tells."""
+    """Whether fixed values are those of the config's bounds, as far as the file's number format shows."""
     eps = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
     return torch.allclose(found.double(), own.double(), atol=1e-3, rtol=max(1e-5, eps))
 

@@ -11,7 +11,7 @@ pooling have integer kernels worth their rounding everywhere; adds, products, si
 take is rounded anyhow. A SiLU's sigmoid and product stay float between their roundings: as one float kernel they are faster than as
 two integer ones. Other backends round none of this.
 
-What only goes out of the graph is not rounded unless asked for (`round_outputs`): its convolution is then float, since ONNX Runtime's
+Outputs of the graph are not rounded unless requested (`round_outputs`): its convolution is then float, since ONNX Runtime's
 ConvInteger takes four times as long as a float convolution.
 """
 

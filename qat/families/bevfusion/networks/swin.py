@@ -1,6 +1,6 @@
 """Swin Transformer (Liu et al., ICCV 2021) as mmdet builds it and names it, computed by timm's modules.
 
-What mmdet does otherwise than timm, and where it is taken care of:
+Differences between mmdet and timm, and where they are handled:
 
 - A block pads its map to whole windows and then shifts it; timm shifts first, so that at a size that is no multiple of the
   window, such as every stage of 256×704, rows of opposite edges attend to each other (`PaddedBlock`).

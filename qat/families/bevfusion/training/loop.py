@@ -82,7 +82,7 @@ def save_float_checkpoint(
 
 
 class _State:
-    """What a resumed run needs."""
+    """The state of a resumable run."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ def _run_of(
     init: Path | None,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that was killed. Its steps and its rate may be others."""
+    """What a resumed run must share with the killed one. Its steps and its rate may be others."""
     free = ("steps", "lr", "decay", "warmup", "save_seconds")
     tokens = "".join(token for dataset in datasets for token in dataset.tokens)
     return {
