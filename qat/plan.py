@@ -86,7 +86,7 @@ Step = Part | Op
 class Plan:
     """A model's course.
 
-    inputs: what a frame gives, and what `state` feeds. outputs: what the model gives: boxes are decoded from them if it has
+    inputs: those of a frame, and those that `state` feeds. outputs: the model's: boxes are decoded from them if it has
     `boxes`. state: output → the input of the next frame that it becomes; a scene begins with `Flow.initial_state`.
     reported: what a comparison reports, in order: label → tensors. judged: the same for sensitivity, which ranks by the last.
     """
@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def frame_inputs(self) -> tuple[str, ...]:
-        """The inputs that a frame gives: all but the state's."""
+        """A frame's inputs: all but the state's."""
         return tuple(name for name in self.inputs if name not in self.state.values())
 
     def between(self, start: str | None = None, until: str | None = None) -> tuple[Step, ...]:
@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def geometry(self) -> tuple[Op, ...]:
-        """The ops that take nothing but what a frame gives and no part takes: they are the same whatever computes the parts."""
+        """Ops that read only a frame's inputs, and only those that no part reads: their results do not depend on the parts' runners."""
         own = set(self.frame_inputs) - self.part_inputs
         return tuple(step for step in self.steps if isinstance(step, Op) and set(step.inputs) <= own)
 

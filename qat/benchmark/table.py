@@ -16,7 +16,7 @@ BUSY = 0.5  # processes to a core beyond which a machine is called busy
 
 
 def console() -> Console:
-    """A terminal of its own width; piped output has none, and rich's 80 columns would cut the names."""
+    """The terminal's width; piped output has none, and rich's 80 columns would cut the names."""
     return results_console(200)
 
 

@@ -78,7 +78,7 @@ class _Storages:
     """Answers persistent ids: ("storage", class, key, device, elements[, view]) and, before 1.6, ("module", class, …).
 
     Args:
-        read: gives the storage of a key, at least so many bytes.
+        read: returns the storage of a key, at least so many bytes.
         limit: bytes that all storages together can have.
     """
 
@@ -303,7 +303,7 @@ def quantizer_settings(have: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def module_state(record: Record, source: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """A pickled network's state dict, by the names that `nn.Module.state_dict` gives, without its quantizers; and those by
+    """A pickled network's state dict, by the names of `nn.Module.state_dict`, without its quantizers; and those by
     their paths (as `quantizer_settings`). A module that stands at several paths is listed at each.
 
     Raises:

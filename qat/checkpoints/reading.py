@@ -46,7 +46,7 @@ def _quantizer_part(name: object) -> tuple[str, str] | None:
 def split_quantizers(
     state: Mapping[str, Any], described: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A state dict without what its TensorQuantizers keep in it, and those, as `load_checkpoint` gives them.
+    """A state dict without what its TensorQuantizers keep in it, and those, as `load_checkpoint` returns them.
 
     described: their attributes by path, where the file says more than their ranges (ModelOpt's `quantizer_state`).
     """

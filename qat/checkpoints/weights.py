@@ -30,7 +30,7 @@ BEFORE = "ema_"
 TRACKED = "num_batches_tracked"
 
 
-LONGEST = 1000  # characters of a name that a network gives; damaged files have names without end
+LONGEST = 1000  # characters of a network's name; damaged files have endless names
 
 
 def has_tensors(value: Any) -> bool:

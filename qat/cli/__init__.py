@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: of status 0 after --help and --version, of status 2 for words that are not understood.
     """
-    program = argv is None  # and not a call of a program that goes on
+    program = argv is None  # not a call by another program
     allow_any_text()
     if program:
         interrupts.show_one_line(True)

@@ -1,6 +1,6 @@
 """Time exported detectors on this machine, part by part and end to end, for each backend and precision, interleaved.
 
-Precision and flavour come from each folder's manifest. Every row runs in a process of its own. Writes benchmark.json,
+Precision and flavour come from each folder's manifest. Every row runs in its own process. Writes benchmark.json,
 benchmark.csv and benchmark.svg; docs/benchmark.md says how to read them. Needs neither torch nor a config. Without --onnx
 nothing is measured: --compare then reads the new figures from --out.
 

@@ -35,7 +35,7 @@ _NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory|
 
 
 def _cause(error: BaseException) -> OSError | None:
-    """The system's refusal behind an error: torch.save raises a RuntimeError of its own over it."""
+    """The system's refusal behind an error: torch.save raises its own RuntimeError over it."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FIX:

@@ -120,7 +120,7 @@ def root_and_split(text: str, flag: str) -> tuple[Path, str]:
 
 
 def add_init_flags(parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup) -> None:
-    """--init random, in the place of --ckpt (`source` holds that flag), and --seed; `init_seed` reads them."""
+    """--init random, instead of --ckpt (`source` holds that flag), and --seed; `init_seed` reads them."""
     source.add_argument(
         "--init", choices=("random",), help="random weights instead of a checkpoint, for numerics and latency"
     )

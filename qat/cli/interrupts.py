@@ -22,7 +22,7 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def show_one_line(always: bool) -> None:
-    """From here on a Ctrl-C that nobody takes is shown as one line; with False as Python shows it."""
+    """From here on an unhandled Ctrl-C is shown as one line; with False as Python shows it."""
     sys.excepthook = _one_line if always else _hook
 
 

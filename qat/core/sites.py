@@ -12,11 +12,11 @@ PyTorch in the graph's own arithmetic (float32; or rounded to FP16 wherever a st
 these same codes, and one part in 2^20 of the largest value, for a difference that comes out as nothing. So an error shows
 as soon as it moves a tensor by the slack: about a hundredth of a step in float32.
 
-In FP16 the slack may be 0.4 steps, and smaller damage would hide in it: so the noise on average is looked at too. The share of
+In FP16 the slack may be 0.4 steps, and smaller damage would hide in it: so the average noise is checked too. The share of
 codes that are another than r's own may be NOISE times what that noise makes, and five standard deviations of a count more;
 of an output the root mean square, NOISE times that of the noise.
 
-The codes that a segment takes in are a patch of the real tensor's, a few thousand with all of its channels, repeated over
+A segment's input codes are a patch of the real tensor's, a few thousand with all of its channels, repeated over
 the whole tensor: real values at a few kilobytes. Of what comes out, PLACES values are kept, one from each of as many equal
 stretches of the tensor, and of CANDIDATES in a stretch the first that is not clipped: a clipped one says little.
 """

@@ -108,7 +108,7 @@ def round_input(array: np.ndarray) -> np.ndarray:
 
 
 def input_patch(array: np.ndarray) -> np.ndarray | None:
-    """A patch of a large tensor [N,C,H,W] that stands for it, repeated; None for a tensor that is small enough to be kept.
+    """A patch of a large tensor [N,C,H,W] that replaces it, repeated; None for a tensor that is small enough to be kept.
 
     As `round_input`, it is done before either side computes with it.
     """

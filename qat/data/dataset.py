@@ -90,7 +90,7 @@ def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
         raise UserError(f"{root}: version {version!r} not found; there is {', '.join(found) or 'none'}")
     try:
         found_set = _Tables(version=version, dataroot=str(root), verbose=False)
-    except Exception as error:  # whatever its constructor meets in tables that are not what it takes for granted
+    except Exception as error:  # anything its constructor raises on tables of another form
         raise diagnose(root / version, error) from None
     check_tokens({name: getattr(found_set, name) for name in TABLES}, root / version)
     return found_set

@@ -21,7 +21,7 @@ class Keyframe:
     ego2global: [4,4]. points [M,5]: x, y, z, intensity, seconds before the keyframe, in the lidar frame, gathered and
     filtered as the pipeline says. gt_boxes [K,9] and gt_labels int64[K]: in the convention of
     `qat.boxes.detections.Detections`, the annotated objects of the config's classes; gt_points int64[K]: lidar points
-    in each, −1 where nobody counted. scene: the token of its scene.
+    in each, −1 if not counted. scene: the token of its scene.
     """
 
     token: str

@@ -219,7 +219,7 @@ class SceneWriter:
         Args:
             timestamp: the lidar's, whole microseconds, later than the keyframe's before.
             images: of every camera, a path (copied as it is), uint8[h,w,3] RGB (written as JPEG), or a `Picture`, which has a
-                time and an ego pose of its own.
+                time and ego pose.
             points: float32[M,3 to 5] in the lidar's frame: x, y, z, intensity (0 to 255), ring.
             ego2global: float[4,4], the ego pose at `timestamp`; any fixed frame, z up.
             boxes: what was annotated.

@@ -69,7 +69,7 @@ def installed(name: str) -> str | None:
         return str(metadata.version(name) or "")
     except metadata.PackageNotFoundError:
         return None
-    except Exception:  # of metadata that were cut off: whatever the parser of the day raises
+    except Exception:  # of truncated metadata: whatever the parser raises
         return ""
 
 

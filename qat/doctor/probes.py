@@ -21,7 +21,7 @@ from typing import Any
 from qat.doctor.finding import MISSING, OK, PROBLEM, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 60.0  # seconds for one process; a cold disk takes half a minute to give torch
+TIMEOUT = 60.0  # seconds for one process; a cold disk takes half a minute to load torch
 START = f"import sys; sys.path[0] = {str(ROOT)!r}; from qat.doctor.probes import main; main(sys.argv[1:])"
 Answer = dict[str, Any]  # "state", "found", and more results of a check
 
@@ -162,7 +162,7 @@ def _died(code: int, words: str) -> str:
 
 
 def ask(questions: Sequence[str], timeout: float = TIMEOUT) -> dict[str, Answer]:
-    """The answers of processes of their own. timeout: seconds for all of them that one process has."""
+    """The results of all checks, run in their own processes. timeout: seconds for all checks of one process."""
     found: dict[str, Answer] = {}
     left = list(questions)
     while left:

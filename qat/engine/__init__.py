@@ -105,10 +105,10 @@ def find_backend(name: str) -> Backend:
 
 def passed_over(backend: str, precision: str, flavour: str, forms: Collection[tuple[str, str]]) -> str:
     """Why a backend is not given exported graphs that others are given: a CPU flavour is for its one backend, and where a
-    backend's own flavour of a precision is at hand, nobody would ship another on it.
+    backend's own flavour of a precision is there, others are not used on it.
 
     Args:
-        forms: (precision, flavour) of all graphs at hand.
+        forms: (precision, flavour) of all graphs.
 
     Returns:
         the reason, or "" where it is given them.
@@ -142,7 +142,7 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
     """Builds an engine for one ONNX part, or takes the one built earlier from the same bytes and options.
 
     Args:
-        onnx_path: the graph; for OpenVINO also a model of its own (.xml), as NNCF's are saved.
+        onnx_path: the graph; for OpenVINO also a model in its own format (.xml), as NNCF's are saved.
         backend: a key of `BACKENDS`.
         precision: what the graph was exported for: "fp32", "fp16" or "int8" (QDQ in the graph).
         options: threads, cache folder and what single backends take.

@@ -25,7 +25,7 @@ from qat.plan import Axis
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's numpy dtype name and shape; None stands for a dimension that may vary."""
+    """A tensor's numpy dtype name and shape; None is a dimension that may vary."""
 
     dtype: str
     shape: tuple[int | None, ...]
@@ -74,11 +74,11 @@ class Options:
     threads: CPU threads, 0 for one on each core.
     cache: folder of built engines; None switches the cache off. The default is $BEVQAT_CACHE, else
         $XDG_CACHE_HOME/bevqat, else ~/.cache/bevqat.
-    pinning: each CPU thread stays on a core of its own. For a process that has the cores to itself: threads of two that
+    pinning: each CPU thread stays on its own core. For a process that has the cores to itself: threads of two that
         both pin meet on the same cores.
     spinning: ONNX Runtime's CPU threads wait for work in a loop, which answers sooner and takes whole cores while it runs.
     bfloat16: what an INT8 graph leaves in float runs in bfloat16, on OpenVINO where the CPU multiplies it: faster, and
-        another accuracy, to be looked at.
+        another accuracy, to be measured.
     tensorrt: what the backend tensorrt alone takes; it says itself what enters the key of its cached plans.
     """
 

@@ -60,7 +60,7 @@ def runtime() -> ModuleType:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Calls a function of the runtime API (cuda…), the driver's (cu…) or NVRTC's (nvrtc…), without an error of its own.
+    """Calls a function of the runtime API (cuda…), the driver's (cu…) or NVRTC's (nvrtc…).
 
     Returns:
         what it returns beside the status: None, a value, or a tuple.
@@ -170,7 +170,7 @@ class PinnedBuffer:
 
 
 class Stream:
-    """A stream of its own, not synchronised with the default one. handle: as the runtime API takes it, and as an integer."""
+    """A stream that is not synchronised with the default one. handle: for the runtime API, and as an integer."""
 
     def __init__(self) -> None:
         self.native = call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking)

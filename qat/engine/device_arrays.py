@@ -120,7 +120,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
         RuntimeError,
         TypeError,
         KeyError,
-    ) as error:  # torch, of a tensor that requires grad or of a type of its own
+    ) as error:  # torch, of a tensor that requires grad or of its own type
         raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
     fix = "copy it to the GPU first"
     if interface is not None:

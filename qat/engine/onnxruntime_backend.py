@@ -252,7 +252,7 @@ class DeviceRun:
         """
         Args:
             device: in ONNX Runtime's words, "cuda" or "cpu".
-            pin: gives an array in page-locked memory for an input's shape and dtype, or None where it cannot; None for
+            pin: returns an array in page-locked memory for an input's shape and dtype, or None where it cannot; None for
                 `pinned_array` on a GPU.
         """
         self._session = session
@@ -388,7 +388,7 @@ class OnnxRuntimeEngine(Engine):
             return _open(self._built, self._settings(), self._providers)
         except UserError:
             raise
-        except Exception:  # a damaged file of the cache, in whatever way: build afresh
+        except Exception:  # a damaged cache file: build again
             self._built.unlink(missing_ok=True)
             self._built = cached(source, ENDING, self._options, key, lambda path: self._make(source, path))
             return _open(self._built, self._settings(), self._providers)

@@ -40,7 +40,7 @@ def _only_core() -> ov.Core:
 def _core() -> ov.Core:
     """The process's one `ov.Core`, which lives as long as the process.
 
-    Where a processor has AMX, the CPU plugin of each Core gives the calling thread a stack of its own for signals. A Core that goes
+    Where a processor has AMX, the CPU plugin of each Core gives the calling thread its own stack for signals. A Core that goes
     unmaps its stack; when a later one goes, it sets the thread back to that one's. The next signal with a Python handler, such as
     Ctrl-C, then ends the process with a segmentation fault (seen with OpenVINO 2026.4.1).
     """

@@ -60,7 +60,7 @@ def _shape(dims: Any) -> tuple[int | None, ...]:
 
 
 class TensorRtEngine(Engine):
-    """A plan with one execution context, its buffers on the GPU and in pinned memory, and a stream of its own.
+    """A plan with one execution context, its buffers on the GPU and in pinned memory, and its own stream.
 
     Runs share the context's memory: a run on one stream waits on the GPU for the one before it on another. Runs that the caller
     captures in a CUDA graph are the caller's to order.

@@ -185,7 +185,7 @@ def _parser_error(tools: Tools, parser: Any, path: Path) -> str:
     cause = one_line(error.desc())
     if tools.capabilities.node_names and error.node_name():
         return f"node {error.node_name()} ({error.node_operator()}): {cause}"
-    # 8.5 and 8.6 give the node's index alone, −1 for none.
+    # 8.5 and 8.6 report only the node's index, −1 for none.
     nodes = read_outline(path).nodes
     index = error.node()
     if 0 <= index < len(nodes):

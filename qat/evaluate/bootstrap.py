@@ -46,7 +46,7 @@ class ClassMatches:
 
     scene: int[n], index of the scene. score: float[n]. hit: bool[distances, n], whether it matches an object within
     each distance. errors: {TP metric: float[n]} at the distance that the devkit takes for them, NaN where there is no
-    match (and where the devkit gives NaN). objects: int[scenes], the annotated ones.
+    match (and where the devkit returns NaN). objects: int[scenes], the annotated ones.
     """
 
     scene: np.ndarray

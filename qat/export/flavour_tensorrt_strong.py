@@ -8,7 +8,7 @@ ONNX gives it, and builder flags for precision are gone.
              b in FP32 ────────┘                              b in FP16 ────────────────┘   all scales in FP16
 
 - FP16 types as `qat.export.fp16` decides them.
-- From opset 19 on QuantizeLinear and DequantizeLinear take FP16 scales and a DequantizeLinear then gives FP16, so that an
+- From opset 19 on QuantizeLinear and DequantizeLinear take FP16 scales and a DequantizeLinear then returns FP16, so that an
   INT8 convolution is s8·s8 → FP16 for TensorRT to fuse. Before opset 19 they are FP32 only: casts stand around them, and
   whether TensorRT fuses a convolution through them is its own affair. Hence opset 19 unless asked otherwise.
 - Weights are s8 initializers behind a DequantizeLinear. NVIDIA's documentation of explicit quantization allows these and

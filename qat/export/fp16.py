@@ -10,7 +10,7 @@ A node is either FP16 or FP32. A node stays FP32
   geometry and indices (ScatterND, ScatterElements, CumSum, Range, GridSample), what is computed from inputs that the
   caller names as geometry, operators without an FP16 form in the graph's opset (QuantizeLinear and DequantizeLinear
   before 19), and what only moves values from one FP32 node to others;
-- for its values on the given frames, every tensor being looked at:
+- for its values on the given frames, for every tensor:
   *overflow*, a finite |x| above 65504, FP16's largest number;
   *underflow*: FP16 numbers from 2⁻¹⁴ on are within 2⁻¹¹ of what they round from, so rounding costs at most 2⁻²² of a
   tensor's energy. Below 2⁻¹⁴ the error is absolute, up to 2⁻²⁵, and up to there all is flushed to zero. A tensor underflows
@@ -61,7 +61,7 @@ KEPT = {
     "Range": "geometry operator",
     "GridSample": "geometry operator",
 }
-# They give the values of their first input, in another place or some of them.
+# They return values of their first input, moved or some of them.
 MOVERS = (
     "Concat",
     "Expand",
@@ -333,7 +333,7 @@ class _Plan:
                     self.keep(k, reason, name)
 
     def full_codes(self) -> None:
-        """What takes in, or hands on, the largest code of a DequantizeLinear whose scale lets that overflow: other frames than those
+        """Nodes that read, or pass on, the largest code of a DequantizeLinear whose scale lets that overflow: other frames than those
         that were seen may have it."""
         bounds: dict[str, float] = {}
         for k, node in enumerate(self.graph.node):
@@ -538,8 +538,8 @@ def to_fp16(
 
     Returns:
         the graph, and the report: `frames`; `nodes` that compute in floats; `fp16` of them; `fp32`, for each of the others
-        its node, operator, reason, tensor (the one that gives the reason, where one does), and max_abs, the largest
-        magnitude that it took in or gave; `fp32_io`, inputs and outputs that keep_io=False could not make FP16; `casts`;
+        its node, operator, reason, tensor (the one that is the reason, if any), and max_abs, the largest
+        magnitude of its inputs and outputs; `fp32_io`, inputs and outputs that keep_io=False could not make FP16; `casts`;
         `largest_fp16`, the largest magnitude of a tensor in FP16, with its name; `roundings` as `rounding_count` has it.
 
     Raises:

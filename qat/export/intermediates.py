@@ -71,7 +71,7 @@ def fixed_inputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onn
 
 
 class _Segment:
-    """Some nodes in a row, as a session that takes what they need and gives all that they make."""
+    """Some nodes in a row, as a session with their inputs and all of their outputs."""
 
     def __init__(
         self, model: onnx.ModelProto, nodes: list[onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]

@@ -117,7 +117,7 @@ def export_pt2(
     """Writes a detector's parts as .pt2 files with manifest.json into `out`, whole or not at all.
 
     Every file is loaded again and run beside the module that it came from: on the CPU, in one process, the same operators
-    on the same number of threads give the same bits, and anything else fails. The same detector gives the same bytes
+    on the same number of threads have the same bits, and anything else fails. The same detector has the same bytes
     with torch 2.13; torch does not promise it. An earlier `out` is replaced.
 
     Args:
@@ -130,7 +130,7 @@ def export_pt2(
     Returns:
         the manifest, with format_of_parts "pt2" (`qat.manifest.load_manifest` reads it when told so). Its
         `verification["passed"]` is False when a reloaded program computes something else; the files are written all
-        the same, to be looked at.
+        the same; check it.
 
     Raises:
         UserError: an unknown precision or part, INT8 asked of a float detector, or an option that is for ONNX graphs.

@@ -86,7 +86,7 @@ def prepared(wrappers: Mapping[str, nn.Module], half: bool) -> dict[str, nn.Modu
 
 
 def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
-    layer: Any  # nn.Module's attributes have no types of their own
+    layer: Any  # nn.Module's attributes are untyped
     for layer in modules:
         quantizer = getattr(layer, "weight_quantizer", None)
         if not isinstance(quantizer, Quantizer) or quantizer._disabled:
@@ -265,7 +265,7 @@ class _Hooks:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         handles = []
-        layer: Any  # nn.Module's attributes have no types of their own
+        layer: Any  # nn.Module's attributes are untyped
         for path, layer in self.wrapper.named_modules() if self.owner.depthwise else ():
             if own_path(path) in self.owner.depthwise:
                 if not hasattr(layer, "floats"):
@@ -308,7 +308,7 @@ class SiteReference:
 
         Args:
             part: in the state of the export.
-            base: its copy out of `prepared`. exact: gives that in float64.
+            base: its copy out of `prepared`. exact: returns that in float64.
             graph: the file's bytes.
             feeds: some inputs, to find the order of the calls with.
             half: whether the graph is typed FP16.

@@ -78,7 +78,7 @@ def verify_part(
         feeds: the inputs of both.
         unquantized: for an INT8 graph, the module's outputs with its quantizers off; None for a graph without QDQ.
         where: the frame and the part, for messages.
-        pytorch: where `reference` is in float64, what PyTorch's own float32 gives.
+        pytorch: where `reference` is in float64, PyTorch's own float32 result.
 
     Returns:
         for each output what `judge` says.
@@ -159,7 +159,7 @@ class Verification:
             manifest["parts"][name] |= verification.check(name, graph, model)
         manifest["verification"] = verification.write(folder)
 
-    Each frame holds no more than what later steps take. What one part gives to another is PyTorch's, rounded (`round_input`), so
+    Each frame keeps only what later steps read. Parts pass PyTorch's tensors on, rounded (`round_input`), so
     that one part's error is not charged to the next.
     """
 

@@ -27,7 +27,7 @@ class PartModule(nn.Module):
     """A part as a module with fixed tensor names, for tracing and as a runner; a subclass says what it changes for tracing.
 
     core: what of it is traced and quantized: the float network's own method, or its quantized graph. inputs, outputs: names.
-    direct: core takes the inputs as they are. whole: and gives the outputs as they are: forward is core alone.
+    direct: core's inputs are the part's. whole: its outputs are too, so forward is only core.
     """
 
     inputs: tuple[str, ...]
@@ -128,7 +128,7 @@ class Family(ABC):
         """Loads a checkpoint's weights into a network; returns how many names were left out.
 
         Args:
-            prefix: where the network lies in the checkpoint. finite: False takes NaN and infinity, to look at what they do.
+            prefix: where the network lies in the checkpoint. finite: False accepts NaN and infinity, to examine their effect.
 
         Raises:
             UserError: they do not fit.

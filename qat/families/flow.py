@@ -20,7 +20,7 @@ class Flow(ABC):
     """One model's host side, made of a manifest's `pipeline` section.
 
     plan: its course. classes: names, in the order of `Detections.labels`. image: {"mean", "std"} by which pictures were
-    normalised, None where there are none. keep_buffers: ops may write into what they gave before, which nobody else holds.
+    normalised, None where there are none. keep_buffers: ops may write into the buffers that they returned before, which no caller keeps.
     words: of `reported` labels, for the report. state_names: how names of a state dict of the family begin, by which prefixes that
     others put before them are found. geometry_step: the op that is cheap until the sensors move, for the benchmark; rebuilds: how often it had to compute.
     """
@@ -59,7 +59,7 @@ class Flow(ABC):
 
     @abstractmethod
     def prepare(self, *raw: Any) -> Any:
-        """A preprocessed frame of what sensors give: the arguments of `Pipeline.__call__`.
+        """A preprocessed frame from sensor data: the arguments of `Pipeline.__call__`.
 
         Raises:
             UserError: they are not what the model was made for.
@@ -98,7 +98,7 @@ class Flow(ABC):
         """Uses another flow's caches of the same model."""
 
     def need_boxes(self, what: str, fix: str) -> None:
-        """Raises `UserError` where the model gives no boxes. what, fix: the beginning and the end of the message."""
+        """Raises `UserError` if the model has no boxes. what, fix: the beginning and the end of the message."""
         if not self.plan.boxes:
             raise UserError(f"{what}: found {self.without_boxes}, expected a whole detector; {fix}")
 

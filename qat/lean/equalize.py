@@ -166,7 +166,7 @@ def _divide_outputs(graph: fx.GraphModule, path: str, scales: torch.Tensor) -> N
 def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
     """Divides what quantizer `name` takes by `scales` and multiplies its consumers' weights by them, in place.
 
-    The layers get weights of their own (they share the float network's until then), with their ranges. The quantizer's
+    The layers get their own weights (they share the float network's until then), with their ranges. The quantizer's
     own range is for the caller to set: the largest magnitude of all channels, as `channel_scales` has them.
 
     Raises:

@@ -100,8 +100,7 @@ def read_config(path: str | Path, prefix: str | None = None) -> tuple[Family, di
 
 
 def _family_in(path: Path) -> str:
-    """The family that a YAML config names in a line of its own, the default where it names none; of a config in Python, the one that
-    has its model."""
+    """The family named by a line of a YAML config, or the default; for a config in Python, the family of its model."""
     if path.suffix == ".py":
         return of_python_config(path)
     try:

@@ -39,7 +39,7 @@ class _Stop(nn.Module):
 
 
 class _Given(nn.Module):
-    """Stands for a graph: gives tensors without content in the shapes of its result."""
+    """Replaces a graph: returns tensors without content in its result's shapes."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _Given(nn.Module):
 
 
 class _Tracer:
-    """Traces the parts of a network one after the other; each takes inputs in the shapes that those before it give."""
+    """Traces the parts of a network one after the other; each takes inputs in the shapes of the outputs before it."""
 
     def __init__(self, family: Any, network: nn.Module, plan: Plan) -> None:
         self.family, self.network, self.plan = family, network, plan
@@ -247,7 +247,7 @@ class QuantizedModel(nn.Module):
                     taken.quantizer.spec = U8_COARSE
 
     def activation_quantizers(self) -> dict[str, TensorQuantizer]:
-        """Quantizers of activations that have ranges of their own by `part.name`, those switched off too."""
+        """Quantizers of activations that have their own ranges by `part.name`, those switched off too."""
         return {name: q for name, q in quantizers(self.parts).items() if not q.weights and q.shares is None}
 
     def equalizable(self) -> dict[str, list[str]]:

@@ -53,7 +53,7 @@ def torch_runners(
 ) -> dict[str, Runner]:
     """A runner for each step of a model's plan on torch tensors, differentiable.
 
-    precision: a context for the parts, such as autocast; what they give is float32, and so are the ops.
+    precision: a context for the parts, such as autocast; their outputs are float32, and so are the ops.
     """
     plain = precision is nullcontext
 

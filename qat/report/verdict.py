@@ -31,7 +31,7 @@ METRICS = (("mAP", "map"), ("NDS", "nds"))
 
 
 def is_simulated(row: Row) -> bool:
-    """Whether the row computes in float what an integer engine would: its accuracy is that of the flavour, its time nobody's."""
+    """Whether the row computes in float what an integer engine would: its accuracy is the flavour's, its time means nothing."""
     return bool(row["precision"] == "int8-fake")
 
 

@@ -236,8 +236,8 @@ def _changed(options: Any) -> dict[str, Any]:
 
 
 def run_options(noted: Mapping[str, Any], asked: Options | None, source: Path) -> Options:
-    """What built engines run with: as was noted when they were built, but for the fields that are asked for otherwise than by
-    default. bfloat16 is always as it was built with, as is what else is in the files.
+    """Options of built engines: those stored when they were built, except for fields of `asked` that differ from the
+    default. bfloat16 and everything else in the files stay as built.
 
     Args:
         noted: `engine_section`.

@@ -93,7 +93,7 @@ def _verify_part(
     tokens: list[str],
     optimized: _Runner | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For each output the frame that is nearest to its tolerance, and all frames; on the last also what `optimized` gives."""
+    """For each output the frame that is nearest to its tolerance, and all frames; on the last also the results of `optimized`."""
     rows: dict[str, list[dict[str, Any]]] = {output: [] for output in part["verification"]}
     for index in summary.frames(name):
         feeds = summary.inputs(name, index)

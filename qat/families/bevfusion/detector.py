@@ -185,7 +185,7 @@ class CameraBEVDetector(nn.Module):
     ) -> list[dict[str, torch.Tensor]]:
         """img [B,N,3,H,W], depth [B,N,1,H,W] → for each task {map: [B,channels,nx,ny]}; heatmaps are logits.
 
-        Of a camera branch: one entry with one map, {"feat_out": what `downsample` gives}.
+        Of a camera branch: one entry with one map, {"feat_out": the result of `downsample`}.
         """
         bev = self.pool(*self.lift(img, depth), patterns)
         return [{"feat_out": self.downsample(bev)}] if is_camera_branch(self.config) else self.bev_head(bev)

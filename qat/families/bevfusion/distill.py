@@ -72,7 +72,7 @@ def distillation_losses(
         student, teacher: the plan's tensors, float32, of as many frames.
 
     Returns:
-        `image` (depth weights and context), `bev` (the decoder's map; of a camera branch alone what its downsampling gives), and
+        `image` (depth weights and context), `bev` (the decoder's map; of a camera branch the result of its downsampling), and
         where there are maps `heat` and `box` (means over tasks).
     """
     bev = next(name for name in ("middle", "feat_out", "feat_in") if name in teacher)

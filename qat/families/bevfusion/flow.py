@@ -109,7 +109,7 @@ class BEVFusion(Flow):
         native = tuple(image["native"]) if image.get("native") is not None else None
         self._resize_crop = ResizeCrop(tuple(image["size"]), image["resize"], image["bottom"], native)
         self.patterns = PatternCache(*(settings["vtransform"][name] for name in GEOMETRY))
-        self._grid: np.ndarray | None = None  # the latest pooled grid that nobody else has
+        self._grid: np.ndarray | None = None  # the latest pooled grid, if no caller has it
 
     @classmethod
     def check(cls, path: str | Path, settings: object, fix: str) -> None:

@@ -50,7 +50,7 @@ def _made_up_frame(config: Mapping[str, Any]) -> FrameArrays:
 
 
 def _enliven(model: nn.Module) -> None:
-    """Gives batch norms scales and offsets of their own, as training does, and residual branches a size near the stream's."""
+    """Draws scales and offsets of batch norms, as training would set them, and brings residual branches near the stream's size."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0.0, module.in_features**-0.5)
@@ -87,7 +87,7 @@ def random_model(config: Mapping[str, Any], seed: int = 0, frames: Sequence[Fram
 
     Args:
         config: a checked config (`load_config`).
-        seed: the same seed and config give the same weights; torch's global generator is left as it was.
+        seed: the same seed and config have the same weights; torch's global generator is left as it was.
         frames: preprocessed samples whose statistics the batch norms get; None for generated ones of the config's cameras.
 
     Raises:

@@ -215,7 +215,7 @@ def load_state(
         if name.rpartition(".")[2] not in GEOMETRY:
             continue
         if _agree(state[name], own[name]):
-            state[name] = own[name]  # FP16 and BF16 have rounded what the bounds give exactly
+            state[name] = own[name]  # FP16 and BF16 rounded the exact values of the bounds
         else:
             raise UserError(
                 f"{source}: {in_file(name)}: found {_short(state[name])}, the config's bounds make {_short(own[name])}; give the "

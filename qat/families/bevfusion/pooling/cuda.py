@@ -237,7 +237,7 @@ class DevicePattern:
         self.ready = True
 
     def close(self) -> None:
-        """Gives the memory back; no further use but `upload`."""
+        """Frees the memory; afterwards only `upload` works."""
         self.ready, self._buffer = False, None
 
     def __enter__(self) -> DevicePattern:

@@ -236,7 +236,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Trains a detector and writes `out/model.pth`, `out/history.json`, `out/curve.png` and, at times, `out/resume.pth`.
 
-    A run that was killed goes on from `resume.pth`; which samples and augmentations a step sees depends on the seed
+    A killed run resumes from `resume.pth`; which samples and augmentations a step sees depends on the seed
     and the step alone. Returns the held-out metrics if `held_out` is given. init: a float checkpoint to start from; ema: from
     its averaged weights.
     """
