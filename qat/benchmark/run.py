@@ -43,9 +43,9 @@ class BenchmarkOptions:
     """Options of the benchmark.
 
     folders: of exported parts, or of engines. backends: of `qat.engine`; None for those that every machine has. data, split,
-    version: keyframes of a nuScenes-format data set; without data frames are made up. frames: how many. rounds, repeats: in
+    version: keyframes of a nuScenes-format data set; without data, generated frames. frames: how many. rounds, repeats: in
     each round every row runs one frame, `repeats` counted times. engine: threads and what else engines are built and run with; where it
-    has no cache, each row is built anew. Built engines run with their stored options, except for fields that differ from the default ones
+    has no cache, each row is rebuilt. Built engines run with their stored options, except for fields that differ from the default ones
     (`qat.runtime.engines.run_options`). out: folder for the results. command: for the record.
     """
 

@@ -40,7 +40,7 @@ class Record:
     `args` would have made.
 
     attributes: its `__dict__`; a state of another kind under "__state__". What a subclass of dict or list holds is not kept. All
-    of it is as the file says, and hence not to be trusted.
+    of it comes from the file and cannot be trusted.
     """
 
     module: str
@@ -99,7 +99,7 @@ def _parameter(data: torch.Tensor, *_: Any) -> Any:
 
 
 def _from_type(function: Record, _kind: Any, args: tuple[Any, ...], *_: Any) -> Any:
-    """A subclass of Tensor, or one with attributes of its own: the tensor alone."""
+    """A subclass of Tensor, or one with extra attributes: only the tensor."""
     builder, *_types = _BUILDERS.get((function.module, function.name), (None,))
     return _built(function, args) if builder in (_tensor, _parameter) else NotImplemented
 
@@ -156,7 +156,7 @@ def _filled(array: np.ndarray, state: Any) -> Any:
     return Record("numpy", "ndarray", (), {"__state__": state})
 
 
-# What is rebuilt: by what, and of which arguments. Containers alone are iterated: a tensor of stride 0 has no end of rows.
+# What is rebuilt: by which function, from which arguments. Only containers are iterated: a tensor of stride 0 has endless rows.
 _LISTED = list | tuple
 _REBUILT_TENSOR = (_tensor, Storage, int, _LISTED, _LISTED, object, object, object, object)
 _REBUILT_PARAMETER = (_parameter, torch.Tensor, object, object, object)

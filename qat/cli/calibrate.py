@@ -3,7 +3,7 @@
 example:
   bevqat calibrate --data example-data --split calib --out runs/calibrate/ptq.pth
 
-The camera branch alone, out of a whole camera+lidar model, here your configs.yaml and bevfusion.pth:
+The camera branch, out of a whole camera+lidar model, here your configs.yaml and bevfusion.pth:
   bevqat calibrate --config configs.yaml --ckpt bevfusion.pth --prefix encoders.camera --data data/nuscenes --split mini_train --out runs/branch/ptq.pth
 
 Several processes share the frames and end with the same ranges:

@@ -16,7 +16,7 @@ FLAGS = {"fp16": "--no-fp16", "profiles": "--profile"}  # where they are not the
 
 
 def add_threads_flag(parser: argparse._ActionsContainer) -> None:
-    """--threads alone."""
+    """--threads only."""
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one on each core)")
 
 

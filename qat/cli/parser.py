@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(load: Collection[str] = tuple(VERBS)) -> Parser:
-    """The parser of `bevqat`. load: verbs whose modules are imported for their flags; the others are known by name alone."""
+    """The parser of `bevqat`. load: verbs whose modules are imported for their flags; the others are known only by name."""
     parser = Parser(
         prog="bevqat",
         description=qat.__doc__,

@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 from qat.core.command import command_line
 from qat.core.errors import UserError
 
-# filelock is imported where something is written: what only reads, on a robot, needs numpy alone.
+# filelock is imported where something is written: what only reads, on a robot, needs only numpy.
 
 INSIDE = ".bevqat.lock"
 # A holder has a lock for some moments more: what ended may have forked a child that has not closed the lock yet.

@@ -13,7 +13,7 @@ from qat.core.errors import PictureSizeError, UserError
 from qat.core.kinds import kind_of_file
 
 MOST_PIXELS = 1 << 27
-# Pillow's modes of 8 bits or fewer a channel, which it converts to RGB as they are meant; alpha is left out.
+# Pillow's modes of 8 bits or fewer a channel, which it converts to RGB correctly; alpha is dropped.
 EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags

@@ -221,7 +221,7 @@ def compare_stored(stored: Mapping[str, np.ndarray], candidate: np.ndarray) -> t
 
 
 def write_summary(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a compressed .npz whose bytes depend on the arrays alone (and on the zlib that compresses them)."""
+    """Writes a compressed .npz whose bytes depend only on the arrays (and on the zlib that compresses them)."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in sorted(arrays):
             buffer = io.BytesIO()

@@ -79,7 +79,7 @@ class Options:
     spinning: ONNX Runtime's CPU threads wait for work in a loop, which answers sooner and takes whole cores while it runs.
     bfloat16: what an INT8 graph leaves in float runs in bfloat16, on OpenVINO where the CPU multiplies it: faster, and
         another accuracy, to be measured.
-    tensorrt: what the backend tensorrt alone takes; it says itself what enters the key of its cached plans.
+    tensorrt: options of the backend tensorrt, which decides which of them enter the key of its cached plans.
     """
 
     threads: int = 0
@@ -152,7 +152,7 @@ def cache_path(
     Args:
         suffix: file name ending of the built file.
         key: what the file depends on beside the graph: backend, its version, precision, device.
-        fields: names of those of the options that it depends on; a file is not built anew for the others.
+        fields: names of the options that it depends on; a file is not rebuilt for the others.
     """
     assert options.cache is not None
     described = {**key, **{name: getattr(options, name) for name in fields}, "onnx": sha256(onnx_path)}

@@ -4,7 +4,7 @@ The inspector's JSON differs between versions, and with the detail that a plan w
 
     8.5, 8.6   {"Layers": […], "Bindings": ["img", …]}; tensors have "Format/Datatype": "Thirty-two wide channel vectorized row
                major Int8 format"; a layer's name is that of its nodes, joined by " + "
-    10         the same; "Format/Datatype" may be the type alone ("Half"), and "Metadata" names the nodes:
+    10         the same; "Format/Datatype" may be only the type ("Half"), and "Metadata" names the nodes:
                "[ONNX Layer: /a]\\x1f[ONNX Layer: /b]"
     11         {"Layers": […], "I/O Tensors": [{"Name": "img", …}, …]}; "Format" and "Datatype" are two fields
     any        plans built without detail have layers that are strings; and the text of LayerInformationFormat.ONELINE, one
@@ -201,7 +201,7 @@ def with_times(layers: Iterable[LayerInfo], times: Mapping[str, float]) -> list[
 class Findings:
     """Findings about INT8 in a plan.
 
-    reformats: layers that copy between types and layouts alone. int8: quantized nodes that run in INT8. fallbacks: those that
+    reformats: layers that only copy between types and layouts. int8: quantized nodes that run in INT8. fallbacks: those that
     run in another precision, with it. hidden: those that no layer names (fused into a region without names, or a plan without
     detail).
     """

@@ -142,7 +142,7 @@ def check_available(device: str) -> None:
 def check_used(session: ort.InferenceSession, device: str) -> None:
     """Raises `UserError` where ONNX Runtime made a session without the requested provider, or gave it no operator.
 
-    ONNX Runtime itself then computes on the CPU and says so in its log alone.
+    ONNX Runtime itself then computes on the CPU and only logs it.
     """
     if device not in session.get_providers():
         library = _missing_library(device)
@@ -294,7 +294,7 @@ class DeviceRun:
         for name, array in feeds.items():
             self._send(name, array)
         self.transfer_ms = (time.perf_counter() - begin) * 1e3
-        for name in self._varying:  # anew each time: a run leaves its own buffer bound, of the shape it had
+        for name in self._varying:  # again each time: a run leaves its own buffer bound, of the shape it had
             self._binding.bind_output(name, self._device, 0)
         self._session.run_with_iobinding(self._binding)  # returns when the device is done
         return dict(zip(self._names, self._binding.get_outputs(), strict=True))

@@ -6,7 +6,7 @@ it was built with and for: a plan for another version or GPU is refused by name,
 How a graph is built:
 
     graph                                 8.5, 8.6                10                        11
-    FP32 types, no Q/DQ                   flag FP16 if asked      flag FP16 if asked        strongly typed, FP32 alone
+    FP32 types, no Q/DQ                   flag FP16 if asked      flag FP16 if asked        strongly typed, FP32 only
     FP32 types, Q/DQ (`tensorrt`)         flags INT8 (and FP16)   flags INT8 (and FP16)     refused unless fp16 is off
     FP16 types (`tensorrt-strong`)        flag FP16; Q/DQ refused strongly typed            strongly typed
 """
@@ -78,7 +78,7 @@ def choose_typing(
             )
     flags: tuple[str, ...] = ()
     if precision == "int8":
-        # A part that stays float in an INT8 export, as a part may: the flag alone would ask for a calibrator.
+        # A part that stays float in an INT8 export, as a part may: the flag by itself would require a calibrator.
         flags = (*(("INT8",) if outline.has_qdq else ()), *(("FP16",) if options.fp16 else ()))
     elif precision == "fp16":
         flags = ("FP16",)
@@ -304,7 +304,7 @@ def _add_profile(tools: Tools, network: Any, config: Any, path: Path, options: T
 def timing_cache(config: Any, path: Path | None, logger: Any) -> Iterator[None]:
     """Reads the file before the block, if there is one, and writes what was measured after it, whole.
 
-    A cache of another version or GPU, or damaged, is left aside: TensorRT measures anew and the file is replaced.
+    A cache of another version or GPU, or damaged, is not used: TensorRT measures again and the file is replaced.
     """
     if path is None:
         yield

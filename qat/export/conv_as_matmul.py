@@ -10,7 +10,7 @@ themselves. The transpose before it cancels with the one behind the integer conv
 
 Only where nothing behind it is rounded: in the middle of a network (Conv ─► SiLU ─► Q) both backends get slower with
 it. ONNX Runtime wants Q behind the convolution there, and OpenVINO, which has convolutions from integers to float, lays
-out anew what a matrix product gives: EfficientNet-B0 takes 1.6 times as long.
+out again what a matrix product gives: EfficientNet-B0 takes 1.6 times as long.
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ class _Plan:
                 norm = self._made_by(nodes[norm].input[0], "ReduceSum", "ReduceMean", "Pow", "Mul")
 
     def from_geometry(self, geometry: Collection[str]) -> None:
-        """What is computed from geometry alone. Where it meets features it has become weights or a mask."""
+        """What is computed only from geometry. Where it meets features it has become weights or a mask."""
         derived = set(geometry)
         for k, node in enumerate(self.graph.node):
             sources = [name for name in node.input if self.is_float(name) and name not in self.constants]
@@ -349,7 +349,7 @@ class _Plan:
             bounds.update((name, bound) for name in node.output if self.is_float(name))
 
     def between(self, full_outputs: Collection[str]) -> None:
-        """What moves values from FP32 nodes to FP32 nodes alone: a detour through FP16 would only round them."""
+        """Nodes that only move values between FP32 nodes: a detour through FP16 would only round them."""
         for k in reversed(range(len(self.graph.node))):
             node = self.graph.node[k]
             if node.op_type not in MOVERS or k not in self.half_inputs or k in self.reasons:
@@ -534,7 +534,7 @@ def to_fp16(
         model: an FP32-typed graph.
         feeds: for each frame, the graph's inputs. Without frames only constants and operators decide.
         keep_io: whether inputs and outputs stay FP32; else they become FP16, but for those that do not fit.
-        geometry: inputs (or tensors) that hold matrices or coordinates: they and what is computed from them alone stay FP32.
+        geometry: inputs (or tensors) that hold matrices or coordinates: they and what is computed only from them stay FP32.
 
     Returns:
         the graph, and the report: `frames`; `nodes` that compute in floats; `fp16` of them; `fp32`, for each of the others

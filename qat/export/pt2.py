@@ -162,7 +162,7 @@ def export_pt2(
             file = folder / f"{name}.pt2"
             with saving(file) as stream:
                 torch.export.save(program, stream)
-            # Run anew, right before the program: on another number of threads (pooling sets the process's) sums differ.
+            # Run again, right before the program: on another number of threads (pooling sets the process's) sums differ.
             reference = runners[name].run({tensor: tensors[tensor] for tensor in wrapper.inputs})
             with torch.inference_mode():
                 found = torch.export.load(file).module()(*inputs)

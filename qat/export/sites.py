@@ -99,7 +99,7 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
         steps = (amax if spec.per_channel else amax.max().reshape([1] * weight.ndim)) / spec.levels
         rounded = (weight / steps).round().clamp(spec.low, spec.high) * steps
         if half:
-            # As `qat.export.flavour_tensorrt_strong`: FP16 scales, a tiny one rounded anew with the least that FP16 holds.
+            # As `qat.export.flavour_tensorrt_strong`: FP16 scales, a tiny one rounded again with the least that FP16 holds.
             coarse = (steps < LEAST_SCALE) & (steps.max() >= LEAST_SCALE)
             stepped = torch.where(coarse, torch.full_like(steps, LEAST_SCALE), steps)
             codes = torch.where(coarse, (weight / stepped).round(), (rounded / steps).round()).clamp(-128, 127)

@@ -62,7 +62,7 @@ def outputs_of(module: Any, result: Any) -> dict[str, Any]:
 
 
 def kept_flow(model: Any, family: Family) -> Flow:
-    """The host's side of a model, made anew only where its config is another than the last time."""
+    """The host's side of a model, rebuilt only when its config changed."""
     kept = model.__dict__.get("_flow")
     if kept is None or kept[0] is not model.config:
         kept = model.__dict__["_flow"] = (model.config, family.flow(model.config))

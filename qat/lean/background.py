@@ -71,7 +71,7 @@ class BackgroundInput:
 
 
 def backgrounds(graph: fx.GraphModule) -> dict[str, BackgroundInput]:
-    """Convolutions with INT8 weights that take what is computed from the depth map alone, by path."""
+    """Convolutions with INT8 weights that take what is computed only from the depth map, by path."""
     values: dict[fx.Node, torch.Tensor | None] = {}
     found = {}
     for node in graph.graph.nodes:

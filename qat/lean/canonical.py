@@ -144,7 +144,7 @@ class _Canonical:
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.module, self.graph = graph, graph.graph
-        # The tree of modules is made anew at the end, of the layers and of the tensors that are still read.
+        # The tree of modules is made again at the end, of the layers and of the tensors that are still read.
         self.tensors = {str(n.target): attribute(graph, n) for n in graph.graph.nodes if n.op == "get_attr"}
         self.made: dict[tuple[Any, ...], str] = {}  # what a module was made from → its path
         self.placed: dict[str, nn.Module] = {}
@@ -541,7 +541,7 @@ class _Canonical:
             if owner in values and getattr(values[owner], name, value) is not value:
                 node.target = path = f"constants.{path}"  # a layer has another tensor of this name
             values[path] = value
-        copied = fx.Graph()  # whose nodes are named anew
+        copied = fx.Graph()  # whose nodes are renamed
         twins: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             args, kwargs = (fx.node.map_arg(given, twins.__getitem__) for given in (node.args, node.kwargs))

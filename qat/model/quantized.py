@@ -184,7 +184,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def flow(self) -> Flow:
-        """The host's side, of the config as it is now."""
+        """The host's side, for the current config."""
         return kept_flow(self, self.family)
 
     @property
@@ -285,7 +285,7 @@ class QuantizedModel(nn.Module):
         self.correct_background()
 
     def correct_background(self) -> None:
-        """Computes the corrections anew, where there are any, for weights, ranges and steps as they are now."""
+        """Computes the corrections again, where there are any, for weights, ranges and steps as they are now."""
         if self.background is None:
             return
         for part, graph in self.parts.items():

@@ -18,7 +18,7 @@ from qat.report.words import about, in_words
 
 
 def _matched(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row | None, Row | None]]:
-    """Rows of one backend, precision and flavour; in A's order, then what B has alone."""
+    """Rows of one backend, precision and flavour; in A's order, then those that only B has."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return row["backend"], row["precision"], row.get("flavour")

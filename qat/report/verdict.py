@@ -36,7 +36,7 @@ def is_simulated(row: Row) -> bool:
 
 
 def row_name(row: Row, rows: Sequence[Row]) -> str:
-    """A row's name for people, such as "OpenVINO INT8"; with its flavour where others of `rows` differ in it alone."""
+    """A row's name for people, such as "OpenVINO INT8"; with its flavour where others of `rows` differ only in it."""
     name = f"{NAMES.get(row['backend'], row['backend'])} {NAMES.get(row['precision'], row['precision'])}"
     twins = [other for other in rows if (other["backend"], other["precision"]) == (row["backend"], row["precision"])]
     flavour = row.get("flavour")

@@ -1,7 +1,7 @@
 """A folder of built engines: what `bevqat build` writes and a robot's process loads, without the ONNX graphs.
 
 It has one built file for each part and a manifest.json, that of the parts with the section `engine`: which backend, which
-version of it, the device that the files were built for, and the options. A built file is for that version and device alone.
+version of it, the device that the files were built for, and the options. A built file is for only that version and device.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def engine_section(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: found no section engine with {', '.join(NOTED)}, expected it; {AGAIN}")
     for key in NOTED:
         check_kind(path, noted, key, dict if key == "options" else str, AGAIN, "engine")
-    for where, key in (("options", "tensorrt"), ("", "run")):  # of TensorRT alone
+    for where, key in (("options", "tensorrt"), ("", "run")):  # TensorRT only
         if key in (section := noted[where] if where else noted):
             check_kind(path, section, key, dict, AGAIN, "engine")
     for name, part in manifest["parts"].items():

@@ -65,7 +65,7 @@ def first(x: Any) -> torch.Tensor:
 
 
 class CameraBEVDetector(nn.Module):
-    """Images (and sparse depth) to CenterHead's maps; of a camera branch alone, to BEV features.
+    """Images (and sparse depth) to CenterHead's maps; of a camera branch, to BEV features.
 
     State-dict names are BEVFusion's: encoders.camera.{backbone,neck,vtransform}, decoder.{backbone,neck},
     heads.object. A camera branch (`qat.families.bevfusion.config.is_camera_branch`) has the first three; its decode_bev, head and
@@ -193,7 +193,7 @@ class CameraBEVDetector(nn.Module):
 
 def build_model(config: Mapping[str, Any]) -> CameraBEVDetector:
     """Builds the detector that `config` (BEVFusion's schema) describes, randomly initialised; of a `camera_branch`'s config
-    the camera branch alone.
+    the camera branch.
 
     Raises:
         UserError: the config asks for something that is not supported, by name.

@@ -4,7 +4,7 @@
     camera and augmentation matrices ─► (pattern) ─► pattern ──────────────┴► (pooling) ─► feat_in
     feat_in ─► camera.vtransform ─► feat_out ─► fuser ─► middle ─► head.bbox ─► {map}_{task}
 
-camera.vtransform is left out where the view transform does not downsample; of a camera branch alone, the plan ends before fuser.
+camera.vtransform is left out where the view transform does not downsample; of a camera branch, the plan ends before fuser.
 The names are those that CUDA-BEVFusion's runtime loads.
 """
 

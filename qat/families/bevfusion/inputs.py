@@ -26,7 +26,7 @@ class Inputs:
     """One frame as a robot has it.
 
     images: uint8[h,w,3] RGB of each camera, native size. points: float32[M,5]. sample: the same frame preprocessed, for a
-    camera branch alone, which is fed that.
+    camera branch, which is fed that.
     """
 
     name: str

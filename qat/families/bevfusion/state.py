@@ -23,7 +23,7 @@ def _grouped(names: list[str], words: int = 3) -> str:
     return ", ".join(f"{group}.* ({count})" for group, count in sorted(groups.items()))
 
 
-DERIVED = "relative_position_index"  # Swin's: fixed by the window's size, in the state dict by mmdet's habit alone
+DERIVED = "relative_position_index"  # Swin's: fixed by the window's size, in the state dict by mmdet's habit only
 GEOMETRY = ("dx", "bx", "nx", "frustum")  # the view transform's fixed parameters
 
 
@@ -242,7 +242,7 @@ def load_float_model(
 
 
 def load_float_branch(config: Mapping[str, Any], path: str | Path, prefix: str) -> tuple[CameraBEVDetector, int]:
-    """The camera branch alone out of a float checkpoint, in eval mode, and how many names of the file were left out.
+    """The camera branch out of a float checkpoint, in eval mode, and how many names of the file were left out.
 
     Args:
         config: the branch's (`qat.families.bevfusion.config.camera_branch`).

@@ -167,7 +167,7 @@ def _steps_of(path: Path) -> int | None:
 
 
 class _Drawn:
-    """Samples drawn anew for each step, with their pooling patterns."""
+    """Samples drawn again for each step, with their pooling patterns."""
 
     def __init__(self, sets: list[TrainSet], model: CameraBEVDetector) -> None:
         self.sets, self.model = sets, model
@@ -185,7 +185,7 @@ class _Drawn:
 
 def _ahead(source: _Drawn | FeatureCache, options: TrainOptions, step: int) -> Iterator[list[dict[str, Any]]]:
     """The batches of steps `step`, `step` + 1, …, each drawn while the one before it is used. What a step sees
-    depends on the seed and the step alone."""
+    depends only on the seed and the step."""
     per_epoch = max(1, len(source) // options.batch)
 
     def draw(step: int) -> list[dict[str, Any]]:
