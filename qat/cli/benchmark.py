@@ -41,11 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="NAME", help=f"{SPLIT_HELP} (default all)")
     parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames, in turn (default 4)")
     add_rounds_flags(parser, 20, 3)
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep built engines there (default: build anew)")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep built engines there (default: rebuild each time)"
+    )
     add_out_flag(parser, "DIR", Path("runs/benchmark"))
     add_json_flag(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write benchmark.csv there too")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print changes beyond the noise since")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="print changes since then that exceed the noise"
+    )
     parser.add_argument(
         "--threshold", type=float, metavar="SHARE", help="with --compare: ignore smaller changes (default 0.03)"
     )

@@ -1,6 +1,6 @@
 """Build every part of an exported folder into engines for this machine.
 
-The folder that it writes has one built file for each part and a manifest.json; `qat.runtime.Pipeline.load(folder)` runs it
+The folder has one built file for each part and a manifest.json; `qat.runtime.Pipeline.load(folder)` runs it
 without the ONNX graphs. Built files are for the version of the backend and the processor or GPU that built them.
 
 example:

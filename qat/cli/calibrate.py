@@ -3,7 +3,7 @@
 example:
   bevqat calibrate --data example-data --split calib --out runs/calibrate/ptq.pth
 
-The camera branch, out of a whole camera+lidar model, here your configs.yaml and bevfusion.pth:
+The camera branch of a camera+lidar model (your configs.yaml and bevfusion.pth):
   bevqat calibrate --config configs.yaml --ckpt bevfusion.pth --prefix encoders.camera --data data/nuscenes --split mini_train --out runs/branch/ptq.pth
 
 Several processes share the frames and end with the same ranges:
@@ -72,12 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="DROP",
-        help="mAP that INT8 may cost, such as 0.001: the fewest and cheapest layers that pay for more stay float",
+        help="largest mAP loss of INT8, such as 0.001: the fewest and cheapest layers stay float to meet it",
     )
-    parser.add_argument("--budget-data", type=Path, metavar="ROOT", help="annotated data for it (default --data)")
+    parser.add_argument("--budget-data", type=Path, metavar="ROOT", help="annotated data for --budget (default --data)")
     parser.add_argument("--budget-version", metavar="NAME", help="required if --budget-data holds several")
-    parser.add_argument("--budget-split", metavar="NAME", help="its split (default calib)")
-    parser.add_argument("--budget-frames", type=int, metavar="N", help="N of its frames (default all)")
+    parser.add_argument("--budget-split", metavar="NAME", help="split of that data (default calib)")
+    parser.add_argument("--budget-frames", type=int, metavar="N", help="N frames of that split (default all)")
     add_out_flag(parser, "CKPT", Path("runs/calibrate/ptq.pth"))
     add_json_flag(parser)
 

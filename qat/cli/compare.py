@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="DIR",
-        help="exported parts, FP32 and INT8, each as its manifest says",
+        help="exported parts, FP32 and INT8",
     )
     for name in ("fp32", "int8"):  # as it was until 0.1
         parser.add_argument(f"--{name}", type=Path, action="append", default=[], help=argparse.SUPPRESS)
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sensitivity",
         type=Path,
         metavar="FILE",
-        help="what `bevqat sensitivity` wrote of --ptq's checkpoint (sensitivity.json): worst layers, what stays float",
+        help="sensitivity.json of --ptq's checkpoint, to report its worst layers and what stays float",
     )
     add_out_flag(parser, "DIR", Path("runs/compare"))
     add_json_flag(parser)

@@ -26,7 +26,7 @@ def add_backends_flag(parser: argparse.ArgumentParser, default: str | None, when
         "--backends",
         default=default,
         metavar="NAMES",
-        help=f"with commas between, of {', '.join(BACKENDS)} (default {when or default})",
+        help=f"comma-separated, of {', '.join(BACKENDS)} (default {when or default})",
     )
 
 
@@ -54,7 +54,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_tensorrt_flags(parser: argparse.ArgumentParser) -> None:
     """Fields of `qat.engine.TensorRtOptions`; None where a flag is not given."""
-    group = parser.add_argument_group("with --backend tensorrt", "docs/tensorrt.md says what each does")
+    group = parser.add_argument_group("with --backend tensorrt", "see docs/tensorrt.md")
     group.add_argument("--timing-cache", type=Path, metavar="FILE", help="file of measured tactics, read and updated")
     group.add_argument("--workspace", type=int, metavar="MIB", help="scratch memory of a layer (default: the GPU's)")
     group.add_argument("--tf32", action="store_true", default=None, help="FP32 layers may round to TF32: faster")

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_init_flags(parser, source)
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument(
-        "--precision", choices=("fp32", "fp16", "int8"), help="default: int8 of a PTQ checkpoint, fp32 of a float one"
+        "--precision", choices=("fp32", "fp16", "int8"), help="default: int8 for a PTQ checkpoint, fp32 for a float one"
     )
     for name, what in (
         ("int8", "--precision int8: QDQ at the calibrated scales"),
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduce-range",
         action="store_true",
-        help="weights to seven bits, for CPUs without VNNI (onnxruntime, openvino): their u8·s8 sums saturate",
+        help="seven-bit weights, for CPUs without VNNI (onnxruntime, openvino): their u8·s8 sums saturate",
     )
     parser.add_argument(
         "--io", choices=("fp32", "fp16"), default="fp32", help="type of inputs and outputs (tensorrt-strong)"

@@ -25,7 +25,7 @@ from qat.core.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="a checkpoint that calibrate wrote")
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="a checkpoint of calibrate")
     add_data_sets_flags(parser, "keyframes to train on", "mAP and NDS of float, PTQ and QAT on this at the end")
     add_out_flag(parser, "DIR", Path("runs/finetune"))
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="number of steps (default 1000)")

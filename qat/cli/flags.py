@@ -163,7 +163,7 @@ def add_verification_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="ROOT",
-        help="nuScenes-format data, or a folder with one keyframe and its info.json, to verify on beside a random frame "
+        help="nuScenes-format data, or a folder with one keyframe and its info.json, to verify on beside a generated frame "
         f"(default {EXAMPLE} where there is one)",
     )
     parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage",
         default="all",
         choices=("all", "image", "bev"),
-        help="train the whole detector; the image part alone, on depth and on what each pixel shows; or all but the "
+        help="all: the whole detector; image: the image part, on depth and on the class of each pixel; bev: all but the "
         "image part, on its frozen outputs (default all)",
     )
     parser.add_argument(
