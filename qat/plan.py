@@ -84,7 +84,7 @@ Step = Part | Op
 
 @dataclass(frozen=True)
 class Plan:
-    """A model's course.
+    """A model's plan.
 
     inputs: those of a frame, and those that `state` feeds. outputs: the model's: boxes are decoded from them if it has
     `boxes`. state: output → the input of the next frame that it becomes; a scene begins with `Flow.initial_state`.

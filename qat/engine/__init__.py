@@ -104,7 +104,7 @@ def find_backend(name: str) -> Backend:
 
 
 def passed_over(backend: str, precision: str, flavour: str, forms: Collection[tuple[str, str]]) -> str:
-    """Why a backend is not given exported graphs that others are given: a CPU flavour is for its one backend, and where a
+    """Why a backend skips exported graphs that others run: a CPU flavour is for its one backend, and where a
     backend's own flavour of a precision is there, others are not used on it.
 
     Args:

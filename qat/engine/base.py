@@ -38,7 +38,7 @@ class TensorSpec:
         return self.accepts_shape(array.dtype.name, array.shape)
 
     def accepts_shape(self, dtype: str, shape: tuple[int, ...]) -> bool:
-        """Whether an array of this dtype name and shape is one."""
+        """Whether it accepts this dtype name and shape."""
         return (
             dtype == self.dtype
             and len(shape) == len(self.shape)
@@ -97,13 +97,13 @@ class Options:
 
 
 def takes_bfloat16(backend: str, precision: str) -> bool:
-    """Whether the option bfloat16 says anything to an engine of this backend and precision."""
+    """Whether the option bfloat16 affects an engine of this backend and precision."""
     return backend == "openvino" and precision == "int8"
 
 
 def described(options: Options, backends: Collection[str], precisions: Collection[str] = ("int8",)) -> dict[str, Any]:
-    """Options as JSON values, for what is written beside results: those that say something of these backends and precisions.
-    The cache is a machine's own affair."""
+    """Options as JSON values, for what is written beside results: those that affect these backends and precisions.
+    The cache is left out: it depends on the machine."""
     values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt", "bfloat16")}
     if any(takes_bfloat16(backend, precision) for backend in backends for precision in precisions):
         values["bfloat16"] = options.bfloat16

@@ -175,7 +175,7 @@ def take(
     writable: bool = False,
     alignment: int = 1,
 ) -> DeviceArray:
-    """`read` of an array that has to be something.
+    """`read`, and checks dtype, shape and place.
 
     Args:
         spec: what it has to be.

@@ -160,7 +160,7 @@ def _from_line(text: str) -> LayerInfo:
 
 
 def read_layers(information: str | Mapping[str, Any] | Sequence[Any]) -> list[LayerInfo]:
-    """Layers from what the inspector gave: its JSON (text or parsed), one layer's or the engine's, or its one-line text.
+    """Layers from the inspector's output: its JSON (text or parsed), one layer's or the engine's, or its one-line text.
 
     Raises:
         UserError: neither.
@@ -188,7 +188,7 @@ def read_io(information: Mapping[str, Any]) -> list[str]:
 
 
 def with_times(layers: Iterable[LayerInfo], times: Mapping[str, float]) -> list[LayerInfo]:
-    """The layers with milliseconds by name, in order; what was timed and is not among them comes last."""
+    """The layers with milliseconds by name, in order; timed names that are not among them come last."""
     layers = list(layers)
     timed = [replace(layer, ms=times.get(layer.name)) for layer in layers]
     known = {layer.name for layer in layers}

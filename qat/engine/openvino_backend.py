@@ -87,7 +87,7 @@ def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
 
 
 def _bfloat16(precision: str, options: Options, device: str) -> bool:
-    """Whether the option means this engine: an FP32 row stays FP32, and a GPU has FP16 there already."""
+    """Whether the option applies to this engine: an FP32 row stays FP32, and a GPU has FP16 there already."""
     return options.bfloat16 and precision == "int8" and device == "CPU"
 
 

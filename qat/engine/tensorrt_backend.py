@@ -52,7 +52,7 @@ ALIGNMENT = 256  # of every address that TensorRT is given, in bytes
 
 
 class PlanError(UserError):
-    """TensorRT does not take a plan: damaged, or of another version or GPU."""
+    """TensorRT rejects a plan: damaged, or of another version or GPU."""
 
 
 def _shape(dims: Any) -> tuple[int | None, ...]:
@@ -159,7 +159,7 @@ class TensorRtEngine(Engine):
         self.stream.synchronize()
 
     def _renew_context(self) -> None:
-        """Another context in the present one's place, at its shapes.
+        """Replaces the context by a new one with the same shapes.
 
         Never two at once: in TensorRT 8.5 and 8.6 a second one may not have the plan's only profile.
         """
@@ -464,7 +464,7 @@ class TensorRtEngine(Engine):
 
 
 def plan_path(onnx_path: Path, precision: str, options: Options, device: cuda.Device, version: str) -> Path:
-    """Where the cache has the plan: found by what enters it. What the CPU's engines are told, and how a plan is run, does not."""
+    """Where the cache has the plan: found by what enters it. CPU options and options for running a plan do not enter it."""
     key = {
         "backend": "tensorrt",
         "build": BUILD_VERSION,

@@ -50,7 +50,7 @@ class Typing:
 def choose_typing(
     path: Path, outline: Outline, precision: str, options: TensorRtOptions, capabilities: Capabilities
 ) -> Typing:
-    """Decides by what the graph says, what was asked and what this TensorRT can do.
+    """Decides by the graph, the requested precision and this TensorRT's capabilities.
 
     Raises:
         UserError: the graph is of a flavour that this TensorRT cannot build, or lacks what the precision promises.
@@ -111,7 +111,7 @@ def make_logger(trt: Any) -> Any:
 
 
 def one_line(message: str, limit: int = 400) -> str:
-    """A library's message without its line breaks, cut where it becomes a page."""
+    """A library's message without its line breaks, cut to a reasonable length."""
     text = " ".join(message.split())
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -385,7 +385,7 @@ def _monitor(trt: Any, interrupt: Interrupt, report: Callable[[str], None]) -> A
 
 
 class Ticker:
-    """One line on stderr that says what takes long: the seconds so far, and TensorRT's phases where it reports them.
+    """One line on stderr during long work: the seconds so far, and TensorRT's phases where it reports them.
 
     Silent where stderr is no terminal, and for the first two seconds.
     """

@@ -40,7 +40,7 @@ def _members(module: Any, enum: str) -> frozenset[str]:
 
 
 class Capabilities:
-    """Questions to a module tensorrt; it is not changed, and no builder is made.
+    """Capabilities of a module tensorrt, which is not changed; no builder is made.
 
     version: for messages, and for matching a plan with its runtime.
     weak_typing: precision by builder flags (8.5 to 10; gone in 11).

@@ -256,7 +256,7 @@ def verify_strong(
     unquantized: Mapping[str, np.ndarray] | None = None,
     where: str = "compare",
 ) -> dict[str, dict[str, Any]]:
-    """Compares a strongly typed graph with what its module or FP32-typed graph gave, as `qat.export.verify.verify_part` does.
+    """Compares a strongly typed graph with the outputs of its module or FP32-typed graph, as `qat.export.verify.verify_part` does.
 
     Args:
         model, report: what `to_tensorrt_strong` returned.

@@ -125,7 +125,7 @@ def simplify(
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drops what differs from one run or machine to the next without meaning anything to a runtime."""
+    """Drops what differs between runs or machines and does not matter to a runtime."""
     model.doc_string = model.graph.doc_string = ""
     del model.metadata_props[:]
     for node in model.graph.node:

@@ -54,5 +54,5 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that a graph asks for."""
+    """A graph's opset version of ONNX's own operators."""
     return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))

@@ -114,7 +114,7 @@ def export_module(
 
 
 def _check_sites(flat: _Flat, graph: bytes, feeds: Mapping[str, np.ndarray], half: bool, report: ModuleExport) -> None:
-    """Adds to the report what is wrong at the graph's sites, with ONNX Runtime's optimizer off and on."""
+    """Adds failures at the graph's sites to the report, with ONNX Runtime's optimizer off and on."""
     base = prepared({"module": flat}, half)["module"]
     reference = SiteReference(TorchPart(flat), base, lambda: copy.deepcopy(base).double(), graph, feeds, half)
     codes = reference.codes(feeds)

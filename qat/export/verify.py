@@ -70,7 +70,7 @@ def verify_part(
     where: str = "compare",
     pytorch: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Compares what one graph computes with what its module did.
+    """Compares one graph's outputs with its module's.
 
     Args:
         graph: the ONNX file's bytes, or the graph opened.
@@ -171,7 +171,7 @@ class Verification:
         seed: int = 0,
         batches: Sequence[int] = (1,),
     ) -> None:
-        """Takes the frames in.
+        """Runs the frames.
 
         Args:
             detector: float, or quantized and in the state in which it is exported.
@@ -228,7 +228,7 @@ class Verification:
     def check(
         self, name: str, graph: bytes, model: onnx.ModelProto, typed: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Verifies a part's graph on every frame, and takes the frames on to the next part.
+        """Verifies a part's graph on every frame, and advances the frames to the next part.
 
         Args:
             graph: the file's bytes.
@@ -395,7 +395,7 @@ class Verification:
         return about, list(wrong.values())
 
     def skip(self, name: str) -> None:
-        """Takes the frames on past a part that is not written."""
+        """Advances the frames past a part that is not written."""
         self._advance(name, [self.parts[name].run(self._feeds(name, running)) for running in self.running])
 
     def _keep(
@@ -425,7 +425,7 @@ class Verification:
                     self.arrays[f"{stem}/{kind}/{output}/{key}"] = value
 
     def _advance(self, name: str, outputs: Sequence[Mapping[str, np.ndarray]]) -> None:
-        """Takes every frame past a part, and past the ops behind it."""
+        """Advances every frame past a part and the ops behind it."""
         for running, output in zip(self.running, outputs, strict=True):
             running.tensors.update(output)
         names = list(self.parts)

@@ -92,7 +92,7 @@ class Recipe:
 
 
 class Family(ABC):
-    """Everything that knows one kind of model. A network that it builds has `config` and `family`, this family's name."""
+    """Everything about one kind of model. A network that it builds has `config` and `family`, this family's name."""
 
     name: str
     loss_weights: Mapping[str, float] = {}
@@ -119,7 +119,7 @@ class Family(ABC):
 
     @abstractmethod
     def random(self, config: Mapping[str, Any], seed: int) -> nn.Module:
-        """The float network with random weights whose activations neither explode nor die, in eval mode."""
+        """The float network with random weights whose activations neither explode nor vanish, in eval mode."""
 
     @abstractmethod
     def load_state(
@@ -178,7 +178,7 @@ class Family(ABC):
         raise UserError(f"{folder}: found one keyframe, expected a data set: the family {self.name} reads nothing else")
 
     def note_pictures(self, config: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
-        """The config with the (height, width) of the pictures that it was calibrated on, where it wants to know."""
+        """The config with the (height, width) of the pictures that it was calibrated on, if the family needs it."""
         return config
 
     def augmented(self, dataset: Any, config: Mapping[str, Any]) -> Any:
@@ -209,6 +209,6 @@ class Family(ABC):
     def losses(
         self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int
     ) -> dict[str, torch.Tensor]:
-        """What a quantized network lacks of the float one, each loss a mean over frames: by default the relative squared error
+        """The losses of a quantized network against the float one, each a mean over frames: by default the relative squared error
         of each judged tensor. Names are those of `loss_weights`."""
         raise UserError(f"finetune: the family {self.name} has no losses, expected some")

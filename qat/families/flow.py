@@ -79,7 +79,7 @@ class Flow(ABC):
 
     @abstractmethod
     def raw_frames(self, count: int, seed: int = 0) -> list[Any]:
-        """Generated inputs of a benchmark that cost what real ones do: objects with `name`, `raw` (the arguments of `prepare`)
+        """Generated inputs of a benchmark, as expensive as real ones: objects with `name`, `raw` (the arguments of `prepare`)
         and `moved(place)`, the same with the sensors `place` millimetres elsewhere."""
 
     def recorded(self, root: Path, split: str, version: str | None, count: int | None) -> list[Any]:
@@ -106,7 +106,7 @@ class Flow(ABC):
 
 
 class Session:
-    """Frames in their order, with the state that each hands to the next one of its scene.
+    """Frames in order, with the state that each passes to the next one of its scene.
 
     keyed: `begin` names what a frame's tensors depend on, for a cache; it reads every byte of the inputs.
     """
@@ -137,7 +137,7 @@ class Session:
         return {**feeds, **self._state}, self._key
 
     def end(self, tensors: Mapping[str, Any]) -> None:
-        """Takes the state from what the frame gave."""
+        """Takes the next state from the frame's tensors."""
         if self.flow.plan.state:
             self._state = next_state(self.flow.plan, tensors)
 

@@ -306,7 +306,7 @@ class QuantizedModel(nn.Module):
         self.absorbed = frozenset(found)
 
     def amax(self) -> dict[str, torch.Tensor]:
-        """Every quantizer's range by its path; for those that have one of their own."""
+        """Every quantizer's range by its path; for quantizers with their own range."""
         own = quantizers(self.parts)
         return {name: q.amax.detach().clone() for name, q in own.items() if q.shares is None and q.amax is not None}
 
@@ -330,7 +330,7 @@ class QuantizedModel(nn.Module):
         return {name: x.detach() for name, x in named if name.rpartition(".")[0] not in own}
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Sets what `weights` gave; ranges are left as they are.
+        """Sets what `weights` returned; ranges do not change.
 
         Raises:
             KeyError: the names are not this detector's. ValueError: a shape is not.
