@@ -65,7 +65,7 @@ def test_broken_packages_are_told_with_what_mends_them_and_nothing_crashes(tmp_p
         timeout=120,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "cannot be done here before these are fixed: " in done.stdout
+    assert "do not work here until these are fixed: " in done.stdout
     found = json.loads(out.read_text())
     by_name = {(each["group"], each["name"]): each for each in found["findings"]}
     assert not found["passed"]

@@ -6,7 +6,6 @@ import onnx
 import pytest
 import torch
 
-from qat.core.errors import UserError
 from qat.export import ExportOptions, Origin, export_parts, torch_parts
 from qat.families.bevfusion.settings import pipeline_settings
 from qat.manifest import load_manifest
