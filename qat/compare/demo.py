@@ -85,7 +85,7 @@ def demo(
     checkpoint, ptq = model / f"{model.name}.pth", out / "ptq.pth"
     step(f"calibrate {checkpoint} over the calibration frames of {data}")
     calibrate_checkpoint(Source(checkpoint, model / "config.yaml"), CalibrateOptions(data, "calib"), ptq)
-    step(f"sensitivity: each unit alone in INT8, over {SENSITIVITY_FRAMES} calibration frames")
+    step(f"sensitivity: one unit in INT8 at a time, over {SENSITIVITY_FRAMES} calibration frames")
     _sensitivity(ptq, data, out)
     folders, verified = {}, True
     for name, precision, flavour in EXPORTS:
