@@ -124,7 +124,7 @@ def add_init_flags(parser: argparse.ArgumentParser, source: argparse._MutuallyEx
     source.add_argument(
         "--init", choices=("random",), help="random weights instead of a checkpoint, for numerics and latency"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="random seed of --init random (default 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed, only with --init random (default 0)")
 
 
 def init_seed(args: argparse.Namespace) -> int:

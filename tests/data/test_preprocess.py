@@ -53,8 +53,8 @@ def test_pictures_that_the_model_was_not_made_for_are_refused(native, size):
     spec = ResizeCrop((128, 352), 0.88, native=native)
     expected = "1600×900" if native == (900, 1600) else "400×225" if native else "about 400×145"
     for use in (spec.matrix, spec.placed, lambda w, h: spec.apply(np.zeros((h, w, 3), np.uint8))):
-        with pytest.raises(
-            PictureSizeError, match=rf"found a picture of {size[0]}×{size[1]} pixels, .* expected {expected}, "
+        with refused(
+            f"found a picture of {size[0]}×{size[1]} pixels", f"expected {expected};", "resize_lim", error=PictureSizeError
         ):
             use(*size)
 
@@ -125,7 +125,7 @@ def test_a_picture_whose_depth_nothing_says_is_refused_by_its_mode(tmp_path):
 def test_a_camera_of_fewer_bits_in_a_16_bit_picture_is_refused(tmp_path):
     """12 bits in 16: scaled by the file's depth it would be black."""
     Image.fromarray(RAMP >> 4).save(tmp_path / "dark.png")
-    with pytest.raises(UserError, match=r"dark\.png: found 16-bit values up to 4095 alone"):
+    with pytest.raises(UserError, match=r"dark\.png: found 16-bit values up to 4095"):
         load_image(tmp_path / "dark.png")
 
 
