@@ -43,7 +43,7 @@ class Source:
         if self.config is None:
             raise UserError("--init random: found no --config, expected the network's")
         if self.ema:
-            raise UserError("--ema: found with --init random, expected a checkpoint that has averaged weights")
+            raise UserError("--ema: found --init random, expected a checkpoint with averaged weights")
         return Path(self.config)
 
 

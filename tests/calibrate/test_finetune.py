@@ -558,7 +558,7 @@ def test_a_frame_that_the_float_network_cannot_take_is_named(ptq, data, tmp_path
         return sample
 
     monkeypatch.setattr(AugmentedSet, "draw", spoilt)
-    with pytest.raises(UserError, match=r"frame \w+: the float network gives values that are not finite"):
+    with pytest.raises(UserError, match=r"frame \w+: the float network's values are not finite"):
         run(ptq, data, tmp_path / "out")
 
 

@@ -240,7 +240,7 @@ def test_a_checkpoint_without_ranges_for_this_network_is_refused(checkpoint, loa
     with pytest.raises(UserError, match="found no quantizers"):
         load({"state_dict": checkpoint["state_dict"]})
     other = {f"img_{name}": value for name, value in checkpoint["quantizers"].items()}
-    with pytest.raises(UserError, match="none of which fits"):
+    with pytest.raises(UserError, match="of which none matches"):
         load({"state_dict": checkpoint["state_dict"], "quantizers": other})
 
 

@@ -54,7 +54,10 @@ def test_pictures_that_the_model_was_not_made_for_are_refused(native, size):
     expected = "1600×900" if native == (900, 1600) else "400×225" if native else "about 400×145"
     for use in (spec.matrix, spec.placed, lambda w, h: spec.apply(np.zeros((h, w, 3), np.uint8))):
         with refused(
-            f"found a picture of {size[0]}×{size[1]} pixels", f"expected {expected};", "resize_lim", error=PictureSizeError
+            f"found a picture of {size[0]}×{size[1]} pixels",
+            f"expected {expected};",
+            "resize_lim",
+            error=PictureSizeError,
         ):
             use(*size)
 

@@ -1,4 +1,4 @@
-"""The camera branch alone: built without a decoder and a head, and found in state dicts under a prefix."""
+"""The camera branch only: built without a decoder and a head, and found in state dicts under a prefix."""
 
 import copy
 

@@ -120,7 +120,7 @@ BROKEN = {
     ),
     "a picture of one colour": (
         lambda data: _each(data / FRONT, lambda path: Image.new("RGB", (96, 64)).save(path)),
-        "camera 0 is one colour; leave the frame out",
+        "camera 0 is one colour; drop the frame",
     ),
     "intrinsics nan": (
         lambda data: _cameras(data, camera_intrinsic=[[float("nan"), 0, 48], [0, 80, 32], [0, 0, 1]]),
