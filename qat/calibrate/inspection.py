@@ -118,7 +118,9 @@ def inspect_detector(model: QuantizedModel, recipe: dict[str, Any]) -> Inspectio
                 )
             )
             if weights.off and not off:
-                found.floats.append(FloatLayer(part, path, "budget", "in INT8 it loses more mAP than the budget allows"))
+                found.floats.append(
+                    FloatLayer(part, path, "budget", "in INT8 it loses more mAP than the budget allows")
+                )
         found.floats += [
             FloatLayer(part, name, kept.rule, kept.reason, kept.flavours) for name, kept in inventory.kept.items()
         ]

@@ -95,9 +95,7 @@ class ExportOptions:
     def _check_graph(self, network: Any) -> None:
         flavour_of(self.flavour)
         if self.flavour in CPU_FLAVOURS and self.precision != "int8":
-            raise UserError(
-                f"flavour {self.flavour}: found precision {self.precision}, expected int8; omit --flavour"
-            )
+            raise UserError(f"flavour {self.flavour}: found precision {self.precision}, expected int8; omit --flavour")
         if self.opset is not None and self.opset not in OPSETS:
             raise UserError(f"opset: found {self.opset}, expected {OPSETS[0]} to {OPSETS[-1]}")
         if self.batch < 1:

@@ -55,9 +55,7 @@ def _one_frame(
         expected = judged(plan, tensors)
         for label, values in expected.items():
             if not np.isfinite(values).all():
-                raise NotFiniteError(
-                    f"frame {frame.token}: {label}: the float network's values are not finite"
-                )
+                raise NotFiniteError(f"frame {frame.token}: {label}: the float network's values are not finite")
         objects = objects_of(model, tensors)
         rows = [([unit], plan.scopes[unit.part]) for unit in every] + [(list(every), plan.steps[0].name)]
         energies = np.zeros((len(rows), len(tensors_of(plan)), 2))
