@@ -46,7 +46,7 @@ def test_every_flag_says_what_it_is_for_and_what_it_takes(by_flag):
 
 def test_a_flag_takes_the_same_kind_of_value_in_every_verb(by_flag):
     written = {"CKPT", "DIR", "PNG", "HTML"}  # --out names what it writes
-    lists = {"ROOT", "ROOT[:SPLIT]", "FILE"}  # --data of the verbs that train is repeatable; export-mmdet3d reads one file
+    lists = {"ROOT", "ROOT[:SPLIT]"}  # --data of the verbs that train may be given again
     for flag, uses in by_flag.items():
         kinds = {action.metavar for _, action in uses}
         allowed = {"--out": written, "--data": lists}.get(flag)
