@@ -1,4 +1,4 @@
-"""A model's course as data: its tensors, and the steps between them in order. No torch.
+"""A model's plan as data: its tensors, and the steps between them in order. No torch.
 
 A step is a *part*, a graph that is exported and built by itself, or an *op*, which the host computes between the parts (BEV
 pooling, voxelizing, a memory's update). `run` walks the steps; what computes a step is a runner, and every stage plugs in its own:
@@ -72,7 +72,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Op:
-    """What the host computes. inputs, outputs: tensors."""
+    """A step that the host computes. inputs, outputs: tensors."""
 
     name: str
     inputs: tuple[str, ...]
@@ -84,9 +84,9 @@ Step = Part | Op
 
 @dataclass(frozen=True)
 class Plan:
-    """A model's course.
+    """A model's plan.
 
-    inputs: what a frame gives, and what `state` feeds. outputs: what the model gives: boxes are decoded from them if it has
+    inputs: those of a frame, and those that `state` feeds. outputs: the model's: boxes are decoded from them if it has
     `boxes`. state: output → the input of the next frame that it becomes; a scene begins with `Flow.initial_state`.
     reported: what a comparison reports, in order: label → tensors. judged: the same for sensitivity, which ranks by the last.
     """
@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def frame_inputs(self) -> tuple[str, ...]:
-        """The inputs that a frame gives: all but the state's."""
+        """A frame's inputs: all but the state's."""
         return tuple(name for name in self.inputs if name not in self.state.values())
 
     def between(self, start: str | None = None, until: str | None = None) -> tuple[Step, ...]:
@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def geometry(self) -> tuple[Op, ...]:
-        """The ops that take nothing but what a frame gives and no part takes: they are the same whatever computes the parts."""
+        """Ops that read only a frame's inputs, and only those that no part reads: their results do not depend on the parts' runners."""
         own = set(self.frame_inputs) - self.part_inputs
         return tuple(step for step in self.steps if isinstance(step, Op) and set(step.inputs) <= own)
 
@@ -201,7 +201,7 @@ def run(
 
 
 def next_state(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What a frame hands to the next one of its scene, by the input that it becomes."""
+    """The state for the next frame of the scene, by the input that it becomes."""
     return {given: tensors[name] for name, given in plan.state.items()}
 
 

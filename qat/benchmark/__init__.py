@@ -1,9 +1,9 @@
-"""Latency of exported detectors on the machine at hand: `bevqat benchmark`. numpy, a JIT and the backends, never torch.
+"""Latency of exported detectors on this machine: `bevqat benchmark`. numpy, a JIT and the backends, never torch.
 
 plan         which folder runs on which backend
-inputs       made-up or recorded frames: images, points, calibration
-worker       one row in a process of its own: builds, warms up, runs, tells its memory
-environment  what else the figures depend on
+inputs       generated or recorded frames: images, points, calibration
+worker       one row in its own process: builds, warms up, runs, reports its memory
+environment  threads, clocks, load, versions, GPU: what figures depend on
 statistics   percentiles, outliers, intervals over rounds
 run          all of it, from folders to benchmark.json, benchmark.csv and benchmark.svg
 changes      what differs between two runs beyond the noise

@@ -1,4 +1,4 @@
-"""What differs between two runs of the benchmark beyond the noise."""
+"""Differences between two benchmark runs beyond the noise."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def load_results(path: Path) -> Results:
 
 
 def _option_changes(old: object, new: object) -> list[str]:
-    """What engines were told otherwise, each in words; nothing where one of the runs did not note any."""
+    """Options that differ between the engines of two runs, in words; empty if one run recorded none."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return []
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) or isinstance(after, dict):  # a backend's own: where it did not run, the rows tell
+        if isinstance(before, dict) or isinstance(after, dict):  # a backend's own: the rows show where it did not run
             found += [f"{key}: {change}" for change in _option_changes(before, after)]
         elif before != after and (before or after):  # what is not noted says nothing to that run's backends: off
             found.append(f"{key}: {before} then, {after} now")
@@ -75,7 +75,7 @@ def _option_changes(old: object, new: object) -> list[str]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What else differs between two runs, in words: the machine, the versions, the inputs, the options, the files."""
+    """Other differences between two runs, in words: the machine, the versions, the inputs, the options, the files."""
     found = []
     a, b = old["machine"], new["machine"]
     for key in _SAME:

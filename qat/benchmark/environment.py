@@ -1,4 +1,4 @@
-"""What else figures depend on: threads, clocks, how busy the machine is, versions, the GPU."""
+"""Conditions that figures depend on: threads, clocks, how busy the machine is, versions, the GPU."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def gpu_memory_mb(pid: int | None) -> float | None:
-    """What a process holds of GPUs' memory, by nvidia-smi; None where that does not list it (in a container it may not)."""
+    """GPU memory of a process, by nvidia-smi; None where that does not list it (in a container it may not)."""
     lines = _nvidia_smi("--query-compute-apps=pid,used_memory")
     held = [
         value
@@ -64,7 +64,7 @@ def gpu_memory_mb(pid: int | None) -> float | None:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run in the last minute, on average; None where the system does not tell."""
+    """Processes that wanted to run in the last minute, on average; None where the system does not report it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 

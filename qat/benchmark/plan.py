@@ -15,7 +15,7 @@ from qat.runtime.engines import FORMAT_OF_PARTS, engine_section, is_engines
 
 @dataclass(frozen=True)
 class Planned:
-    """A row to be: a folder on a backend. name: of the row, unlike any other's."""
+    """A planned row: a folder on a backend. name: of the row, unlike any other's."""
 
     name: str
     folder: Path
@@ -78,7 +78,7 @@ def asked_backends(folders: Sequence[Path], backends: Sequence[str] | None) -> l
 
 
 def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[Planned], list[dict[str, str]]]:
-    """Every folder on every backend that would be given it.
+    """Every folder on every backend that can run it.
 
     Graphs of a CPU flavour run on its one backend; where a backend's own flavour of a precision is among the folders, others
     of that precision are left out there, as nobody would ship them; built engines run where they were built for.
@@ -117,7 +117,7 @@ def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[
 
 
 def _name(place: int, chosen: Sequence[tuple[Path, str, dict[str, Any]]]) -> str:
-    """Backend and precision, and what more it takes to tell the row from the others."""
+    """Backend and precision, and whatever else distinguishes the row from the others."""
 
     def names(entry: tuple[Path, str, dict[str, Any]]) -> list[str]:
         folder, backend, manifest = entry

@@ -40,12 +40,12 @@ CSV_FIELDS = (
 
 @dataclass
 class BenchmarkOptions:
-    """What to measure.
+    """Options of the benchmark.
 
     folders: of exported parts, or of engines. backends: of `qat.engine`; None for those that every machine has. data, split,
-    version: keyframes of a nuScenes-format data set; without data frames are made up. frames: how many. rounds, repeats: in
+    version: keyframes of a nuScenes-format data set; without data, generated frames. frames: how many. rounds, repeats: in
     each round every row runs one frame, `repeats` counted times. engine: threads and what else engines are built and run with; where it
-    has no cache, each row is built anew. Built engines run as they were noted, but for fields that differ from the default ones
+    has no cache, each row is rebuilt. Built engines run with their stored options, except for fields that differ from the default ones
     (`qat.runtime.engines.run_options`). out: folder for the results. command: for the record.
     """
 
@@ -140,7 +140,7 @@ def _times(row: _Row) -> dict[str, list[list[float]]]:
 
 
 def _row_options(entry: Planned, options: Options) -> dict[str, Any]:
-    """What the row was built and run with."""
+    """The options the row was built and run with."""
     if entry.built:
         options = run_options(entry.manifest["engine"], options, entry.folder / FILE)
     return described(options, [entry.backend], [entry.precision])

@@ -16,7 +16,7 @@ BUSY = 0.5  # processes to a core beyond which a machine is called busy
 
 
 def console() -> Console:
-    """A terminal of its own width; piped output has none, and rich's 80 columns would cut the names."""
+    """The terminal's width; piped output has none, and rich's 80 columns would cut the names."""
     return results_console(200)
 
 
@@ -96,10 +96,10 @@ def print_results(results: Mapping[str, Any]) -> None:
             parts.add_section()
     out.print(parts)
     for left_out in results["skipped"]:
-        print(f"left out: {left_out['name']}: {left_out['why']}")
+        print(f"skipped: {left_out['name']}: {left_out['why']}")
     for row in rows:
         if not row["warm_up"]["stable"]:
-            print(f"* {row['name']}: its times had not settled after {row['warm_up']['runs']} runs of warm-up")
+            print(f"* {row['name']}: latency did not settle in {row['warm_up']['runs']} warm-up runs")
     print(
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, "
         f"integer instructions {', '.join(machine['int8_instructions']) or 'none'}"
@@ -112,8 +112,8 @@ def print_results(results: Mapping[str, Any]) -> None:
     load = machine["load"]
     if load["before"] is not None and load["before"] > BUSY * machine["cores"]:
         print(
-            f"warning: load average {load['before']} before the first row on {machine['cores']} cores: others use this "
-            "machine; trust the ratios of one run, not its milliseconds"
+            f"warning: load average {load['before']} before the first row on {machine['cores']} cores: other processes use this "
+            "machine; ratios still hold, milliseconds do not"
         )
 
 

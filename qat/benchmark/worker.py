@@ -1,4 +1,4 @@
-"""One row in a process of its own: what it holds in memory is then its own, and a crash is its own too."""
+"""One row in its own process, so that its memory can be measured and a crash affects no other row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Milliseconds = dict[str, float]
 
 
 def memory_mb(name: str) -> float | None:
-    """Of this process, MB: "VmRSS" what it holds in memory now, "VmHWM" the most it held. None where Linux does not tell."""
+    """Of this process, MB: "VmRSS" what it holds in memory now, "VmHWM" the most it held. None where Linux does not report it."""
     words = field(read_text("/proc/self/status"), name).split()
     return round(int(words[0]) * 1024 / 1e6, 1) if words else None
 
@@ -108,7 +108,7 @@ class _Row:
 
     def turn(self, number: int, repeats: int) -> dict[str, Any]:
         """One frame with a camera geometry that is new to the pipeline: one run that is not counted (it brings the row's
-        weights back into the caches, and tells what a new geometry's pattern costs), then `repeats` that are."""
+        weights back into the caches, and measures a new geometry's pattern), then `repeats` that are."""
         frame = self.frames[number % len(self.frames)].moved(number + 1)
         with no_collection():
             first, _ = self._once(frame)
@@ -141,10 +141,10 @@ def stored_mb(file: Path) -> float:
 
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """The process: makes its object, then calls the methods that are asked for, until told to stop."""
+    """The process: makes its object, then calls the requested methods until it is told to stop."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
-    )  # where it is not blocked; the parent is told too, and ends this process
+    )  # where it is not blocked; the parent gets it too, and ends this process
     target: Any = None
     try:
         target = make(*arguments)
@@ -210,7 +210,7 @@ class Worker:
         self._process.join(5)
         code = self._process.exitcode
         why = "killed: the machine's memory may be used up" if code == -signal.SIGKILL else "see its messages above"
-        return UserError(f"{self.name}: its process ended with status {code} ({why}); run it alone, or leave it out")
+        return UserError(f"{self.name}: its process ended with status {code} ({why}); run it alone, or omit it")
 
     def _answer(self) -> Any:
         try:

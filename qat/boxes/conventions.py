@@ -1,4 +1,4 @@
-"""How boxes are written down, and from one convention to another.
+"""Box conventions, and conversion between them.
 
 All have x, y, z in metres, three sizes and a yaw, in the lidar frame; columns behind the seventh (velocities) are the same everywhere.
 

@@ -1,4 +1,4 @@
-"""What a detector finds in one frame."""
+"""Detections of one frame."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.boxes.conventions import OURS, convert
 class Detections:
     """Boxes in the lidar frame.
 
-    boxes: float32[K,9] of x, y, z (metres), three sizes (metres), yaw (radians), vx, vy (m/s), or [K,7] of a model that gives no
+    boxes: float32[K,9] of x, y, z (metres), three sizes (metres), yaw (radians), vx, vy (m/s), or [K,7] of a model without
     velocities; as `convention` has them (`qat.boxes.conventions`). BEVFusion's: z is the box's middle, then width, length, height;
     at yaw 0 the length lies along y, and the heading, anticlockwise from x, is −yaw − π/2.
     BEVFusion calls z the bottom's and hands its boxes the annotated centre as such, so its head learns centre + h/2
@@ -44,7 +44,7 @@ class Detections:
 
     @staticmethod
     def of(arrays: Mapping[str, np.ndarray], suffix: str = "") -> Detections:
-        """What `arrays` gave."""
+        """Detections from what `arrays` returned."""
         return Detections(arrays[f"boxes{suffix}"], arrays[f"scores{suffix}"], arrays[f"labels{suffix}"])
 
     @staticmethod

@@ -1,9 +1,9 @@
 """Mixed precision: the fewest and cheapest units in float that keep the metric's drop within a budget.
 
-The units are ranked by the damage that each does alone; the shortest beginning of that ranking that keeps the drop within
-the budget is searched for, doubling and halving; then units are given back to INT8, the dearest first, as long as the
+The units are ranked by the accuracy loss of each, one at a time; the shortest beginning of that ranking that keeps the drop within
+the budget is searched for, doubling and halving; then units return to INT8, the largest first, as long as the
 budget holds. Each set that is tried runs over all frames and is scored by the metric itself: damages do not add up exactly.
-What a set gave on a frame is kept on disk, so an interrupted search goes on.
+Each set's result on a frame is kept on disk, so an interrupted search resumes.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def keep_within_budget(
         frames: annotated, as many as the budget's size calls for: on few frames a metric moves more than that by chance.
         budget: of the metric's first figure, such as 0.001 mAP.
         metric: boxes by frame token → figures such as {"map": …, "nds": …}.
-        sensitivity: the units of this model, most harmful first.
+        sensitivity: the units of this model, worst first.
         cache: folder for what each set gave.
         key: of the calibrated model, so that another one's results are not taken for this one's.
 
@@ -150,7 +150,7 @@ def keep_within_budget(
         raise UserError("--budget: found no frames, expected at least one with annotated objects")
     shares = {row.name: row.macs_share for row in sensitivity.units}
     if set(shares) != {unit.name for unit in units(model)}:
-        raise ValueError("the ranking is of other units")
+        raise ValueError("the ranking is for other units")
     ranking = [row.name for row in sensitivity.units]
     trials = _Trials(model, frames, metric, shares, cache, key)
 

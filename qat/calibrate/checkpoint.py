@@ -12,9 +12,9 @@
                    "corrected" for the depth map's background (`qat.lean.background`) or have "absorbed" corrections,
      "weights":    after training only: {path in the parts: tensor}, batch norm folded}
 
-Folding, placement, equalization and corrections are functions of these alone, so a reload gives bit-identical outputs. A network that
-was trained after folding (`finetune`) has weights that no float state dict with batch norms gives: they are kept apart.
-The float weights stay: training goes on from them as the teacher.
+Folding, placement, equalization and corrections are functions of these only, so a reload has bit-identical outputs. A network that
+was trained after folding (`finetune`) has weights that no float state dict with batch norms has: they are stored separately.
+The float weights stay: they are the teacher of further training.
 
 Schemas 1 and 2 are still read: 1 knew neither equalized channels nor trained weights; both listed what the default flavour does
 not round among what is off, and named some quantizers by the number of an operation in the graph (`quant_add_3`).
@@ -55,7 +55,7 @@ def save_ptq(
 
     Args:
         float_model: the one that `model` was made from.
-        trained: `model`'s weights are others than folding `float_model` gives; they are written too.
+        trained: `model`'s weights differ from those of folding `float_model`; they are written too.
     """
     placement = {
         "keep_float": [
@@ -174,7 +174,7 @@ def _telling(path: str | Path) -> Iterator[None]:
 
 
 def _settle(quantized: QuantizedModel, checkpoint: Mapping[str, Any], path: str | Path, as_saved: bool) -> None:
-    """Gives a `_base` the checkpoint's ranges. as_saved: and equalized channels and trained weights."""
+    """Sets the checkpoint's ranges in a `_base`. as_saved: and equalized channels and trained weights."""
     with _telling(path):
         recipe = checkpoint["recipe"]
         names = (lambda name: name) if checkpoint["schema"] >= 3 else old_names(quantized, checkpoint)

@@ -33,7 +33,7 @@ def device() -> torch.device:
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """Joins the other processes (nccl where there is a GPU for each, gloo otherwise); alone, does nothing."""
+    """Joins the other processes (nccl where there is a GPU for each, gloo otherwise); does nothing in a single process."""
     rank, size = place()
     if size == 1:
         yield rank, size
@@ -51,10 +51,10 @@ def process_group() -> Iterator[tuple[int, int]]:
 def agree(error: UserError | None) -> None:
     """Ends every process if any of them has found bad input; rank 0 says which.
 
-    (A process that stopped alone would leave the others waiting for it.)
+    (If one process stopped by itself, the others would wait for it.)
 
     Raises:
-        UserError: on rank 0, and alone. Others leave silently with exit status 2.
+        UserError: on rank 0, or in a single process. Others exit silently with status 2.
     """
     rank, size = place()
     if size == 1:

@@ -117,7 +117,7 @@ def check_weights(options: FinetuneOptions, family: Family) -> None:
 
 @dataclass
 class _Batch:
-    """This process's frames of a step, the plan's inputs of them, and what its geometry ops give."""
+    """This process's frames of a step, their inputs of the plan, and the results of its geometry ops."""
 
     tokens: list[str]
     feeds: dict[str, Any]
@@ -133,7 +133,7 @@ class _Runners:
 
 
 class _Source:
-    """Frames of all data sets, augmented or as the test pipeline gives them."""
+    """Frames of all data sets, augmented or as in the test pipeline."""
 
     def __init__(self, datasets: Sequence[Any], model: QuantizedModel, options: FinetuneOptions) -> None:
         self.options, self.flow = options, model.flow
@@ -146,7 +146,7 @@ class _Source:
             raise UserError(f"--batch: found {options.batch}, --data has {len(self.where)} keyframes")
 
     def batch(self, step: int) -> _Batch:
-        """What this process sees at a step: a function of the seed, the step and its rank alone. All processes together
+        """This process's frames of a step: a function of only the seed, the step and its rank. All processes together
         see what one would."""
         rank, size = place()
         epoch, position = divmod(step, len(self.where) // self.options.batch)
@@ -253,7 +253,7 @@ def _deferred_interrupts() -> Iterator[list[int]]:
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, which alone gets signals
+    except ValueError:  # not the main thread, the only one that gets signals
         before = {}
     try:
         yield seen
@@ -285,7 +285,7 @@ def _check_teacher(plan: Plan, tensors: Mapping[str, Any], tokens: Sequence[str]
     if not bool(finite.all()):
         token = tokens[int((~finite).nonzero()[0])]
         raise NotFiniteError(
-            f"frame {token}: the float network gives values that are not finite; leave the frame out, or fix the checkpoint"
+            f"frame {token}: the float network's values are not finite; drop the frame, or fix the checkpoint"
         )
 
 
@@ -393,7 +393,7 @@ def finetune(
 ) -> FinetuneResult:
     """Trains the network of a PTQ checkpoint and writes `out/qat.pth`, `out/history.json` and, at times, `out/resume.pth`.
 
-    A run that was killed goes on from `resume.pth` to the very weights that it would have had; one that is finished does
+    A killed run resumes from `resume.pth` and ends with the same weights; a finished one does
     nothing more. Under torchrun (inside `process_group`) the processes share each step's frames, and rank 0 writes.
 
     Args:
@@ -425,7 +425,7 @@ def finetune(
         }
         if resume.exists():
             state.load(resume, run)
-            quiet(f"{resume}: goes on at step {state.step}")
+            quiet(f"{resume}: resumed at step {state.step}")
         source = _Source(datasets, state.student, options)
         reference, float_model = state.teacher, state.float_model
     except UserError as found:

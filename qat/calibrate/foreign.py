@@ -87,7 +87,7 @@ class _Theirs:
         if amax.ndim > 8 or amax.numel() > 1 << 20 or amax.numel() == 0:  # before looking at values: it may be a view
             return f"has a range of shape {list(amax.shape)[:8]}"
         if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()) or float(amax.max()) <= 0:
-            return "was never calibrated: its range is NaN, 0 or endless"
+            return "was never calibrated: its range is NaN, 0 or infinite"
         return None
 
     def input_fault(self, name: str) -> str | None:
@@ -122,9 +122,9 @@ def _norms(model: Any) -> Iterator[tuple[str, nn.Module, str, nn.BatchNorm2d]]:
 def _neutral_norms(
     pairs: Sequence[tuple[str, nn.Module, str, nn.BatchNorm2d]], state: dict[str, torch.Tensor]
 ) -> list[str]:
-    """Gives each folded convolution in `state` a batch norm after it that does nothing but add its bias; which were so.
+    """Adds to each folded convolution in `state` a batch norm that only adds its bias; returns those convolutions.
 
-    With variance 1 − ε the sum σ² + ε is 1 exactly in float32 for the ε that networks use, so folding gives back the
+    With variance 1 − ε the sum σ² + ε is 1 exactly in float32 for the ε that networks use, so folding restores the
     weights bit for bit.
     """
     folded = []
@@ -151,7 +151,7 @@ def _factor(norm: nn.BatchNorm2d) -> torch.Tensor:
 
 
 def _weight_amax(layer: nn.Module, theirs: Mapping[str, Any], factor: torch.Tensor | None) -> torch.Tensor | str:
-    """The range of each output channel of our layer, or why theirs does not give one.
+    """The range of each output channel of our layer, or why the file has none.
 
     factor: what folding multiplied the channels by after their quantizer saw the weights.
     """
@@ -228,7 +228,7 @@ def _concats(theirs: _Theirs, graph: fx.GraphModule) -> dict[fx.Node, str]:
 def _set_activations(
     model: QuantizedModel, part: str, theirs: _Theirs, report: _Report, layers: Mapping[str, object]
 ) -> None:
-    """Gives one part's activation quantizers their ranges, and switches off those that have none."""
+    """Sets the ranges of one part's activation quantizers, and switches off those without one."""
     graph, inventory = model.parts[part], model.inventory[part]
     assert isinstance(graph, fx.GraphModule)
     concats = _concats(theirs, graph)
@@ -330,8 +330,8 @@ def load_foreign(
                 ranges[path] = amax
     if not ranges:
         raise UserError(
-            f"{source}: found {len(theirs.all)} quantizers, none of which fits a layer of this network (such as "
-            f"{next(iter(theirs.all), 'none')}); give the config that the checkpoint was made with"
+            f"{source}: found {len(theirs.all)} quantizers, of which none matches a layer of this network (such as "
+            f"{next(iter(theirs.all), 'none')}); use the config that the checkpoint was made with"
         )
 
     quantized = QuantizedModel(model, rules, parts_off)
@@ -362,7 +362,7 @@ def _unused(theirs: _Theirs, report: _Report) -> dict[str, str]:
         if layer in report.float_layers and kind in (*INPUT, *WEIGHT):
             found[name] = f"{layer} stays float: {report.float_layers[layer]}"
         else:
-            found[name] = fault or "no tensor here that is certainly the one it rounds"
+            found[name] = fault or "no tensor here that certainly matches the one it rounds"
     return found
 
 

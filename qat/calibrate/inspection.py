@@ -118,7 +118,9 @@ def inspect_detector(model: QuantizedModel, recipe: dict[str, Any]) -> Inspectio
                 )
             )
             if weights.off and not off:
-                found.floats.append(FloatLayer(part, path, "budget", "its INT8 costs more mAP than the budget allows"))
+                found.floats.append(
+                    FloatLayer(part, path, "budget", "in INT8 it loses more mAP than the budget allows")
+                )
         found.floats += [
             FloatLayer(part, name, kept.rule, kept.reason, kept.flavours) for name, kept in inventory.kept.items()
         ]
@@ -132,7 +134,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     """Reads a PTQ checkpoint.
 
     Raises:
-        UserError: it is none, or damaged.
+        UserError: it is not a PTQ checkpoint, or damaged.
     """
     return inspect_detector(*load_ptq(path))
 

@@ -154,7 +154,7 @@ def warnings_of(report: CalibrationReport) -> list[str]:
     """What a user should know before trusting the ranges, a line each."""
     lines = [f"{name} was zero on every frame; its scale is a floor" for name in report.unexcited]
     if report.frames < FEW_FRAMES:
-        lines.append(f"{report.frames} frames are few; ranges may be too narrow for other scenes")
+        lines.append(f"{report.frames} frames are few: ranges may be too narrow for other scenes")
     return lines
 
 
@@ -213,8 +213,8 @@ def print_summary(result: CalibrationResult) -> None:
     console.print(table)
     if isinstance(branch := result.recipe.get("branch"), dict):
         console.print(
-            f"camera branch alone: {branch['left_out']} tensors of the checkpoint lie outside {branch['prefix']!r} and were "
-            "left out",
+            f"camera branch only: {branch['left_out']} tensors of the checkpoint are outside {branch['prefix']!r} and were "
+            "ignored",
             highlight=False,
         )
     console.print(f"INT8 share of all MACs: {report.int8_share:.1%}")

@@ -1,4 +1,4 @@
-"""What a calibration is asked for."""
+"""Options of a calibration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BudgetOptions:
     """What may be lost for INT8, and where that is measured.
 
     drop: of mAP. data, version, split, frames: annotated keyframes, as for `NuScenesDataset`. metric: of such a data set,
-    what scores boxes by frame token. ranked_on: frames that the units' own damage is measured on.
+    scores boxes by frame token. ranked_on: frames that the units' losses are measured on.
     """
 
     drop: float
@@ -35,7 +35,7 @@ class BudgetOptions:
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """Calibration options; flags of `bevqat calibrate` have the same names where not said.
+    """Calibration options; flags of `bevqat calibrate` have the same names unless stated.
 
     data, split, version, frames: the keyframes to calibrate on, as for `NuScenesDataset`.
     method: one of `qat.lean.METHODS`, or "auto": what serves each part best (the family's recipe). percentile: for that method.
@@ -72,7 +72,7 @@ class CalibrateOptions:
         if self.budget is None:
             return
         if place()[1] > 1:
-            raise UserError("--budget: found several processes, expected one; leave torchrun out")
+            raise UserError("--budget: found several processes, expected one; run without torchrun")
         if source.checkpoint is None:
             raise UserError("--budget: found random weights, expected a trained detector's, whose mAP can fall")
         check_budget(self.budget.drop)

@@ -48,13 +48,13 @@ def check_frame(frame: Any) -> None:
     for name in ("img", "depth"):
         array = getattr(frame, name, None)
         if array is not None and not np.isfinite(array).all():
-            raise UserError(f"calibration frame {frame.token}: {name} has NaN or infinity; leave the frame out")
+            raise UserError(f"calibration frame {frame.token}: {name} has NaN or infinity; drop the frame")
     if (img := getattr(frame, "img", None)) is None:
         return
     flat = img.reshape(*img.shape[:2], -1)  # normalisation makes three values of black
     constant = np.flatnonzero((flat.min(2) == flat.max(2)).all(1))
     if len(constant):
-        raise UserError(f"calibration frame {frame.token}: camera {constant[0]} is one colour; leave the frame out")
+        raise UserError(f"calibration frame {frame.token}: camera {constant[0]} is one colour; drop the frame")
 
 
 def _methods(model: QuantizedModel, method: str, by_layer: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -86,7 +86,7 @@ def calibrate(
     """Sets the range of every quantizer from what its tensor holds on `frames`.
 
     Args:
-        model: a family's float network, or an already quantized model to calibrate anew; what was equalized in it stays so.
+        model: a family's float network, or an already quantized model to calibrate again; equalized tensors stay equalized.
         frames: preprocessed ones; of a plan with state, whole scenes in the order of time.
         method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.
         percentile: share of magnitudes inside the range, in percent, for `percentile`.
@@ -139,7 +139,7 @@ def calibrate(
 def _equalize(
     model: QuantizedModel, calibrators: Mapping[str, HistogramCalibrator], by_layer: Sequence[tuple[str, str]]
 ) -> None:
-    """Equalizes the channels of parts' inputs, where that pays and no method was asked for the quantizer by its name.
+    """Equalizes the channels of parts' inputs, where that pays and no method was set for the quantizer by name.
 
     Like a weight's, an equalized channel's range is its largest magnitude, whatever the method.
     """

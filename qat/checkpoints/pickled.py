@@ -2,7 +2,7 @@
 
 Both of torch's formats are read: the zip of version 1.6 on (`data.pkl` and one entry a storage), and the older run of
 pickles followed by the storages' bytes (formats: torch/serialization.py). The pickle goes through `qat.checkpoints.unpickle`.
-`torch.load` takes no part, since on the way to its unpickler it may hand a file to TorchScript, unpack a tar or write a
+`torch.load` is not used, because on the way to its unpickler it may hand a file to TorchScript, unpack a tar or write a
 patch file into the working directory.
 """
 
@@ -78,7 +78,7 @@ class _Storages:
     """Answers persistent ids: ("storage", class, key, device, elements[, view]) and, before 1.6, ("module", class, …).
 
     Args:
-        read: gives the storage of a key, at least so many bytes.
+        read: returns the storage of a key, at least so many bytes.
         limit: bytes that all storages together can have.
     """
 
@@ -92,7 +92,7 @@ class _Storages:
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
             return identity[1]  # the class; the source code behind it is of no use
         if not (isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage"):
-            raise Damaged("a persistent id that is no storage's")
+            raise Damaged("a persistent id that is not a storage")
         _, kind, key, _device, numel, *view = identity
         dtype = None
         if isinstance(kind, Record) and kind.args is None and kind.module in STORAGE_MODULES:
@@ -109,11 +109,11 @@ class _Storages:
             self.data[key], self.elements[key] = self.read(key, size), numel
         data = self.data[key]
         if data.nbytes() < size:
-            raise Damaged(f"storage {key[:40]!r} of {size:,} bytes, of which the file has {data.nbytes():,}")
+            raise Damaged(f"storage {key[:40]!r} of {size:,} bytes; the file has {data.nbytes():,}")
         start, length = 0, numel
         if view and view[0] is not None:
             if not isinstance(view[0], tuple) or len(view[0]) != 3 or not is_integers(view[0][1:]):
-                raise Damaged("a view of a storage that is none")
+                raise Damaged("a view of something that is not a storage")
             _, start, length = view[0]
             if min(start, length) < 0 or start + length > numel:
                 raise Damaged("a view of a storage beyond its end")
@@ -184,7 +184,7 @@ def _read_legacy(path: Path) -> Any:
     data = path.read_bytes()
     stream = io.BytesIO(data)
     if data[:1] != pickle.PROTO or InertUnpickler(stream, _no_persistent).load() != LEGACY_MAGIC:
-        raise Damaged("no checkpoint's first bytes")
+        raise Damaged("the first bytes are not a checkpoint's")
     if InertUnpickler(stream, _no_persistent).load() != LEGACY_PROTOCOL:
         raise Damaged("another format than torch's")  # not which: printing what a file holds may never end
     system = InertUnpickler(stream, _no_persistent).load()
@@ -195,7 +195,7 @@ def _read_legacy(path: Path) -> Any:
     keys = InertUnpickler(stream, _no_persistent).load()
     listed = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not listed or set(keys) != set(storages.data):
-        raise Damaged("a list of storages that is not the pickle's")
+        raise Damaged("a list of storages that differs from the pickle's")
     for key in keys:
         storage = storages.data[key]
         if struct.unpack("<q", stream.read(8))[0] != storages.elements[key]:
@@ -303,7 +303,7 @@ def quantizer_settings(have: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def module_state(record: Record, source: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """A pickled network's state dict, by the names that `nn.Module.state_dict` gives, without its quantizers; and those by
+    """A pickled network's state dict, by the names of `nn.Module.state_dict`, without its quantizers; and those by
     their paths (as `quantizer_settings`). A module that stands at several paths is listed at each.
 
     Raises:

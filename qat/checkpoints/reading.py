@@ -1,4 +1,4 @@
-"""Reading checkpoints: tensors and plain containers; whatever else a file holds is never executed."""
+"""Reading checkpoints: tensors and plain containers; nothing else in a file is executed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _quantizer_part(name: object) -> tuple[str, str] | None:
 def split_quantizers(
     state: Mapping[str, Any], described: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A state dict without what its TensorQuantizers keep in it, and those, as `load_checkpoint` gives them.
+    """A state dict without what its TensorQuantizers keep in it, and those, as `load_checkpoint` returns them.
 
     described: their attributes by path, where the file says more than their ranges (ModelOpt's `quantizer_state`).
     """
@@ -120,7 +120,7 @@ def _from_pickled(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
             return value, {}
     what = f"a {value.module}.{value.name}" if isinstance(value, Record) else f"a {type(value).__name__}"
     raise UserError(
-        f"{path}: holds {what}, and pickled objects are not run here: expected a network, a state dict or "
+        f"{path}: found {what} (pickled objects are not run here), expected a network, a state dict or "
         "{'state_dict': …}; save model.state_dict() instead"
     )
 
@@ -182,7 +182,7 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> dict[str, Any]:
         if chosen.note:
             checkpoint.update(averaged=chosen.averaged, note=chosen.note)
     elif ema:
-        raise UserError(f"--ema: found {path}, a checkpoint of bevqat's with one set of weights; leave --ema out")
+        raise UserError(f"--ema: found {path}, a bevqat checkpoint, which has one set of weights; omit --ema")
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping) or not has_tensors(state):
         raise UserError(
@@ -234,10 +234,10 @@ def float_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
     if smoothed := [name for name, q in quantizers.items() if q["special"] and "SmoothQuant" in q["special"]]:
         raise UserError(
             f"{path}: found {len(smoothed)} layers whose weights another tool has scaled for quantization ({smoothed[0]}: "
-            "SmoothQuant), expected the float network's; give the checkpoint from before"
+            "SmoothQuant), expected float weights; use the checkpoint from before that"
         )
     if quantizers:
-        note(f"{path}: left out the ranges of {len(quantizers)} quantizers of another tool; import-ptq takes them")
+        note(f"{path}: ignored the ranges of {len(quantizers)} quantizers of another tool; import-ptq uses them")
     if checkpoint.get("note"):
         note(checkpoint["note"])
     found: dict[str, Any] = checkpoint["state_dict"]

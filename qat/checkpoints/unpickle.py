@@ -1,4 +1,4 @@
-"""Python's own unpickler, with everything that a pickle can call taken out.
+"""Python's own unpickler, without anything that a pickle could call.
 
 A pickle is a program, and `pickle.load` lets it import and call anything. Here a global is a `Record` of its name, and calling
 it, or making or filling an object of it, only notes the arguments. What is rebuilt is a fixed list of plain things
@@ -31,7 +31,7 @@ CONSTANTS = {
 
 
 class Damaged(Exception):
-    """What is wrong with the file, without its name."""
+    """The fault of a file, without its name."""
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -40,7 +40,7 @@ class Record:
     `args` would have made.
 
     attributes: its `__dict__`; a state of another kind under "__state__". What a subclass of dict or list holds is not kept. All
-    of it is as the file says, and hence not to be trusted.
+    of it comes from the file and cannot be trusted.
     """
 
     module: str
@@ -82,7 +82,7 @@ def _tensor(
     have = storage.numel * storage.dtype.itemsize // dtype.itemsize
     numbers = (offset, *size, *stride)
     if not is_integers(numbers):
-        raise Damaged("a tensor whose shape is not of integers")
+        raise Damaged("a tensor whose shape is not integers")
     shape = f"a tensor of shape {list(size)[:8]}, strides {list(stride)[:8]} from element {offset}"
     if len(size) != len(stride) or len(size) > 32 or min(numbers) < 0:
         raise Damaged(f"{shape}, which no tensor can have")
@@ -99,7 +99,7 @@ def _parameter(data: torch.Tensor, *_: Any) -> Any:
 
 
 def _from_type(function: Record, _kind: Any, args: tuple[Any, ...], *_: Any) -> Any:
-    """A subclass of Tensor, or one with attributes of its own: the tensor alone."""
+    """A subclass of Tensor, or one with extra attributes: only the tensor."""
     builder, *_types = _BUILDERS.get((function.module, function.name), (None,))
     return _built(function, args) if builder in (_tensor, _parameter) else NotImplemented
 
@@ -108,7 +108,7 @@ def _pairs(items: Any = ()) -> dict[Any, Any]:
     if isinstance(items, dict):
         return dict(items)
     if not all(isinstance(item, list | tuple) for item in items):
-        raise Damaged("entries of a dict that are no pairs")
+        raise Damaged("entries of a dict that are not pairs")
     return {_key(key): value for key, value in items}
 
 
@@ -156,7 +156,7 @@ def _filled(array: np.ndarray, state: Any) -> Any:
     return Record("numpy", "ndarray", (), {"__state__": state})
 
 
-# What is rebuilt: by what, and of which arguments. Containers alone are iterated: a tensor of stride 0 has no end of rows.
+# What is rebuilt: by which function, from which arguments. Only containers are iterated: a tensor of stride 0 has endless rows.
 _LISTED = list | tuple
 _REBUILT_TENSOR = (_tensor, Storage, int, _LISTED, _LISTED, object, object, object, object)
 _REBUILT_PARAMETER = (_parameter, torch.Tensor, object, object, object)
@@ -201,7 +201,7 @@ PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what protocol 2 
 
 
 def _built(function: Record, args: tuple[Any, ...]) -> Any:
-    """What calling it makes, or NotImplemented for what is not rebuilt."""
+    """The rebuilt object, or NotImplemented for one that is not rebuilt."""
     builder, *kinds = _BUILDERS.get((function.module, function.name), (None,))
     fits = builder and function.args is None and len(args) <= len(kinds)
     return builder(*args) if fits and all(map(isinstance, args, kinds)) else NotImplemented
@@ -222,7 +222,7 @@ def _key(value: Any) -> Any:
 
 
 class _Counted(dict[int, Any]):
-    """An unpickler's table of opcodes, which is asked once for each."""
+    """An unpickler's table of opcodes, looked up once for each opcode."""
 
     left = 0
 
@@ -239,7 +239,7 @@ class _Counted(dict[int, Any]):
 class InertUnpickler(pickle._Unpickler):
     """Reads one pickle from a stream, calling nothing that it names; the stream is then behind it."""
 
-    # The base class has them; mypy's description of it has not.
+    # The base class has them, but mypy's stub of it does not.
     stack: list[Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]

@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint are the network's: wrappers' prefixes, and averaged copies (EMA) beside the weights.
 
-Where averaged weights (an exponential moving average over training steps) lie:
+Where files keep averaged weights (an exponential moving average over training steps):
 
     {"state_dict": …, "state_dict_ema": …}    timm; also "model_ema", "ema"
     {"state_dict": …, "ema_state_dict": …}    mmengine, which swaps the two on saving: state_dict holds the average
@@ -8,7 +8,7 @@ Where averaged weights (an exponential moving average over training steps) lie:
                                               epoch the two are swapped; saved in the middle of one they are not
 
 A buffer that counts batches (num_batches_tracked) is not averaged by mmdet's hook: the larger count is the trained weights', and
-tells whether the two were swapped.
+shows whether the two were swapped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BEFORE = "ema_"
 TRACKED = "num_batches_tracked"
 
 
-LONGEST = 1000  # characters of a name that a network gives; damaged files have names without end
+LONGEST = 1000  # characters of a network's name; damaged files have endless names
 
 
 def has_tensors(value: Any) -> bool:
@@ -85,7 +85,7 @@ def _is_wrapped(names: list[str], prefix: str) -> bool:
 
 @dataclass
 class Chosen:
-    """The weights that were taken. averaged: whether the file says that they are averaged ones. note: what to tell the user
+    """The selected weights. averaged: whether the file says that they are averaged. note: a line for the user
     of a file with two sets, or ""."""
 
     state: dict[str, Any]
@@ -141,8 +141,7 @@ def choose_weights(checkpoint: Mapping[str, Any], source: str, ema: bool) -> Cho
         where, average, swapped = beside
     elif ema:
         raise UserError(
-            f"--ema: found no averaged weights in {source}, expected them under {', '.join(BESIDE)} or as {BEFORE}*; leave --ema "
-            "out"
+            f"--ema: found no averaged weights in {source}, expected them under {', '.join(BESIDE)} or as {BEFORE}*; omit --ema"
         )
     else:
         return Chosen(state)
@@ -151,15 +150,15 @@ def choose_weights(checkpoint: Mapping[str, Any], source: str, ema: bool) -> Cho
         return Chosen(
             state,
             True,
-            f"{source}: took the weights of state_dict, which are the averaged ones here; {copy} holds those before averaging",
+            f"{source}: used state_dict, which has the averaged weights here; {copy} has those before averaging",
         )
     if ema:
-        return Chosen({**state, **average}, True, f"{source}: took the averaged weights, {copy}")
+        return Chosen({**state, **average}, True, f"{source}: used the averaged weights, {copy}")
     if not state:
-        raise UserError(f"{source}: found averaged weights alone, {copy}, expected a state_dict too; --ema takes them")
-    often = "; of mmcv, which swaps them at the end of an epoch, evaluate both" if swapped is None else ""
+        raise UserError(f"{source}: found only averaged weights, {copy}, expected a state_dict too; use --ema for them")
+    often = "; mmcv swaps the two at the end of an epoch: evaluate both" if swapped is None else ""
     return Chosen(
         state,
         False,
-        f"{source}: took the weights of state_dict, not the averaged ones, {copy}: --ema takes those{often}",
+        f"{source}: used state_dict, not the averaged weights, {copy}; --ema uses those{often}",
     )

@@ -1,6 +1,6 @@
 """The command line: `bevqat VERB`, and the scripts `python qat/VERB.py` beside this folder.
 
-One module a verb, imported only when it is asked for. A module has `add_arguments(parser)` and `run(args) -> int` (the exit
+One module a verb, imported only when it is used. A module has `add_arguments(parser)` and `run(args) -> int` (the exit
 status): it parses, calls one function, prints. What follows the first line of its docstring is the end of its --help.
 """
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: of status 0 after --help and --version, of status 2 for words that are not understood.
     """
-    program = argv is None  # and not a call of a program that goes on
+    program = argv is None  # not a call by another program
     allow_any_text()
     if program:
         interrupts.show_one_line(True)
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package == "qat":
             raise
         print(
-            f"error: the package {package} is not installed; fix by: what `bevqat doctor` says of it", file=sys.stderr
+            f"error: the package {package} is not installed; fix by: run `bevqat doctor`, which prints the command",
+            file=sys.stderr,
         )
         return BAD_USE
 
@@ -60,7 +61,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return BAD_USE
     if asked is not None and asked not in VERBS:
         hint = nearest(asked, VERBS) or "; `bevqat --help` lists them"
-        parser.error(f"found no verb {asked!r}{hint}")
+        parser.error(f"unknown verb {asked!r}{hint}")
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.verb_parser(args.verb).refuse_unknown(unknown)

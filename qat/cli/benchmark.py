@@ -1,6 +1,6 @@
 """Time exported detectors on this machine, part by part and end to end, for each backend and precision, interleaved.
 
-Each folder's manifest says its precision and flavour. Every row runs in a process of its own. Writes benchmark.json,
+Precision and flavour come from each folder's manifest. Every row runs in its own process. Writes benchmark.json,
 benchmark.csv and benchmark.svg; docs/benchmark.md says how to read them. Needs neither torch nor a config. Without --onnx
 nothing is measured: --compare then reads the new figures from --out.
 
@@ -36,18 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--onnx", type=Path, nargs="+", action="extend", default=[], metavar="DIR", help="exported parts, or engines"
     )
     add_backends_flag(parser, None, "openvino,onnxruntime, and those of engines given")
-    parser.add_argument("--data", type=Path, metavar="ROOT", help="nuScenes-format data (default: made-up frames)")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help="nuScenes-format data (default: generated frames)")
     parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
     parser.add_argument("--split", metavar="NAME", help=f"{SPLIT_HELP} (default all)")
-    parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames that take turns (default 4)")
+    parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames, in turn (default 4)")
     add_rounds_flags(parser, 20, 3)
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep built engines there (default: build anew)")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep built engines there (default: rebuild each time)"
+    )
     add_out_flag(parser, "DIR", Path("runs/benchmark"))
     add_json_flag(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write benchmark.csv there too")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed beyond the noise since")
     parser.add_argument(
-        "--threshold", type=float, metavar="SHARE", help="of --compare: smaller changes are not told (default 0.03)"
+        "--compare", type=Path, metavar="OLD.json", help="print changes since then that exceed the noise"
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="SHARE", help="with --compare: ignore smaller changes (default 0.03)"
     )
     add_engine_flags(parser)
     add_tensorrt_flags(parser)
@@ -66,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
 
     written = args.out / f"{NAME}.json"
     if args.data is None and (args.split or args.version):
-        raise UserError("--split, --version: found no data to choose from, expected --data ROOT")
+        raise UserError("--split, --version: only apply with --data; add --data ROOT")
     if args.threshold is not None and args.compare is None:
-        raise UserError("--threshold: found nothing to compare with, expected --compare OLD.json")
+        raise UserError("--threshold: only applies with --compare; add --compare OLD.json")
     if not args.onnx and args.compare is None:
         raise UserError("--onnx: found none, expected at least one folder that export-camera wrote, or --compare")
     old = None if args.compare is None else load_results(args.compare)
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             new = benchmark(options)
         except KeyboardInterrupt:
-            kept = f"{written} is as it was before" if written.is_file() else f"{written} was not written"
+            kept = f"{written} is unchanged" if written.is_file() else f"{written} was not written"
             print(f"interrupted; {kept}", file=sys.stderr)
             return INTERRUPTED
         print_results(new)

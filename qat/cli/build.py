@@ -1,6 +1,6 @@
 """Build every part of an exported folder into engines for this machine.
 
-The folder that it writes has one built file for each part and a manifest.json; `qat.runtime.Pipeline.load(folder)` runs it
+The folder has one built file for each part and a manifest.json; `qat.runtime.Pipeline.load(folder)` runs it
 without the ONNX graphs. Built files are for the version of the backend and the processor or GPU that built them.
 
 example:
@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onnx", type=Path, required=True, metavar="DIR", help="a folder that export-camera wrote: all parts"
     )
-    parser.add_argument("--backend", required=True, choices=tuple(BACKENDS), help="what builds and runs them")
+    parser.add_argument("--backend", required=True, choices=tuple(BACKENDS), help="backend that builds and runs them")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="default: the folder's; an fp16 folder's graphs take fp32 too"
+        "--precision", choices=PRECISIONS, help="default: the folder's; an fp16 folder can be built as fp32 too"
     )
     add_out_flag(parser, "DIR", "engines_PRECISION_BACKEND beside --onnx")
     add_engine_flags(parser)

@@ -3,7 +3,7 @@
 example:
   bevqat calibrate --data example-data --split calib --out runs/calibrate/ptq.pth
 
-The camera branch alone, out of a whole camera+lidar model, here your configs.yaml and bevfusion.pth:
+The camera branch of a camera+lidar model (your configs.yaml and bevfusion.pth):
   bevqat calibrate --config configs.yaml --ckpt bevfusion.pth --prefix encoders.camera --data data/nuscenes --split mini_train --out runs/branch/ptq.pth
 
 Several processes share the frames and end with the same ranges:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN=METHOD",
-        help="another method for quantizers whose part.name matches; may be given again (`bevqat inspect` lists names)",
+        help="another method for quantizers whose part.name matches; repeatable (`bevqat inspect` lists names)",
     )
     parser.add_argument(
         "--percentile", type=float, default=99.99, metavar="P", help="for --method percentile (default 99.99)"
@@ -59,25 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-equalize",
         action="store_true",
-        help="do not divide the channels of a part's input by their magnitudes (it writes one product before the rounding)",
+        help="do not equalize the channels of a part's input (saves one product before the rounding)",
     )
     parser.add_argument(
         "--keep-float",
         action="append",
         default=[],
         metavar="PATTERN[=REASON]",
-        help="leave layers whose path in the detector matches (shell style) in float, in every flavour; may be given again",
+        help="keep layers float whose path in the detector matches (shell style), in every flavour; repeatable",
     )
     parser.add_argument(
         "--budget",
         type=float,
         metavar="DROP",
-        help="mAP that INT8 may cost, such as 0.001: the fewest and cheapest layers that pay for more stay float",
+        help="largest mAP loss of INT8, such as 0.001: the fewest and cheapest layers stay float to meet it",
     )
-    parser.add_argument("--budget-data", type=Path, metavar="ROOT", help="annotated data for it (default --data)")
-    parser.add_argument("--budget-version", metavar="NAME", help="needed where --budget-data holds several")
-    parser.add_argument("--budget-split", metavar="NAME", help="its split (default calib)")
-    parser.add_argument("--budget-frames", type=int, metavar="N", help="N of its frames (default all)")
+    parser.add_argument("--budget-data", type=Path, metavar="ROOT", help="annotated data for --budget (default --data)")
+    parser.add_argument("--budget-version", metavar="NAME", help="required if --budget-data holds several")
+    parser.add_argument("--budget-split", metavar="NAME", help="split of that data (default calib)")
+    parser.add_argument("--budget-frames", type=int, metavar="N", help="N frames of that split (default all)")
     add_out_flag(parser, "CKPT", Path("runs/calibrate/ptq.pth"))
     add_json_flag(parser)
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for name in ("data", "version", "split", "frames"):
             if getattr(args, f"budget_{name}") is not None:
-                raise UserError(f"--budget-{name}: found without --budget, expected both, such as --budget 0.001")
+                raise UserError(f"--budget-{name}: only applies with --budget; add it, such as --budget 0.001")
     source = Source(None if args.init else args.ckpt, args.config, args.prefix, args.ema, seed)
     options = CalibrateOptions(
         data=args.data,

@@ -1,7 +1,7 @@
 """Run the whole detector over the evaluation keyframes with PyTorch and each backend × precision; write the report.
 
 Accuracy is what the nuScenes devkit computes on all keyframes; latency is measured interleaved. An interrupted run
-goes on where it was. With --sensitivity the report tells which layers pay for INT8 and what stays float.
+resumes. With --sensitivity the report shows which layers lose accuracy in INT8 and which stay float.
 
 example:
   bevqat calibrate --out runs/tiny/ptq.pth
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="DIR",
-        help="exported parts, FP32 and INT8, each as its manifest says",
+        help="exported parts, FP32 and INT8",
     )
     for name in ("fp32", "int8"):  # as it was until 0.1
         parser.add_argument(f"--{name}", type=Path, action="append", default=[], help=argparse.SUPPRESS)
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sensitivity",
         type=Path,
         metavar="FILE",
-        help="what `bevqat sensitivity` wrote of --ptq's checkpoint (sensitivity.json): worst layers, what stays float",
+        help="sensitivity.json of --ptq's checkpoint, to report its worst layers and what stays float",
     )
     add_out_flag(parser, "DIR", Path("runs/compare"))
     add_json_flag(parser)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         precision = load_manifest(folder, check_files=False)["precision"]
         if precision not in folders:
             raise UserError(
-                f"{folder}: found {precision} parts, expected fp32 or int8: backends on a GPU are timed by benchmark"
+                f"{folder}: found {precision} parts, expected fp32 or int8: use `bevqat benchmark` for fp16 on a GPU"
             )
         folders[precision].append(folder)
     comparison = compare(

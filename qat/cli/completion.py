@@ -3,8 +3,8 @@
 example:
   bevqat completion bash
 
-For this shell alone: source <(bevqat completion bash)
-docs/commands.md tells where each shell looks for it at its start.
+For the current shell: source <(bevqat completion bash)
+docs/commands.md says where each shell looks for it at start-up.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Say what this machine can run, and what to install for the rest.
+"""Show what this machine can run, and what to install for the rest.
 
-Each line is ok, missing (which only who needs it minds) or a problem, with the command that fixes it. Exit status 1 if
+Each line is ok, missing (a problem only if you need it) or a problem, with the command that fixes it. Exit status 1 if
 something is not ok that calibrating, exporting, building and comparing on the CPU needs.
 
 example:
@@ -23,7 +23,7 @@ from qat.cli.json_output import add_json_flag, emit_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument(
-        "--out", type=Path, default=Path("runs"), metavar="DIR", help="folder that results will go to (default runs)"
+        "--out", type=Path, default=Path("runs"), metavar="DIR", help="folder for results (default runs)"
     )
     add_json_flag(parser)
 
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     print()
     wrong = [found.name for found in report.findings if found.needed and found.state != "ok"]
     if wrong:
-        print(f"the main job cannot be done here before these are fixed: {', '.join(wrong)}")
+        print(f"calibrate, export, build and compare do not work here until these are fixed: {', '.join(wrong)}")
     else:
-        print("the main job can be done here: calibrate, export, build and compare on the CPU")
+        print("calibrate, export, build and compare work here, on the CPU")
     emit_json(args, report.to_json())
     return OK if report.passed else FAILED

@@ -16,7 +16,7 @@ FLAGS = {"fp16": "--no-fp16", "profiles": "--profile"}  # where they are not the
 
 
 def add_threads_flag(parser: argparse._ActionsContainer) -> None:
-    """--threads alone."""
+    """--threads only."""
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one on each core)")
 
 
@@ -26,7 +26,7 @@ def add_backends_flag(parser: argparse.ArgumentParser, default: str | None, when
         "--backends",
         default=default,
         metavar="NAMES",
-        help=f"with commas between, of {', '.join(BACKENDS)} (default {when or default})",
+        help=f"comma-separated, of {', '.join(BACKENDS)} (default {when or default})",
     )
 
 
@@ -40,25 +40,25 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("on the CPU")
     add_threads_flag(group)
     group.add_argument(
-        "--pinning", action="store_true", help="each thread stays on its core: for a process that has them to itself"
+        "--pinning", action="store_true", help="pin each thread to a core: for a process that has the cores to itself"
     )
     group.add_argument(
         "--no-spinning", dest="spinning", action="store_false", help="threads sleep while they wait (onnxruntime)"
     )
     group.add_argument(
-        "--bfloat16", action="store_true", help="what INT8 leaves in float, in bfloat16 (openvino, CPUs that have it)"
+        "--bfloat16",
+        action="store_true",
+        help="run float layers of INT8 parts in bfloat16 (openvino, CPUs that have it)",
     )
 
 
 def add_tensorrt_flags(parser: argparse.ArgumentParser) -> None:
     """Fields of `qat.engine.TensorRtOptions`; None where a flag is not given."""
-    group = parser.add_argument_group("with --backend tensorrt", "docs/tensorrt.md says what each does")
-    group.add_argument(
-        "--timing-cache", type=Path, metavar="FILE", help="tactics' times, read before and written after"
-    )
+    group = parser.add_argument_group("with --backend tensorrt", "see docs/tensorrt.md")
+    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="file of measured tactics, read and updated")
     group.add_argument("--workspace", type=int, metavar="MIB", help="scratch memory of a layer (default: the GPU's)")
     group.add_argument("--tf32", action="store_true", default=None, help="FP32 layers may round to TF32: faster")
-    group.add_argument("--no-fp16", dest="fp16", action="store_false", default=None, help="INT8 beside FP32 alone")
+    group.add_argument("--no-fp16", dest="fp16", action="store_false", default=None, help="INT8 and FP32 only")
     group.add_argument("--tactic-sources", nargs="+", metavar="NAME", help=f"of {', '.join(TACTIC_SOURCES)}")
     group.add_argument(
         "--profile",
@@ -67,7 +67,9 @@ def add_tensorrt_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=MIN:OPT:MAX",
         help="shapes of an input with dynamic axes, such as img=1x6x3x256x704:1x6x3x256x704:4x6x3x256x704; repeatable",
     )
-    group.add_argument("--version-compatible", action="store_true", default=None, help="for later versions too (≥ 8.6)")
+    group.add_argument(
+        "--version-compatible", action="store_true", default=None, help="a plan that later versions load (≥ 8.6)"
+    )
     group.add_argument("--plugins", nargs="+", type=Path, metavar="FILE", help="libraries of plugins")
     group.add_argument("--input-formats", nargs="+", metavar="TYPE:LAYOUT", help="as trtexec's, such as fp16:chw")
     group.add_argument("--output-formats", nargs="+", metavar="TYPE:LAYOUT", help="as trtexec's, such as fp16:chw")

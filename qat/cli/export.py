@@ -12,8 +12,8 @@ A float checkpoint, and random weights to measure latency with:
   bevqat export --ckpt model/camera-tiny/camera-tiny.pth --out runs/onnx_fp32
   bevqat export --config model/resnet50/config.yaml --init random --fp16     # into runs/resnet50/onnx_fp16
 
-Each part is verified against PyTorch on a random frame and on real ones, example-data's unless --data names others.
-Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written all the same.
+Each part is verified against PyTorch on a generated frame and on real ones, example-data's unless --data names others.
+Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written anyway.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_init_flags(parser, source)
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument(
-        "--precision", choices=("fp32", "fp16", "int8"), help="default: int8 of a PTQ checkpoint, fp32 of a float one"
+        "--precision", choices=("fp32", "fp16", "int8"), help="default: int8 for a PTQ checkpoint, fp32 for a float one"
     )
     for name, what in (
         ("int8", "--precision int8: QDQ at the calibrated scales"),
@@ -84,18 +84,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--dynamic-batch", action="store_true", help="any number of samples in an input")
     chosen = parser.add_argument_group("parts")
-    chosen.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as fuser")
+    chosen.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="only these parts, such as fuser")
     chosen.add_argument(
         "--parts-int8",
         nargs="+",
         default=[],
         metavar="PART",
-        help="quantize a part that stays float by itself; `bevqat inspect` names them",
+        help="also quantize a part that is float by default; `bevqat inspect` names them",
     )
     parser.add_argument(
         "--reduce-range",
         action="store_true",
-        help="weights to seven bits, for CPUs without VNNI (onnxruntime, openvino): their u8·s8 sums saturate",
+        help="seven-bit weights, for CPUs without VNNI (onnxruntime, openvino): their u8·s8 sums saturate",
     )
     parser.add_argument(
         "--io", choices=("fp32", "fp16"), default="fp32", help="type of inputs and outputs (tensorrt-strong)"
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _format(word: str) -> str:
     if word == "onnx-e2e":
         raise argparse.ArgumentTypeError(
-            "onnx-e2e was removed; leave --format out to export the parts, run them with qat.runtime.Pipeline and time the "
+            "onnx-e2e was removed; omit --format to export the parts, run them with qat.runtime.Pipeline and time the "
             "whole detector with `bevqat benchmark`"
         )
     return word
@@ -189,9 +189,7 @@ def _programs(args: argparse.Namespace, source: Source, options: ExportOptions) 
     passed = manifest["verification"]["passed"]
     emit_json(args, {"out": folder, "passed": passed, "manifest": manifest})
     if passed:
-        print("each, loaded again, computes what its module computes, bit for bit")
+        print("each file, loaded again, equals its module bit for bit")
         return OK
-    print(
-        f"error: {folder}: a program loaded again computes something else: {manifest['verification']}", file=sys.stderr
-    )
+    print(f"error: {folder}: a reloaded program differs from its module: {manifest['verification']}", file=sys.stderr)
     return FAILED

@@ -1,4 +1,4 @@
-"""What the operating system refuses, in one line: a full disk, a folder that cannot be written, too little memory."""
+"""One-line errors for what the operating system refuses: a full disk, a folder that cannot be written, too little memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shlex
 from qat.core.errors import NotFiniteError, UserError
 from qat.core.locks import meant
 
-_MEND = {
+_FIX = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some of the quota, or write to another disk",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write to another disk",
@@ -24,9 +24,9 @@ _MEND = {
     errno.ENOTDIR: "name another folder: a part of the path is a file",
     errno.EEXIST: "name another, or remove it",
     errno.ENOTEMPTY: "name another, or remove it",
-    errno.ENOENT: "name what is there",
+    errno.ENOENT: "name a file that exists",
     errno.ENAMETOOLONG: "name a shorter path",
-    errno.EIO: "look at the disk",
+    errno.EIO: "check the disk",
     errno.EXDEV: "write to one file system",
     errno.ENOMEM: "close other programs, or use a machine with more memory",
 }
@@ -35,10 +35,10 @@ _NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory|
 
 
 def _cause(error: BaseException) -> OSError | None:
-    """The system's refusal behind an error: torch.save raises a RuntimeError of its own over it."""
+    """The system's refusal behind an error: torch.save raises its own RuntimeError over it."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _MEND:
+        if isinstance(seen, OSError) and seen.errno in _FIX:
             return seen
         if not isinstance(error, OSError | RuntimeError):
             return None
@@ -59,7 +59,7 @@ def one_line_of(error: BaseException) -> str | None:
         wanted = " ".join(str(error).split())[:120]
         return (
             f"memory: found too little{f' ({wanted})' if wanted else ''}, expected more; close other programs, take fewer "
-            "frames or a smaller --batch, or look for a size in the config that is too large"
+            "frames or a smaller --batch, or check the config for a size that is too large"
         )
     if isinstance(error, BrokenPipeError):
         return None
@@ -67,7 +67,7 @@ def one_line_of(error: BaseException) -> str | None:
     if refusal is None or refusal.errno is None:
         return None
     file = next((_name(name) for name in (refusal.filename2, refusal.filename) if name is not None), "the output")
-    return f"{file}: found {os.strerror(refusal.errno).lower()}, expected to read or write it; {_MEND[refusal.errno]}"
+    return f"{file}: found {os.strerror(refusal.errno).lower()}, expected to read or write it; {_FIX[refusal.errno]}"
 
 
 def health_of(error: UserError, args: argparse.Namespace) -> str:

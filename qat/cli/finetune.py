@@ -1,6 +1,6 @@
-"""Train a PTQ checkpoint with its quantizers on (QAT), from the float network's own outputs; no annotation is read.
+"""Train a PTQ checkpoint with its quantizers on (QAT) to match the float network's outputs; no annotation is read.
 
-A killed run goes on with the same command. What it writes is exported, compared and inspected as a PTQ checkpoint is.
+The same command resumes a killed run. The result is exported, compared and inspected like a PTQ checkpoint.
 
 example:
   bevqat calibrate --out runs/calibrate/ptq.pth
@@ -25,10 +25,10 @@ from qat.core.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="a checkpoint that calibrate wrote")
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="a checkpoint of calibrate")
     add_data_sets_flags(parser, "keyframes to train on", "mAP and NDS of float, PTQ and QAT on this at the end")
     add_out_flag(parser, "DIR", Path("runs/finetune"))
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="in all (default 1000)")
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="number of steps (default 1000)")
     parser.add_argument(
         "--batch", type=int, default=2, metavar="N", help="keyframes of a step, of all processes together (default 2)"
     )
@@ -56,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # until 0.1
     parser.add_argument("--learn-ranges", action="store_true", help="train the ranges of activations too")
     parser.add_argument(
-        "--range-lr", type=float, default=1e-3, metavar="RATE", help="their rate, in log2 units (default 1e-3)"
+        "--range-lr",
+        type=float,
+        default=1e-3,
+        metavar="RATE",
+        help="learning rate of the ranges, in log2 units (default 1e-3)",
     )
     parser.add_argument(
         "--augment",
@@ -72,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=W",
-        help="weight of one of the family's losses; of BEVFusion image (1), bev (1), heat (50), box (0.3); may be given again",
+        help="weight of one of the family's losses; of BEVFusion image (1), bev (1), heat (50), box (0.3); repeatable",
     )
     for name in ("image", "bev", "heat", "box"):
         parser.add_argument(f"--{name}-weight", type=float, metavar="W", help=f"the same as --loss-weight {name}=W")
@@ -113,9 +117,9 @@ def run(args: argparse.Namespace) -> int:
     options = FinetuneOptions(**given, weights=_weights(args))
     data = data_sets(args)
     held_out = root_and_split(args.held_out, "--held-out") if args.held_out else None
-    if held_out is not None:  # opened before the work begins: what is wrong with it is told at once
+    if held_out is not None:  # opened before the work begins, so that its errors come first
         model = load_ptq(args.ckpt)[0]
-        model.flow.need_boxes("--held-out", "leave --held-out out")
+        model.flow.need_boxes("--held-out", "omit --held-out")
         _held_out(args, held_out, model).check_annotated()
     with process_group() as (rank, _):
         result = finetune(args.ckpt, data, args.out, options, args.version, lambda s: print(s, flush=True))

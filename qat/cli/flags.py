@@ -1,4 +1,4 @@
-"""Flags that several verbs have."""
+"""Flags that verbs share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qat.core.errors import PictureSizeError, UserError
 
 MODEL = Path("model/camera-tiny")
 EXAMPLE = Path("example-data")
-VERSION_HELP = "needed where ROOT holds several, such as v1.0-mini"
+VERSION_HELP = "required if ROOT holds several, such as v1.0-mini"
 SPLIT_HELP = "split of the data"
 
 
@@ -30,9 +30,9 @@ def add_checkpoint(parser: argparse.ArgumentParser, what: str, folder: bool = Fa
     """CKPT, or --ckpt CKPT as other verbs have it; `checkpoint_of` reads them. folder: --onnx DIR is a third way."""
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("source", nargs="?", type=Path, metavar="CKPT|DIR" if folder else "CKPT", help=what)
-    either.add_argument("--ckpt", dest="ckpt", type=Path, metavar="CKPT", help="the same, by a flag")
+    either.add_argument("--ckpt", dest="ckpt", type=Path, metavar="CKPT", help="same as the positional argument")
     if folder:
-        either.add_argument("--onnx", type=Path, metavar="DIR", help="the same for a folder")
+        either.add_argument("--onnx", type=Path, metavar="DIR", help="same, for a folder")
 
 
 def checkpoint_of(args: argparse.Namespace) -> Path:
@@ -55,7 +55,7 @@ def add_out_flag(parser: argparse.ArgumentParser, metavar: str, default: Path | 
 
 def add_seed_flag(parser: argparse.ArgumentParser) -> None:
     """--seed."""
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything drawn at random (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
 
 
 def add_rounds_flags(parser: argparse.ArgumentParser, rounds: int, repeats: int | None) -> None:
@@ -86,7 +86,7 @@ def add_data_sets_flags(parser: argparse.ArgumentParser, what: str, held_out: st
         action="append",
         required=True,
         metavar="ROOT[:SPLIT]",
-        help=f"{what}; may be given again",
+        help=f"{what}; repeatable",
     )
     parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
     parser.add_argument("--split", metavar="NAME", help=f"{SPLIT_HELP}, of each ROOT without :SPLIT")
@@ -120,13 +120,11 @@ def root_and_split(text: str, flag: str) -> tuple[Path, str]:
 
 
 def add_init_flags(parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup) -> None:
-    """--init random, in the place of --ckpt (`source` holds that flag), and --seed; `init_seed` reads them."""
+    """--init random, instead of --ckpt (`source` holds that flag), and --seed; `init_seed` reads them."""
     source.add_argument(
-        "--init", choices=("random",), help="no checkpoint: random weights of --config, for numerics and latency"
+        "--init", choices=("random",), help="random weights instead of a checkpoint, for numerics and latency"
     )
-    parser.add_argument(
-        "--seed", type=int, metavar="N", help="of everything drawn at random: --init random (default 0)"
-    )
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed, only with --init random (default 0)")
 
 
 def init_seed(args: argparse.Namespace) -> int:
@@ -136,7 +134,7 @@ def init_seed(args: argparse.Namespace) -> int:
         UserError: a seed without --init.
     """
     if args.seed is not None and args.init is None:
-        raise UserError("--seed: found without --init random, expected both: a checkpoint's weights are not drawn")
+        raise UserError("--seed: only applies with --init random; omit it")
     return args.seed or 0
 
 
@@ -145,7 +143,7 @@ def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prefix",
         metavar="NAME",
-        help="take the camera branch alone, which lies under NAME in the checkpoint: encoders.camera in a whole camera+lidar "
+        help="use only the camera branch, under NAME in the checkpoint: encoders.camera in a whole camera+lidar "
         "model, '' in a state dict of the branch by itself",
     )
 
@@ -155,7 +153,7 @@ def add_ema_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema",
         action="store_true",
-        help="take the averaged weights that the checkpoint keeps beside the others (ema_*, state_dict_ema, ema_state_dict)",
+        help="use the checkpoint's averaged weights (ema_*, state_dict_ema, ema_state_dict)",
     )
 
 
@@ -165,7 +163,7 @@ def add_verification_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="ROOT",
-        help="nuScenes-format data, or a folder with one keyframe and its info.json, to verify on beside a random frame "
+        help="nuScenes-format data, or a folder with one keyframe and its info.json, to verify on beside a generated frame "
         f"(default {EXAMPLE} where there is one)",
     )
     parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
@@ -179,20 +177,18 @@ def verification_frames(args: argparse.Namespace) -> Callable[[Any], Sequence[An
     """A `qat.model.opening.Model` → the keyframes that `add_verification_flags`' flags choose; None for no real ones.
 
     Raises:
-        UserError: flags that do not go together. The function: the data cannot be read, or has not so many frames.
+        UserError: flags that do not go together. The function: the data cannot be read, or has fewer frames.
     """
     root, count = args.data, 1 if args.frames is None else args.frames
     chosen = root is not None
     if count < 0:
-        raise UserError(f"--frames: found {count}, expected 0 (the made-up frame alone) or more")
+        raise UserError(f"--frames: found {count}, expected 0 (only the generated frame) or more")
     if root is None and EXAMPLE.is_dir():
         root = EXAMPLE
     if root is None:
         given = [f"--{name}" for name in ("version", "split", "frames") if getattr(args, name)]
         if given:
-            raise UserError(
-                f"{', '.join(given)}: found no data to choose from, expected --data ROOT; there is no {EXAMPLE}"
-            )
+            raise UserError(f"{', '.join(given)}: only applies with --data; add --data ROOT (there is no {EXAMPLE})")
         return None
     if count == 0:
         return None
@@ -202,16 +198,16 @@ def verification_frames(args: argparse.Namespace) -> Callable[[Any], Sequence[An
 
         if (root / "info.json").is_file():
             if count > 1 or args.split or args.version:
-                raise UserError(f"{root}: one keyframe, expected neither --version nor --split, and --frames 1 or 0")
+                raise UserError(
+                    f"{root}: found one keyframe, expected neither --version nor --split, and --frames 1 or 0"
+                )
             return [model.family.frame(root, model.config)]
         dataset = model.family.dataset(root, args.split or "all", model.config, args.version, count)
         if not chosen:
             try:
                 dataset[0]
             except PictureSizeError as error:
-                note(
-                    f"{root}: left out of the verification, which is on the random frame alone: {error}; --data names others"
-                )
+                note(f"{root}: verified on the generated frame only, because {error}; choose other data with --data")
                 return []
         return dataset
 

@@ -1,4 +1,4 @@
-"""Name the first layer that gives NaN or infinity, and the quantizers that saturate, in a checkpoint or exported parts.
+"""Find the first layer with NaN or infinity, and quantizers that saturate, in a checkpoint or exported parts.
 
 Exit status 1 if anything is not finite.
 
@@ -59,13 +59,9 @@ def run(args: argparse.Namespace) -> int:
     source = checkpoint_of(args)
     folder = source.is_dir()
     if folder and args.ema:
-        raise UserError(
-            f"--ema: found {source}, a folder of exported parts, expected a float checkpoint; leave --ema out"
-        )
+        raise UserError(f"--ema: found {source}, a folder of exported parts, expected a float checkpoint; omit --ema")
     if folder and args.prefix is not None:
-        raise UserError(
-            f"{source}: a folder of exported parts knows whether it is a camera branch alone; leave --prefix out"
-        )
+        raise UserError(f"{source}: a folder of exported parts records whether it is a camera branch; omit --prefix")
     if folder:
         settings = pipeline_of(source, load_manifest(source, check_files=False))
         flow = flow_of(settings, source=str(source))
@@ -73,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         family, config = read_config(args.config or MODEL / "config.yaml", prefix)
         if family.name != settings.get(KEY, DEFAULT):
             raise UserError(
-                f"{source}: found parts of the family {settings[KEY]}, expected its config to read data with; name it with --config"
+                f"{source}: found parts of the family {settings[KEY]}, expected that family's config; name it with --config"
             )
         frames = family.dataset(args.data, args.split, config, args.version, args.frames)
         found = check_parts(source, counted("check", frames, len(frames)))

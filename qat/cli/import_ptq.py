@@ -1,8 +1,8 @@
-"""Make a PTQ checkpoint of a network that another tool quantized, with its weights and its ranges.
+"""Make a PTQ checkpoint from a network that another tool quantized, with its weights and ranges.
 
 It reads CUDA-BEVFusion's bevfusion_ptq.pth and other pickled networks (nothing in the file is run, and none of its packages
-is needed), and state dicts of pytorch-quantization and NVIDIA ModelOpt. What it writes is inspected, exported, compared and
-fine-tuned like one of calibrate. docs/checkpoints.md tells what is read.
+is needed), and state dicts of pytorch-quantization and NVIDIA ModelOpt. The result is inspected, exported, compared and
+fine-tuned like a checkpoint of calibrate. docs/checkpoints.md says which files are read.
 
 example:
   bevqat import-ptq --ckpt bevfusion_ptq.pth --config configs.yaml --prefix encoders.camera --out runs/imported/ptq.pth
@@ -35,15 +35,15 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar("import"):
         report = import_checkpoint(args.ckpt, args.out, args.config, args.prefix)
     print(
-        f"{len(report['mapped'])} ranges of activations taken over, {len(report['folded'])} folded batch norms made neutral"
+        f"{len(report['mapped'])} activation ranges imported, {len(report['folded'])} folded batch norms replaced by the identity"
     )
     for what, key in (
-        ("tensors whose layers had different ranges (the largest serves all)", "merged"),
+        ("tensors whose layers had different ranges (the largest is used)", "merged"),
         ("layers that stay float", "float_layers"),
-        ("layers whose weights' ranges were not stored (their largest magnitudes serve)", "own_weights"),
-        ("adds whose identity is rounded here and was not there", "also_rounded"),
-        ("our quantizers that are off for want of a range", "without_range"),
-        ("quantizers of theirs that were not used", "unused"),
+        ("layers without stored weight ranges (their largest magnitudes are used)", "own_weights"),
+        ("adds whose identity is rounded here but not in the file", "also_rounded"),
+        ("quantizers that are off because the file has no range for them", "without_range"),
+        ("unused quantizers of the file", "unused"),
     ):
         if names := report[key]:
             print(f"{what}: {len(names)}")

@@ -15,7 +15,7 @@ from qat.cli.json_output import add_json_flag, emit_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    add_checkpoint(parser, "a checkpoint that calibrate wrote")
+    add_checkpoint(parser, "a checkpoint of calibrate")
     add_json_flag(parser)
 
 

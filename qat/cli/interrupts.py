@@ -1,6 +1,6 @@
-"""Ctrl-C where no verb can take it: while this package is being imported, and between a verb's end and the process's.
+"""Ctrl-C where no verb can handle it: while this package is being imported, and between a verb's end and the process's.
 
-Python then ends with the signal's own status, which a shell tells as 130.
+Python then ends with the signal's own status, which a shell reports as 130.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def show_one_line(always: bool) -> None:
-    """From here on a Ctrl-C that nobody takes is shown as one line; with False as Python shows it."""
+    """From here on an unhandled Ctrl-C is shown as one line; with False as Python shows it."""
     sys.excepthook = _one_line if always else _hook
 
 

@@ -1,4 +1,4 @@
-"""--json: a verb's result for scripts. docs/commands.md tells each verb's keys."""
+"""--json: a verb's result for scripts. docs/commands.md lists each verb's keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="write the result there as JSON; - for stdout, and what people read goes to stderr",
+        help="write the result there as JSON; with - to stdout, and readable output to stderr",
     )
 
 

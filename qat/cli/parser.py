@@ -13,7 +13,7 @@ from qat import families
 
 VERBS = {
     "demo": "calibrate, export, build, compare and report on example-data, on the CPU",
-    "doctor": "say what this machine can run, and what to install for the rest",
+    "doctor": "show what this machine can run, and what to install for the rest",
     "synth": "write generated driving scenes in the nuScenes format",
     "infos": "write mmdetection3d's info files of nuScenes-format data, or the data in KITTI's form",
     "show": "draw a sample's lidar points and boxes over its images",
@@ -22,14 +22,14 @@ VERBS = {
     "import-ptq": "make a PTQ checkpoint of a network that another tool quantized",
     "finetune": "train a PTQ checkpoint with its quantizers on (QAT), from the float network's outputs",
     "inspect": "print what a PTQ checkpoint quantizes, with which scales, and what stays float",
-    "sensitivity": "measure the damage that each quantized unit does alone",
-    "health": "name the first layer that gives NaN or infinity, and quantizers that saturate",
+    "sensitivity": "measure the accuracy loss of each quantized unit, one at a time",
+    "health": "find the first layer with NaN or infinity, and quantizers that saturate",
     "export": "write a checkpoint's ONNX parts and their manifest",
-    "export-camera": "the same as export, as it was called when cameras were all there was",
+    "export-camera": "same as export (its earlier name)",
     **{verb: summary for verb, (_, summary) in families.VERBS.items()},
     "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
-    "compare": "run every backend and precision over the evaluation frames, beside FP32",
+    "compare": "measure accuracy and latency of every backend and precision beside FP32",
     "benchmark": "time exported parts and the whole detector on this machine, by backend and precision",
     "report": "make report.html from results.json, or a comparison of two",
     "completion": "print a script that completes verbs, flags, choices and files in a shell",
@@ -38,9 +38,9 @@ VERBS = {
 # The modules of verbs that go by another name, and of those that a family has.
 MODULES = {"export-camera": "qat.cli.export", **{verb: module for verb, (module, _) in families.VERBS.items()}}
 REMOVED = {
-    "--calibration-cache": "was removed with implicit INT8; leave it out: the exported graph has the scales as explicit QDQ, which "
+    "--calibration-cache": "was removed with implicit INT8; omit it: the exported graph has the scales as explicit QDQ, which "
     "trtexec --int8 and `bevqat build` read",
-    "--no-roofline": "was removed with the roofline; leave it out: no peaks are measured",
+    "--no-roofline": "was removed with the roofline; omit it: no peaks are measured",
 }
 
 
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(load: Collection[str] = tuple(VERBS)) -> Parser:
-    """The parser of `bevqat`. load: verbs whose modules are imported for their flags; the others are known by name alone."""
+    """The parser of `bevqat`. load: verbs whose modules are imported for their flags; the others are known only by name."""
     parser = Parser(
         prog="bevqat",
         description=qat.__doc__,

@@ -1,4 +1,4 @@
-"""What becomes of the output when nobody reads it any more."""
+"""Output to a closed pipe."""
 
 from __future__ import annotations
 

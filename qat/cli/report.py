@@ -1,4 +1,4 @@
-"""Make report.html, one self-contained page, from results.json; of two, a page that sets the runs side by side.
+"""Make report.html, one self-contained page, from results.json; from two of them, a page that compares the runs.
 
 example:
   bevqat demo --out runs/demo
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="RESULTS.json",
-        help="written by compare; one, or two to set side by side",
+        help="written by compare; one, or two to compare",
     )
     parser.add_argument(
         "--out",
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from qat.report import write_comparison, write_report
 
     if len(args.results) > 2:
-        raise UserError(f"report: found {len(args.results)} results, expected one, or two to set side by side")
+        raise UserError(f"report: found {len(args.results)} results, expected one, or two to compare")
     first = args.results[0]
     out = args.out or first.with_name("report.html" if len(args.results) == 1 else "comparison.html")
     if len(args.results) == 1:

@@ -1,6 +1,6 @@
-"""Measure the damage that each quantized unit does alone: where a PTQ checkpoint's accuracy goes.
+"""Measure the accuracy loss of each quantized unit of a PTQ checkpoint, one at a time.
 
-A unit is one activation quantizer with the weights of the layers that it feeds. An interrupted run goes on where it was.
+A unit is one activation quantizer with the weights of the layers that it feeds. An interrupted run resumes.
 
 example:
   bevqat calibrate --out runs/calibrate/ptq.pth
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="histograms of the activations of the N most harmful units, beside their ranges (default 8, 0: none)",
+        help="activation histograms of the N worst units, with their ranges (default 8, 0: none)",
     )
     add_out_flag(parser, "DIR", Path("runs/sensitivity"))
     add_json_flag(parser)

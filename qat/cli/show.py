@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--frame", type=Path, metavar="DIR", help="one keyframe: images, a sweep and info.json")
     parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
     parser.add_argument("--split", default="all", metavar="NAME", help=f"{SPLIT_HELP} (default all)")
-    parser.add_argument("--index", type=int, default=0, metavar="N", help="which keyframe of the split (default 0)")
+    parser.add_argument(
+        "--index", type=int, default=0, metavar="N", help="keyframe of the split, by number (default 0)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="file to write")
     add_json_flag(parser)
 

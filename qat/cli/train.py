@@ -1,10 +1,10 @@
-"""Train a float detector on nuScenes-format data; a killed run resumes where it was.
+"""Train a float detector on nuScenes-format data; the same command resumes a killed run.
 
 example:
   bevqat train --data example-data:calib --stage image --steps 4 --out runs/image
   bevqat train --data example-data:calib --ckpt runs/image/model.pth --steps 4 --out runs/train
 
-docs/train.md tells how the shipped model was trained: on 750 scenes of `bevqat synth`, in three stages.
+The shipped model was trained on 750 scenes of `bevqat synth`, in three stages (docs/train.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage",
         default="all",
         choices=("all", "image", "bev"),
-        help="train the whole detector; the image part alone, on depth and on what each pixel shows; or all but the "
+        help="all: the whole detector; image: the image part, on depth and on the class of each pixel; bev: all but the "
         "image part, on its frozen outputs (default all)",
     )
     parser.add_argument(
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="image augmentations of a keyframe that --stage bev keeps (default 2)",
     )
-    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="in all (default 4000)")
+    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="number of steps (default 4000)")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="keyframes of a step (default 2)")
     parser.add_argument("--lr", type=float, default=1e-3, metavar="RATE", help="highest learning rate (default 1e-3)")
     parser.add_argument(

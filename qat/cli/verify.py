@@ -1,7 +1,7 @@
-"""Check exported parts against what PyTorch gave at their export, on any machine, without PyTorch.
+"""Check exported parts against PyTorch's outputs at their export, on any machine, without PyTorch.
 
-Every part's file, opset and tensors, and its results on the frames that the export kept. By default each graph runs as it
-is in its file, in ONNX Runtime; with --backend, as that backend builds it for use on this machine.
+Checks every part's file, opset and tensors, and its results on the frames stored at the export. By default ONNX Runtime runs each
+graph as it is in its file; with --backend, as that backend builds it for use on this machine.
 Exit status 1 when a part differs or was changed, 2 when nothing can be verified.
 
 example:
@@ -25,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="a folder that export-camera wrote")
-    either.add_argument("--onnx", type=Path, metavar="DIR", help="the same, by a flag")
-    parser.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="these alone, such as fuser")
+    either.add_argument("--onnx", type=Path, metavar="DIR", help="same as the positional argument")
+    parser.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="only these parts, such as fuser")
     parser.add_argument("--part", dest="parts", action="append", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--backend", choices=("onnxruntime", "openvino"), help="build the parts with it (default: the file as it is)"
+        "--backend",
+        choices=("onnxruntime", "openvino"),
+        help="verify the parts as this backend builds them (default: the file itself, in ONNX Runtime)",
     )
     add_threads_flag(parser)
     add_json_flag(parser)

@@ -3,12 +3,12 @@
 It may use every stage before it (calibrate's checkpoints, export's PyTorch parts, engine and runtime, data, evaluate)
 and hands results to report; nothing imports it but the commands.
 
-rows         what is compared, each a whole detector behind `qat.runtime.Pipeline`
+rows         the rows to compare, each a whole detector behind `qat.runtime.Pipeline`
 accuracy     boxes and SQNR on every keyframe, resumable
 latency      interleaved timing
 frames       the keyframes in which two rows agree least, with their pictures
-sensitivity  which layers pay, of the checkpoint that is compared
-machine      what the figures depend on
+sensitivity  which layers lose accuracy in INT8, for the compared checkpoint
+machine      facts about the machine
 run          all of it, from files to results.json and report.html
 """
 

@@ -1,7 +1,7 @@
 """Every row's boxes on every keyframe, and how far its tensors are from the reference's.
 
 Keyframe by keyframe, all rows on one keyframe before the next: each is loaded once, and the reference's tensors need
-not be kept. What a row found on a keyframe is kept in a cache, so that an interrupted run goes on where it was.
+not be kept. A cache keeps each row's results on each keyframe, so that an interrupted run resumes.
 """
 
 from __future__ import annotations

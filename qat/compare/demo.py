@@ -1,4 +1,4 @@
-"""Every stage in its order with the shipped model and data: what `make demo` shows."""
+"""All stages in order with the shipped model and data: `make demo`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def demo(
 
     if rounds < 1:
         raise UserError(f"--rounds: found {rounds}, expected at least 1")
-    if frames is not None:  # said now, and not after the calibration and the exports
+    if frames is not None:  # checked now, not after the calibration and the exports
         if frames < 1:
             raise UserError(f"--frames: found {frames}, expected at least 1")
         family, config = read_config(model / "config.yaml")
@@ -85,7 +85,7 @@ def demo(
     checkpoint, ptq = model / f"{model.name}.pth", out / "ptq.pth"
     step(f"calibrate {checkpoint} over the calibration frames of {data}")
     calibrate_checkpoint(Source(checkpoint, model / "config.yaml"), CalibrateOptions(data, "calib"), ptq)
-    step(f"sensitivity: each unit alone in INT8, over {SENSITIVITY_FRAMES} calibration frames")
+    step(f"sensitivity: one unit in INT8 at a time, over {SENSITIVITY_FRAMES} calibration frames")
     _sensitivity(ptq, data, out)
     folders, verified = {}, True
     for name, precision, flavour in EXPORTS:

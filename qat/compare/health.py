@@ -1,6 +1,6 @@
-"""Where numbers go wrong: the first layer that gives NaN or infinity, and quantizers that saturate.
+"""The first layer with NaN or infinity, and quantizers that saturate.
 
-In PyTorch every module is watched while a detector runs; in exported parts every tensor of every graph is an output of a
+In PyTorch every module is observed while a detector runs; in exported parts every tensor of every graph is an output of a
 run in ONNX Runtime with its optimizer off, so that what is named is a node of the file.
 """
 
@@ -121,7 +121,7 @@ def _watched_modules(model: nn.Module, watch: _Watch) -> Iterator[None]:
 
 
 def check_detector(model: Any, frames: Iterable[Any]) -> Health:
-    """Runs a float or quantized detector and watches every layer."""
+    """Runs a float or quantized detector and observes every layer."""
     watch = _Watch()
     flow, runners = flow_for(model), torch_runners(model)
     session = Session(flow)
@@ -189,7 +189,7 @@ class _WatchedPart:
 
 
 def check_parts(folder: str | Path, frames: Iterable[Any]) -> Health:
-    """Runs the parts of an exported folder and watches every node.
+    """Runs the parts of an exported folder and observes every node.
 
     Raises:
         UserError: the folder is incomplete or was changed.

@@ -1,4 +1,4 @@
-"""Latency of all rows, interleaved: what slows the machine for a while slows every row alike."""
+"""Latency of all rows, interleaved, so that a slow moment of the machine affects all rows alike."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def measure(
     """Times the whole detector, from preprocessed tensors to boxes.
 
     In each round every row, in an order that is turned by one place a round, runs one sample `repeats` times, after one
-    run that is not counted (it brings the row's weights back into the caches, as in a process of its own). Simulated
+    run that is not counted (it brings the row's weights back into the caches, as in its own process). Simulated
     rows are slow and say nothing: they run once in all.
 
     Args:

@@ -1,4 +1,4 @@
-"""What is compared: one row for each backend, precision and flavour, each a whole detector behind `Pipeline`."""
+"""The rows to compare: one for each backend, precision and flavour, each a whole detector behind `Pipeline`."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
     if made_from != float_hash:
         raise UserError(
             f"{sources.ptq}: calibrated from a checkpoint with sha256 {made_from[:12]}…, {sources.ckpt} has "
-            f"{float_hash[:12]}…; calibrate again, or name the checkpoint that it came from with --ckpt"
+            f"{float_hash[:12]}…; calibrate again, or name its float checkpoint with --ckpt"
         )
     if recipe.get("float_checkpoint", {}).get("ema", False) != sources.ema and "float_checkpoint" in recipe:
         made = "the averaged weights" if recipe["float_checkpoint"].get("ema") else "weights that were not averaged"
-        raise UserError(f"{sources.ptq}: calibrated from {made} of {sources.ckpt}, expected the same of --ema for both")
+        raise UserError(f"{sources.ptq}: calibrated from {made} of {sources.ckpt}, expected --ema for both or neither")
     for folder in (*sources.fp32, *sources.int8):
         source = load_manifest(folder, check_files=False).get("checkpoint")
         if source is not None and source["sha256"] not in (float_hash, ptq_hash):
@@ -94,10 +94,10 @@ def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq
             )
         if source is not None and source["sha256"] == float_hash and bool(source.get("ema")) != sources.ema:
             made = "the averaged weights" if source.get("ema") else "weights that were not averaged"
-            raise UserError(f"{folder}: exported from {made} of {sources.ckpt}, expected the same of --ema for both")
+            raise UserError(f"{folder}: exported from {made} of {sources.ckpt}, expected --ema for both or neither")
 
 
-INSTEAD = "what INT8 costs at a branch's BEV features is what `bevqat sensitivity` tells"
+INSTEAD = "use `bevqat sensitivity` for the loss at a branch's BEV features"
 
 
 def _check_whole(folders: Sequence[Path]) -> None:
@@ -128,7 +128,7 @@ def _simulations(detector: QuantizedModel, manifests: Manifests) -> list[tuple[s
 
 
 def _rounding(detector: QuantizedModel) -> list[str]:
-    """What is rounded, and how: all that the flavour and its parts decide about a detector's results."""
+    """Everything about rounding in the flavour and its parts that affects a detector's results."""
     return [f"{name} {q.spec}" for name, q in quantizers(detector.parts).items() if not q._disabled]
 
 
@@ -218,7 +218,7 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     _same_weights(sources, recipe, float_hash, ptq_hash)
     float_model = open_model(sources.ckpt, sources.config, ema=sources.ema, as_float=True, read=checkpoint)
     detector, config = float_model.network, float_model.config
-    flow_for(detector).need_boxes(str(sources.ckpt), "give the whole detector's config")
+    flow_for(detector).need_boxes(str(sources.ckpt), "use the whole detector's config")
     settings = flow_for(detector).settings
     folders = [("fp32", folder) for folder in sources.fp32] + [("int8", folder) for folder in sources.int8]
     manifests = [(folder, precision, load_manifest(folder)) for precision, folder in folders]

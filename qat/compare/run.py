@@ -48,7 +48,7 @@ RESULTS, REPORT, CACHE = "results.json", "report.html", "cache"
 
 @dataclass
 class CompareOptions:
-    """What to compare on what.
+    """Options of the comparison.
 
     data, split, version, frames: the evaluation keyframes, as for `NuScenesDataset`. backends: of `qat.engine`.
     out: folder for results.json, report.html and the cache of finished keyframes. rounds, repeats, latency_frames: as
@@ -209,7 +209,7 @@ def compare(options: CompareOptions) -> Comparison:
         torch.set_num_threads(options.engines.threads)
     section: dict[str, Any] | None = None
     made: dict[str, Any] = {}
-    if options.sensitivity is not None:  # read before the work begins: what is wrong with it is told at once
+    if options.sensitivity is not None:  # read before the work begins, so that its errors come first
         section, made = sensitivity_section(options.sensitivity, options.sources.ptq)
     with progress_bar("build engines"):
         rows, facts = load_rows(options.sources, options.backends, options.engines)

@@ -1,4 +1,4 @@
-"""Which command runs."""
+"""The running command."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Whole-file writes, hashes and JSON.
 
-What is written is written under another name beside the target, brought to the disk, and renamed: a process that is killed at
+Content is written under another name beside the target, synced to disk, and renamed: a process that is killed at
 any moment, or a machine that loses power, leaves the earlier content or the new one under the name, never a part of it. What
 it leaves under the other name is removed by the next process that writes there (`qat.core.locks`).
 """
@@ -178,7 +178,7 @@ def restore(folder: str | os.PathLike[str]) -> None:
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary folder beside `target`; puts it in `target`'s place when the block succeeds.
 
-    The name stands for a whole folder, the earlier or the new one, but for the moment between two renames: a process that is
+    The name is a whole folder, the earlier or the new one, except between two renames: a process that is
     killed there leaves the earlier one aside, and the next one that writes or reads there brings it back (`restore`). Inside the
     block this process is the only writer (`only_writer`). A link is followed: what it leads to is replaced.
 
@@ -211,7 +211,7 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_set(*targets: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary folder in which to write files of the targets' names, which belong together: the first is the result,
+    """Yields a temporary folder in which to write files of the targets' names, as one group: the first is the result,
     the others are made from it. When the block succeeds they take the targets' places.
 
     The others' earlier versions go before the first is replaced, and their new ones come after: whenever the process is killed,
@@ -300,7 +300,7 @@ def check_same_run(path: str | os.PathLike[str], found: Mapping[str, Any], run: 
 
 @contextmanager
 def reading_left(path: str | os.PathLike[str], what: str, fix: str) -> Iterator[None]:
-    """Whatever goes wrong inside, while what a killed run left is read, is a `UserError`: `path: what (reason); fix`."""
+    """Any failure inside, while a killed run's files are read, is a `UserError`: `path: what (reason); fix`."""
     try:
         yield
     except UserError:
@@ -311,7 +311,7 @@ def reading_left(path: str | os.PathLike[str], what: str, fix: str) -> Iterator[
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
-    """Writes a matplotlib figure as a PNG, whole or not at all; the same figure gives the same bytes."""
+    """Writes a matplotlib figure as a PNG, whole or not at all; the same figure has the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     with atomic_path(path) as temporary:

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: for messages about a file of the wrong kind."""
+"""Recognizes a file by its first bytes, for messages about a file of the wrong kind."""
 
 from __future__ import annotations
 

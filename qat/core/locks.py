@@ -1,7 +1,7 @@
 """One writer for an output, and what killed writers leave behind.
 
-Both stand on the locks of the `filelock` package, which the kernel gives back when their process ends, however it ends: a lock is
-held exactly as long as somebody is at work. Some network file systems refuse them: there nothing is locked. Nothing that was left
+Both use locks of the `filelock` package, which the kernel releases when their process ends, however it ends: a lock is
+held exactly as long as its process works. Some network file systems refuse them: there nothing is locked. Nothing that was left
 behind is removed there, nor on Windows, which renames nothing that is open.
 """
 
@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 from qat.core.command import command_line
 from qat.core.errors import UserError
 
-# filelock is imported where something is written: what only reads, on a robot, needs numpy alone.
+# filelock is imported where something is written: what only reads, on a robot, needs only numpy.
 
 INSIDE = ".bevqat.lock"
 # A holder has a lock for some moments more: what ended may have forked a child that has not closed the lock yet.

@@ -45,7 +45,7 @@ def _first_of_each(processors: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def threads_of(asked: int) -> int:
-    """How many threads a setting means: 0 is one on each core, for engines, pooling and whatever is said of them alike."""
+    """How many threads a setting means: 0 is one on each core, for engines, pooling and reports alike."""
     return asked or len(cores())
 
 

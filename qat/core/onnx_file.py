@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FLOAT16, INT8, UINT8 = 10, 3, 2  # of onnx.TensorProto.DataType
 MOST_OPSET = 1000  # any domain's; ONNX 1.23 is at 28
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# What hands its input's values on: the Q/DQ pair of a weight may have them between itself and its consumer.
+# Operators that pass their input's values on: the Q/DQ pair of a weight may have them between itself and its consumer.
 PASSES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast")
 
 
@@ -311,7 +311,7 @@ def _tensors(graph: memoryview, outer: set[str] | None, depth: int = 0) -> Itera
 
     def check(names: list[str], what: str) -> None:
         if outer is not None and (missing := [name for name in names if name not in known]):
-            raise ValueError(f"{what} {missing[0][:80]!r}, which nothing before it gives")
+            raise ValueError(f"{what} {missing[0][:80]!r}, which nothing before it computes")
 
     for data in found[1]:
         node, _ = _read_node(data)
@@ -379,7 +379,7 @@ def _check_place(entries: list[memoryview], size: int, path: Path) -> str:
     have, begin = file.stat().st_size, int(numbers["offset"] or 0)
     length = int(numbers["length"] or max(0, have - begin))
     if begin + length > have or length < size:
-        raise ValueError(f"{size:,} bytes of data at {begin:,} of {names[0]}, which has {have:,}; copy its data anew")
+        raise ValueError(f"{size:,} bytes of data at {begin:,} of {names[0]}, which has {have:,}; copy its data again")
     return names[0]
 
 

@@ -27,7 +27,7 @@ def _nearest(error: UnicodeError) -> tuple[str, int]:
 
 
 def allow_any_text() -> None:
-    """Lets stdout and stderr take any text, whatever their encoding (LANG=C, PYTHONIOENCODING=ascii, a Windows code page)."""
+    """Makes stdout and stderr accept any text, whatever their encoding (LANG=C, PYTHONIOENCODING=ascii, a Windows code page)."""
     codecs.register_error(HANDLER, _nearest)
     for stream in (sys.stdout, sys.stderr):
         encoding = (getattr(stream, "encoding", None) or "utf-8").lower()

@@ -13,7 +13,7 @@ from qat.core.errors import PictureSizeError, UserError
 from qat.core.kinds import kind_of_file
 
 MOST_PIXELS = 1 << 27
-# Pillow's modes of 8 bits or fewer a channel, which it converts to RGB as they are meant; alpha is left out.
+# Pillow's modes of 8 bits or fewer a channel, which it converts to RGB correctly; alpha is dropped.
 EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags
@@ -53,8 +53,8 @@ class ResizeCrop:
             size = self.native or (round(self.final_dim[0] / self.resize), round(self.final_dim[1] / self.resize))
             about = "" if self.native else "about "
             raise PictureSizeError(
-                f"found a picture of {width}×{height} pixels, which resizing by {factor:.3g} makes {new_width:.0f}×{new_height:.0f} for "
-                f"an image of {fw}×{fh}, expected {about}{size[1]}×{size[0]}, which the model was made for; give such pictures, or "
+                f"found a picture of {width}×{height} pixels, resized by {factor:.3g} to {new_width:.0f}×{new_height:.0f} for "
+                f"an input of {fw}×{fh}, expected {about}{size[1]}×{size[0]}; use pictures of that size, or "
                 "fix resize_lim (or native_size: [height, width]) in the config"
             )
         return factor
@@ -114,8 +114,8 @@ def _to_rgb(picture: Image.Image) -> np.ndarray:
     largest = float(values.max(initial=0))
     if bits == 16 and 0 < largest < 1 << FEWEST_BITS:
         raise UserError(
-            f"found 16-bit values up to {largest:.0f} alone, which is black, expected them to span 0 to 65535; scale what a camera "
-            "of fewer bits gives to 16 bits, or save it with 8"
+            f"found 16-bit values up to {largest:.0f} only, nearly black, expected 0 to 65535; scale pictures of cameras with "
+            "fewer bits to 16 bits, or save them with 8"
         )
     grey = np.rint(np.clip(values, 0, None) * np.float32(255 / ((1 << bits) - 1))).astype(np.uint8)
     if tags.get(PHOTOMETRIC, 1) == WHITE_IS_ZERO:
@@ -143,7 +143,7 @@ def load_image(path: str | Path) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         why = str(error)
         if isinstance(error, UnidentifiedImageError):
-            why = kind_of_file(path) or "none of the formats that Pillow knows"
+            why = kind_of_file(path) or "none of the formats that Pillow reads"
         raise UserError(f"{path}: not a readable picture ({why}); fetch it again") from None
 
 

@@ -1,4 +1,4 @@
-"""Long work in view: a bar on a terminal, the means of a training run's losses, batches drawn ahead."""
+"""Progress of long work: a bar on a terminal, the means of a training run's losses, batches drawn ahead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Done(Protocol):
 def progress_bar(what: str, total: int | None = None, start: int = 0, show: bool = True) -> Iterator[Done]:
     """A bar with the time passed and an ETA on stderr where that is a terminal, nothing elsewhere or without `show`.
 
-    total: None where nobody can say how far the work is: the bar then moves, and has no ETA. start: done before.
+    total: None if unknown: the bar then moves, without an ETA. start: done before.
     """
     console = Console(stderr=True)
     counted = () if total is None else (MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=False))

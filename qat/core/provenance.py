@@ -1,4 +1,4 @@
-"""Which command and which packages made a file, for what is written beside its content."""
+"""The command and the packages that made a file, to record in it."""
 
 from __future__ import annotations
 

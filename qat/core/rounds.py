@@ -1,4 +1,4 @@
-"""What interleaved timing has in common, wherever rows are timed in turn."""
+"""Interleaved timing, for everything that times rows in turn."""
 
 from __future__ import annotations
 

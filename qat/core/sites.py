@@ -1,4 +1,4 @@
-"""What one quantizer's neighbourhood computes, kept so that an INT8 graph can be checked site by site without PyTorch.
+"""Reference values around each quantizer, so that an INT8 graph can be checked site by site without PyTorch.
 
 A site is an activation's QuantizeLinear, or an output of the graph. Its segment (`qat.core.onnx_cut`) is run on given codes,
 and what comes out is compared with what PyTorch computed from the same codes, in float64:
@@ -12,11 +12,11 @@ PyTorch in the graph's own arithmetic (float32; or rounded to FP16 wherever a st
 these same codes, and one part in 2^20 of the largest value, for a difference that comes out as nothing. So an error shows
 as soon as it moves a tensor by the slack: about a hundredth of a step in float32.
 
-In FP16 the slack may be 0.4 steps, and smaller damage would hide in it: so the noise on average is looked at too. The share of
+In FP16 the slack may be 0.4 steps, and smaller damage would hide in it: so the average noise is checked too. The share of
 codes that are another than r's own may be NOISE times what that noise makes, and five standard deviations of a count more;
 of an output the root mean square, NOISE times that of the noise.
 
-The codes that a segment takes in are a patch of the real tensor's, a few thousand with all of its channels, repeated over
+A segment's input codes are a patch of the real tensor's, a few thousand with all of its channels, repeated over
 the whole tensor: real values at a few kilobytes. Of what comes out, PLACES values are kept, one from each of as many equal
 stretches of the tensor, and of CANDIDATES in a stretch the first that is not clipped: a clipped one says little.
 """
@@ -225,7 +225,7 @@ def check_sites(
         UserError: the graph's sites are not the reference's.
     """
     if strange := sorted(set(cut.sites) ^ set(sites)):
-        raise UserError(f"found {len(strange)} sites on one side alone: {', '.join(strange[:3])}")
+        raise UserError(f"found {len(strange)} sites in the graph or in the reference only: {', '.join(strange[:3])}")
     if codes is None:
         codes = {name: tile(site.patch, site.shape) for name, site in sites.items() if site.patch is not None}
     runner = runner or runner_of(cut, sites)
@@ -239,7 +239,7 @@ def runner_of(cut: Cut, sites: Mapping[str, Site], threads: int = 0, optimized: 
 
 
 def grid_problems(cut: Cut, expected: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What differs between a graph's scales and zero points of activations and those that a manifest lists for its sites."""
+    """Differences between a graph's activation scales and zero points and those in a manifest's sites."""
     problems = []
     known = {entry["tensor"]: entry for entry in expected}
     for name in sorted(set(known) ^ set(cut.pairs)):
@@ -270,12 +270,10 @@ def _short(values: Sequence[float]) -> str:
 
 
 def site_line(entry: Mapping[str, Any], module: str) -> str:
-    """What is wrong with a site, in words."""
+    """A site's failure in words."""
     unit = "steps" if entry["codes"] else "(absolute)"
     if entry["share"] == 0:
-        return (
-            f"{module}: on the same inputs found values further from PyTorch's, on average, than rounding accounts for"
-        )
+        return f"{module}: on the same inputs found values further from PyTorch's, on average, than rounding explains"
     return (
         f"{module}: on the same inputs found values up to {entry['off']:.3g} {unit} from PyTorch's beyond rounding at "
         f"{entry['share']:.1%} of the places, at most {entry['slack']:.2g} expected"

@@ -1,4 +1,4 @@
-"""What an export and a later `bevqat verify` share: frames, tolerances, the figures, and verification.npz.
+"""Shared by an export and a later `bevqat verify`: frames, tolerances, the figures, and verification.npz.
 
 qat.export compares each graph with PyTorch and keeps, in verification.npz, what repeats the comparison without PyTorch: the
 inputs, exactly; the outputs, in half precision where that is enough (`store`); of INT8 graphs the outputs without rounding
@@ -74,7 +74,7 @@ def judge(
 
 
 def what_is_wrong(row: Mapping[str, Any]) -> str:
-    """What is wrong with an output that did not pass, in words. row: its figures on a frame."""
+    """A failed output in words. row: its figures on a frame."""
     if row["sqnr_db"] is None:
         return "found NaN or infinite values"
     if row["sqnr_db"] >= row["tolerance_db"]:
@@ -90,7 +90,7 @@ def what_is_wrong(row: Mapping[str, Any]) -> str:
 
 
 def made_feeds(flow: Any, seed: int, batch: int) -> dict[str, np.ndarray]:
-    """What the parts take of a plan's inputs for a batch of made-up frames at the beginning of a scene."""
+    """The parts' share of a plan's inputs for a batch of generated frames at the beginning of a scene."""
     feeds = flow.first_feeds([flow.made_frame(seed + n) for n in range(batch)])
     return {name: array for name, array in feeds.items() if name in flow.plan.part_inputs}
 
@@ -108,7 +108,7 @@ def round_input(array: np.ndarray) -> np.ndarray:
 
 
 def input_patch(array: np.ndarray) -> np.ndarray | None:
-    """A patch of a large tensor [N,C,H,W] that stands for it, repeated; None for a tensor that is small enough to be kept.
+    """A patch of a large tensor [N,C,H,W] that replaces it, repeated; None for a tensor that is small enough to be kept.
 
     As `round_input`, it is done before either side computes with it.
     """
@@ -221,7 +221,7 @@ def compare_stored(stored: Mapping[str, np.ndarray], candidate: np.ndarray) -> t
 
 
 def write_summary(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a compressed .npz whose bytes depend on the arrays alone (and on the zlib that compresses them)."""
+    """Writes a compressed .npz whose bytes depend only on the arrays (and on the zlib that compresses them)."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in sorted(arrays):
             buffer = io.BytesIO()
@@ -234,7 +234,7 @@ def write_summary(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 class Summary:
-    """verification.npz: the stored arrays of one export, read as they are asked for."""
+    """verification.npz: the stored arrays of one export, read on demand."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], flow: Any) -> None:
         """Opens it. flow: that of the manifest's `pipeline` section.
@@ -246,7 +246,7 @@ class Summary:
         self.parts: Mapping[str, Any] = manifest["parts"]
         self.about: Mapping[str, Any] = manifest["verification"]
         if "file" not in self.about:
-            raise UserError(f"{folder}: its export kept nothing to verify with, expected {FILE}; export again")
+            raise UserError(f"{folder}: found nothing to verify with, expected {FILE}; export again")
         path = folder / self.about["file"]
         if not path.is_file():
             raise UserError(f"{path}: no such file, expected what the export wrote; copy it with the parts")
@@ -268,10 +268,10 @@ class Summary:
         return list(self.about["stored"][part])
 
     def inputs(self, part: str, frame: int) -> dict[str, np.ndarray]:
-        """What the part took in.
+        """The part's inputs.
 
         Raises:
-            UserError: the made-up frame comes out otherwise here than at the export.
+            UserError: the generated frame differs from the export's.
         """
         specs = self.parts[part]["inputs"]
         names = list(specs)
@@ -281,7 +281,7 @@ class Summary:
             arrays = {name: tensors[own.inputs[name]] for name in names}
             if digest(tensors) != self.about["made_sha256"]:
                 raise UserError(
-                    f"{self._path}: the made-up frame of seed {self.about['seed']} comes out otherwise here than at the "
+                    f"{self._path}: the generated frame of seed {self.about['seed']} differs from the one at the "
                     "export; numpy's PCG64 or its float32 arithmetic differs: please report it"
                 )
             return arrays
@@ -296,7 +296,7 @@ class Summary:
         return result
 
     def reference(self, part: str, frame: int, output: str) -> dict[str, np.ndarray]:
-        """What is kept of PyTorch's output, for `compare_stored`."""
+        """The stored part of PyTorch's output, for `compare_stored`."""
         return self._group(f"{frame}/{part}/out/{output}/")
 
     def unquantized(self, part: str, frame: int, output: str) -> dict[str, np.ndarray]:

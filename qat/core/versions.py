@@ -1,4 +1,4 @@
-"""The packages that computed a result, for what is written beside it."""
+"""Versions of the packages that computed a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a nuScenes-format data set, in one line: which table or file, which record, what it should be."""
+"""One-line errors for nuScenes-format data: the table or file, the record, what was expected."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def diagnose(folder: Path, error: Exception) -> UserError:
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "token" in row for row in rows):
             return UserError(f"{path}: found something else than records with tokens, expected a list of them; {FETCH}")
     if isinstance(error, KeyError) and error.args:
-        why = f"found nothing for {str(error.args[0])[:80]!r}, which a record names or should have"
+        why = f"found nothing for {str(error.args[0])[:80]!r}, which a record refers to or must have"
     else:
         why = f"found {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return UserError(f"{folder}: the tables do not fit each other: {why}; {FETCH}")

@@ -1,4 +1,4 @@
-"""Reads nuScenes-format data, real or generated, into what a camera detector takes."""
+"""Reads nuScenes-format data, real or generated, into a camera detector's inputs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
         raise UserError(f"{root}: version {version!r} not found; there is {', '.join(found) or 'none'}")
     try:
         found_set = _Tables(version=version, dataroot=str(root), verbose=False)
-    except Exception as error:  # whatever its constructor meets in tables that are not what it takes for granted
+    except Exception as error:  # anything its constructor raises on tables of another form
         raise diagnose(root / version, error) from None
     check_tokens({name: getattr(found_set, name) for name in TABLES}, root / version)
     return found_set
@@ -124,7 +124,7 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
             token = scene["first_sample_token"]
             while token:
                 if token in tokens:
-                    raise UserError(f"{folder / 'sample.json'}: found {token!r} after itself in time; {FETCH}")
+                    raise UserError(f"{folder / 'sample.json'}: found {token!r} in a cycle of `next`; {FETCH}")
                 tokens[token] = None
                 token = record_of(nusc, "sample", token).get("next")
     if not tokens:
@@ -146,7 +146,7 @@ def record_of(nusc: NuScenes, table: str, token: str) -> dict[str, Any]:
     except KeyError:
         folder = Path(nusc.dataroot) / nusc.version
         raise UserError(
-            f"{folder / table}.json: found no record {token!r}, which another table names, expected it; {FETCH}"
+            f"{folder / table}.json: found no record {token!r}, to which another table refers; {FETCH}"
         ) from None
     return found
 

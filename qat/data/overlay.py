@@ -1,4 +1,4 @@
-"""Boxes and lidar points drawn over the images that the network sees: the first thing to look at when a result is odd."""
+"""Boxes and lidar points drawn over the images that the network sees: look at this first when a result is odd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lidar files: raw float32 values, `load_dim` a point, of which nothing in the file says so. What they hold is looked at."""
+"""Lidar files: raw float32 values, `load_dim` a point, which nothing in the file says. The values are checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat.core.kinds import signature_of
 FARTHEST, NEAREST = 2_000.0, 1e-30  # metres; values beyond or below are no coordinates in a sensor's frame but zero
 WRONG_SHARE = 0.01
 WIDTHS = range(3, 11)  # values a point that lidars' files have
-FEWEST, LOOKED_AT = 1_000, 1 << 15  # points that columns are judged by, values that are looked at
+FEWEST, LOOKED_AT = 1_000, 1 << 15  # points that columns are judged by, values that are checked
 DIFFERENT, ALIKE, CLEARLY_LESS = 0.1, 0.98, 0.75
 ZIP = b"PK\x03\x04"
 

@@ -21,7 +21,7 @@ class Sweeps:
 
 @dataclass
 class Pipeline:
-    """What is done to pictures and points. `point_steps` keeps the order of what is done to points."""
+    """Processing of pictures and points. `point_steps` keeps the order of what is done to points."""
 
     resize_crop: ResizeCrop
     mean: list[float]
@@ -33,7 +33,7 @@ class Pipeline:
 
 @dataclass
 class Reading:
-    """What a family says of it. cameras: channels in the order of the inputs."""
+    """How a family reads a data set. cameras: channels in the order of the inputs."""
 
     pipeline: Pipeline
     classes: list[str]

@@ -15,13 +15,13 @@ from qat.data.reading import Pipeline
 
 @dataclass(kw_only=True)
 class Keyframe:
-    """What was recorded. N cameras; float32 unless said otherwise; metres, native pixels.
+    """A recorded keyframe. N cameras; float32 unless stated otherwise; metres, native pixels.
 
     images: N of uint8[h,w,3] RGB, native size. camera_intrinsics, camera2lidar, lidar2image: [N,4,4]. lidar2ego,
     ego2global: [4,4]. points [M,5]: x, y, z, intensity, seconds before the keyframe, in the lidar frame, gathered and
     filtered as the pipeline says. gt_boxes [K,9] and gt_labels int64[K]: in the convention of
     `qat.boxes.detections.Detections`, the annotated objects of the config's classes; gt_points int64[K]: lidar points
-    in each, −1 where nobody counted. scene: the token of its scene.
+    in each, −1 if not counted. scene: the token of its scene.
     """
 
     token: str
@@ -65,7 +65,7 @@ def camera_matrices(intrinsics: Sequence[np.ndarray], camera2lidar: Sequence[np.
 
 
 def check_sizes(keyframe: Keyframe, pipeline: Pipeline) -> None:
-    """Raises `PictureSizeError` where a picture has not the size that the model was made for (`ResizeCrop.factor`)."""
+    """Raises `PictureSizeError` where a picture does not have the model's size (`ResizeCrop.factor`)."""
     for camera, image in zip(keyframe.cameras, keyframe.images, strict=True):
         try:
             pipeline.resize_crop.factor(image.shape[1], image.shape[0])
@@ -77,7 +77,7 @@ def prepare(keyframe: Keyframe, pipeline: Pipeline) -> Sample:
     """Resizes, crops and normalises the images and draws the depth maps, as the test pipeline says.
 
     Raises:
-        PictureSizeError: a picture has not the size that the model was made for.
+        PictureSizeError: a picture does not have the model's size.
     """
     steps = pipeline.resize_crop
     check_sizes(keyframe, pipeline)

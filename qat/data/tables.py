@@ -92,7 +92,7 @@ class SceneTables:
     """One scene's records, collected keyframe by keyframe in the order of time.
 
     Args:
-        key: what tells the scene from every other of the data set; tokens are made of it, so the same scene has the
+        key: unique among the data set's scenes; tokens are made of it, so the same scene has the
             same tokens.
         name: the scene's.
         cameras: channels, in the order of their records.

@@ -219,7 +219,7 @@ class SceneWriter:
         Args:
             timestamp: the lidar's, whole microseconds, later than the keyframe's before.
             images: of every camera, a path (copied as it is), uint8[h,w,3] RGB (written as JPEG), or a `Picture`, which has a
-                time and an ego pose of its own.
+                time and ego pose.
             points: float32[M,3 to 5] in the lidar's frame: x, y, z, intensity (0 to 255), ring.
             ego2global: float[4,4], the ego pose at `timestamp`; any fixed frame, z up.
             boxes: what was annotated.
@@ -312,8 +312,8 @@ class SceneWriter:
             if box.name not in self._writer.classes:
                 known = ", ".join(map(str, self._writer.classes))
                 raise UserError(
-                    f"{at}: a class that was not named, expected one of {known}; give it one of nuScenes' ten classes, or None "
-                    "to leave it out"
+                    f"{at}: unknown class, expected one of {known}; map it to one of nuScenes' ten classes, or to None "
+                    "to drop its boxes"
                 )
             name = self._writer.classes[box.name]
             if name is None:
@@ -351,7 +351,7 @@ class SceneWriter:
         for name, camera in self._cameras.items():
             if check_overlap and not camera.hits:
                 raise UserError(
-                    f"{self.name}: {name}: not one lidar point falls into its images, expected some: camera2ego may be "
+                    f"{self.name}: {name}: found no lidar point in its images, expected some: camera2ego may be "
                     "its inverse, or the camera's axes not x right, y down, z forward (check_overlap=False if it is right)"
                 )
         calibration: list[tuple[str, np.ndarray, list[list[float]]]] = [(LIDAR, self._lidar2ego, [])]
@@ -394,8 +394,8 @@ class NuScenesWriter:
         for own, name in self.classes.items():
             if name is not None and name not in CATEGORIES:
                 raise UserError(
-                    f"classes: {own}: found {name!r}, expected one of {', '.join(CATEGORIES)}, for which alone nuScenes' "
-                    "metric is defined, or None to leave such boxes out"
+                    f"classes: {own}: found {name!r}, expected one of {', '.join(CATEGORIES)}, the classes of "
+                    "nuScenes' metric, or None to drop such boxes"
                 )
         if boxes_in not in ("global", "ego", "lidar"):
             raise UserError(f"boxes_in: found {boxes_in!r}, expected global, ego or lidar")

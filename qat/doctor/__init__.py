@@ -1,12 +1,12 @@
 """What this machine can run, and what to install for the rest: `bevqat doctor`.
 
-Nothing here needs any package but Python's own: a missing or broken one is what is to be told. What could crash or hang (a
-package's native libraries, a driver) is asked in a process of its own.
+Nothing here needs any package but Python's own: it must report missing or broken ones. Anything that could crash or hang (a
+package's native libraries, a driver) runs in its own process.
 
 finding   one line of the answer
 system    Python, processor, memory, disk
-packages  installed versions beside those that setup.py wants
-probes    imports, backends and the GPU, asked in processes of their own
+packages  installed versions and setup.py's requirements
+probes    imports, backends and the GPU, each in its own process
 examine   all of it
 """
 

@@ -1,4 +1,4 @@
-"""All questions, and the answers as findings."""
+"""All checks, and their results as findings."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
 
     Args:
         out: where results will go.
-        ask: how the questions of `probes` are asked; `ask` for processes of their own.
+        ask: runs the checks of `probes`; `ask` runs them in their own processes.
     """
     want = packages.wanted()
     names, needed, unknown = _backend_names()
@@ -93,8 +93,8 @@ def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
             system.GROUP,
             "GPU",
             OK if has_gpu else gpu["state"],
-            words if has_gpu else f"{words}; none is needed for the CPU's backends",
-            "NVIDIA's driver: nvidia-smi by itself has to list the GPU" if gpu["state"] == PROBLEM else "",
+            words if has_gpu else f"{words}; the CPU backends need none",
+            "NVIDIA's driver: nvidia-smi must list the GPU" if gpu["state"] == PROBLEM else "",
         )
     )
     findings += [system.disk_finding("runs", out), system.disk_finding("cache", cache_folder())]
@@ -110,12 +110,12 @@ def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
             findings.append(Finding("imports", module, OK, answer["found"], needed=True))
     if unknown:
         findings.append(
-            Finding("backends", "all", PROBLEM, f"cannot be asked: {unknown}", "fix the packages above", True)
+            Finding("backends", "all", PROBLEM, f"could not be checked: {unknown}", "fix the packages above", True)
         )
     for name in names:
         findings.append(_backend_finding(name, told[f"backend:{name}"], name in needed, has_gpu, want))
     tensorrt = told["tensorrt"]
-    if tensorrt["state"] != MISSING:  # else the backend's line has said it
+    if tensorrt["state"] != MISSING:  # else the backend's line says it
         findings.append(Finding("backends", "TensorRT", tensorrt["state"], tensorrt["found"], tensorrt.get("fix", "")))
     return Report(
         findings,

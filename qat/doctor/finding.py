@@ -1,4 +1,4 @@
-"""One line of the answer, and how all of them are printed."""
+"""One finding, and how findings are printed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OK, MISSING, PROBLEM = "ok", "missing", "problem"
 class Finding:
     """What was found of one thing.
 
-    state: OK; MISSING, which nobody minds who does not need it; PROBLEM: there, and not as it has to be.
+    state: OK; MISSING, a problem only if it is needed; PROBLEM: present but not usable.
     found: in words. fix: what to do, a command where there is one; "" for nothing. needed: whether the main job, from
     calibrate to compare on the CPU, cannot be done without it.
     """

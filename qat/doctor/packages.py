@@ -1,4 +1,4 @@
-"""Installed versions beside those that setup.py wants, and the command that fixes a difference."""
+"""Installed versions compared with setup.py's requirements, and the command that fixes a difference."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def installed(name: str) -> str | None:
         return str(metadata.version(name) or "")
     except metadata.PackageNotFoundError:
         return None
-    except Exception:  # of metadata that were cut off: whatever the parser of the day raises
+    except Exception:  # of truncated metadata: whatever the parser raises
         return ""
 
 
 def fits(requirement: str, version: str) -> bool | None:
-    """Whether a version is one that the requirement allows; None where nobody can tell."""
+    """Whether a version is one that the requirement allows; None if unknown."""
     for module in ("packaging", "pip._vendor.packaging"):
         try:
             requirements = importlib.import_module(f"{module}.requirements")
@@ -87,7 +87,7 @@ def fits(requirement: str, version: str) -> bool | None:
 
 
 def pip_line(*requirements: str, extra: str = "") -> str:
-    """What to type: in a checkout with its constraints, elsewhere from the package."""
+    """The command that installs: in a checkout with its constraints, elsewhere from the package."""
     checkout = (ROOT / "setup.py").is_file() and (ROOT / "constraints.txt").is_file()
     here = os.path.relpath(ROOT) if checkout else ""
     words = ["pip", "install"]
@@ -103,7 +103,11 @@ def package_findings(want: Wanted) -> list[Finding]:
     """Core packages each, extras as a whole."""
     if not want.core:
         fix = "pip install -e . in a checkout"
-        return [Finding(GROUP, "bevqat", PROBLEM, "neither setup.py nor installed metadata say what is wanted", fix)]
+        return [
+            Finding(
+                GROUP, "bevqat", PROBLEM, "found neither setup.py nor installed metadata with the requirements", fix
+            )
+        ]
     found = []
     for requirement in want.core:
         name = name_of(requirement)

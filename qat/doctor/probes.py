@@ -1,7 +1,7 @@
-"""Questions that could crash or hang the process that asks them: imports of native libraries, backends, drivers.
+"""Checks that could crash or hang their process: imports of native libraries, backends, drivers.
 
-`ask` asks them in processes of their own, one after the other in each; a process that dies is blamed on the question that it
-was at, and the others are asked again in a new one.
+`ask` runs them in their own processes, one after the other in each; if a process dies, the check that it
+was running fails, and the others run again in a new process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 from qat.doctor.finding import MISSING, OK, PROBLEM, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 60.0  # seconds for one process; a cold disk takes half a minute to give torch
+TIMEOUT = 60.0  # seconds for one process; a cold disk takes half a minute to load torch
 START = f"import sys; sys.path[0] = {str(ROOT)!r}; from qat.doctor.probes import main; main(sys.argv[1:])"
-Answer = dict[str, Any]  # "state", "found", and more that a question has to tell
+Answer = dict[str, Any]  # "state", "found", and more results of a check
 
 
 def _import(name: str) -> Answer:
@@ -79,7 +79,7 @@ def _tensorrt(_: str) -> Answer:
 
 
 def _cuda(_: str) -> Answer:
-    """The GPU as CUDA's runtime tells it, through cuda-bindings."""
+    """The GPU as CUDA's runtime reports it, through cuda-bindings."""
     from qat.core.errors import UserError
     from qat.engine.cuda import use_device
 
@@ -96,7 +96,7 @@ def _cuda(_: str) -> Answer:
 
 
 def _nvidia_smi(_: str) -> Answer:
-    """The GPUs as NVIDIA's driver tells them."""
+    """The GPUs as NVIDIA's driver reports them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {"state": MISSING, "found": "no nvidia-smi: no NVIDIA driver is installed", "gpus": []}
@@ -158,11 +158,11 @@ def _died(code: int, words: str) -> str:
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-    return f"ends the process that asks for it: {name}{': ' + words if words else ''}"
+    return f"crashes the process that uses it: {name}{': ' + words if words else ''}"
 
 
 def ask(questions: Sequence[str], timeout: float = TIMEOUT) -> dict[str, Answer]:
-    """The answers of processes of their own. timeout: seconds for all of them that one process has."""
+    """The results of all checks, run in their own processes. timeout: seconds for all checks of one process."""
     found: dict[str, Answer] = {}
     left = list(questions)
     while left:
@@ -174,7 +174,7 @@ def ask(questions: Sequence[str], timeout: float = TIMEOUT) -> dict[str, Answer]
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-                blame = f"gave no answer in {timeout:.0f} s"
+                blame = f"timed out after {timeout:.0f} s"
             except BaseException:
                 child.kill()
                 child.wait()

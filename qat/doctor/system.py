@@ -113,7 +113,7 @@ def system_findings(facts: dict[str, Any]) -> list[Finding]:
     if facts["processors_allowed"] < facts["processors"]:
         used.append(f"this process may run on {facts['processors_allowed']}")
     if facts["processors_limit"] is not None:
-        used.append(f"its control group gives it the time of {facts['processors_limit']:.2g}")
+        used.append(f"its control group limits it to {facts['processors_limit']:.2g}")
     found.append(Finding(GROUP, "processor", OK, f"{facts['cpu']}: {'; '.join(used)}"))
     has = facts["int8_instructions"]
     words = ", ".join(SPOKEN.get(flag, flag) for flag in has)
@@ -131,10 +131,10 @@ def system_findings(facts: dict[str, Any]) -> list[Finding]:
             )
         )
     else:
-        found.append(Finding(GROUP, "INT8", MISSING, "this system does not say which instructions its processor has"))
+        found.append(Finding(GROUP, "INT8", MISSING, "cannot read the processor's instruction sets on this system"))
     memory = f"{_gigabytes(facts['memory'])}, {_gigabytes(facts['memory_available'])} of it free"
     if facts["memory_limit"] is not None and facts["memory_limit"] < (facts["memory"] or UNLIMITED):
-        memory += f"; its control group gives this process {_gigabytes(facts['memory_limit'])}"
+        memory += f"; its control group limits this process to {_gigabytes(facts['memory_limit'])}"
     found.append(Finding(GROUP, "memory", OK, memory))
     return found
 
@@ -152,5 +152,7 @@ def disk_finding(name: str, folder: Path) -> Finding:
     except OSError as error:
         return Finding(GROUP, name, PROBLEM, f"{folder}: cannot be written: {one_line(error)}", fix, needed=True)
     if free < LITTLE_DISK:
-        return Finding(GROUP, name, PROBLEM, f"{folder}: {_gigabytes(free)} free, which is little", fix, needed=True)
+        return Finding(
+            GROUP, name, PROBLEM, f"{folder}: {_gigabytes(free)} free, which may not be enough", fix, needed=True
+        )
     return Finding(GROUP, name, OK, f"{folder}: {_gigabytes(free)} free", needed=True)

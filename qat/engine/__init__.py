@@ -3,8 +3,8 @@
     engine = build("onnx_int8/fuser.onnx", "openvino", "int8")
     outputs = engine.run({"img": img, "depth": depth})
 
-A backend is a line of `BACKENDS`: one file of this folder, on one kind of device. Its package is imported when it is first
-asked for. Nothing here imports torch.
+A backend is a line of `BACKENDS`: one file of this folder, on one kind of device. Its package is imported on first
+use. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -104,18 +104,18 @@ def find_backend(name: str) -> Backend:
 
 
 def passed_over(backend: str, precision: str, flavour: str, forms: Collection[tuple[str, str]]) -> str:
-    """Why a backend is not given exported graphs that others are given: a CPU flavour is for its one backend, and where a
-    backend's own flavour of a precision is at hand, nobody would ship another on it.
+    """Why a backend skips exported graphs that others run: a CPU flavour is for its one backend, and where a
+    backend's own flavour of a precision is there, others are not used on it.
 
     Args:
-        forms: (precision, flavour) of all graphs at hand.
+        forms: (precision, flavour) of all graphs.
 
     Returns:
         the reason, or "" where it is given them.
     """
     own = find_backend(backend).flavour
     if flavour in CPU_FLAVOURS and flavour != own:
-        return f"made for {flavour} alone"
+        return f"only for {flavour}"
     if flavour != own and (precision, own) in forms:
         return f"{backend} has its own flavour among the folders"
     return ""
@@ -142,7 +142,7 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
     """Builds an engine for one ONNX part, or takes the one built earlier from the same bytes and options.
 
     Args:
-        onnx_path: the graph; for OpenVINO also a model of its own (.xml), as NNCF's are saved.
+        onnx_path: the graph; for OpenVINO also a model in its own format (.xml), as NNCF's are saved.
         backend: a key of `BACKENDS`.
         precision: what the graph was exported for: "fp32", "fp16" or "int8" (QDQ in the graph).
         options: threads, cache folder and what single backends take.
@@ -164,7 +164,7 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
 def load(built_file: str | Path, backend: str, precision: str, options: Options | None = None) -> Engine:
     """Loads an engine that `Engine.save` wrote, on the same kind of device and with the same version of the backend.
 
-    Whether they are the same is not checked here: what a built file is, only its writer's notes tell
+    Whether they are the same is not checked here: only its writer's notes describe a built file
     (`qat.runtime.load_engines` reads them). The engine cache is neither read nor written.
 
     Args:
@@ -187,7 +187,7 @@ def load(built_file: str | Path, backend: str, precision: str, options: Options 
 
 
 def ending(backend: str) -> str:
-    """What the names of a backend's built files end with."""
+    """File name endings of a backend's built files."""
     return str(_module(backend).ENDING)
 
 

@@ -1,4 +1,4 @@
-"""What every backend has in common: tensor checks, options, the engine cache."""
+"""Shared by all backends: tensor checks, options, the engine cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qat.plan import Axis
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's numpy dtype name and shape; None stands for a dimension that may vary."""
+    """A tensor's numpy dtype name and shape; None is a dimension that may vary."""
 
     dtype: str
     shape: tuple[int | None, ...]
@@ -38,7 +38,7 @@ class TensorSpec:
         return self.accepts_shape(array.dtype.name, array.shape)
 
     def accepts_shape(self, dtype: str, shape: tuple[int, ...]) -> bool:
-        """Whether an array of this dtype name and shape is one."""
+        """Whether it accepts this dtype name and shape."""
         return (
             dtype == self.dtype
             and len(shape) == len(self.shape)
@@ -63,23 +63,23 @@ class LayerProfile(_Layer, total=False):
 
 
 def layers_by_device(layers: Iterable[LayerProfile]) -> dict[str, int]:
-    """How many layers of a profile ran on each device: what a GPU session left to the CPU is told by it."""
+    """How many layers of a profile ran on each device: shows what a GPU session left to the CPU."""
     return dict(Counter(layer.get("device", "") for layer in layers))
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to build and run. What measurement settled for all is no option: docs/engines.md.
+    """How to build and run (docs/engines.md).
 
     threads: CPU threads, 0 for one on each core.
     cache: folder of built engines; None switches the cache off. The default is $BEVQAT_CACHE, else
         $XDG_CACHE_HOME/bevqat, else ~/.cache/bevqat.
-    pinning: each CPU thread stays on a core of its own. For a process that has the cores to itself: threads of two that
+    pinning: each CPU thread stays on its own core. For a process that has the cores to itself: threads of two that
         both pin meet on the same cores.
     spinning: ONNX Runtime's CPU threads wait for work in a loop, which answers sooner and takes whole cores while it runs.
     bfloat16: what an INT8 graph leaves in float runs in bfloat16, on OpenVINO where the CPU multiplies it: faster, and
-        another accuracy, to be looked at.
-    tensorrt: what the backend tensorrt alone takes; it says itself what enters the key of its cached plans.
+        another accuracy, to be measured.
+    tensorrt: options of the backend tensorrt, which decides which of them enter the key of its cached plans.
     """
 
     threads: int = 0
@@ -97,13 +97,13 @@ class Options:
 
 
 def takes_bfloat16(backend: str, precision: str) -> bool:
-    """Whether the option bfloat16 says anything to an engine of this backend and precision."""
+    """Whether the option bfloat16 affects an engine of this backend and precision."""
     return backend == "openvino" and precision == "int8"
 
 
 def described(options: Options, backends: Collection[str], precisions: Collection[str] = ("int8",)) -> dict[str, Any]:
-    """Options as JSON values, for what is written beside results: those that say something of these backends and precisions.
-    The cache is a machine's own affair."""
+    """Options as JSON values, for what is written beside results: those that affect these backends and precisions.
+    The cache is left out: it depends on the machine."""
     values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt", "bfloat16")}
     if any(takes_bfloat16(backend, precision) for backend in backends for precision in precisions):
         values["bfloat16"] = options.bfloat16
@@ -111,7 +111,7 @@ def described(options: Options, backends: Collection[str], precisions: Collectio
 
 
 class Device(NamedTuple):
-    """What an engine was built for. name: for people. fingerprint: equal on devices that may run the same engine."""
+    """The device an engine was built for. name: for people. fingerprint: equal on devices that may run the same engine."""
 
     name: str
     fingerprint: str
@@ -152,7 +152,7 @@ def cache_path(
     Args:
         suffix: file name ending of the built file.
         key: what the file depends on beside the graph: backend, its version, precision, device.
-        fields: names of those of the options that it depends on; a file is not built anew for the others.
+        fields: names of the options that it depends on; a file is not rebuilt for the others.
     """
     assert options.cache is not None
     described = {**key, **{name: getattr(options, name) for name in fields}, "onnx": sha256(onnx_path)}

@@ -1,7 +1,7 @@
-"""The little of CUDA that is needed here, over NVIDIA's cuda-bindings: calls of the runtime, the driver and NVRTC; buffers, streams,
+"""The small part of CUDA used here, over NVIDIA's cuda-bindings: calls of the runtime, the driver and NVRTC; buffers, streams,
 events, graphs. No torch, no pycuda.
 
-Everything here works on the current device. What cannot be done raises `UserError` where the user can fix it (no GPU, no
+Everything here works on the current device. Failures raise `UserError` where the user can fix them (no GPU, no
 driver, no package, memory spent) and `CudaError` elsewhere.
 """
 
@@ -60,7 +60,7 @@ def runtime() -> ModuleType:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Calls a function of the runtime API (cuda…), the driver's (cu…) or NVRTC's (nvrtc…), without an error of its own.
+    """Calls a function of the runtime API (cuda…), the driver's (cu…) or NVRTC's (nvrtc…).
 
     Returns:
         what it returns beside the status: None, a value, or a tuple.
@@ -170,7 +170,7 @@ class PinnedBuffer:
 
 
 class Stream:
-    """A stream of its own, not synchronised with the default one. handle: as the runtime API takes it, and as an integer."""
+    """A stream that is not synchronised with the default one. handle: for the runtime API, and as an integer."""
 
     def __init__(self) -> None:
         self.native = call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking)
@@ -185,7 +185,7 @@ class Stream:
 
 
 class Event:
-    """A point in a stream. timed: whether times between it and others are asked for; without them it costs less."""
+    """A point in a stream. timed: whether times between it and others are measured; without them it costs less."""
 
     def __init__(self, timed: bool = True) -> None:
         if timed:

@@ -1,4 +1,4 @@
-"""Arrays and streams of other libraries on the GPU, taken as they are: `__cuda_array_interface__` (CuPy, Numba, torch) or DLPack."""
+"""Arrays and streams of other libraries on the GPU, used without copying: `__cuda_array_interface__` (CuPy, Numba, torch) or DLPack."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
         RuntimeError,
         TypeError,
         KeyError,
-    ) as error:  # torch, of a tensor that requires grad or of a type of its own
+    ) as error:  # torch, of a tensor that requires grad or of its own type
         raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
     fix = "copy it to the GPU first"
     if interface is not None:
@@ -151,7 +151,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
 
 
 def check_place(array: DeviceArray, where: str, device: int) -> None:
-    """Raises `UserError` where CUDA knows an array's address as the host's or another GPU's: its interface does not tell."""
+    """Raises `UserError` where CUDA knows an array's address as the host's or another GPU's: its interface does not say."""
     if 0 in array.shape:
         return
     try:
@@ -175,7 +175,7 @@ def take(
     writable: bool = False,
     alignment: int = 1,
 ) -> DeviceArray:
-    """`read` of an array that has to be something.
+    """`read`, and checks dtype, shape and place.
 
     Args:
         spec: what it has to be.

@@ -1,10 +1,10 @@
-"""What TensorRT's engine inspector says of a plan, as a table: each layer's precision, formats, and the ONNX nodes fused in it.
+"""TensorRT's engine inspector output as a table: each layer's precision, formats, and the ONNX nodes fused in it.
 
-The inspector's JSON differs between versions, and with how much a plan was told to keep:
+The inspector's JSON differs between versions, and with the detail that a plan was built with:
 
     8.5, 8.6   {"Layers": […], "Bindings": ["img", …]}; tensors have "Format/Datatype": "Thirty-two wide channel vectorized row
                major Int8 format"; a layer's name is that of its nodes, joined by " + "
-    10         the same; "Format/Datatype" may be the type alone ("Half"), and "Metadata" names the nodes:
+    10         the same; "Format/Datatype" may be only the type ("Half"), and "Metadata" names the nodes:
                "[ONNX Layer: /a]\\x1f[ONNX Layer: /b]"
     11         {"Layers": […], "I/O Tensors": [{"Name": "img", …}, …]}; "Format" and "Datatype" are two fields
     any        plans built without detail have layers that are strings; and the text of LayerInformationFormat.ONELINE, one
@@ -38,7 +38,7 @@ WEIGHTED = ("conv", "gemm", "matrixmultiply", "matmul", "fullyconnected")
 class LayerInfo:
     """One layer of a plan.
 
-    type: TensorRT's word for the kernel. precision: what it computes in; "" where the plan does not tell.
+    type: TensorRT's word for the kernel. precision: what it computes in; "" where the plan does not say.
     inputs, outputs: type and layout of each tensor, such as "int8:chw32". nodes: labels of the ONNX nodes in it.
     ms: measured time of a run, None before `with_times`.
     """
@@ -160,7 +160,7 @@ def _from_line(text: str) -> LayerInfo:
 
 
 def read_layers(information: str | Mapping[str, Any] | Sequence[Any]) -> list[LayerInfo]:
-    """Layers from what the inspector gave: its JSON (text or parsed), one layer's or the engine's, or its one-line text.
+    """Layers from the inspector's output: its JSON (text or parsed), one layer's or the engine's, or its one-line text.
 
     Raises:
         UserError: neither.
@@ -188,7 +188,7 @@ def read_io(information: Mapping[str, Any]) -> list[str]:
 
 
 def with_times(layers: Iterable[LayerInfo], times: Mapping[str, float]) -> list[LayerInfo]:
-    """The layers with milliseconds by name, in order; what was timed and is not among them comes last."""
+    """The layers with milliseconds by name, in order; timed names that are not among them come last."""
     layers = list(layers)
     timed = [replace(layer, ms=times.get(layer.name)) for layer in layers]
     known = {layer.name for layer in layers}
@@ -199,9 +199,9 @@ def with_times(layers: Iterable[LayerInfo], times: Mapping[str, float]) -> list[
 
 @dataclass(frozen=True)
 class Findings:
-    """What of a plan a user of INT8 wants to know.
+    """Findings about INT8 in a plan.
 
-    reformats: layers that copy between types and layouts alone. int8: quantized nodes that run in INT8. fallbacks: those that
+    reformats: layers that only copy between types and layouts. int8: quantized nodes that run in INT8. fallbacks: those that
     run in another precision, with it. hidden: those that no layer names (fused into a region without names, or a plan without
     detail).
     """

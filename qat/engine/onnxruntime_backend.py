@@ -64,7 +64,7 @@ def _plain_options(threads: int = 0) -> ort.SessionOptions:
 
 
 def session_options(options: Options) -> ort.SessionOptions:
-    """What sessions run with: threads, where they stay and how they wait. Memory is ONNX Runtime's default: an arena, with
+    """Session options: threads, pinning and waiting. Memory is ONNX Runtime's default: an arena, with
     patterns.
 
     The number of threads is always told: with 0, ONNX Runtime takes all cores and pins the threads to them unasked. A thread
@@ -90,7 +90,7 @@ def provider_options(
 ) -> list[tuple[str, dict[str, str]]]:
     """The execution providers of a session in their order, each with its settings; what one cannot run goes to the next.
 
-    TensorFloat-32: the CUDA provider is told to leave it, so FP32 is FP32 there. The TensorRT provider has no setting for it,
+    TensorFloat-32 is off in the CUDA provider, so FP32 is FP32 there. The TensorRT provider has no setting for it,
     and TensorRT's own default is to take it: what it builds as FP32 may round the inputs of products to TF32 unless the
     process was started with NVIDIA_TF32_OVERRIDE=0 in its environment, which CUDA's libraries read when they are loaded.
 
@@ -140,9 +140,9 @@ def check_available(device: str) -> None:
 
 
 def check_used(session: ort.InferenceSession, device: str) -> None:
-    """Raises `UserError` where ONNX Runtime made a session without the provider that was asked for, or gave it nothing to do.
+    """Raises `UserError` where ONNX Runtime made a session without the requested provider, or gave it no operator.
 
-    ONNX Runtime itself then computes on the CPU and says so in its log alone.
+    ONNX Runtime itself then computes on the CPU and only logs it.
     """
     if device not in session.get_providers():
         library = _missing_library(device)
@@ -179,7 +179,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
         if hasattr(ort, "preload_dlls"):  # of the nvidia-* packages, which lie where no loader looks
             with contextlib.redirect_stdout(io.StringIO()):
                 ort.preload_dlls()
-        ort.set_default_logger_severity(4)  # a provider that does not start is told below, in one line
+        ort.set_default_logger_severity(4)  # a provider that does not start is reported below, in one line
     try:
         session = _session(str(path), options, providers=list(providers), enable_fallback=0)
     except Exception as error:
@@ -252,7 +252,7 @@ class DeviceRun:
         """
         Args:
             device: in ONNX Runtime's words, "cuda" or "cpu".
-            pin: gives an array in page-locked memory for an input's shape and dtype, or None where it cannot; None for
+            pin: returns an array in page-locked memory for an input's shape and dtype, or None where it cannot; None for
                 `pinned_array` on a GPU.
         """
         self._session = session
@@ -294,7 +294,7 @@ class DeviceRun:
         for name, array in feeds.items():
             self._send(name, array)
         self.transfer_ms = (time.perf_counter() - begin) * 1e3
-        for name in self._varying:  # anew each time: a run leaves its own buffer bound, of the shape it had
+        for name in self._varying:  # again each time: a run leaves its own buffer bound, of the shape it had
             self._binding.bind_output(name, self._device, 0)
         self._session.run_with_iobinding(self._binding)  # returns when the device is done
         return dict(zip(self._names, self._binding.get_outputs(), strict=True))
@@ -310,7 +310,7 @@ class DeviceRun:
 
 
 def pinned_array(shape: Sequence[int], dtype: np.dtype) -> np.ndarray | None:
-    """An array in page-locked host memory, given back with the array; None without cuda-bindings, a GPU or memory left."""
+    """An array in page-locked host memory, freed with the array; None without cuda-bindings, a GPU or memory left."""
     try:
         return cuda.PinnedBuffer(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize).view(dtype, tuple(shape))
     except (UserError, RuntimeError):  # plain memory does it too; RuntimeError: no CUDA runtime beside the package
@@ -388,14 +388,14 @@ class OnnxRuntimeEngine(Engine):
             return _open(self._built, self._settings(), self._providers)
         except UserError:
             raise
-        except Exception:  # a damaged file of the cache, in whatever way: build afresh
+        except Exception:  # a damaged cache file: build again
             self._built.unlink(missing_ok=True)
             self._built = cached(source, ENDING, self._options, key, lambda path: self._make(source, path))
             return _open(self._built, self._settings(), self._providers)
 
     @property
     def settings(self) -> ort.SessionOptions:
-        """What the session runs with, as ONNX Runtime has it."""
+        """The session's options, as ONNX Runtime reports them."""
         return self._session.get_session_options()
 
     def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -465,12 +465,12 @@ def _check_precision(path: Path, precision: str, device: str) -> None:
         return
     if device == CPU:
         raise UserError(
-            f"{path}: precision fp16: ONNX Runtime's CPU provider takes no precision flag; fix by fp32 or int8"
+            f"{path}: precision fp16: ONNX Runtime's CPU provider takes no precision flag; use fp32 or int8"
         )
     if device == CUDA and not has_fp16(path):
         raise UserError(
             f"{path}: precision fp16: found an FP32-typed graph, expected FP16 types: the CUDA provider takes no "
-            "precision flag; fix by export-camera --fp16 --flavour tensorrt-strong, or by backend onnxruntime-tensorrt"
+            "precision flag; use export-camera --fp16 --flavour tensorrt-strong, or by backend onnxruntime-tensorrt"
         )
 
 

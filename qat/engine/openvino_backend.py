@@ -40,7 +40,7 @@ def _only_core() -> ov.Core:
 def _core() -> ov.Core:
     """The process's one `ov.Core`, which lives as long as the process.
 
-    Where a processor has AMX, the CPU plugin of each Core gives the calling thread a stack of its own for signals. A Core that goes
+    Where a processor has AMX, the CPU plugin of each Core gives the calling thread its own stack for signals. A Core that goes
     unmaps its stack; when a later one goes, it sets the thread back to that one's. The next signal with a Python handler, such as
     Ctrl-C, then ends the process with a segmentation fault (seen with OpenVINO 2026.4.1).
     """
@@ -71,7 +71,7 @@ def _last_line(error: RuntimeError) -> str:
 
 
 def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
-    """What OpenVINO is told when it compiles or loads a graph.
+    """OpenVINO's properties for compiling or loading a graph.
 
     One picture at a time and no second stream: LATENCY. On a CPU also the threads, and whether each stays on its core.
     """
@@ -87,7 +87,7 @@ def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
 
 
 def _bfloat16(precision: str, options: Options, device: str) -> bool:
-    """Whether the option means this engine: an FP32 row stays FP32, and a GPU has FP16 there already."""
+    """Whether the option applies to this engine: an FP32 row stays FP32, and a GPU has FP16 there already."""
     return options.bfloat16 and precision == "int8" and device == "CPU"
 
 
@@ -95,14 +95,12 @@ def _check(core: ov.Core, source: Path, precision: str, options: Options, device
     """Raises `UserError` where the device is not there, or has no arithmetic of this precision."""
     _check_device(core, device)
     if precision not in FLOAT_TYPE[device]:
-        raise UserError(f"{source}: precision {precision}: OpenVINO's {device} computes in FP16; fix by fp16 or int8")
+        raise UserError(f"{source}: precision {precision}: OpenVINO's {device} computes in FP16; use fp16 or int8")
     if precision == "fp16" and "FP16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
-        raise UserError(
-            f"{source}: precision fp16: OpenVINO has no FP16 arithmetic on this {device}; fix by fp32 or int8"
-        )
+        raise UserError(f"{source}: precision fp16: OpenVINO has no FP16 arithmetic on this {device}; use fp32 or int8")
 
     if _bfloat16(precision, options, device) and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
-        raise UserError(f"{source}: bfloat16: OpenVINO has no bfloat16 arithmetic on this {device}; leave it out")
+        raise UserError(f"{source}: bfloat16: OpenVINO has no bfloat16 arithmetic on this {device}; omit it")
 
 
 def _check_device(core: ov.Core, device: str) -> None:
@@ -134,7 +132,7 @@ class OpenVinoEngine(Engine):
 
     @property
     def compiled(self) -> ov.CompiledModel:
-        """OpenVINO's own object, which tells its properties."""
+        """OpenVINO's own object, which has its properties."""
         return self._compiled
 
     def _compile(self, source: Path, **more: Any) -> ov.CompiledModel:

@@ -52,7 +52,7 @@ ALIGNMENT = 256  # of every address that TensorRT is given, in bytes
 
 
 class PlanError(UserError):
-    """TensorRT does not take a plan: damaged, or of another version or GPU."""
+    """TensorRT rejects a plan: damaged, or of another version or GPU."""
 
 
 def _shape(dims: Any) -> tuple[int | None, ...]:
@@ -60,15 +60,15 @@ def _shape(dims: Any) -> tuple[int | None, ...]:
 
 
 class TensorRtEngine(Engine):
-    """A plan with one execution context, its buffers on the GPU and in pinned memory, and a stream of its own.
+    """A plan with one execution context, its buffers on the GPU and in pinned memory, and its own stream.
 
     Runs share the context's memory: a run on one stream waits on the GPU for the one before it on another. Runs that the caller
     captures in a CUDA graph are the caller's to order.
 
     transfer_ms: of the latest `run`, both copies, from CUDA events.
     compute_ms: of the latest `run`, between them.
-    graph_refused: why runs are enqueued layer by layer although a CUDA graph was asked for; "" where they are not.
-    device: the GPU. facts: how the plan was built, None where no sidecar tells.
+    graph_refused: why runs are enqueued layer by layer although a CUDA graph was requested; "" where they are not.
+    device: the GPU. facts: how the plan was built, None without a sidecar.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class TensorRtEngine(Engine):
         self.stream.synchronize()
 
     def _renew_context(self) -> None:
-        """Another context in the present one's place, at its shapes.
+        """Replaces the context by a new one with the same shapes.
 
         Never two at once: in TensorRT 8.5 and 8.6 a second one may not have the plan's only profile.
         """
@@ -203,15 +203,13 @@ class TensorRtEngine(Engine):
         for name in self.outputs:
             shape = tuple(self._context.get_tensor_shape(name))
             if any(size < 0 for size in shape):
-                raise UserError(
-                    f"{self.source}: output {name}: its size depends on the data, which this engine cannot run"
-                )
+                raise UserError(f"{self.source}: output {name}: its size depends on the data, which is not supported")
             sizes[name] = self._bytes(name, shape)
         self._device = {name: cuda.DeviceBuffer(size) for name, size in sizes.items()}
         self._host = {name: cuda.PinnedBuffer(size) for name, size in sizes.items() if name not in self._vectorized}
 
     def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Tells the context the inputs' shapes, only when they change: TensorRT sets itself up anew."""
+        """Sets the inputs' shapes in the context, only when they change: TensorRT then sets itself up again."""
         key = tuple(shapes[name] for name in self.inputs)
         if key == self._shapes:
             return
@@ -239,7 +237,7 @@ class TensorRtEngine(Engine):
     def _bind(self, addresses: Mapping[str, int]) -> None:
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
-                raise UserError(f"{self.source}: {name}: TensorRT does not take its memory: {self._messages()}")
+                raise UserError(f"{self.source}: {name}: TensorRT rejects its memory: {self._messages()}")
 
     def _enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
@@ -466,7 +464,7 @@ class TensorRtEngine(Engine):
 
 
 def plan_path(onnx_path: Path, precision: str, options: Options, device: cuda.Device, version: str) -> Path:
-    """Where the cache has the plan: found by what enters it. What the CPU's engines are told, and how a plan is run, does not."""
+    """Where the cache has the plan: found by what enters it. CPU options and options for running a plan do not enter it."""
     key = {
         "backend": "tensorrt",
         "build": BUILD_VERSION,

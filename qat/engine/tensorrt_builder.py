@@ -6,7 +6,7 @@ it was built with and for: a plan for another version or GPU is refused by name,
 How a graph is built:
 
     graph                                 8.5, 8.6                10                        11
-    FP32 types, no Q/DQ                   flag FP16 if asked      flag FP16 if asked        strongly typed, FP32 alone
+    FP32 types, no Q/DQ                   flag FP16 if asked      flag FP16 if asked        strongly typed, FP32 only
     FP32 types, Q/DQ (`tensorrt`)         flags INT8 (and FP16)   flags INT8 (and FP16)     refused unless fp16 is off
     FP16 types (`tensorrt-strong`)        flag FP16; Q/DQ refused strongly typed            strongly typed
 """
@@ -50,7 +50,7 @@ class Typing:
 def choose_typing(
     path: Path, outline: Outline, precision: str, options: TensorRtOptions, capabilities: Capabilities
 ) -> Typing:
-    """Decides by what the graph says, what was asked and what this TensorRT can do.
+    """Decides by the graph, the requested precision and this TensorRT's capabilities.
 
     Raises:
         UserError: the graph is of a flavour that this TensorRT cannot build, or lacks what the precision promises.
@@ -78,7 +78,7 @@ def choose_typing(
             )
     flags: tuple[str, ...] = ()
     if precision == "int8":
-        # A part that stays float in an INT8 export, as a part may: the flag alone would ask for a calibrator.
+        # A part that stays float in an INT8 export, as a part may: the flag by itself would require a calibrator.
         flags = (*(("INT8",) if outline.has_qdq else ()), *(("FP16",) if options.fp16 else ()))
     elif precision == "fp16":
         flags = ("FP16",)
@@ -111,7 +111,7 @@ def make_logger(trt: Any) -> Any:
 
 
 def one_line(message: str, limit: int = 400) -> str:
-    """A library's message without its line breaks, cut where it becomes a page."""
+    """A library's message without its line breaks, cut to a reasonable length."""
     text = " ".join(message.split())
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -168,7 +168,7 @@ def parse(tools: Tools, network: Any, path: Path) -> Any:
     """Reads the graph into the network; returns the parser, which owns weights that the network uses.
 
     Raises:
-        UserError: TensorRT's parser refuses it: the line names the file, the node where the parser tells, the cause.
+        UserError: TensorRT's parser refuses it: the line names the file, the node if the parser reports it, and the cause.
     """
     parser = tools.trt.OnnxParser(network, tools.logger)
     if parser.parse_from_file(str(path)):
@@ -185,7 +185,7 @@ def _parser_error(tools: Tools, parser: Any, path: Path) -> str:
     cause = one_line(error.desc())
     if tools.capabilities.node_names and error.node_name():
         return f"node {error.node_name()} ({error.node_operator()}): {cause}"
-    # 8.5 and 8.6 give the node's index alone, −1 for none.
+    # 8.5 and 8.6 report only the node's index, −1 for none.
     nodes = read_outline(path).nodes
     index = error.node()
     if 0 <= index < len(nodes):
@@ -218,7 +218,7 @@ def set_formats(tools: Tools, network: Any, path: Path, options: TensorRtOptions
             if strong and tensor.dtype != wanted:
                 raise UserError(
                     f"{path}: {what} {tensor.name}: format {asked[tensor.name]}: found {tensor.dtype.name} in a strongly typed "
-                    "graph, whose types stay; export with --io fp16"
+                    "graph, whose types are fixed; export with --io fp16"
                 )
             if not strong:
                 tensor.dtype = wanted
@@ -246,12 +246,14 @@ def configure(tools: Tools, network: Any, typing: Typing, path: Path, options: T
     if options.version_compatible:
         if not can.version_compatible:
             raise UserError(
-                f"version-compatible: TensorRT {can.version} has no such plans; leave it out, or use 8.6 or later"
+                f"version-compatible: TensorRT {can.version} does not support it; omit it, or use 8.6 or later"
             )
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.optimization_level is not None:
         if not can.optimization_level:
-            raise UserError(f"optimization level: TensorRT {can.version} has none; leave it out, or use 8.6 or later")
+            raise UserError(
+                f"optimization level: TensorRT {can.version} does not support it; omit it, or use 8.6 or later"
+            )
         config.builder_optimization_level = options.optimization_level
     # Layer names, formats and precisions stay readable in the plan: `TensorRtEngine.layers` shows them.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -260,12 +262,12 @@ def configure(tools: Tools, network: Any, typing: Typing, path: Path, options: T
 
 
 def tactic_bits(trt: Any, capabilities: Capabilities, sources: tuple[str, ...]) -> int:
-    """The bit mask of `IBuilderConfig.set_tactic_sources`. Raises `UserError` for one that this TensorRT has not."""
+    """The bit mask of `IBuilderConfig.set_tactic_sources`. Raises `UserError` for one that this TensorRT lacks."""
     for source in sources:
         if source not in capabilities.tactic_sources:
             expected = ", ".join(sorted(capabilities.tactic_sources))
             raise UserError(
-                f"tactic source {source}: TensorRT {capabilities.version} has none of it, expected of {expected}"
+                f"tactic source {source}: TensorRT {capabilities.version} does not have it, expected some of {expected}"
             )
     return sum(1 << int(getattr(trt.TacticSource, source)) for source in sources)
 
@@ -275,7 +277,7 @@ def _add_profile(tools: Tools, network: Any, config: Any, path: Path, options: T
     given = {profile.input: profile for profile in options.profiles}
     for name in given:
         if name not in inputs:
-            raise UserError(f"{path}: profile of {name}: no such input, expected of {', '.join(inputs)}")
+            raise UserError(f"{path}: profile of {name}: no such input, expected one of {', '.join(inputs)}")
     dynamic = {name: shape for name, shape in inputs.items() if any(size < 0 for size in shape)}
     for name, shape in dynamic.items():
         axes = "x".join("?" if size < 0 else str(size) for size in shape)
@@ -302,7 +304,7 @@ def _add_profile(tools: Tools, network: Any, config: Any, path: Path, options: T
 def timing_cache(config: Any, path: Path | None, logger: Any) -> Iterator[None]:
     """Reads the file before the block, if there is one, and writes what was measured after it, whole.
 
-    A cache of another version or GPU, or damaged, is left aside: TensorRT measures anew and the file is replaced.
+    A cache of another version or GPU, or damaged, is not used: TensorRT measures again and the file is replaced.
     """
     if path is None:
         yield
@@ -383,7 +385,7 @@ def _monitor(trt: Any, interrupt: Interrupt, report: Callable[[str], None]) -> A
 
 
 class Ticker:
-    """One line on stderr that says what takes long: the seconds so far, and TensorRT's phases where it tells them.
+    """One line on stderr during long work: the seconds so far, and TensorRT's phases where it reports them.
 
     Silent where stderr is no terminal, and for the first two seconds.
     """
@@ -396,7 +398,7 @@ class Ticker:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def note(self, text: str) -> None:
-        """What is being done now."""
+        """The current phase."""
         self._note = text
 
     def _run(self) -> None:
@@ -423,7 +425,7 @@ class Ticker:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What is known of a plan, and written beside it.
+    """Facts about a plan, written beside it.
 
     tensorrt: version that built it. gpu, capability: that it was built for. quantized: ONNX nodes between Q/DQ, that INT8
     kernels are expected for. options: as `TensorRtOptions.described`.
@@ -483,7 +485,7 @@ def check_facts(plan: Path, facts: PlanFacts, version: str, gpu: str, capability
     if facts.gpu != gpu:
         raise UserError(
             f"{plan}: built for {facts.gpu}, found {gpu} here, whose best kernels may be others; {fix}, or remove "
-            f"{sidecar_path(plan).name} to use it all the same"
+            f"{sidecar_path(plan).name} to use it anyway"
         )
 
 

@@ -1,4 +1,4 @@
-"""What an installed TensorRT can do, asked of the module itself: 8.5, 8.6, 10 and 11 differ in what they have, and so do builds
+"""The installed TensorRT's capabilities, read from the module itself: 8.5, 8.6, 10 and 11 differ in what they have, and so do builds
 of one version (Jetson, RTX). The version string is kept for messages and for matching plans, and decides nothing here.
 """
 
@@ -40,7 +40,7 @@ def _members(module: Any, enum: str) -> frozenset[str]:
 
 
 class Capabilities:
-    """Questions to a module tensorrt; it is not changed, and no builder is made.
+    """Capabilities of a module tensorrt, which is not changed; no builder is made.
 
     version: for messages, and for matching a plan with its runtime.
     weak_typing: precision by builder flags (8.5 to 10; gone in 11).

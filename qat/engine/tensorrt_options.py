@@ -1,4 +1,4 @@
-"""What can be asked of TensorRT when a plan is built and run. Needs no TensorRT: options are checked where they are written."""
+"""TensorRT's options for building and running a plan. Needs no TensorRT: options are checked where they are written."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class TensorRtOptions:
 
     def __post_init__(self) -> None:
         if self.workspace is not None and self.workspace < 1:
-            raise UserError(f"workspace: found {self.workspace}, expected bytes, 1 or more; leave it out for no limit")
+            raise UserError(f"workspace: found {self.workspace}, expected bytes, 1 or more; omit it for no limit")
         for source in self.tactic_sources or ():
             if source not in TACTIC_SOURCES:
                 raise UserError(f"tactic source: found {source!r}, expected one of {', '.join(TACTIC_SOURCES)}")
@@ -128,7 +128,7 @@ class TensorRtOptions:
             raise UserError(f"{self.timing_cache}: found a folder, expected the name of a timing cache file")
 
     def described(self) -> dict[str, Any]:
-        """What the plan depends on, as JSON values: all but how it is run and where timings are kept."""
+        """The options that the plan depends on, as JSON values: all but how it is run and where timings are kept."""
         values = asdict(self)
         del values["timing_cache"], values["cuda_graph"]
         values["plugins"] = [f"{Path(plugin).name} {sha256(plugin)}" for plugin in self.plugins]

@@ -1,4 +1,4 @@
-"""What a result is worth: nuScenes mAP and NDS through the official devkit, how sure a difference is, and tensor against
+"""Accuracy: nuScenes mAP and NDS by the official devkit, intervals of differences, and tensor against
 tensor."""
 
 from qat.core.tensors import compare_tensors

@@ -1,4 +1,4 @@
-"""How sure a difference in mAP or NDS is: a paired bootstrap over scenes.
+"""The interval of a difference in mAP or NDS: a paired bootstrap over scenes.
 
 Keyframes of one scene show the same objects, so scenes are drawn, not keyframes (Koehn, "Statistical Significance Tests
 for Machine Translation Evaluation", EMNLP 2004, has the paired bootstrap). A resample's metrics are the devkit's: which
@@ -46,7 +46,7 @@ class ClassMatches:
 
     scene: int[n], index of the scene. score: float[n]. hit: bool[distances, n], whether it matches an object within
     each distance. errors: {TP metric: float[n]} at the distance that the devkit takes for them, NaN where there is no
-    match (and where the devkit gives NaN). objects: int[scenes], the annotated ones.
+    match (and where the devkit returns NaN). objects: int[scenes], the annotated ones.
     """
 
     scene: np.ndarray

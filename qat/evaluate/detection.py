@@ -37,7 +37,7 @@ DEFAULT_ATTRIBUTE = {
 
 
 def attribute_of(name: str, speed: float) -> str:
-    """The attribute that mmdet3d's nuScenes evaluation gives a class at a speed in m/s."""
+    """The attribute that mmdet3d's nuScenes evaluation assigns to a class at a speed in m/s."""
     if speed > MOVING:
         if name in ("car", "construction_vehicle", "bus", "truck", "trailer"):
             return "vehicle.moving"
@@ -131,7 +131,7 @@ def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEva
     if others := [name for name in dataset.classes if name not in DEFAULT_ATTRIBUTE]:
         raise UserError(
             f"object_classes: found {', '.join(others)}, expected nuScenes' ten detection classes "
-            f"({', '.join(DEFAULT_ATTRIBUTE)}), for which alone its metric is defined; rename them in the config"
+            f"({', '.join(DEFAULT_ATTRIBUTE)}), the only ones its metric defines; rename them in the config"
         )
     nusc = dataset.nusc
     predictions = EvalBoxes()
@@ -173,7 +173,7 @@ def evaluate_detections(dataset: Any, detections: Mapping[str, Detections]) -> d
 
 
 def devkit_metric(dataset: Any) -> Callable[[Mapping[str, Detections]], dict[str, float]]:
-    """A function that gives {"map", "nds"} of boxes by sample token: what the calibration stage takes for a metric."""
+    """A function that returns {"map", "nds"} of boxes by sample token: the calibration stage's metric."""
 
     def metric(detections: Mapping[str, Detections]) -> dict[str, float]:
         figures = evaluate_detections(dataset, detections)

@@ -37,7 +37,7 @@ def open_source(source: Source, precision: str | None = None) -> Opened:
         precision: "int8", "fp16" or "fp32"; None for INT8 of a quantized checkpoint and FP32 of a float one.
 
     Raises:
-        UserError: the checkpoint does not load or does not fit its config, or is a float one and INT8 is asked for.
+        UserError: the checkpoint does not load or does not fit its config, or is a float one and INT8 is requested.
     """
     if source.checkpoint is None:
         config = source.checked_config()
@@ -49,7 +49,7 @@ def open_source(source: Source, precision: str | None = None) -> Opened:
     path, as_float = Path(source.checkpoint), precision not in (None, "int8")
     model = open_model(path, source.config, source.prefix, source.ema, as_float=as_float)
     if model.quantized is None and precision == "int8":
-        raise UserError(f"{path}: a float checkpoint has no scales for INT8; fix by running calibrate on it first")
+        raise UserError(f"{path}: a float checkpoint has no scales for INT8; run calibrate on it first")
     return Opened(model, model.best, precision or ("fp32" if model.quantized is None else "int8"), path.parent)
 
 

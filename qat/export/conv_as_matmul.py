@@ -8,9 +8,9 @@ ONNX Runtime's CPU has no convolution from integers to float: without Q behind i
 such a matrix product (MatMulIntegerToFloat), so depth logits and context come from INT8 without being rounded
 themselves. The transpose before it cancels with the one behind the integer convolution that comes before.
 
-Only where nothing behind is rounded any more, however far: in the middle of a network (Conv ─► SiLU ─► Q) both backends lose by
+Only where nothing behind it is rounded: in the middle of a network (Conv ─► SiLU ─► Q) both backends get slower with
 it. ONNX Runtime wants Q behind the convolution there, and OpenVINO, which has convolutions from integers to float, lays
-out anew what a matrix product gives: EfficientNet-B0 takes 1.6 times as long.
+out again what a matrix product gives: EfficientNet-B0 takes 1.6 times as long.
 """
 
 from __future__ import annotations

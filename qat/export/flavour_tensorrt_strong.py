@@ -8,16 +8,16 @@ ONNX gives it, and builder flags for precision are gone.
              b in FP32 ────────┘                              b in FP16 ────────────────┘   all scales in FP16
 
 - FP16 types as `qat.export.fp16` decides them.
-- From opset 19 on QuantizeLinear and DequantizeLinear take FP16 scales and a DequantizeLinear then gives FP16, so that an
+- From opset 19 on QuantizeLinear and DequantizeLinear take FP16 scales and a DequantizeLinear then returns FP16, so that an
   INT8 convolution is s8·s8 → FP16 for TensorRT to fuse. Before opset 19 they are FP32 only: casts stand around them, and
-  whether TensorRT fuses a convolution through them is its own affair. Hence opset 19 unless asked otherwise.
+  TensorRT may or may not fuse a convolution through them. Hence opset 19 by default.
 - Weights are s8 initializers behind a DequantizeLinear. NVIDIA's documentation of explicit quantization allows these and
   float weights behind Q and DQ. Here integers are better: they are those of the checkpoint, found with the FP32 scale;
   FP16 weights divided by an FP16 scale would round some of them to a neighbour. The files are smaller, too.
 - A channel whose scale is below 2⁻¹⁷, where FP16 holds it to 2⁻⁸ and no better, is nearly dead. All zero, it takes 2⁻¹⁴
-  (TensorRT wants scales above 0, and a tiny one would be flushed to it). Else it is rounded anew with step 2⁻¹⁷, as long as
+  (TensorRT wants scales above 0, and a tiny one would be flushed to it). Else it is rounded again with step 2⁻¹⁷, as long as
   another channel of the tensor has at least that step: the layer's output is then no noisier than that channel makes it.
-  A tensor of such channels alone, or of an activation, keeps FP32 scales and a cast.
+  A tensor that has only such channels, or an activation, keeps FP32 scales and a cast.
 - A convolution's bias becomes FP16; one that does not fit keeps its convolution in FP32.
 
 Tolerance (`tolerance_db`), as the SQNR against the FP32-typed graph or the PyTorch module:
@@ -256,7 +256,7 @@ def verify_strong(
     unquantized: Mapping[str, np.ndarray] | None = None,
     where: str = "compare",
 ) -> dict[str, dict[str, Any]]:
-    """Compares a strongly typed graph with what its module or FP32-typed graph gave, as `qat.export.verify.verify_part` does.
+    """Compares a strongly typed graph with the outputs of its module or FP32-typed graph, as `qat.export.verify.verify_part` does.
 
     Args:
         model, report: what `to_tensorrt_strong` returned.

@@ -10,7 +10,7 @@ A node is either FP16 or FP32. A node stays FP32
   geometry and indices (ScatterND, ScatterElements, CumSum, Range, GridSample), what is computed from inputs that the
   caller names as geometry, operators without an FP16 form in the graph's opset (QuantizeLinear and DequantizeLinear
   before 19), and what only moves values from one FP32 node to others;
-- for its values on the given frames, every tensor being looked at:
+- for its values on the given frames, for every tensor:
   *overflow*, a finite |x| above 65504, FP16's largest number;
   *underflow*: FP16 numbers from 2⁻¹⁴ on are within 2⁻¹¹ of what they round from, so rounding costs at most 2⁻²² of a
   tensor's energy. Below 2⁻¹⁴ the error is absolute, up to 2⁻²⁵, and up to there all is flushed to zero. A tensor underflows
@@ -61,7 +61,7 @@ KEPT = {
     "Range": "geometry operator",
     "GridSample": "geometry operator",
 }
-# They give the values of their first input, in another place or some of them.
+# They return values of their first input, moved or some of them.
 MOVERS = (
     "Concat",
     "Expand",
@@ -93,7 +93,7 @@ QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 class _Range:
-    """What a tensor held over all frames."""
+    """Statistics of a tensor over all frames."""
 
     def __init__(self) -> None:
         self.max_abs = 0.0  # of the finite values
@@ -302,7 +302,7 @@ class _Plan:
                 norm = self._made_by(nodes[norm].input[0], "ReduceSum", "ReduceMean", "Pow", "Mul")
 
     def from_geometry(self, geometry: Collection[str]) -> None:
-        """What is computed from geometry alone. Where it meets features it has become weights or a mask."""
+        """What is computed only from geometry. Where it meets features it has become weights or a mask."""
         derived = set(geometry)
         for k, node in enumerate(self.graph.node):
             sources = [name for name in node.input if self.is_float(name) and name not in self.constants]
@@ -333,7 +333,7 @@ class _Plan:
                     self.keep(k, reason, name)
 
     def full_codes(self) -> None:
-        """What takes in, or hands on, the largest code of a DequantizeLinear whose scale lets that overflow: other frames than those
+        """Nodes that read, or pass on, the largest code of a DequantizeLinear whose scale lets that overflow: other frames than those
         that were seen may have it."""
         bounds: dict[str, float] = {}
         for k, node in enumerate(self.graph.node):
@@ -349,7 +349,7 @@ class _Plan:
             bounds.update((name, bound) for name in node.output if self.is_float(name))
 
     def between(self, full_outputs: Collection[str]) -> None:
-        """What moves values from FP32 nodes to FP32 nodes alone: a detour through FP16 would only round them."""
+        """Nodes that only move values between FP32 nodes: a detour through FP16 would only round them."""
         for k in reversed(range(len(self.graph.node))):
             node = self.graph.node[k]
             if node.op_type not in MOVERS or k not in self.half_inputs or k in self.reasons:
@@ -406,7 +406,7 @@ class _Rewriter:
     def _read(self, name: str, kind: int) -> str:
         """The name under which a tensor is found as FLOAT or FLOAT16."""
         if name in self.plan.constants:
-            return self.stored.setdefault((name, kind), name)  # the two forms are told apart at the end
+            return self.stored.setdefault((name, kind), name)  # the two forms are distinguished at the end
         if self.kind[name] == kind:
             return self.actual.get(name, name)
         if (name, kind) not in self.casts:
@@ -534,12 +534,12 @@ def to_fp16(
         model: an FP32-typed graph.
         feeds: for each frame, the graph's inputs. Without frames only constants and operators decide.
         keep_io: whether inputs and outputs stay FP32; else they become FP16, but for those that do not fit.
-        geometry: inputs (or tensors) that hold matrices or coordinates: they and what is computed from them alone stay FP32.
+        geometry: inputs (or tensors) that hold matrices or coordinates: they and what is computed only from them stay FP32.
 
     Returns:
         the graph, and the report: `frames`; `nodes` that compute in floats; `fp16` of them; `fp32`, for each of the others
-        its node, operator, reason, tensor (the one that gives the reason, where one does), and max_abs, the largest
-        magnitude that it took in or gave; `fp32_io`, inputs and outputs that keep_io=False could not make FP16; `casts`;
+        its node, operator, reason, tensor (the one that is the reason, if any), and max_abs, the largest
+        magnitude of its inputs and outputs; `fp32_io`, inputs and outputs that keep_io=False could not make FP16; `casts`;
         `largest_fp16`, the largest magnitude of a tensor in FP16, with its name; `roundings` as `rounding_count` has it.
 
     Raises:

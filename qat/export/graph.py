@@ -118,14 +118,14 @@ def simplify(
         raise UserError(f"{name}.onnx: onnxsim's check found another result after simplification; please report it")
     left = op_counts(simplified)["BatchNormalization"]
     if left and not norms:
-        raise UserError(f"{name}.onnx: found {left} BatchNormalization that no convolution takes in, expected none")
+        raise UserError(f"{name}.onnx: found {left} BatchNormalization that cannot be folded, expected none")
     _strip(simplified)
     onnx.checker.check_model(simplified, full_check=True)
     return simplified
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drops what differs from one run or machine to the next without meaning anything to a runtime."""
+    """Drops what differs between runs or machines and does not matter to a runtime."""
     model.doc_string = model.graph.doc_string = ""
     del model.metadata_props[:]
     for node in model.graph.node:

@@ -6,7 +6,7 @@
 - ONNX Runtime has no HardSigmoid in integers, but sums. Where Q ends at 0 and at no more than 1 it saturates where
   HardSigmoid does, so the clipping is its own: 0.06 ns for each element against 0.26. Reading x on a scale that is alpha times as
   large multiplies it by alpha.
-- OpenVINO's HardSigmoid takes one layout only, so everything around it is laid out anew: MobileNetV3-Large takes a third
+- OpenVINO's HardSigmoid takes one layout only, so everything around it is reordered: MobileNetV3-Large takes a third
   longer, with 61 reorderings for 5.
 """
 

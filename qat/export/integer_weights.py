@@ -76,7 +76,7 @@ def store_integers(model: onnx.ModelProto) -> int:
     initializers = [value for value in graph.initializer if value.name in used]
     initializers += [numpy_helper.from_array(known[name], name) for name in known if name not in own and name in used]
     del graph.node[:], graph.initializer[:]
-    del graph.value_info[:]  # inferred anew by whoever needs it
+    del graph.value_info[:]  # inferred again where needed
     graph.node.extend(kept)
     graph.initializer.extend(initializers)
     return stored

@@ -11,14 +11,14 @@ from onnx import helper
 
 from qat.core.errors import UserError
 
-BUDGET = 256 << 20  # bytes of tensors that one session hands out
+BUDGET = 256 << 20  # bytes of tensors that one session returns
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     """Name → element type and shape of every input, initializer and node output.
 
     Raises:
-        UserError: the graph has an operator whose outputs ONNX cannot tell the type of.
+        UserError: the graph has an operator whose output types ONNX cannot infer.
     """
     try:
         graph = onnx.shape_inference.infer_shapes(_standard(model), strict_mode=True, data_prop=True).graph
@@ -71,7 +71,7 @@ def fixed_inputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onn
 
 
 class _Segment:
-    """Some nodes in a row, as a session that takes what they need and gives all that they make."""
+    """Some nodes in a row, as a session with their inputs and all of their outputs."""
 
     def __init__(
         self, model: onnx.ModelProto, nodes: list[onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]

@@ -1,4 +1,4 @@
-"""What the passes over ONNX graphs look up, and how they put other nodes in place."""
+"""Look-ups and node replacement for the passes over ONNX graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def constants(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
 
 
 def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
-    """The nodes that read each tensor, in the graph's order; an empty list for one that nobody reads."""
+    """The nodes that read each tensor, in the graph's order; an empty list for one without readers."""
     found: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
         for name in node.input:
@@ -30,14 +30,14 @@ def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
 
 
 def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    """The node that gives each tensor."""
+    """The node that computes each tensor."""
     return {name: node for node in graph.node for name in node.output}
 
 
 def replace_nodes(
     graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto], added: Mapping[str, np.ndarray] | None = None
 ) -> None:
-    """Gives a graph these nodes, its own or new ones, and these constants more; constants that no node reads go."""
+    """Sets a graph's nodes, adds constants, and removes constants that no node reads."""
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
@@ -54,5 +54,5 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that a graph asks for."""
+    """A graph's opset version of ONNX's own operators."""
     return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))

@@ -45,7 +45,7 @@ class _Flat(nn.Module):
 
 @dataclass
 class ModuleExport:
-    """What an export's verification found.
+    """The results of an export's verification.
 
     outputs: for each output max_abs, cosine, sqnr_db, tolerance_db, quantization_db and passed. sites: how many places of the graph
     were checked one by one (`qat.core.sites`); 0 where PyTorch cannot run the network in float64. failures: what is wrong at them, a line each.
@@ -114,7 +114,7 @@ def export_module(
 
 
 def _check_sites(flat: _Flat, graph: bytes, feeds: Mapping[str, np.ndarray], half: bool, report: ModuleExport) -> None:
-    """Adds to the report what is wrong at the graph's sites, with ONNX Runtime's optimizer off and on."""
+    """Adds failures at the graph's sites to the report, with ONNX Runtime's optimizer off and on."""
     base = prepared({"module": flat}, half)["module"]
     reference = SiteReference(TorchPart(flat), base, lambda: copy.deepcopy(base).double(), graph, feeds, half)
     codes = reference.codes(feeds)

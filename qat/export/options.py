@@ -95,9 +95,7 @@ class ExportOptions:
     def _check_graph(self, network: Any) -> None:
         flavour_of(self.flavour)
         if self.flavour in CPU_FLAVOURS and self.precision != "int8":
-            raise UserError(
-                f"flavour {self.flavour}: found precision {self.precision}, expected int8; leave --flavour out"
-            )
+            raise UserError(f"flavour {self.flavour}: found precision {self.precision}, expected int8; omit --flavour")
         if self.opset is not None and self.opset not in OPSETS:
             raise UserError(f"opset: found {self.opset}, expected {OPSETS[0]} to {OPSETS[-1]}")
         if self.batch < 1:
@@ -126,7 +124,7 @@ class ExportOptions:
 
 def only_for_graphs(flag: str) -> UserError:
     """The error of a flag that programs of torch.export do not have."""
-    return UserError(f"{flag}: found with --format pt2, expected without: it is for ONNX graphs")
+    return UserError(f"{flag}: only applies to ONNX graphs; omit it with --format pt2")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def export_parts(
 ) -> dict[str, Any]:
     """Writes a detector's ONNX parts and manifest.json into `out`, whole or not at all, and verifies each part.
 
-    The same detector gives the same bytes. An earlier `out` is replaced.
+    The same detector has the same bytes. An earlier `out` is replaced.
 
     Args:
         detector: a family's float network, or for INT8 a `qat.model.quantized.QuantizedModel`, on the CPU.
@@ -120,7 +120,7 @@ def _export(
     with atomic_directory(out) as folder, progress_bar("export", total) as done:
         for name, part in parts.items():
             if not left:
-                break  # what comes behind the last part that is asked for
+                break  # behind the last requested part
             done(total - len(left), name)
             if name not in left:
                 verification.skip(name)

@@ -1,4 +1,4 @@
-"""The parts as programs of torch.export: NAME.pt2 files, for those who stay in PyTorch.
+"""The parts as programs of torch.export: NAME.pt2 files, for use in PyTorch.
 
 A program holds its own weights and runs without this package: `torch.export.load(file).module()(*inputs)`. An INT8 one
 has torch's own fake-quantize operators, with the ranges as buffers named `…_amax`: what calibration chose can be read
@@ -117,7 +117,7 @@ def export_pt2(
     """Writes a detector's parts as .pt2 files with manifest.json into `out`, whole or not at all.
 
     Every file is loaded again and run beside the module that it came from: on the CPU, in one process, the same operators
-    on the same number of threads give the same bits, and anything else fails. The same detector gives the same bytes
+    on the same number of threads have the same bits, and anything else fails. The same detector has the same bytes
     with torch 2.13; torch does not promise it. An earlier `out` is replaced.
 
     Args:
@@ -130,7 +130,7 @@ def export_pt2(
     Returns:
         the manifest, with format_of_parts "pt2" (`qat.manifest.load_manifest` reads it when told so). Its
         `verification["passed"]` is False when a reloaded program computes something else; the files are written all
-        the same, to be looked at.
+        the same; check it.
 
     Raises:
         UserError: an unknown precision or part, INT8 asked of a float detector, or an option that is for ONNX graphs.
@@ -162,7 +162,7 @@ def export_pt2(
             file = folder / f"{name}.pt2"
             with saving(file) as stream:
                 torch.export.save(program, stream)
-            # Run anew, right before the program: on another number of threads (pooling sets the process's) sums differ.
+            # Run again, right before the program: on another number of threads (pooling sets the process's) sums differ.
             reference = runners[name].run({tensor: tensors[tensor] for tensor in wrapper.inputs})
             with torch.inference_mode():
                 found = torch.export.load(file).module()(*inputs)

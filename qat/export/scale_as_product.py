@@ -3,7 +3,7 @@
     before   x ─► Conv 1×1 ─► Relu ─► Q ─► DQ ─►          after   x ─► NHWC ─► · w ─► + b ─► Relu ─► Q ─► DQ ─► NCHW ─►
 
 The first convolution over a depth map has one input channel and stays float. OpenVINO computes it as a matrix product with a
-depth of one, and lays its result out anew in memory for the INT8 convolution behind it: 9 ms of 94 for the full-size camera part,
+depth of one, and lays its result out again in memory for the INT8 convolution behind it: 9 ms of 94 for the full-size camera part,
 where the product, with the rounding in it, takes 2 (ONNX Runtime takes as long as before). Layers that follow read channels last.
 """
 

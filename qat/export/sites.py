@@ -1,8 +1,8 @@
 """The reference of an INT8 graph's sites (`qat.core.sites`): what PyTorch computes in each, on the same codes.
 
-A part runs with hooks on its quantizers. Each hook sees the unrounded value, and hands on codes: those of its rounding, or
-given ones. In one run with given codes every segment between two quantizers is computed by itself, for what comes out of a
-segment is looked at and not used.
+A part runs with hooks on its quantizers. Each hook gets the unrounded value and returns codes: those of its rounding, or
+given ones. In one run with given codes every segment between two quantizers is computed by itself, because the output of a
+segment is checked but not used.
 
 What the graph's flavour rounds beside activations is rounded in PyTorch too (`prepared`, `_Hooks`): weights, always; biases
 to the scale of the products (s32) in the CPU flavours; weights, biases, scales and every layer's result to FP16 in
@@ -63,7 +63,7 @@ def _is_one_of(pair: Pair, grids: Sequence[tuple[np.ndarray, int, str]]) -> bool
 
 def _half(x: torch.Tensor) -> torch.Tensor:
     """x with FP16's 11 bits; what is beyond its range is rounded as if it were not: the graph has it in FP32 (`qat.export.fp16`),
-    and where it has not, its infinity must not be what is expected."""
+    and where it does not, its infinity must not become the reference."""
     rounded = x.half().to(x.dtype)
     if not bool(rounded.isinf().any()):
         return rounded
@@ -86,7 +86,7 @@ def prepared(wrappers: Mapping[str, nn.Module], half: bool) -> dict[str, nn.Modu
 
 
 def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
-    layer: Any  # nn.Module's attributes have no types of their own
+    layer: Any  # nn.Module's attributes are untyped
     for layer in modules:
         quantizer = getattr(layer, "weight_quantizer", None)
         if not isinstance(quantizer, Quantizer) or quantizer._disabled:
@@ -99,7 +99,7 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
         steps = (amax if spec.per_channel else amax.max().reshape([1] * weight.ndim)) / spec.levels
         rounded = (weight / steps).round().clamp(spec.low, spec.high) * steps
         if half:
-            # As `qat.export.flavour_tensorrt_strong`: FP16 scales, a tiny one rounded anew with the least that FP16 holds.
+            # As `qat.export.flavour_tensorrt_strong`: FP16 scales, a tiny one rounded again with the least that FP16 holds.
             coarse = (steps < LEAST_SCALE) & (steps.max() >= LEAST_SCALE)
             stepped = torch.where(coarse, torch.full_like(steps, LEAST_SCALE), steps)
             codes = torch.where(coarse, (weight / stepped).round(), (rounded / steps).round()).clamp(-128, 127)
@@ -265,7 +265,7 @@ class _Hooks:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         handles = []
-        layer: Any  # nn.Module's attributes have no types of their own
+        layer: Any  # nn.Module's attributes are untyped
         for path, layer in self.wrapper.named_modules() if self.owner.depthwise else ():
             if own_path(path) in self.owner.depthwise:
                 if not hasattr(layer, "floats"):
@@ -308,7 +308,7 @@ class SiteReference:
 
         Args:
             part: in the state of the export.
-            base: its copy out of `prepared`. exact: gives that in float64.
+            base: its copy out of `prepared`. exact: returns that in float64.
             graph: the file's bytes.
             feeds: some inputs, to find the order of the calls with.
             half: whether the graph is typed FP16.
@@ -348,7 +348,7 @@ class SiteReference:
                 found = found if len(found) == 1 else []
             call = self.calls.calls[found[0]] if found else None
             if call is None or not isinstance(call.module, Quantizer):
-                self.problems.append(f"{pair.node or name}: no quantizer of the module's")
+                self.problems.append(f"{pair.node or name}: the module has no such quantizer")
                 continue
             self.modules[name] = call.path
             self.places[found[0]] = _Place(pair)

@@ -93,7 +93,7 @@ def _rename(graph: onnx.GraphProto, old: str, new: str, outputs: set[str]) -> No
 
 
 def _drop_identities(graph: onnx.GraphProto, outputs: set[str]) -> None:
-    """An Identity to a graph output gives its name to the node before it, where nobody else reads that one's result."""
+    """An Identity to a graph output gives its name to the node before it, where no other node reads that one's result."""
     for node in [n for n in graph.node if n.op_type == "Identity" and n.output[0] in outputs]:
         source = node.input[0]
         producer = next((n for n in graph.node if source in n.output), None)

@@ -1,4 +1,4 @@
-"""Each exported graph beside the PyTorch module it came from, on the same inputs: a made-up frame and real ones.
+"""Each exported graph beside the PyTorch module it came from, on the same inputs: a generated frame and real ones.
 
 ONNX Runtime runs the graph as it is in the file (its optimizer off), so that what is checked is the file; then once with the
 optimizer on, whose rewrites may compute something else (onnxruntime#24737). An INT8 graph is also checked site by site
@@ -70,7 +70,7 @@ def verify_part(
     where: str = "compare",
     pytorch: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Compares what one graph computes with what its module did.
+    """Compares one graph's outputs with its module's.
 
     Args:
         graph: the ONNX file's bytes, or the graph opened.
@@ -78,7 +78,7 @@ def verify_part(
         feeds: the inputs of both.
         unquantized: for an INT8 graph, the module's outputs with its quantizers off; None for a graph without QDQ.
         where: the frame and the part, for messages.
-        pytorch: where `reference` is in float64, what PyTorch's own float32 gives.
+        pytorch: where `reference` is in float64, PyTorch's own float32 result.
 
     Returns:
         for each output what `judge` says.
@@ -159,7 +159,7 @@ class Verification:
             manifest["parts"][name] |= verification.check(name, graph, model)
         manifest["verification"] = verification.write(folder)
 
-    Each frame holds no more than what later steps take. What one part gives to another is PyTorch's, rounded (`round_input`), so
+    Each frame keeps only what later steps read. Parts pass PyTorch's tensors on, rounded (`round_input`), so
     that one part's error is not charged to the next.
     """
 
@@ -171,15 +171,15 @@ class Verification:
         seed: int = 0,
         batches: Sequence[int] = (1,),
     ) -> None:
-        """Takes the frames in.
+        """Runs the frames.
 
         Args:
             detector: float, or quantized and in the state in which it is exported.
             parts: its parts, in their order.
-            frames: real ones; beside these, a made-up one.
-            seed: of the made-up frame; of a batch of them, of the first.
+            frames: real ones; beside these, a generated one.
+            seed: of the generated frame; of a batch of them, of the first.
             batches: samples in an input: that of the file, or one that a graph for any number is traced with, and others
-                that it is verified with too, on made-up frames. A real frame fills its batch alone.
+                that it is verified with too, on generated frames. A real frame fills its batch by itself.
 
         Raises:
             UserError: a frame is not what the parts take.
@@ -215,11 +215,11 @@ class Verification:
         self._ops_until(next(iter(self.parts)))
 
     def feeds(self, name: str) -> dict[str, np.ndarray]:
-        """What a part, the next one, takes of the first frame."""
+        """Inputs of the next part for the first frame."""
         return self.all_feeds(name)[0]
 
     def all_feeds(self, name: str) -> list[dict[str, np.ndarray]]:
-        """What a part, the next one, takes of every frame."""
+        """Inputs of the next part for every frame."""
         return [self._feeds(name, running) for running in self.running]
 
     def _feeds(self, name: str, running: _Running) -> dict[str, np.ndarray]:
@@ -228,7 +228,7 @@ class Verification:
     def check(
         self, name: str, graph: bytes, model: onnx.ModelProto, typed: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Verifies a part's graph on every frame, and takes the frames on to the next part.
+        """Verifies a part's graph on every frame, and advances the frames to the next part.
 
         Args:
             graph: the file's bytes.
@@ -334,7 +334,7 @@ class Verification:
         return self._made[kind]
 
     def _in_float64(self, name: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What a part computes in float64, in its place in PyTorch."""
+        """A part's float64 outputs, computed in PyTorch."""
         wrappers = {n: p.wrapper for n, p in self.parts.items()}
         exact = TorchPart(self._copies("float64", lambda: _doubled(wrappers))[name])
         return exact.run({key: value.astype(np.float64) for key, value in feeds.items()})
@@ -355,7 +355,7 @@ class Verification:
                 break
             sites = reference.sites(feeds, given, kept)
             if missing := sorted(set(cut.sites) - set(sites)):
-                reference.problems += [f"{site}: PyTorch computes nothing there" for site in missing]
+                reference.problems += [f"{site}: PyTorch has no such site" for site in missing]
                 break
             for optimized in (False, True) if kept else (False,):
                 if optimized not in runners:
@@ -395,7 +395,7 @@ class Verification:
         return about, list(wrong.values())
 
     def skip(self, name: str) -> None:
-        """Takes the frames on past a part that is not written."""
+        """Advances the frames past a part that is not written."""
         self._advance(name, [self.parts[name].run(self._feeds(name, running)) for running in self.running])
 
     def _keep(
@@ -409,7 +409,7 @@ class Verification:
     ) -> None:
         stem = f"{index}/{name}"
         own = self.plan.parts[name]
-        if index > 0 or not self.plan.is_raw(own):  # the made-up frame is made again from its seed
+        if index > 0 or not self.plan.is_raw(own):  # the generated frame is made again from its seed
             for tensor, array in feeds.items():
                 patch = self.running[index].patches.get(own.inputs[tensor])
                 packed = pack(array if patch is None else patch, self.flow.image)
@@ -425,7 +425,7 @@ class Verification:
                     self.arrays[f"{stem}/{kind}/{output}/{key}"] = value
 
     def _advance(self, name: str, outputs: Sequence[Mapping[str, np.ndarray]]) -> None:
-        """Takes every frame past a part, and past the ops behind it."""
+        """Advances every frame past a part and the ops behind it."""
         for running, output in zip(self.running, outputs, strict=True):
             running.tensors.update(output)
         names = list(self.parts)

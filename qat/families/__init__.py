@@ -1,4 +1,4 @@
-"""Families of models, one folder each. This package knows their names; a stage asks it for what it needs.
+"""Families of models, one folder each. This package knows their names; stages get families from it.
 
 A family is a package with two modules:
 
@@ -50,7 +50,7 @@ def named_in(values: Mapping[str, Any], source: str) -> str:
     name = values.get(KEY, DEFAULT)
     if not isinstance(name, str) or name not in packages():
         raise UserError(
-            f"{source}: {KEY}: found {name!r}, expected one of {', '.join(packages())}; install the package that has it"
+            f"{source}: {KEY}: found {name!r}, expected one of {', '.join(packages())}; install the package that provides it"
         )
     return name
 

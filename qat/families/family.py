@@ -1,4 +1,4 @@
-"""What a family offers to the stages that run PyTorch, and what its networks' parts are."""
+"""The interface of a family for stages that run PyTorch, and its parts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PartModule(nn.Module):
     """A part as a module with fixed tensor names, for tracing and as a runner; a subclass says what it changes for tracing.
 
     core: what of it is traced and quantized: the float network's own method, or its quantized graph. inputs, outputs: names.
-    direct: core takes the inputs as they are. whole: and gives the outputs as they are: forward is core alone.
+    direct: core's inputs are the part's. whole: its outputs are too, so forward is only core.
     """
 
     inputs: tuple[str, ...]
@@ -56,13 +56,13 @@ class PartModule(nn.Module):
 
 
 def outputs_of(module: Any, result: Any) -> dict[str, Any]:
-    """What a part's forward returned, by its outputs' names."""
+    """The results of a part's forward, by output name."""
     values = result if isinstance(result, tuple) else (result,)
     return dict(zip(module.outputs, values, strict=True))
 
 
 def kept_flow(model: Any, family: Family) -> Flow:
-    """The host's side of a model, made anew only where its config is another than the last time."""
+    """The host's side of a model, rebuilt only when its config changed."""
     kept = model.__dict__.get("_flow")
     if kept is None or kept[0] is not model.config:
         kept = model.__dict__["_flow"] = (model.config, family.flow(model.config))
@@ -92,7 +92,7 @@ class Recipe:
 
 
 class Family(ABC):
-    """Everything that knows one kind of model. A network that it builds has `config` and `family`, this family's name."""
+    """Everything about one kind of model. A network that it builds has `config` and `family`, this family's name."""
 
     name: str
     loss_weights: Mapping[str, float] = {}
@@ -119,7 +119,7 @@ class Family(ABC):
 
     @abstractmethod
     def random(self, config: Mapping[str, Any], seed: int) -> nn.Module:
-        """The float network with random weights whose activations neither explode nor die, in eval mode."""
+        """The float network with random weights whose activations neither explode nor vanish, in eval mode."""
 
     @abstractmethod
     def load_state(
@@ -128,7 +128,7 @@ class Family(ABC):
         """Loads a checkpoint's weights into a network; returns how many names were left out.
 
         Args:
-            prefix: where the network lies in the checkpoint. finite: False takes NaN and infinity, to look at what they do.
+            prefix: where the network lies in the checkpoint. finite: False accepts NaN and infinity, to examine their effect.
 
         Raises:
             UserError: they do not fit.
@@ -136,7 +136,7 @@ class Family(ABC):
 
     def take_piece(self, checkpoint: Mapping[str, Any], prefix: str, source: str) -> tuple[dict[str, Any], int]:
         """ "state_dict" and "quantizers" of a checkpoint's piece under a prefix, by the network's names, and how many others."""
-        raise UserError(f"{source}: --prefix: the family {self.name} takes no pieces of larger models; leave it out")
+        raise UserError(f"{source}: --prefix: the family {self.name} does not support it; omit it")
 
     @abstractmethod
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Family(ABC):
 
     def reading(self, config: Mapping[str, Any]) -> Reading:
         """How keyframes of nuScenes-format data are read, of a family that reads those."""
-        raise UserError(f"config: the family {self.name} reads no nuScenes-format data; expected one that does")
+        raise UserError(f"config: the family {self.name} reads no nuScenes-format data; expected a family that does")
 
     @abstractmethod
     def dataset(
@@ -175,10 +175,10 @@ class Family(ABC):
 
     def frame(self, folder: Path, config: Mapping[str, Any]) -> Any:
         """The preprocessed frame of a folder with one keyframe and its info.json."""
-        raise UserError(f"{folder}: found one keyframe, expected a data set: the family {self.name} reads those alone")
+        raise UserError(f"{folder}: found one keyframe, expected a data set: the family {self.name} reads nothing else")
 
     def note_pictures(self, config: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
-        """The config with the (height, width) of the pictures that it was calibrated on, where it wants to know."""
+        """The config with the (height, width) of the pictures that it was calibrated on, if the family needs it."""
         return config
 
     def augmented(self, dataset: Any, config: Mapping[str, Any]) -> Any:
@@ -186,9 +186,7 @@ class Family(ABC):
         raise UserError("--augment: this family has no augmentation, expected --no-augment")
 
     def _no_training(self, source: str) -> UserError:
-        return UserError(
-            f"{source}: the family {self.name} is not trained here, expected one that is; train it with its own tools"
-        )
+        return UserError(f"{source}: the family {self.name} cannot be trained here; use its own tools")
 
     def check_training(self, config: Mapping[str, Any], source: str) -> None:
         """Raises `UserError` where a config lacks what training reads."""
@@ -211,6 +209,6 @@ class Family(ABC):
     def losses(
         self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int
     ) -> dict[str, torch.Tensor]:
-        """What a quantized network lacks of the float one, each loss a mean over frames: by default the relative squared error
+        """The losses of a quantized network against the float one, each a mean over frames: by default the relative squared error
         of each judged tensor. Names are those of `loss_weights`."""
         raise UserError(f"finetune: the family {self.name} has no losses, expected some")

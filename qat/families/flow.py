@@ -1,4 +1,4 @@
-"""What a family offers without torch: its plan, what the host computes, raw input to tensors, tensors to boxes."""
+"""The torch-free interface of a family: its plan, what the host computes, raw input to tensors, tensors to boxes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Flow(ABC):
     """One model's host side, made of a manifest's `pipeline` section.
 
     plan: its course. classes: names, in the order of `Detections.labels`. image: {"mean", "std"} by which pictures were
-    normalised, None where there are none. keep_buffers: ops may write into what they gave before, which nobody else holds.
+    normalised, None where there are none. keep_buffers: ops may write into the buffers that they returned before, which no caller keeps.
     words: of `reported` labels, for the report. state_names: how names of a state dict of the family begin, by which prefixes that
     others put before them are found. geometry_step: the op that is cheap until the sensors move, for the benchmark; rebuilds: how often it had to compute.
     """
@@ -59,7 +59,7 @@ class Flow(ABC):
 
     @abstractmethod
     def prepare(self, *raw: Any) -> Any:
-        """A preprocessed frame of what sensors give: the arguments of `Pipeline.__call__`.
+        """A preprocessed frame from sensor data: the arguments of `Pipeline.__call__`.
 
         Raises:
             UserError: they are not what the model was made for.
@@ -75,19 +75,19 @@ class Flow(ABC):
 
     @abstractmethod
     def made_frame(self, seed: int, noise: bool = False) -> Any:
-        """A made-up frame that is shaped as real ones are (or of plain noise); the same bits on every machine."""
+        """A generated frame that is shaped as real ones are (or of plain noise); the same bits on every machine."""
 
     @abstractmethod
     def raw_frames(self, count: int, seed: int = 0) -> list[Any]:
-        """Made-up inputs of a benchmark that cost what real ones do: objects with `name`, `raw` (the arguments of `prepare`)
+        """Generated inputs of a benchmark, as expensive as real ones: objects with `name`, `raw` (the arguments of `prepare`)
         and `moved(place)`, the same with the sensors `place` millimetres elsewhere."""
 
     def recorded(self, root: Path, split: str, version: str | None, count: int | None) -> list[Any]:
         """The same of a data set's frames."""
-        raise UserError("--data: this family reads none here, expected made-up frames; leave --data out")
+        raise UserError("--data: this family only supports generated frames here; omit --data")
 
     def initial_state(self) -> dict[str, np.ndarray]:
-        """What the first frame of a scene is given, by the plan's inputs."""
+        """The state for the first frame of a scene, by the plan's inputs."""
         return {}
 
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
@@ -98,15 +98,15 @@ class Flow(ABC):
         """Uses another flow's caches of the same model."""
 
     def need_boxes(self, what: str, fix: str) -> None:
-        """Raises `UserError` where the model gives no boxes. what, fix: the beginning and the end of the message."""
+        """Raises `UserError` if the model has no boxes. what, fix: the beginning and the end of the message."""
         if not self.plan.boxes:
             raise UserError(f"{what}: found {self.without_boxes}, expected a whole detector; {fix}")
 
-    without_boxes = "a model that gives no boxes"
+    without_boxes = "a model without boxes"
 
 
 class Session:
-    """Frames in their order, with the state that each hands to the next one of its scene.
+    """Frames in order, with the state that each passes to the next one of its scene.
 
     keyed: `begin` names what a frame's tensors depend on, for a cache; it reads every byte of the inputs.
     """
@@ -137,7 +137,7 @@ class Session:
         return {**feeds, **self._state}, self._key
 
     def end(self, tensors: Mapping[str, Any]) -> None:
-        """Takes the state from what the frame gave."""
+        """Takes the next state from the frame's tensors."""
         if self.flow.plan.state:
             self._state = next_state(self.flow.plan, tensors)
 

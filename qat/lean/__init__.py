@@ -1,9 +1,9 @@
-"""What a quantized network is: traced, BN folded, TensorQuantizers placed by rules, calibrated.
+"""Quantized networks: traced, BN folded, TensorQuantizers placed by rules, calibrated.
 
 module       `quantize`: any module in, its calibrated simulation out
-trace        a network as a graph that keeps the module paths; `canonical` gives each operation one spelling
+trace        a network as a graph that keeps the module paths; `canonical` writes each operation in one form
 fold         batch norm into the layer before it
-rules/       where quantizers go, one rule a file; `placement` is what they speak to
+rules/       where quantizers go, one rule a file; `placement` is their interface
 flavours/    what each backend wants rounded, and how; one flavour a file
 insert       quantizers into the graph, weights' quantizers into the layers
 calibrators  histograms and the searches for a range

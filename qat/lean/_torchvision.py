@@ -11,7 +11,7 @@ _LIBRARY = None
 
 
 def declare_operators() -> None:
-    """Declares torchvision's operators where torch has no CUDA and torchvision has not declared them itself."""
+    """Declares torchvision's operators where torch has no CUDA and torchvision did not declare them."""
     global _LIBRARY
     if _LIBRARY is not None or torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
         return

@@ -1,6 +1,6 @@
 """The value that a depth map's tensors hold nearly everywhere, kept exact under rounding.
 
-A depth map is zero but for the pixels that a lidar point fell on, so whatever is computed from it alone holds one constant
+A depth map is zero except at pixels with a lidar point, so every tensor computed from it alone holds one constant
 for each channel nearly everywhere: its background. Rounding moves that constant by up to half a step, the same way at
 every pixel, and a 5×5 convolution adds 25 times as much: not noise, which would cancel, but an offset of whole channels.
 
@@ -71,7 +71,7 @@ class BackgroundInput:
 
 
 def backgrounds(graph: fx.GraphModule) -> dict[str, BackgroundInput]:
-    """Convolutions with INT8 weights that take what is computed from the depth map alone, by path."""
+    """Convolutions with INT8 weights that take what is computed only from the depth map, by path."""
     values: dict[fx.Node, torch.Tensor | None] = {}
     found = {}
     for node in graph.graph.nodes:
@@ -132,7 +132,7 @@ def correct_backgrounds(graph: fx.GraphModule, absorbed: Collection[str] = ()) -
 
 @torch.no_grad()
 def absorb_backgrounds(graph: fx.GraphModule) -> list[str]:
-    """Adds the `background_shift` of every layer that is INT8 now to a bias of its own, to be trained on from there; which."""
+    """Adds the `background_shift` of every layer that is INT8 now to its bias, to train from there; returns those layers."""
     found = []
     for path, layer in graph.named_modules():
         if not isinstance(layer, QuantizedConv2d) or layer.background_shift is None or layer.weight_quantizer._disabled:

@@ -3,7 +3,7 @@
 The histogram's range is a power of two, doubled by merging pairs of bins when a larger value comes. So its bins do
 not depend on the order of the frames, histograms of two processes merge exactly, and memory does not grow with the
 number of frames. It lives on the tensor's own device. On the CPU a compiled kernel counts (`_histogram_kernel`),
-elsewhere torch; both give the same counts, on any number of threads.
+elsewhere torch; both return the same counts, on any number of threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qat.core.errors import NotFiniteError
 
 LOG2_BINS = 12
 BINS = 2**LOG2_BINS
-LEVELS = 128  # magnitudes that s8 can tell apart
+LEVELS = 128  # distinct magnitudes of s8
 METHODS = ("max", "percentile", "mse", "entropy")
 SMALLEST_LOG2 = -24  # of the range that a histogram starts with
 
@@ -63,7 +63,7 @@ class HistogramCalibrator:
             )
         if self.counts is None:
             self.counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
-        if largest >= 2.0**self.log2_range:  # seldom but for the first frame: not worth a pass over every tensor
+        if largest >= 2.0**self.log2_range:  # rare after the first frame: not worth a pass over every tensor
             self._widen(math.frexp(largest)[1])
             counts, _ = count(values, self.log2_range)
         self.largest = max(self.largest, largest)

@@ -117,7 +117,7 @@ def out_of_place(graph: fx.Graph) -> None:
     """Functions that change their first argument return a new tensor instead.
 
     Raises:
-        UserError: one changes a part of another tensor, which nothing but its memory tells.
+        UserError: one changes a part of another tensor in memory, which the graph does not show.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -144,7 +144,7 @@ class _Canonical:
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.module, self.graph = graph, graph.graph
-        # The tree of modules is made anew at the end, of the layers and of the tensors that are still read.
+        # The tree of modules is made again at the end, of the layers and of the tensors that are still read.
         self.tensors = {str(n.target): attribute(graph, n) for n in graph.graph.nodes if n.op == "get_attr"}
         self.made: dict[tuple[Any, ...], str] = {}  # what a module was made from → its path
         self.placed: dict[str, nn.Module] = {}
@@ -464,7 +464,7 @@ class _Canonical:
         self.place(node, self._owner(node, given["weight"], "conv"), layer, (source,), key)
 
     def _identity(self, node: object, caller: fx.Node) -> object:
-        """What tells one constant from another: a parameter's path, or of one that is computed the node."""
+        """The identity of a constant: a parameter's path, or of one that is computed the node."""
         if isinstance(node, fx.Node):
             return node.target if node.op == "get_attr" else node.name
         return None
@@ -509,7 +509,7 @@ class _Canonical:
         if given["training"] or values[2] is None or values[3] is None:
             raise UserError(
                 f"{stack or node.name}: found a batch norm without running statistics, expected one that has them: it "
-                "normalises by the batch at hand, which no export keeps; set track_running_stats=True and train"
+                "normalises by the current batch, which cannot be exported; set track_running_stats=True and train"
             )
         weight, bias, mean, variance = values
         module = ScaleShift(weight, bias, mean, variance, float(given["eps"]))
@@ -541,7 +541,7 @@ class _Canonical:
             if owner in values and getattr(values[owner], name, value) is not value:
                 node.target = path = f"constants.{path}"  # a layer has another tensor of this name
             values[path] = value
-        copied = fx.Graph()  # whose nodes are named anew
+        copied = fx.Graph()  # whose nodes are renamed
         twins: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             args, kwargs = (fx.node.map_arg(given, twins.__getitem__) for given in (node.args, node.kwargs))

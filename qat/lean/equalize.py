@@ -13,7 +13,7 @@ each value, which runtimes join with the rounding.)
 
     before   conv(W₀, b₀) ─► ReLU ─► Q ─► conv(W₁)      after   conv(W₀/s, b₀/s) ─► ReLU ─► Q ─► conv(W₁ · s)
 
-What is computed from the depth map alone (`qat.lean.background`) is equalized too, for the same reason: its large values are
+What is computed only from the depth map (`qat.lean.background`) is equalized too, for the same reason: its large values are
 few and in few channels. There a convolution before takes 1/s, and it costs nothing. (Between all other convolutions it gains next
 to nothing: docs/calibrate.md.)
 
@@ -64,7 +64,7 @@ class _Place:
 
 
 def _convolution_before(graph: fx.GraphModule, node: fx.Node) -> str | None:
-    """The convolution that alone feeds this ReLU, which feeds nothing but a quantizer."""
+    """The only convolution that feeds this ReLU, which feeds only a quantizer."""
     if not isinstance(submodule(graph, node), nn.ReLU) or len(node.users) != 1:
         return None
     source = node.args[0]
@@ -166,7 +166,7 @@ def _divide_outputs(graph: fx.GraphModule, path: str, scales: torch.Tensor) -> N
 def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
     """Divides what quantizer `name` takes by `scales` and multiplies its consumers' weights by them, in place.
 
-    The layers get weights of their own (they share the float network's until then), with their ranges. The quantizer's
+    The layers get their own weights (they share the float network's until then), with their ranges. The quantizer's
     own range is for the caller to set: the largest magnitude of all channels, as `channel_scales` has them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Puts quantizers into a traced graph where the rules asked for them."""
+"""Puts quantizers into a traced graph where the rules request them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qat.lean.trace import replace_module, submodule
 
 @dataclass
 class Inventory:
-    """What was done to one graph.
+    """The changes to one graph.
 
     quantizers: activation quantizer name → names of the tensors (fx nodes) that it rounds. quantized: paths of the
     layers with INT8 weights, in some flavour. kept: path of each layer left float → the rule, the reason and the flavours.

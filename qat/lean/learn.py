@@ -1,4 +1,4 @@
-"""What training a quantized network needs: weights' scales that follow the weights, and scales that are learned.
+"""Training of a quantized network: weights' scales that follow the weights, and scales that are learned.
 
 Rounding passes its gradient on unchanged inside the range and stops it outside (the straight-through estimator, Bengio
 et al. 2013, arXiv 1308.3432): torch's own fake-quantize operators do so.

@@ -21,7 +21,7 @@ from qat.lean.observe import counting_macs, observing, set_ranges
 from qat.lean.placement import FloatRule
 from qat.lean.trace import UNTRACEABLE, first_line, trace
 
-KEPT = "asked for with keep_float"
+KEPT = "requested with keep_float"
 
 
 def float_rules(given: Iterable[str | tuple[str, str] | FloatRule]) -> list[FloatRule]:
@@ -108,7 +108,7 @@ class QuantizedModule(nn.Module):
             self.use(before)
 
     def summary(self) -> Summary:
-        """What is INT8 and what is not, in the flavour at hand."""
+        """What is INT8 and what is not, in the current flavour."""
         own = quantizers(self.graph)
         on = [path for path in self.inventory.quantized if not own[f"{path}.weight_quantizer"]._disabled]
         floats = {
@@ -137,7 +137,7 @@ def quantize(
         module: any; it is put into eval mode and otherwise left as it was.
         example_inputs: the arguments of its forward. The first dimension of the tensors may be another afterwards, if it is the
             same for all of them, and 2 or more here.
-        data: batches to calibrate with: a tensor, or a sequence of arguments, each; None for `example_inputs` alone.
+        data: batches to calibrate with: a tensor, or a sequence of arguments, each; None for only `example_inputs`.
         flavour: of `qat.lean.flavours`; another can be chosen later (`QuantizedModule.use`).
         keep_float: layers that stay float, as patterns of their paths (shell style), `PATTERN=reason` or (pattern, reason).
         method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.

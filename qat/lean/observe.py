@@ -1,4 +1,4 @@
-"""What calibration observes: every quantizer's tensor in the float network, and how much each layer multiplies."""
+"""Observations of a calibration: every quantizer's tensor in the float network, and how much each layer multiplies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the functions of a canonical graph do, as far as rules ask."""
+"""Properties of a canonical graph's functions that rules need."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def source_of(node: fx.Node) -> fx.Node | None:
 
 
 def least_values(graph: fx.GraphModule, inputs: dict[str, float] | None = None) -> dict[fx.Node, float]:
-    """For each node a number that its values never go below, −∞ where nothing tells.
+    """For each node a number that its values never go below, −∞ where it is unknown.
 
     Args:
         inputs: the same of the graph's inputs, by name.

@@ -1,8 +1,8 @@
-"""What the placement rules say, and what comes of it.
+"""Requests of the placement rules, and the resulting placement.
 
-A rule reads the graph and asks for quantizers; it inserts nothing. Asking is by tensor: `quantize(producer, consumer, role)`
-says that `consumer` takes `producer`'s tensor quantized, in the flavours that round tensors in that role. Consumers that ask
-for one tensor share a quantizer, and tensors that were tied (`tie`) share one scale.
+A rule reads the graph and requests quantizers; it inserts nothing. Requests are by tensor: `quantize(producer, consumer, role)`
+says that `consumer` takes `producer`'s tensor quantized, in the flavours that round tensors in that role. Consumers that request
+one tensor share a quantizer, and tensors that were tied (`tie`) share one scale.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Placement:
         return frozenset(FLAVOURS) - kept
 
     def quantize(self, producer: fx.Node, consumer: fx.Node, role: str) -> None:
-        """`consumer` takes `producer`'s tensor quantized. The first role that was asked for stays."""
+        """`consumer` takes `producer`'s tensor quantized. The first requested role stays."""
         self.requests.setdefault(producer, {}).setdefault(consumer, role)
 
     def keep(self, name: str, rule: str, reason: str, flavours: tuple[str, ...] = ()) -> None:

@@ -55,7 +55,7 @@ class Quantizer(TensorQuantizer):
     spec: how it rounds now; a flavour sets it. flavours: names of those in which it rounds. role: what the tensor is for
     (`qat.lean.placement.ROLES`). least: what the tensor never goes below, whatever the input. off: left float in every flavour.
     shares: another quantizer of the same tensor, whose range it has. weights: it rounds a layer's weights.
-    ends: the smallest and the largest value seen, None if nobody looked.
+    ends: the smallest and the largest value seen, None if not observed.
     """
 
     LEARNED = "log2_range"  # the parameter's name, while the range is learned

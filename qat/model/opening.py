@@ -43,13 +43,13 @@ class Source:
         if self.config is None:
             raise UserError("--init random: found no --config, expected the network's")
         if self.ema:
-            raise UserError("--ema: found with --init random, expected a checkpoint that has averaged weights")
+            raise UserError("--ema: found --init random, expected a checkpoint with averaged weights")
         return Path(self.config)
 
 
 @dataclass
 class Model:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     network: the float network. quantized: of a PTQ checkpoint, and of one that another tool quantized; None of a float one.
     recipe: how it was quantized. path: None for random weights. left_out: names of the file that are no weights of this network.
@@ -100,8 +100,7 @@ def read_config(path: str | Path, prefix: str | None = None) -> tuple[Family, di
 
 
 def _family_in(path: Path) -> str:
-    """The family that a YAML config names in a line of its own, the default where it names none; of a config in Python, the one that
-    has its model."""
+    """The family named by a line of a YAML config, or the default; for a config in Python, the family of its model."""
     if path.suffix == ".py":
         return of_python_config(path)
     try:
@@ -136,7 +135,7 @@ def open_model(
         prefix: of such a checkpoint, takes the piece of a larger model that lies under it (of BEVFusion the camera branch).
         ema: of a float checkpoint, the averaged weights that it keeps beside the others.
         finite: False takes weights that are NaN or infinite, to look at what they do.
-        as_float: the float network is asked for: of a PTQ checkpoint, what it was made from, with quantizers that are all off.
+        as_float: return the float network: from a PTQ checkpoint its float weights, with all quantizers off.
         read: what `load_checkpoint` read from `path`, where that was done already.
 
     Raises:
@@ -146,9 +145,9 @@ def open_model(
     checkpoint = load_checkpoint(path, ema) if read is None else read
     if checkpoint.get("format") == PTQ_FORMAT:
         if config is not None:
-            raise UserError(f"{path}: a PTQ checkpoint carries its config; leave --config out")
+            raise UserError(f"{path}: a PTQ checkpoint contains its config; omit --config")
         if prefix is not None:
-            raise UserError(f"{path}: a PTQ checkpoint knows whether it is a camera branch alone; leave --prefix out")
+            raise UserError(f"{path}: a PTQ checkpoint records whether it is a camera branch; omit --prefix")
         quantized, network = reference_of(checkpoint, path) if as_float else ptq_of(checkpoint, path, finite)
         return Model(quantized.family, network, quantized, dict(checkpoint["recipe"]), path)
     family, settings = find_config(path, checkpoint, config, prefix)

@@ -30,7 +30,7 @@ Background = Literal["corrected", "absorbed"]  # the depth map's, in corrections
 
 
 class _Taken(Exception):
-    """What a part hands to its core."""
+    """The arguments of a part's core."""
 
 
 class _Stop(nn.Module):
@@ -39,7 +39,7 @@ class _Stop(nn.Module):
 
 
 class _Given(nn.Module):
-    """Stands for a graph: gives tensors without content in the shapes of its result."""
+    """Replaces a graph: returns tensors without content in its result's shapes."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _Given(nn.Module):
 
 
 class _Tracer:
-    """Traces the parts of a network one after the other; each takes inputs in the shapes that those before it give."""
+    """Traces the parts of a network one after the other; each takes inputs in the shapes of the outputs before it."""
 
     def __init__(self, family: Any, network: nn.Module, plan: Plan) -> None:
         self.family, self.network, self.plan = family, network, plan
@@ -98,7 +98,7 @@ class _Tracer:
         return graph
 
     def least(self, part: Part, earlier: Mapping[str, fx.GraphModule]) -> dict[str, float]:
-        """What a part's core's inputs never go below, by the core's names, where the graph before it tells."""
+        """Lower bounds of a part's core's inputs, by the core's names, where the graph before it shows them."""
         module = self._module(part.name, _Stop())
         if not module.direct:
             return {}
@@ -184,7 +184,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def flow(self) -> Flow:
-        """The host's side, of the config as it is now."""
+        """The host's side, for the current config."""
         return kept_flow(self, self.family)
 
     @property
@@ -206,7 +206,7 @@ class QuantizedModel(nn.Module):
         for name in parts_int8:
             if name not in off:
                 raise UserError(
-                    f"parts-int8: found {name!r}, expected a part that calibrate left off: {', '.join(off) or 'none'}"
+                    f"parts-int8: found {name!r}, expected a part that calibrate kept float: {', '.join(off) or 'none'}"
                 )
         self.flavour = flavour
         self.parts_off = tuple(name for name in off if name not in parts_int8)
@@ -247,7 +247,7 @@ class QuantizedModel(nn.Module):
                     taken.quantizer.spec = U8_COARSE
 
     def activation_quantizers(self) -> dict[str, TensorQuantizer]:
-        """Quantizers of activations that have ranges of their own by `part.name`, those switched off too."""
+        """Quantizers of activations that have their own ranges by `part.name`, those switched off too."""
         return {name: q for name, q in quantizers(self.parts).items() if not q.weights and q.shares is None}
 
     def equalizable(self) -> dict[str, list[str]]:
@@ -285,7 +285,7 @@ class QuantizedModel(nn.Module):
         self.correct_background()
 
     def correct_background(self) -> None:
-        """Computes the corrections anew, where there are any, for weights, ranges and steps as they are now."""
+        """Computes the corrections again, where there are any, for weights, ranges and steps as they are now."""
         if self.background is None:
             return
         for part, graph in self.parts.items():
@@ -306,7 +306,7 @@ class QuantizedModel(nn.Module):
         self.absorbed = frozenset(found)
 
     def amax(self) -> dict[str, torch.Tensor]:
-        """Every quantizer's range by its path; for those that have one of their own."""
+        """Every quantizer's range by its path; for quantizers with their own range."""
         own = quantizers(self.parts)
         return {name: q.amax.detach().clone() for name, q in own.items() if q.shares is None and q.amax is not None}
 
@@ -330,7 +330,7 @@ class QuantizedModel(nn.Module):
         return {name: x.detach() for name, x in named if name.rpartition(".")[0] not in own}
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Sets what `weights` gave; ranges are left as they are.
+        """Sets what `weights` returned; ranges do not change.
 
         Raises:
             KeyError: the names are not this detector's. ValueError: a shape is not.

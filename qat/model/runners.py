@@ -1,4 +1,4 @@
-"""PyTorch as what computes a plan: in float, with fake quantization, or recording, as the model's quantizers are set."""
+"""PyTorch runners of a plan: in float, with fake quantization, or recording, as the model's quantizers are set."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def torch_runners(
 ) -> dict[str, Runner]:
     """A runner for each step of a model's plan on torch tensors, differentiable.
 
-    precision: a context for the parts, such as autocast; what they give is float32, and so are the ops.
+    precision: a context for the parts, such as autocast; their outputs are float32, and so are the ops.
     """
     plain = precision is nullcontext
 

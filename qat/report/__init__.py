@@ -1,4 +1,4 @@
-"""results.json → report.html, one self-contained page; knows results and nothing else.
+"""results.json → report.html, one self-contained page; depends on results only.
 
 verdict = write_report("runs/demo/results.json", "runs/demo/report.html")
 print(verdict.headline)

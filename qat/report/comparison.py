@@ -18,7 +18,7 @@ from qat.report.words import about, in_words
 
 
 def _matched(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row | None, Row | None]]:
-    """Rows of one backend, precision and flavour; in A's order, then what B has alone."""
+    """Rows of one backend, precision and flavour; in A's order, then those that only B has."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return row["backend"], row["precision"], row.get("flavour")
@@ -58,7 +58,7 @@ def _origin(results: Results) -> dict[str, str]:
 
 
 def _run(letter: str, name: str, results: Results) -> dict[str, Any]:
-    """What a run's card shows, and the row that stands for it in the classes."""
+    """The content of a run's card, and the row that represents it in the classes."""
     rows, verdict = results["rows"], decide(results["rows"])
     return {
         "letter": letter,

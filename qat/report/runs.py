@@ -65,7 +65,7 @@ def _warnings(a: Results, b: Results) -> tuple[bool, bool, list[str]]:
 
 
 def _told_apart(rows: Sequence[Row], key: str) -> float:
-    """The least difference of a metric that two rows' keyframes tell from chance: half the wider of the intervals that each
+    """The smallest difference of a metric that two rows' keyframes distinguish from chance: half the wider of the intervals that each
     has against its own FP32. (There is none between the runs: the scenes were resampled in each alone.)"""
     intervals = [row.get("change", {}).get(key) for row in rows]
     return max([MIN_CHANGE, *((found["high"] - found["low"]) / 2 for found in intervals if found is not None)])
@@ -91,7 +91,7 @@ def compare_runs(a: Results, b: Results) -> RunsVerdict:
     metrics = {"mAP": "map", "NDS": "nds"}
     gains = {name: second[key] - first[key] for name, key in metrics.items()}
     least = {name: _told_apart((first, second), key) for name, key in metrics.items()}
-    shares = [gains[name] / least[name] for name in metrics]  # 1 is what the keyframes just tell
+    shares = [gains[name] / least[name] for name in metrics]  # 1 is the smallest visible difference
     ratio = first["latency_ms"]["median"] / second["latency_ms"]["median"]
     accuracy = speed = 0  # 1 where B is the better, −1 where A is
     reasons = []
@@ -101,7 +101,7 @@ def compare_runs(a: Results, b: Results) -> RunsVerdict:
             reasons.append(f"Their accuracy is the same to within {MIN_CHANGE:g}.")
         elif all(abs(share) < 1 for share in shares):
             bounds = " and ".join(f"{value:.4f} {name}" for name, value in least.items())
-            reasons.append(f"From A to B: {changes}; these keyframes tell no differences below {bounds}.")
+            reasons.append(f"From A to B: {changes}; these keyframes cannot show differences below {bounds}.")
         else:
             accuracy = 1 if min(shares) > -1 else -1 if max(shares) < 1 else 0
             reasons.append(f"From A to B: {changes}.")

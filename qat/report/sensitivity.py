@@ -1,4 +1,4 @@
-"""Which units pay for INT8, what stays float, and the activations of the worst: what templates/sensitivity.html draws."""
+"""Accuracy loss of each unit in INT8, what stays float, and the activations of the worst: what templates/sensitivity.html draws."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _FILES = resources.files("qat.report")
-# Nothing is fetched and no script runs but the page's own, whatever the results hold.
+# The page loads nothing and runs only its own script, whatever the results hold.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
 _FILTERS = {
     "about_box": charts.about_box,

@@ -31,12 +31,12 @@ METRICS = (("mAP", "map"), ("NDS", "nds"))
 
 
 def is_simulated(row: Row) -> bool:
-    """Whether the row computes in float what an integer engine would: its accuracy is that of the flavour, its time nobody's."""
+    """Whether the row computes in float what an integer engine would: its accuracy is the flavour's, its time means nothing."""
     return bool(row["precision"] == "int8-fake")
 
 
 def row_name(row: Row, rows: Sequence[Row]) -> str:
-    """A row's name for people, such as "OpenVINO INT8"; with its flavour where others of `rows` differ in it alone."""
+    """A row's name for people, such as "OpenVINO INT8"; with its flavour where others of `rows` differ only in it."""
     name = f"{NAMES.get(row['backend'], row['backend'])} {NAMES.get(row['precision'], row['precision'])}"
     twins = [other for other in rows if (other["backend"], other["precision"]) == (row["backend"], row["precision"])]
     flavour = row.get("flavour")
@@ -96,7 +96,7 @@ def _has_intervals(row: Row) -> bool:
 
 
 def _by_intervals(row: Row, reference: Row) -> str:
-    """The difference to the reference: what the intervals tell from zero, and how much they leave open."""
+    """The difference to the reference: what the intervals distinguish from zero, and how much they leave open."""
     losses, gains, unsure = [], [], []
     for name, key in METRICS:
         low, high = (row["change"][key][end] for end in ("low", "high"))
@@ -120,7 +120,7 @@ def _against(row: Row, reference: Row, rows: Sequence[Row]) -> str:
 
 
 def _judgement(row: Row, reference: Row, max_loss: float) -> str:
-    """What a simulated row costs, and whether that is accepted."""
+    """The loss of a simulated row, and whether it is accepted."""
     intervals = _has_intervals(row)
     words = _by_intervals(row, reference) if intervals else f"it costs {_lost(row, reference)}"
     if (loss := _loss(row, reference)) > max_loss:
@@ -165,8 +165,8 @@ def _decide_engines(rows: Sequence[Row], reference: Row | None, max_loss: float)
             "Ship nothing here yet",
             [
                 f"Every row loses more than {max_loss:g} mAP or NDS against {row_name(reference or least, rows)}; the least, "
-                f"{row_name(least, rows)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the layers "
-                "that pay for it in float."
+                f"{row_name(least, rows)}, loses {_loss(least, reference):.3f}. Calibrate on more frames or keep the worst "
+                "layers in float."
             ],
         )
     ship = min(accurate, key=lambda row: row["latency_ms"]["median"])

@@ -1,4 +1,4 @@
-"""Names and figures as a page's reader sees them."""
+"""Names and figures as a page shows them."""
 
 from __future__ import annotations
 

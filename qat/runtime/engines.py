@@ -1,7 +1,7 @@
 """A folder of built engines: what `bevqat build` writes and a robot's process loads, without the ONNX graphs.
 
 It has one built file for each part and a manifest.json, that of the parts with the section `engine`: which backend, which
-version of it, the device that the files were built for, and the options. A built file is for that version and device alone.
+version of it, the device that the files were built for, and the options. A built file is for only that version and device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qat.manifest import FILE, check_kind, load_manifest, pipeline_of
 from qat.runtime.axes import check_profiles, limited, options_of_part
 
 FORMAT_OF_PARTS = "engine"
-AGAIN = "run `bevqat build` again, on the machine that is to run it"
+AGAIN = "run `bevqat build` again, on the machine that will run it"
 NOTED = ("backend", "version", "precision", "device", "device_fingerprint", "options")
 
 
@@ -126,7 +126,7 @@ def _check_out(out: Path, folder: Path) -> None:
 
 
 def _run_notes(options: TensorRtOptions) -> dict[str, Any]:
-    """What TensorRT is told again when a plan is loaded, and is not in the plan."""
+    """Options that TensorRT needs again when a plan is loaded, because the plan lacks them."""
     plugins = [str(Path(plugin).resolve()) for plugin in options.plugins]
     return {"plugins": plugins, "cuda_graph": options.cuda_graph}
 
@@ -146,7 +146,7 @@ def build_engines(
         backend: a key of `qat.engine.BACKENDS`.
         precision: None for the manifest's.
         out: None for engines_PRECISION_BACKEND beside the folder. Earlier engines there are replaced.
-        options: threads and the other options are noted, and are the defaults of whoever loads the folder.
+        options: threads and the other options are stored, and are the defaults when the folder is loaded.
         progress: called with a part's name before it is built.
 
     Returns:
@@ -162,7 +162,7 @@ def build_engines(
     precisions = part_precisions(folder, manifest, precision, backend)
     if options.bfloat16 and not any(takes_bfloat16(backend, wanted) for wanted in precisions.values()):
         raise UserError(
-            f"{folder}: bfloat16: found {manifest['precision']} parts for {backend}, expected int8 for openvino; leave it out"
+            f"{folder}: bfloat16: found {manifest['precision']} parts for {backend}, expected int8 for openvino; omit it"
         )
     check_profiles(manifest, options, folder)
     out = Path(out) if out is not None else folder.parent / f"engines_{precision or manifest['precision']}_{backend}"
@@ -205,7 +205,7 @@ def build_engines(
 
 
 def engine_section(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a folder of built engines says of how they were built.
+    """How the engines of a folder were built.
 
     Args:
         manifest: as `load_manifest` gave it.
@@ -219,7 +219,7 @@ def engine_section(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: found no section engine with {', '.join(NOTED)}, expected it; {AGAIN}")
     for key in NOTED:
         check_kind(path, noted, key, dict if key == "options" else str, AGAIN, "engine")
-    for where, key in (("options", "tensorrt"), ("", "run")):  # of TensorRT alone
+    for where, key in (("options", "tensorrt"), ("", "run")):  # TensorRT only
         if key in (section := noted[where] if where else noted):
             check_kind(path, section, key, dict, AGAIN, "engine")
     for name, part in manifest["parts"].items():
@@ -236,8 +236,8 @@ def _changed(options: Any) -> dict[str, Any]:
 
 
 def run_options(noted: Mapping[str, Any], asked: Options | None, source: Path) -> Options:
-    """What built engines run with: as was noted when they were built, but for the fields that are asked for otherwise than by
-    default. bfloat16 is always as it was built with, as is what else is in the files.
+    """Options of built engines: those stored when they were built, except for fields of `asked` that differ from the
+    default. bfloat16 and everything else in the files stay as built.
 
     Args:
         noted: `engine_section`.
@@ -258,7 +258,7 @@ def run_options(noted: Mapping[str, Any], asked: Options | None, source: Path) -
     if "plugins" not in tensorrt and (plugins := run.get("plugins")):
         if gone := [name for name in plugins if not Path(name).is_file()]:
             raise UserError(
-                f"{source}: built with plugins of {', '.join(gone)}, found no such file; name it where it is now: --plugins, "
+                f"{source}: built with plugins of {', '.join(gone)}, found no such file; give its current path: --plugins, "
                 "or TensorRtOptions(plugins=…)"
             )
         tensorrt["plugins"] = tuple(map(Path, plugins))

@@ -25,7 +25,7 @@ __all__ = ["Calibration", "PartRunner", "Pipeline", "SampleTensors"]
 
 
 class PartRunner(Protocol):
-    """Whatever computes one part: an `Engine`, or the PyTorch module that it came from."""
+    """A runner of one part: an `Engine`, or the PyTorch module that it came from."""
 
     def run(self, feeds: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
         """Input arrays by tensor name to output arrays by tensor name."""
@@ -77,7 +77,7 @@ class Pipeline:
             folder: where `bevqat build` wrote engines, or export the ONNX parts.
             backend: a backend of `qat.engine`. Of engines it is known: None, or the same.
             precision: None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for it too.
-            options: threads, engine cache and the like. Built engines run with what was noted when they were built, but for
+            options: threads, engine cache and the like. Built engines run with the options stored when they were built, except for
                 fields that differ from the default ones (`qat.runtime.engines.run_options`).
 
         Raises:
@@ -109,13 +109,13 @@ class Pipeline:
         self.timing_ms[stage] = (time.perf_counter() - begin) * 1e3
 
     def __call__(self, *raw: Any) -> Detections:
-        """Detects objects in what the sensors give now.
+        """Detects objects in the current sensor data.
 
         Args:
             raw: what the family's `prepare` takes; of BEVFusion images, points and a `Calibration`.
 
         Raises:
-            UserError: as `prepare`; or the parts are of a model that gives no boxes.
+            UserError: as `prepare`; or the parts are of a model without boxes.
         """
         self._need_boxes()
         self.timing_ms = {}

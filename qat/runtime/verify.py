@@ -1,7 +1,7 @@
-"""A folder of exported parts beside what PyTorch gave at the export, on any machine, without PyTorch.
+"""Compares a folder of exported parts with PyTorch's outputs at the export, on any machine, without PyTorch.
 
-The folder's verification.npz holds inputs and outputs (`qat.core.verification`) and what each quantizer's neighbourhood
-computes (`qat.core.sites`), manifest.json the tolerances, scales and zero points.
+The folder's verification.npz holds inputs and outputs (`qat.core.verification`) and the reference
+of each site (`qat.core.sites`), manifest.json the tolerances, scales and zero points.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _verify_part(
     tokens: list[str],
     optimized: _Runner | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For each output the frame that is nearest to its tolerance, and all frames; on the last also what `optimized` gives."""
+    """For each output the frame that is nearest to its tolerance, and all frames; on the last also the results of `optimized`."""
     rows: dict[str, list[dict[str, Any]]] = {output: [] for output in part["verification"]}
     for index in summary.frames(name):
         feeds = summary.inputs(name, index)
@@ -263,5 +263,5 @@ def print_verification(found: Mapping[str, Any]) -> None:
         print(f"error: {line}", file=sys.stderr)
     if not wrong:
         sites = sum(part.get("sites", {}).get("checked", 0) for part in found["parts"].values())
-        also = f", at {sites} sites within them too" if sites else ""
-        print(f"{len(found['parts'])} parts give what PyTorch gave at their export{also}")
+        also = f", at {sites} sites inside them too" if sites else ""
+        print(f"{len(found['parts'])} parts match PyTorch's outputs at their export{also}")

@@ -166,7 +166,7 @@ def test_the_command_leaves_a_checkpoint_a_curve_and_an_inventory(
     assert "error: " in (said := capsys.readouterr().err) and "split 'none' not found" in said
     assert main([*map(str, base), "inf"]) == 2 and "found inf" in capsys.readouterr().err
     assert main([*map(str, base[:-1])]) == 2
-    assert "--budget-split: found without --budget" in capsys.readouterr().err
+    assert "--budget-split: only applies with --budget" in capsys.readouterr().err
     assert main([*map(str, base), "-1"]) == 2
     assert "error: --budget: found -1.0" in capsys.readouterr().err and not (tmp_path / "ptq.pth").exists()
     monkeypatch.undo()

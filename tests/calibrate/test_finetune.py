@@ -39,6 +39,7 @@ from qat.manifest import load_manifest
 from qat.model.quantized import QuantizedModel
 from qat.model.runners import run_frame, torch_feeds, torch_runners
 from qat.plan import run as run_plan
+from tests.messages import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = FinetuneOptions(steps=4, batch=2, lr=1e-3, warmup=1)
@@ -406,7 +407,7 @@ def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_ones(ptq, data, tm
 
 def test_what_another_run_left_is_refused(ptq, data, tmp_path, capsys):
     run(ptq, data, tmp_path / "out", replace(FEW, steps=1))
-    with pytest.raises(UserError, match=r"another lr: found 0.001, expected 0.002; remove it or choose another --out"):
+    with refused("another lr", "found 0.001", "expected 0.002", "remove it or choose another --out"):
         run(ptq, data, tmp_path / "out", replace(FEW, steps=1, lr=2e-3))
     (tmp_path / "out" / "resume.pth").write_bytes(b"half a file")
     with pytest.raises(UserError, match="damaged, or of another version"):
@@ -557,7 +558,7 @@ def test_a_frame_that_the_float_network_cannot_take_is_named(ptq, data, tmp_path
         return sample
 
     monkeypatch.setattr(AugmentedSet, "draw", spoilt)
-    with pytest.raises(UserError, match=r"frame \w+: the float network gives values that are not finite"):
+    with pytest.raises(UserError, match=r"frame \w+: the float network's values are not finite"):
         run(ptq, data, tmp_path / "out")
 
 

@@ -148,7 +148,7 @@ def test_layers_kept_float_by_a_pattern_are_listed_with_its_reason_and_stay_so_i
     found = inspect_checkpoint(tmp_path / "ptq.pth")
     reasons = {f.name: f.reason for f in found.floats if f.rule == "keep_float" and not f.flavours}
     assert reasons.pop("encoders.camera.vtransform.dtransform.0").startswith("its input is raw metres")
-    assert reasons.pop("encoders.camera.backbone.layer1.0.conv1") == "asked for with keep_float"
+    assert reasons.pop("encoders.camera.backbone.layer1.0.conv1") == "requested with keep_float"
     assert reasons and set(reasons.values()) == {"the neck is small"} and all(".neck." in name for name in reasons)
     assert not {layer.path for layer in found.layers} & set(reasons)
 

@@ -107,7 +107,7 @@ def test_a_checkpoint_whose_ranges_do_not_fit_is_refused(tiny_model, tiny_frames
 def test_a_spoilt_frame_is_named(tiny_model, tiny_frames, spoil):
     frame = copy.deepcopy(tiny_frames[0])
     frame.img[1] = np.nan if spoil == "nan" else 0.5
-    with pytest.raises(UserError, match=r"frame0.*leave the frame out"):
+    with pytest.raises(UserError, match=r"frame0.*drop the frame"):
         calibrate(tiny_model, [frame])
 
 

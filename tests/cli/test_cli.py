@@ -69,7 +69,7 @@ def test_an_unknown_verb_is_bad_use(capsys):
         ),
         (["export-camera", "--ckpt", "nowhere.pth"], "nowhere.pth"),
         (["export-camera", "--ckpt", "nowhere.pth", "--frames", "-1"], "--frames: found -1"),
-        (["export-camera", "--ckpt", "nowhere.pth", "--version", "x"], "--version: found no data to choose from"),
+        (["export-camera", "--ckpt", "nowhere.pth", "--version", "x"], "--version: only applies with --data"),
         (["build", "--onnx", "nowhere", "--backend", "openvino"], "nowhere/manifest.json: no such file"),
         (["build", "--onnx", "nowhere", "--backend", "openvino", "--threads", "-1"], "threads: found -1"),
         (["verify", "nowhere"], "nowhere/manifest.json: no such file"),

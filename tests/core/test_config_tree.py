@@ -9,6 +9,7 @@ import yaml
 from qat.core.errors import UserError
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.config_tree import defaults_above, resolve
+from tests.messages import refused
 
 TASKS = [["car"], ["truck", "bus"]]
 CLASSES = ["car", "truck", "bus"]
@@ -240,9 +241,7 @@ def test_a_file_by_itself_may_have_expressions_too(tmp_path):
     config = copy.deepcopy(DUMPED)
     config["model"]["encoders"]["camera"]["vtransform"]["feature_size"] = "${[size // 16 for_each]}"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(
-        UserError, match=r"c\.yaml: model\.encoders\.camera\.vtransform\.feature_size: .*not an expression"
-    ):
+    with refused("c.yaml: model.encoders.camera.vtransform.feature_size:", "not an expression"):
         load_config(tmp_path / "c.yaml")
     config["model"]["encoders"]["camera"]["vtransform"]["feature_size"] = (
         "${[image_size[0] // 16, image_size[1] // 16]}"

@@ -28,6 +28,7 @@ from qat.core.files import (
     write_text,
 )
 from qat.core.locks import clear_leftovers, one_writer, only_writer
+from tests.messages import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -378,9 +379,7 @@ def test_one_writer_takes_the_output_from_a_parameter_or_its_attribute(tmp_path)
 
 def test_what_another_run_left_is_told_apart():
     check_same_run("resume.pth", {"seed": 1, "more": 2}, {"seed": 1}, "remove it")
-    with pytest.raises(
-        UserError, match=r"resume.pth: left by a run with another seed: found None, expected 1; remove it"
-    ):
+    with refused("resume.pth: left by a run with another seed", "found None", "expected 1", "remove it"):
         check_same_run("resume.pth", {}, {"seed": 1}, "remove it")
 
 

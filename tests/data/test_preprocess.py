@@ -8,6 +8,7 @@ from PIL import Image
 
 from qat.core.errors import PictureSizeError, UserError
 from qat.core.preprocess import ResizeCrop, load_image, normalize
+from tests.messages import refused
 
 
 def test_resize_and_crop_keep_the_bottom_rows_and_the_middle_columns():
@@ -52,8 +53,11 @@ def test_pictures_that_the_model_was_not_made_for_are_refused(native, size):
     spec = ResizeCrop((128, 352), 0.88, native=native)
     expected = "1600×900" if native == (900, 1600) else "400×225" if native else "about 400×145"
     for use in (spec.matrix, spec.placed, lambda w, h: spec.apply(np.zeros((h, w, 3), np.uint8))):
-        with pytest.raises(
-            PictureSizeError, match=rf"found a picture of {size[0]}×{size[1]} pixels, .* expected {expected}, "
+        with refused(
+            f"found a picture of {size[0]}×{size[1]} pixels",
+            f"expected {expected};",
+            "resize_lim",
+            error=PictureSizeError,
         ):
             use(*size)
 
@@ -117,14 +121,14 @@ def test_grey_is_scaled_and_turned_as_the_tiff_says(tmp_path, bits, photometric)
 def test_a_picture_whose_depth_nothing_says_is_refused_by_its_mode(tmp_path):
     for mode, values in (("I", RAMP.astype(np.int32)), ("F", RAMP.astype(np.float32))):
         Image.fromarray(values).save(tmp_path / "deep.tiff")
-        with pytest.raises(UserError, match=rf"deep\.tiff: found mode {mode}, .*expected a picture of 8 or 16 bits"):
+        with refused("deep.tiff", f"found mode {mode},", "expected a picture of 8 or 16 bits"):
             load_image(tmp_path / "deep.tiff")
 
 
 def test_a_camera_of_fewer_bits_in_a_16_bit_picture_is_refused(tmp_path):
     """12 bits in 16: scaled by the file's depth it would be black."""
     Image.fromarray(RAMP >> 4).save(tmp_path / "dark.png")
-    with pytest.raises(UserError, match=r"dark\.png: found 16-bit values up to 4095 alone"):
+    with pytest.raises(UserError, match=r"dark\.png: found 16-bit values up to 4095"):
         load_image(tmp_path / "dark.png")
 
 

@@ -97,7 +97,7 @@ def test_layers_are_timed_without_a_second_context(found):
 
 def test_what_tensorrt_refuses_of_a_run_is_one_line(found):
     refused = found["running"]["refused"]
-    assert refused["set_tensor_address"] == "g.plan: x: TensorRT does not take its memory: no cause given"
+    assert refused["set_tensor_address"] == "g.plan: x: TensorRT rejects its memory: no cause given"
     assert refused["execute_async_v3"].startswith("g.plan: TensorRT cannot run the plan")
     assert refused["set_input_shape"].startswith("g.plan: input x: TensorRT refuses shape [2, 4]")
     assert refused["set_optimization_profile_async"].startswith("g.plan: TensorRT cannot select the plan's shapes")
@@ -141,7 +141,7 @@ def test_options_that_a_release_has_not_are_refused_by_name(found, version):
     for name in ("version_compatible", "level"):
         assert (f"TensorRT {version}" in refused[name]) == (version == WHOLE)
     assert (f"tactic source CUDNN: TensorRT {version} has none" in refused["cudnn"]) == (version in STRONG_ONLY)
-    assert "profile of nobody: no such input, expected of img, depth" in refused["stranger"]
+    assert "profile of nobody: no such input, expected one of img, depth" in refused["stranger"]
     assert "profile of img: found 1x4x8x8, expected 1x3x8x8" in refused["shape"]
     assert "input img: found ?x3x8x8, expected a profile for it" in refused["no profile"]
 

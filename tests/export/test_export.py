@@ -6,10 +6,10 @@ import onnx
 import pytest
 import torch
 
-from qat.core.errors import UserError
 from qat.export import ExportOptions, Origin, export_parts, torch_parts
 from qat.families.bevfusion.settings import pipeline_settings
 from qat.manifest import load_manifest
+from tests.messages import refused
 
 SHAPES = {
     "camera.backbone": (
@@ -117,7 +117,7 @@ def test_deconvolutions_take_in_their_batch_norms(tmp_path, small_config, small_
 
 
 def test_a_float_detector_cannot_be_exported_to_int8(tmp_path, small_config, small_cameras, make_detector):
-    with pytest.raises(UserError, match="found a float detector, expected a calibrated one; run calibrate first"):
+    with refused("found a float detector", "expected a calibrated one", "run calibrate first"):
         export_parts(make_detector(small_config), tmp_path / "out", ExportOptions("int8"))
     assert not (tmp_path / "out").exists()
 

@@ -121,7 +121,7 @@ def test_reduced_range_keeps_weights_to_seven_bits(tmp_path, quantized, small_ca
         ({"opset": 12}, "opset: found 12, expected 13 to 20"),
         ({"batch": 0}, "batch: found 0, expected at least 1"),
         ({"parts": ["camera.neck"]}, "parts: found 'camera.neck', expected some of camera.backbone"),
-        ({"parts_int8": ["head"]}, "parts-int8: found 'head', expected a part that calibrate left off: vtransform"),
+        ({"parts_int8": ["head"]}, "parts-int8: found 'head', expected a part that calibrate kept float: vtransform"),
         ({"reduce_range": True}, "reduce-range: found flavour tensorrt, expected onnxruntime"),
     ],
 )

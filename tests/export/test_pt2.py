@@ -16,6 +16,7 @@ from qat.lean.modes import quantizers, quantizers_off
 from qat.manifest import load_manifest
 from qat.model.quantized import QuantizedModel
 from qat.runtime import Pipeline
+from tests.messages import refused
 
 PARTS = ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]
 
@@ -184,9 +185,9 @@ def test_a_program_that_computes_something_else_fails_verification(tmp_path, qua
 
 
 def test_wrong_use_is_told_in_one_line(tmp_path, folders, make_detector, small_config):
-    with pytest.raises(UserError, match="found parts of format pt2, expected onnx: those are for torch"):
+    with refused("found parts of format pt2", "expected onnx: those are for torch"):
         Pipeline.load(folders["fp32"], "onnxruntime")
-    with pytest.raises(UserError, match="precision: found 'fp16', expected one of fp32, int8 for the pt2 format"):
+    with refused("precision", "found 'fp16'", "expected one of fp32, int8 for the pt2 format"):
         export_pt2(make_detector(small_config), tmp_path, ExportOptions("fp16"))
     with pytest.raises(UserError, match="found a float detector, expected a calibrated one"):
         export_pt2(make_detector(small_config), tmp_path, ExportOptions("int8"))

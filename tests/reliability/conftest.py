@@ -21,6 +21,24 @@ from qat.data.synth import SynthOptions, generate
 from qat.runtime import build_engines
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+# Input in the page's table of bad input → the test, with its case, that sees the line.
+HELD_BY = {
+    "truncated checkpoint": "test_bad_checkpoint.py::test_a_file_that_is_no_checkpoint[truncated]",
+    "another network's checkpoint": "test_bad_checkpoint.py::test_another_networks_names",
+    "NaN in the weights": "test_bad_checkpoint.py::test_weights_that_are_not_finite[nan]",
+    "float checkpoint where a PTQ one is needed": "test_bad_checkpoint.py::test_a_float_checkpoint_for_a_quantized_one",
+    "image size and stride differ": "test_bad_config.py::test_an_image_size_that_no_stride_divides",
+    "table missing": "test_bad_data.py::test_data_that_cannot_be_used[a table missing]",
+    "camera missing": "test_bad_data.py::test_data_that_cannot_be_used[a channel absent]",
+    "unreadable image": "test_bad_data.py::test_data_that_cannot_be_used[a picture of text]",
+    "image of unsuitable size": "test_bad_data.py::test_pictures_of_a_size_that_the_model_was_not_made_for",
+    "lidar of another format": "test_bad_data.py::test_data_that_cannot_be_used[lidar of four values]",
+    "unknown split": "test_bad_data.py::test_a_split_a_version_or_frames_that_are_not_there[split]",
+    "changed export": "test_bad_folders.py::test_a_folder_of_parts_that_is_not_whole[a byte changed]",
+    "engines of another machine": "test_bad_folders.py::test_engines_that_were_built_elsewhere_or_changed[another processor]",
+    "backend not installed": "test_bad_folders.py::test_a_backend_that_is_not_installed",
+    "full disk": "test_bad_output.py::test_the_machines_refusals_are_one_line",
+}
 TRAINING = {
     "point_cloud_range": [-16.0, -12.0, -5.0, 16.0, 12.0, 3.0],
     "grid_size": [128, 96, 1],
@@ -94,18 +112,17 @@ def own(work) -> Callable[[str], Path]:
 
 
 @cache
-def table() -> list[tuple[str, list[tuple[str, str]]]]:
-    """Rows of docs/reliability.md's table of bad input: the line, and (file, test with its case) of each test that holds it."""
+def table() -> dict[str, str]:
+    """docs/reliability.md's table of bad input: what is wrong → how the line begins."""
     section = PAGE.read_text().partition("## Bad input")[2].partition("\n## ")[0]
-    cells = [row.split(" | ") for row in section.splitlines() if row.startswith("| ")][1:]
-    return [
-        (line.strip("`"), re.findall(r"`(test_\w+\.py)::(test_\w+(?:\[[^`]*\])?)`", tests)) for _, line, tests in cells
-    ]
+    rows = [row.strip("| ").split(" | ") for row in section.splitlines() if row.startswith("| ")][1:]
+    return {found: line.strip("`") for found, line in rows}
 
 
 def rows_of(file: str, name: str) -> list[str]:
-    """The lines that rows say of a test's case; a row that names the test without a case says it of each."""
-    return [line for line, tests in table() if {(file, name), (file, name.partition("[")[0])} & set(tests)]
+    """The lines that rows give for a test's case; a row held by a test without a case gives them for each."""
+    names = {f"{file}::{name}", f"{file}::{name.partition('[')[0]}"}
+    return [line for found, line in table().items() if HELD_BY[found] in names]
 
 
 def matches(row: str, line: str) -> bool:

@@ -114,7 +114,7 @@ STAGES = {
             "--no-augment", "--out", out,
         ),
         "qat.pth",
-        "goes on at step",
+        "resumed at step",
     ),
     "train": Stage(
         lambda i, out: _words(

@@ -162,7 +162,7 @@ def test_a_config_of_another_network(work, bad_config, refused):
     for verb in ("calibrate", "export-camera"):
         arguments = [verb, "--config", "bad.yaml", "--ckpt", "float.pth", "--data", "data", "--out", "x"]
         refused(
-            arguments, "float.pth: decoder.neck.fuse.0.weight", "give the config that the checkpoint was trained with"
+            arguments, "float.pth: decoder.neck.fuse.0.weight", "use the config that the checkpoint was trained with"
         )
 
 

@@ -256,7 +256,7 @@ def test_a_circle_of_nodes_reaches_no_runtime(tmp_path):
     path = written(tmp_path, model([*nodes, helper.make_node("Relu", ["b"], ["y"])]))
     for backend in CPU_BACKENDS:
         message = refused(build, path, backend, "fp32", Options(1, None))
-        assert "Add reads 'b', which nothing before it gives" in message and "graph.onnx" in message
+        assert "Add reads 'b', which nothing before it computes" in message and "graph.onnx" in message
 
 
 @pytest.mark.parametrize("name", ["", "z"])

@@ -273,7 +273,7 @@ def test_results_of_before_the_commands_and_the_sensitivity_still_make_a_page(re
     del results["provenance"]["commands"], results["sensitivity"]
     text = _page(results, tmp_path).text
     assert "these results bevqat compare --ckpt" in text
-    assert "Which layers pay" not in text and "None" not in text
+    assert "Accuracy loss by layer" not in text and "None" not in text
 
 
 def test_without_jinja2_and_pydantic_benchmarks_are_drawn() -> None:

@@ -20,6 +20,7 @@ from qat.engine.tensorrt_options import Profile
 from qat.runtime import Calibration, Pipeline, build_engines
 from qat.runtime.engines import _run_notes, run_options
 from qat.runtime.verify import verify_folder
+from tests.messages import refused
 
 BACKENDS = sorted(CPU_BACKENDS)
 PARTS = ["camera.backbone", "camera.vtransform", "fuser", "head.bbox"]
@@ -104,15 +105,15 @@ print(len(pipeline(list(scene["images"]), scene["points"], calibration)))
 
 
 def test_another_backend_or_precision_than_it_was_built_for_is_refused(engines):
-    with pytest.raises(UserError, match="found engines of openvino, expected onnxruntime; build with --backend"):
+    with refused("found engines of openvino", "expected onnxruntime", "build with --backend"):
         Pipeline.load(engines, "onnxruntime")
-    with pytest.raises(UserError, match="found engines in fp32, expected int8; export it with --int8 and build"):
+    with refused("found engines in fp32", "expected int8", "export it with --int8 and build"):
         Pipeline.load(engines, precision="int8")
     assert Pipeline.load(engines, "openvino", "fp32").parts
 
 
 def test_graphs_need_a_backend(exported_fp32):
-    with pytest.raises(UserError, match="found ONNX parts, expected a backend for them too: one of openvino"):
+    with refused("found ONNX parts", "expected a backend for them too: one of openvino"):
         Pipeline.load(exported_fp32)
 
 
@@ -121,10 +122,10 @@ def test_a_changed_or_missing_engine_file_is_refused(engines):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"fuser\.openvino: found sha256 .*; run `bevqat build` again"):
+    with refused("fuser.openvino", "found sha256", "run `bevqat build` again"):
         Pipeline.load(engines)
     file.unlink()
-    with pytest.raises(UserError, match=r"fuser\.openvino: no such file, expected part fuser; run `bevqat build`"):
+    with refused("fuser.openvino: no such file", "expected part fuser", "run `bevqat build`"):
         Pipeline.load(engines)
 
 
@@ -165,7 +166,7 @@ def test_options_of_built_engines_are_changed_field_by_field(tmp_path):
 
 def test_bfloat16_is_as_it_was_built_with(tmp_path):
     without = NOTED | {"options": {"threads": 3}}
-    with pytest.raises(UserError, match="found engines built without bfloat16, expected it; build with --bfloat16"):
+    with refused("found engines built without bfloat16", "expected it", "build with --bfloat16"):
         run_options(without, Options(bfloat16=True), tmp_path)
     # An FP32 row beside an INT8 one that is meant: it says nothing to this one.
     assert run_options(without | {"precision": "fp32"}, Options(bfloat16=True), tmp_path) == Options(threads=3)
@@ -197,9 +198,7 @@ def test_plugins_are_loaded_again_from_where_they_were(tmp_path):
     assert run_options(noted, None, tmp_path).tensorrt == expected
     assert run_options(noted, Options(threads=2), tmp_path) == Options(threads=2, tensorrt=expected)
     plugin.rename(moved)
-    with pytest.raises(
-        UserError, match=r"built with plugins of .*plugins\.so, found no such file; name it where it is"
-    ):
+    with refused("built with plugins of ", "plugins.so", "found no such file", "--plugins"):
         run_options(noted, None, tmp_path)
     found = run_options(noted, Options(tensorrt=TensorRtOptions(plugins=(moved,))), tmp_path)
     assert found.tensorrt == TensorRtOptions(plugins=(moved,), cuda_graph=False)
@@ -241,7 +240,7 @@ def test_graphs_without_their_pipeline_are_refused(tmp_path, exported_fp32):
     manifest = json.loads(path.read_text())
     del manifest["pipeline"]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="pipeline: found none, expected a section: damaged; export again"):
+    with refused("pipeline", "found none", "expected a section: damaged", "export again"):
         Pipeline.load(folder, "openvino")
 
 
@@ -287,7 +286,7 @@ def test_an_fp16_folders_graphs_are_built_in_fp32_when_asked(tmp_path, exported_
     for part in manifest["parts"].values():
         part["precision"] = "fp16"  # as export-camera --fp16 writes it: the types stay FP32
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="precision fp16: ONNX Runtime's CPU provider takes no precision flag"):
+    with refused("precision fp16: ONNX Runtime's CPU provider takes no precision flag"):
         build_engines(folder, "onnxruntime", options=Options(1, None))
     assert not (tmp_path / "engines_fp16_onnxruntime").exists()
     out, _ = build_engines(folder, "onnxruntime", "fp32", options=Options(1, None))
@@ -296,9 +295,9 @@ def test_an_fp16_folders_graphs_are_built_in_fp32_when_asked(tmp_path, exported_
 
 
 def test_engines_are_not_taken_for_graphs(engines):
-    with pytest.raises(UserError, match="found parts of format engine, expected onnx: those are built"):
+    with refused("found parts of format engine", "expected onnx: those are built"):
         verify_folder(engines)
-    with pytest.raises(UserError, match="found parts of format engine, expected onnx: those are built"):
+    with refused("found parts of format engine", "expected onnx: those are built"):
         build_engines(engines, "openvino")
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from qat.core.errors import UserError
 from qat.families.bevfusion.pooling.cpu import PatternCache, pool
 from qat.families.bevfusion.pooling.geometry import create_frustum, frustum_to_lidar, pooling_pattern
+from tests.messages import refused
 
 XBOUND, YBOUND = [-8.0, 8.0, 1.0], [-6.0, 6.0, 0.5]
 DBOUND = [1.0, 9.0, 1.0]
@@ -148,9 +149,7 @@ def test_result_is_written_into_the_callers_memory():
 
 def test_memory_that_the_result_does_not_fit_is_refused():
     case = random_case(5, 4, 30, (1, 12, 16), 18)
-    with pytest.raises(
-        UserError, match=r"found float32\[1, 18, 16, 12\], expected writable contiguous float32\[1, 18, 12, 16\]"
-    ):
+    with refused("out", "found float32[1, 18, 16, 12]", "expected", "float32[1, 18, 12, 16]"):
         pool(*case, out=np.empty((1, 18, 16, 12), np.float32))
     with pytest.raises(UserError, match=r"found float64\[1, 18, 12, 16\]"):
         pool(*case, out=np.empty((1, 18, 12, 16)))
@@ -169,9 +168,7 @@ def test_tensors_of_other_sizes_than_the_pattern_are_refused():
     with pytest.raises(UserError, match=f"= 72 and D = {bins} as in the pattern"):
         pool(pattern, np.ones((2, bins, 4, 6), np.float32), np.ones((2, 4, 6, 5), np.float32))
     for found in (bins - 1, bins + 1):  # more of them would be read at the wrong places
-        with pytest.raises(
-            UserError, match=rf"found depth weights \[3, {found}, 4, 6\].* D = {bins} as in the pattern"
-        ):
+        with refused(f"found depth weights [3, {found}, 4, 6]", f"D = {bins} as in the pattern"):
             pool(pattern, np.ones((3, found, 4, 6), np.float32), np.ones((3, 4, 6, 5), np.float32))
 
 

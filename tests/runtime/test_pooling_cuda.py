@@ -23,6 +23,7 @@ from qat.families.bevfusion.pooling.cuda import (
     pool_device,
 )
 from qat.families.bevfusion.pooling.geometry import pooling_pattern
+from tests.messages import refused
 
 # The words of CUDA that pooling.cu uses, for a C++ compiler: one operating system's thread for each of a block's, which takes the
 # blocks one after another (so that a block's shared memory can be a static), and barriers that are barriers.
@@ -241,7 +242,7 @@ def test_arrays_with_dlpack_are_taken_and_told_the_stream():
     arrays = check_arrays(pattern, *given, stream=7)
     assert [array.pointer for array in arrays] == [capsule.array.ctypes.data for capsule in given]
     assert [capsule.asked for capsule in given] == [7, 7, 7]
-    with pytest.raises(UserError, match="GPU pooling: features: found an array on cuda:1, expected cuda:0"):
+    with refused("GPU pooling: features", "found an array on cuda:1", "expected cuda:0"):
         check_arrays(pattern, given[0], Capsule(features, 1), given[2])
 
 
@@ -284,7 +285,7 @@ def test_a_pattern_whose_memory_is_gone_is_refused(gpu):
     gpu.refuse = {"cudaMalloc"}
     with pytest.raises(UserError, match=r"GPU pooling: GPU memory of .* MiB: out of memory"):
         on_device.upload(larger)
-    with pytest.raises(UserError, match="GPU pooling: found a pattern that was closed or whose upload failed"):
+    with refused("GPU pooling", "found a pattern that was closed or whose upload failed"):
         pool_device(on_device, *arrays)
     gpu.refuse = set()
     on_device.upload(pattern)

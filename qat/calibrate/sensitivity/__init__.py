@@ -1,4 +1,4 @@
-"""Where accuracy goes: the damage that each quantized unit does alone.
+"""The accuracy loss of each quantized unit, one at a time.
 
 `measure` runs the units, `histograms` counts what their quantizers are given, `reasons` says why layers stay float, `file` writes
 and reads sensitivity.json, `show` prints and draws; `result` is what they hand to each other.

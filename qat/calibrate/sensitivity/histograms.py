@@ -98,7 +98,7 @@ def measure_histograms(
         recipe: the checkpoint's, for the method of each range.
 
     Raises:
-        UserError: a frame gives values that are not finite.
+        UserError: a frame's values are not finite.
     """
     own = quantizers(model.parts)
     ranges = [float(own[unit.quantizers[0]].range) for unit in chosen]

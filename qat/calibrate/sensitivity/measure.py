@@ -1,7 +1,7 @@
-"""Runs every unit alone on every frame.
+"""Runs every unit by itself on every frame.
 
 The float network's tensors between the parts are kept for a frame, so a unit of the head costs a pass through the head,
-not through the camera part. What a frame gave is kept on disk: an interrupted run goes on with the next frame.
+not through the camera part. Each frame's results are kept on disk: an interrupted run resumes with the next frame.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _one_frame(
     """Arrays of one frame: energies [units + 1, tensors, 2] (the last row with all units on), the float network's state, and, if
     asked, boxes of each row and, last, of the float network.
 
-    Everything before a unit's part is the float network's, the state too: a unit is charged with its own frame alone.
+    Everything before a unit's part is the float network's, the state too: a unit's loss is only that of its own frame.
     """
     plan, runners = model.plan, torch_runners(model)
     with torch.inference_mode():
@@ -55,9 +55,7 @@ def _one_frame(
         expected = judged(plan, tensors)
         for label, values in expected.items():
             if not np.isfinite(values).all():
-                raise NotFiniteError(
-                    f"frame {frame.token}: {label}: the float network gives values that are not finite"
-                )
+                raise NotFiniteError(f"frame {frame.token}: {label}: the float network's values are not finite")
         objects = objects_of(model, tensors)
         rows = [([unit], plan.scopes[unit.part]) for unit in every] + [(list(every), plan.steps[0].name)]
         energies = np.zeros((len(rows), len(tensors_of(plan)), 2))
@@ -90,7 +88,7 @@ def measure_sensitivity(
     recipe: Mapping[str, Any] | None = None,
     worst: int = 0,
 ) -> Sensitivity:
-    """Runs every unit alone on every frame.
+    """Runs every unit by itself on every frame.
 
     Args:
         model: calibrated.
@@ -98,15 +96,15 @@ def measure_sensitivity(
         key: of the checkpoint, so that another one's results are not taken for this one's.
         metric: boxes by frame token → figures such as {"map": …, "nds": …}.
         recipe: the checkpoint's, for the reasons why layers stay float and the methods that chose the ranges.
-        worst: of how many units, the most harmful first, to take histograms of the activations too.
+        worst: number of units, worst first, to also record activation histograms of.
 
     Raises:
-        UserError: no frames, nothing quantized, a frame with NaN, or a metric asked of a camera branch alone.
+        UserError: no frames, nothing quantized, a frame with NaN, or a metric for a camera branch.
     """
     if worst < 0:
         raise UserError(f"--histograms: found {worst}, expected 0 or more")
     if metric is not None:
-        model.flow.need_boxes("--metric map", "give --metric sqnr, which judges the BEV features")
+        model.flow.need_boxes("--metric map", "use --metric sqnr, which judges the BEV features")
     tensors = tensors_of(model.plan)
     every = units(model)
     if not every:

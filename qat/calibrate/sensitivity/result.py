@@ -15,10 +15,10 @@ Metric = Callable[[Mapping[str, Detections]], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class UnitDamage:
-    """What one unit does alone.
+    """The loss of one unit by itself.
 
     layers: with INT8 weights. macs_share: theirs, of all multiply-accumulates. sqnr_db: at each of `tensors_of`, against
-    float; 200 where nothing changed, or no object was seen. metric: with this unit alone in INT8, and drop: what it lost of float's; None without a metric.
+    float; 200 where nothing changed, or no object was seen. metric: with only this unit in INT8, and drop: its loss against float; None without a metric.
     """
 
     name: str
@@ -64,8 +64,8 @@ class ActivationHistogram:
 
 @dataclass
 class Sensitivity:
-    """units: the most harmful first. together: with all units on. reference: the float network's metric. floats: what stays
-    float, the largest share of the multiply-accumulates first. histograms: of the most harmful units, where asked for."""
+    """units: worst first. together: with all units on. reference: the float network's metric. floats: what stays
+    float, the largest share of the multiply-accumulates first. histograms: of the worst units, where requested."""
 
     frames: int
     units: list[UnitDamage]

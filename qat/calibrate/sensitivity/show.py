@@ -14,8 +14,8 @@ HEADINGS = {"bev": "SQNR BEV", "heads": "SQNR heads", OBJECTS: "at objects"}
 
 
 def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
-    """Prints the most harmful units, and all of them together."""
-    table = Table(title=f"damage of each quantized unit alone, over {found.frames} frames", title_justify="left")
+    """Prints the worst units, and all of them together."""
+    table = Table(title=f"loss of each quantized unit, one at a time, over {found.frames} frames", title_justify="left")
     names = list(found.reference or {})
     tensors = list(found.together.sqnr_db)
     for heading in (
@@ -32,12 +32,12 @@ def print_sensitivity(found: Sensitivity, most: int = 30) -> None:
         table.add_row(row.name, str(len(row.layers)), f"{row.macs_share:.1%}", *sqnr, *drops)
     results_console(140).print(table)
     if len(found.units) > most:
-        print(f"and {len(found.units) - most} more, which do less")
+        print(f"and {len(found.units) - most} more with smaller losses")
 
 
 def draw_sensitivity(found: Sensitivity, path: Path, most: int = 40) -> None:
-    """Writes a PNG: noise at the head maps where objects are, in dB below the signal, of the most harmful units; of a
-    camera branch alone, noise at the BEV features."""
+    """Writes a PNG: noise at the head maps where objects are, in dB below the signal, of the worst units; of a
+    camera branch, noise at the BEV features."""
     from matplotlib.figure import Figure
 
     judged = list(found.together.sqnr_db)[-1]
@@ -47,7 +47,7 @@ def draw_sensitivity(found: Sensitivity, path: Path, most: int = 40) -> None:
     axes = figure.subplots()
     axes.barh([row.name for row in rows], [row.sqnr_db[judged] for row in rows], color="#4477aa")
     axes.axvline(found.together.sqnr_db[judged], color="#cc3311", label="all units on")
-    axes.set(xlabel=f"SQNR at {where}, dB (lower does more harm)")
+    axes.set(xlabel=f"SQNR at {where}, dB (lower is worse)")
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
     axes.legend(loc="lower right")

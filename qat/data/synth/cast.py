@@ -11,7 +11,7 @@ try:
     from embreex.mesh_construction import TriangleMesh
 except ModuleNotFoundError:
     raise UserError(
-        "synth: the package embreex is not installed, expected it for casting rays; fix: pip install 'bevqat[synth]'"
+        "synth: the package embreex is not installed, which casts the rays; fix by: pip install 'bevqat[synth]'"
     ) from None
 
 

@@ -386,7 +386,7 @@ BUILDERS: dict[str, Callable[[Builder, float, float, float, np.random.Generator,
 
 
 def draw_size(name: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """A length, width and height in metres for the class; the three vary together and each a little alone."""
+    """A length, width and height in metres for the class; the three vary together, and each a little by itself."""
     length, width, height, spread = CLASSES[name]
     common = np.clip(rng.normal(1.0, spread), 1 - 2 * spread, 1 + 2 * spread)
     own = np.clip(rng.normal(1.0, 0.03, 3), 0.93, 1.07)

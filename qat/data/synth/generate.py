@@ -91,7 +91,7 @@ class SynthOptions:
 def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bool = False) -> Path:
     """Writes a data set in the nuScenes v1.0 format and returns its root.
 
-    The same options give the same bytes, whatever `workers` is. A scene that was finished before an interruption is
+    The same options write the same bytes, whatever `workers` is. A scene that was finished before an interruption is
     kept; the tables appear only when every scene is there.
 
     Raises:
@@ -106,7 +106,7 @@ def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bo
     for earlier, expected in ((done, recipe), (parts / "recipe.json", begun)):
         if earlier.exists() and read_json(earlier) != expected:
             raise UserError(
-                f"{out}: holds a data set made with other options or by another version ({earlier}); choose another --out or "
+                f"{out}: found a data set made with other options or by another version ({earlier}); choose another --out or "
                 "remove it"
             )
     if done.exists():
@@ -335,7 +335,7 @@ class _Scene:
     ) -> None:
         ego = self.world.ego2street(time)[:3, 3]
         for i, thing in enumerate(self.world.things):
-            # Radar sees vehicles that are not hidden, a few returns each; nobody else.
+            # Radar sees vehicles that are not hidden, a few returns each; nothing else.
             radar = (
                 int(self.rng.poisson(2))
                 if thing.name in ("car", "truck", "bus", "trailer", "construction_vehicle")

@@ -48,8 +48,8 @@ class AugmentedSet:
         for name in ("augment2d", "augment3d", "point_cloud_range"):
             if name not in config:
                 raise UserError(
-                    f"config: found no {name}, expected its ranges, as BEVFusion's configs have; `finetune --no-augment` "
-                    "does without"
+                    f"config: found no {name}, expected its ranges, as BEVFusion's configs have; or use `finetune "
+                    "--no-augment`"
                 )
         self.dataset = dataset
         self.image_size = tuple(config["image_size"])

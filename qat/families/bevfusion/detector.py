@@ -44,11 +44,11 @@ def _build(config: Mapping[str, Any], path: str) -> nn.Module:
     try:
         return NETWORKS[config["type"]](**arguments)
     except (*UNBUILDABLE, RuntimeError) as error:  # RuntimeError: torch's, of sizes below 0 or beyond the memory
-        raise UserError(f"config: {path}: found values that make no {config['type']}: {error}") from None
+        raise UserError(f"config: {path}: cannot build {config['type']} from these values: {error}") from None
 
 
 def _check_maps(backbone: nn.Module, config: Mapping[str, Any]) -> None:
-    """Whether the maps of timm's backbone, which no config tells the sizes of, fit the neck."""
+    """Whether the maps of timm's backbone, whose sizes no config states, fit the neck."""
     maps: Any = getattr(backbone, "feature_info", None)
     if config["model"]["encoders"]["camera"]["backbone"]["type"] == "timm" and maps is not None:
         read_config(config, "config", "camera", lambda typed: check_features(typed, maps.channels(), maps.reduction()))
@@ -60,7 +60,7 @@ def first(x: Any) -> torch.Tensor:
 
 
 class CameraBEVDetector(nn.Module):
-    """Images (and sparse depth) to CenterHead's maps; of a camera branch alone, to BEV features.
+    """Images (and sparse depth) to CenterHead's maps; of a camera branch, to BEV features.
 
     State-dict names are BEVFusion's: encoders.camera.{backbone,neck,vtransform}, decoder.{backbone,neck},
     heads.object. A camera branch (`qat.families.bevfusion.config.is_camera_branch`) has the first three; its decode_bev, head and
@@ -180,7 +180,7 @@ class CameraBEVDetector(nn.Module):
     ) -> list[dict[str, torch.Tensor]]:
         """img [B,N,3,H,W], depth [B,N,1,H,W] → for each task {map: [B,channels,nx,ny]}; heatmaps are logits.
 
-        Of a camera branch: one entry with one map, {"feat_out": what `downsample` gives}.
+        Of a camera branch: one entry with one map, {"feat_out": the result of `downsample`}.
         """
         bev = self.pool(*self.lift(img, depth), patterns)
         return [{"feat_out": self.downsample(bev)}] if is_camera_branch(self.config) else self.bev_head(bev)
@@ -188,13 +188,13 @@ class CameraBEVDetector(nn.Module):
 
 def build_model(config: Mapping[str, Any]) -> CameraBEVDetector:
     """Builds the detector that `config` (BEVFusion's schema) describes, randomly initialised; of a `camera_branch`'s config
-    the camera branch alone.
+    the camera branch.
 
     Raises:
         UserError: the config asks for something that is not supported, by name.
     """
     check_config(config)
-    with torch.device("meta"):  # sizes alone: where they are damaged, before the memory is asked for them
+    with torch.device("meta"):  # sizes only: damaged ones are found before memory is allocated for them
         count = sum(parameter.numel() for parameter in CameraBEVDetector(config).parameters())
     if count > MOST_PARAMETERS:
         raise UserError(

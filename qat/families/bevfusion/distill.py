@@ -1,6 +1,6 @@
-"""What a quantized network (the student) is to have of the float one (the teacher), frame by frame.
+"""Losses between a quantized network (the student) and the float one (the teacher), frame by frame.
 
-No annotation is read. Every loss is one number for each frame, without a unit: what the average over frames is does not
+No annotation is read. Every loss is one number for each frame, without a unit, so the average over frames does not
 depend on how many processes share them.
 """
 
@@ -72,7 +72,7 @@ def distillation_losses(
         student, teacher: the plan's tensors, float32, of as many frames.
 
     Returns:
-        `image` (depth weights and context), `bev` (the decoder's map; of a camera branch alone what its downsampling gives), and
+        `image` (depth weights and context), `bev` (the decoder's map; of a camera branch the result of its downsampling), and
         where there are maps `heat` and `box` (means over tasks).
     """
     bev = next(name for name in ("middle", "feat_out", "feat_in") if name in teacher)

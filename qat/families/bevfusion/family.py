@@ -162,7 +162,7 @@ class BEVFusionFamily(Family):
         return AugmentedSet(dataset, config)
 
     def check_training(self, config: Mapping[str, Any], source: str) -> None:
-        """As `Family.check_training`; a camera branch's image part is trained alone."""
+        """As `Family.check_training`; a camera branch's image part is trained by itself."""
         if not is_camera_branch(config):
             need_training(config, source)
 

@@ -4,7 +4,7 @@
     camera and augmentation matrices ─► (pattern) ─► pattern ──────────────┴► (pooling) ─► feat_in
     feat_in ─► camera.vtransform ─► feat_out ─► fuser ─► middle ─► head.bbox ─► {map}_{task}
 
-camera.vtransform is left out where the view transform does not downsample; of a camera branch alone, the plan ends before fuser.
+camera.vtransform is left out where the view transform does not downsample; of a camera branch, the plan ends before fuser.
 The names are those that CUDA-BEVFusion's runtime loads.
 """
 
@@ -98,7 +98,7 @@ class BEVFusion(Flow):
     }
     state_names = ("encoders.", "decoder.", "heads.", "backbone.", "neck.", "vtransform.")
     geometry_step = "pattern"
-    without_boxes = "a camera branch alone, which gives BEV features and no boxes"
+    without_boxes = "a camera branch, which computes BEV features but no boxes"
 
     def __init__(self, settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> None:
         super().__init__(settings, threads, source)
@@ -109,7 +109,7 @@ class BEVFusion(Flow):
         native = tuple(image["native"]) if image.get("native") is not None else None
         self._resize_crop = ResizeCrop(tuple(image["size"]), image["resize"], image["bottom"], native)
         self.patterns = PatternCache(*(settings["vtransform"][name] for name in GEOMETRY))
-        self._grid: np.ndarray | None = None  # the latest pooled grid that nobody else has
+        self._grid: np.ndarray | None = None  # the latest pooled grid, if no caller has it
 
     @classmethod
     def check(cls, path: str | Path, settings: object, fix: str) -> None:

@@ -1,4 +1,4 @@
-"""Made-up keyframes, for exports and latency without data, and whether a frame fits a model."""
+"""Generated keyframes, for exports and latency without data, and whether a frame fits a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PATCHES = 100  # and one for each size of patch
 
 
 def random_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
-    """A made-up keyframe: noise for images, one pixel in twenty with a depth, the cameras in a ring.
+    """A generated keyframe: noise for images, one pixel in twenty with a depth, the cameras in a ring.
 
     img and depth have the same bits on every machine; the noise is the sum of four 16-bit numbers, made to mean 0 and
     variance 1.
@@ -49,7 +49,7 @@ def random_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
 
 
 def made_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
-    """A made-up keyframe that is shaped as real ones are, for exports without data; the same bits on every machine.
+    """A generated keyframe that is shaped as real ones are, for exports without data; the same bits on every machine.
 
     img: patches of 32, 8 and 2 pixels in one another, dark ones and bright ones. depth: a lidar's lines, every fourth row below
     a horizon at two fifths of the height, one pixel in eight, on a plane with things standing on it. The cameras stand in a
@@ -88,8 +88,8 @@ def check_frame(settings: Mapping[str, Any], frame: Any, token: str) -> None:
     count, size = len(cameras), list(settings["image"]["size"])
     if len(frame.img) != count:
         raise UserError(
-            f"frame {token}: found {len(frame.img)} cameras, expected {count} ({', '.join(cameras)}); verify on frames "
-            "of the cameras that the model was made for"
+            f"frame {token}: found {len(frame.img)} cameras, expected {count} ({', '.join(cameras)}); use frames "
+            "of the model's cameras"
         )
     shapes = {
         "img": [count, 3, *size],

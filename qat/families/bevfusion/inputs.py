@@ -1,4 +1,4 @@
-"""What the detectors are fed while they are timed: made-up frames, or keyframes of a data set."""
+"""Inputs for latency measurements: generated frames, or keyframes of a data set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Inputs:
     """One frame as a robot has it.
 
     images: uint8[h,w,3] RGB of each camera, native size. points: float32[M,5]. sample: the same frame preprocessed, for a
-    camera branch alone, which is fed that.
+    camera branch, which is fed that.
     """
 
     name: str
@@ -123,7 +123,7 @@ def recorded(
     manifest does not say how many sweeps a model was trained with.
 
     Raises:
-        UserError: the devkit is not installed, or the data cannot be read or has not so many frames.
+        UserError: the devkit is not installed, or the data cannot be read or has fewer frames.
     """
     try:
         from qat.data.dataset import NuScenesDataset
@@ -131,7 +131,7 @@ def recorded(
     except ModuleNotFoundError as error:
         raise UserError(
             f"--data: the package {error.name} is not installed, expected nuscenes-devkit's; fix by: pip install "
-            "nuscenes-devkit, or leave --data out for made-up frames"
+            "nuscenes-devkit, or omit --data for generated frames"
         ) from None
     dataset = NuScenesDataset(root, split, _reading(settings), version, count)
     frames = []

@@ -39,7 +39,7 @@ class CameraBackbone(PartModule):
 class CameraBackboneWithoutDepth(CameraBackbone):
     """camera.backbone of an LSSTransform, which sees no lidar: as above, without the `depth` input.
 
-    Changed for tracing: a traced signature has no optional inputs, hence a class of its own.
+    Changed for tracing: a traced signature has no optional inputs, hence its own class.
     """
 
     inputs = ("img",)

@@ -1,8 +1,8 @@
 """A detector with random weights that still computes something, for export, numerics and latency without a checkpoint.
 
-PyTorch's and timm's own initial values will not do: a signal shrinks from layer to layer, and timm starts a residual
+PyTorch's and timm's own initial values are not suitable: a signal shrinks from layer to layer, and timm starts a residual
 branch at nothing, or nearly (a block's last batch norm, a layer scale, Swin v2's norms, a transformer's linear layers), which
-leaves its blocks without a say. Here such scales are near 1, linear layers keep the size of what they are given, and
+leaves its blocks without effect. Here such scales are near 1, linear layers keep the size of what they are given, and
 every batch norm has the statistics of what goes through it.
 """
 
@@ -50,7 +50,7 @@ def _made_up_frame(config: Mapping[str, Any]) -> FrameArrays:
 
 
 def _enliven(model: nn.Module) -> None:
-    """Gives batch norms scales and offsets of their own, as training does, and residual branches a size near the stream's."""
+    """Draws scales and offsets of batch norms, as training would set them, and brings residual branches near the stream's size."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0.0, module.in_features**-0.5)
@@ -87,8 +87,8 @@ def random_model(config: Mapping[str, Any], seed: int = 0, frames: Sequence[Fram
 
     Args:
         config: a checked config (`load_config`).
-        seed: the same seed and config give the same weights; torch's global generator is left as it was.
-        frames: preprocessed samples whose statistics the batch norms get; None for made-up ones of the config's cameras.
+        seed: the same seed and config have the same weights; torch's global generator is left as it was.
+        frames: preprocessed samples whose statistics the batch norms get; None for generated ones of the config's cameras.
 
     Raises:
         UserError: the config asks for something that is not supported, by name.

@@ -1,4 +1,4 @@
-"""How frames of a data set are read for a model: BEVFusion's test pipeline, out of a config."""
+"""How frames of a data set are read for a model: BEVFusion's test pipeline, from a config."""
 
 from __future__ import annotations
 

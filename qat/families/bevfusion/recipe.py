@@ -21,7 +21,7 @@ KEEP_FLOAT = (
 )
 # A BEV cell near the car sums the features of hundreds of pixels, one far away those of a few: the decoder's tensors have long
 # tails. What clips them (mse, entropy) raises the SQNR at the head maps, which empty far cells dominate, and loses the objects
-# near the car: mAP falls. In the camera part mse does no harm. What is computed from the depth map alone has long tails too:
+# near the car: mAP falls. In the camera part mse does no harm. What is computed only from the depth map has long tails too:
 # its large values are the near points.
 BY_LAYER = (("decoder.*", "max"), ("head.*", "max"), ("camera.*_dtransform_*", "max"))
 # CUDA-BEVFusion builds the view transform with --fp16 alone, so it carries no QDQ unless asked.

@@ -1,4 +1,4 @@
-"""What the torch-free Pipeline must know about a detector, out of its config."""
+"""A detector's settings for the torch-free Pipeline, from its config."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def head_maps(config: Mapping[str, Any]) -> tuple[str, ...]:
 def pipeline_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's `pipeline` section, plain JSON values.
 
-    Of a camera branch alone, `branch` is "camera", `head` null, and there are no classes and no head maps.
+    Of a camera branch, `branch` is "camera", `head` null, and there are no classes and no head maps.
 
     Raises:
         UserError: the config's test pipeline lacks ImageAug3D or ImageNormalize.

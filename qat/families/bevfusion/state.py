@@ -1,4 +1,4 @@
-"""A float checkpoint's tensors into the detector of a config: names, shapes, BEVFusion's grid, the camera branch by itself."""
+"""Loads a float checkpoint's tensors into a config's detector: names, shapes, BEVFusion's grid, the camera branch by itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _grouped(names: list[str], words: int = 3) -> str:
     return ", ".join(f"{group}.* ({count})" for group, count in sorted(groups.items()))
 
 
-DERIVED = "relative_position_index"  # Swin's: fixed by the window's size, in the state dict by mmdet's habit alone
+DERIVED = "relative_position_index"  # Swin's: fixed by the window's size, in the state dict by mmdet's habit only
 GEOMETRY = ("dx", "bx", "nx", "frustum")  # the view transform's fixed parameters
 
 
@@ -68,7 +68,7 @@ def _counts(nx: torch.Tensor) -> list[int]:
 
 
 def _agree(found: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether fixed values are those of the config's bounds, as far as the number format of the file tells."""
+    """Whether fixed values are those of the config's bounds, as far as the file's number format shows."""
     eps = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
     return torch.allclose(found.double(), own.double(), atol=1e-3, rtol=max(1e-5, eps))
 
@@ -137,7 +137,7 @@ def _check_finite(
         if tensor is not None and tensor.is_floating_point() and not bool((finite := tensor.isfinite()).all()):
             raise UserError(
                 f"{source}: {in_file(name)}: found NaN or infinity in {int((~finite).sum())} of {tensor.numel()} values, "
-                f"expected finite weights; save an earlier epoch (`bevqat health {source}` shows what they do)"
+                f"expected finite weights; save an earlier epoch (`bevqat health {source}` shows their effect)"
             )
 
 
@@ -193,7 +193,7 @@ def load_state(
         name = wrong[0]
         raise UserError(
             f"{source}: {in_file(name)}: found shape {list(state[name].shape)}, the config makes {list(own[name].shape)} "
-            f"({len(wrong)} such tensors); give the config that the checkpoint was trained with"
+            f"({len(wrong)} such tensors); use the config that the checkpoint was trained with"
         )
     if missing or extra:
         parts = [f"missing {_grouped([*map(in_file, missing)])}"] if missing else []
@@ -209,16 +209,13 @@ def load_state(
     if isinstance(model, CameraBEVDetector) and model.keep_cells(_counts(state[f"{BRANCH}vtransform.nx"])):
         own = model.state_dict()
         counts = "×".join(map(str, own[f"{BRANCH}vtransform.nx"].tolist()))
-        note(
-            f"{source}: kept its BEV grid of {counts} cells: BEVFusion cuts the quotient of a bound off where it lies just below "
-            "a whole number"
-        )
+        note(f"{source}: kept its BEV grid of {counts} cells: BEVFusion truncates quotients just below a whole number")
     state = dict(state)
     for name in own:  # a checkpoint's grid decides where features go: another one's shape may be the same
         if name.rpartition(".")[2] not in GEOMETRY:
             continue
         if _agree(state[name], own[name]):
-            state[name] = own[name]  # FP16 and BF16 have rounded what the bounds give exactly
+            state[name] = own[name]  # FP16 and BF16 rounded the exact values of the bounds
         else:
             raise UserError(
                 f"{source}: {in_file(name)}: found {_short(state[name])}, the config's bounds make {_short(own[name])}; give the "
@@ -245,7 +242,7 @@ def load_float_model(
 
 
 def load_float_branch(config: Mapping[str, Any], path: str | Path, prefix: str) -> tuple[CameraBEVDetector, int]:
-    """The camera branch alone out of a float checkpoint, in eval mode, and how many names of the file were left out.
+    """The camera branch out of a float checkpoint, in eval mode, and how many names of the file were left out.
 
     Args:
         config: the branch's (`qat.families.bevfusion.config.camera_branch`).

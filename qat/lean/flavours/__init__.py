@@ -1,6 +1,6 @@
-"""The target flavours, a file each: what a backend wants rounded, and how.
+"""The target flavours, one file each: what a backend needs rounded, and how.
 
-A flavour is a policy: it says in which roles a tensor is rounded (`qat.lean.placement.ROLES`), gives a `Spec` to each site, and
+A flavour is a policy: it says in which roles a tensor is rounded (`qat.lean.placement.ROLES`), assigns a `Spec` to each site, and
 names the passes over the ONNX graph (`qat.export.passes`). PyTorch simulates each.
 """
 

@@ -1,4 +1,4 @@
-"""What a flavour says."""
+"""The interface of a flavour."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`tensorrt` and `tensorrt-strong`: symmetric s8 everywhere, as TensorRT's explicit quantization takes it.
+"""`tensorrt` and `tensorrt-strong`: symmetric s8 everywhere, as TensorRT's explicit quantization requires.
 
-Rounded are the inputs of weighted layers, the identities of residual adds and what is concatenated: a convolution's output
+It rounds the inputs of weighted layers, the identities of residual adds and concatenated tensors: a convolution's output
 before an add stays float, so that convolution, add and ReLU become one INT8 kernel. Transposed convolutions have one scale
 for the whole weight: some releases refuse one for each channel (NVIDIA/TensorRT#2380, #1694, #1699).
 """

@@ -4,8 +4,8 @@
                       ├─ k ─┴► matmul ─► softmax ─┐                          ├─ k ─┴► matmul ─► softmax ─┐
                       └─ v ───────────────────────┴► matmul ─► proj          └─ v ───────────────────────┴► matmul ─► Q ─► proj
 
-Why: softmax gives a few large probabilities and many near zero, which one symmetric s8 scale (half of it unused)
-serves badly; TensorRT fuses the whole of attention into one FP16 kernel when no Q/DQ stands inside, and falls back to
+Why: softmax returns a few large probabilities and many near zero, which one symmetric s8 scale (half of it unused)
+represents badly; TensorRT fuses the whole of attention into one FP16 kernel when no Q/DQ stands inside, and falls back to
 separate kernels when one does (Developer Guide, "Multi-head attention fusion"); and in a windowed or
 small-image backbone the two products are a small share of the work (Swin-T: 49 tokens a window).
 """

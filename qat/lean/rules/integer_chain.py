@@ -7,11 +7,11 @@
 
 Its convolutions are integers only where Q follows them (a ReLU in between folds into the rounding); without it the whole layer is
 float. A batch norm by itself becomes one of them (`qat.export.scale_as_depthwise`). LeakyReLU, HardSigmoid and global average
-pooling have integer kernels worth their rounding everywhere; adds, products, sigmoids and concatenations where everything that they
-take is rounded anyhow. A SiLU's sigmoid and product stay float between their roundings: as one float kernel they are faster than as
+pooling have integer kernels worth their rounding everywhere; adds, products, sigmoids and concatenations where all of their
+inputs are rounded anyway. A SiLU's sigmoid and product stay float between their roundings: as one float kernel they are faster than as
 two integer ones. Other backends round none of this.
 
-What only goes out of the graph is not rounded unless asked for (`round_outputs`): its convolution is then float, since ONNX Runtime's
+Outputs of the graph are not rounded unless requested (`round_outputs`): its convolution is then float, since ONNX Runtime's
 ConvInteger takes four times as long as a float convolution.
 """
 
@@ -64,7 +64,7 @@ def is_scale_shift(placement: Placement, node: fx.Node) -> bool:
 
 
 def behind(placement: Placement, node: fx.Node) -> fx.Node:
-    """The tensor that Q goes behind: of the ReLU that alone takes a node's result, if there is one."""
+    """The tensor that Q goes behind: of the ReLU that is the only reader of a node's result, if there is one."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
     module = placement.module(user)
     folds = isinstance(module, FOLDS) or (isinstance(module, nn.Hardtanh) and module.min_val == 0)

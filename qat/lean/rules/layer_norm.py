@@ -5,7 +5,7 @@
 Why: it divides by a standard deviation computed from its own input, so rounding that input moves every output; the
 residual stream that it reads is the sum of all layers before and has the widest range of all; no engine has an INT8
 kernel for it (at opset 13 it is written as means, products and a square root). The residual adds of a network that
-normalises before its layers ("pre-norm": ViT, Swin, ConvNeXt) have no quantizer either: the rule for adds asks for
+normalises before its layers ("pre-norm": ViT, Swin, ConvNeXt) have no quantizer either: the rule for adds quantizes
 the identity only where engines fuse the add into a convolution, and a linear layer followed by a layer scale, a
 permutation or a window merge is not such a place.
 """

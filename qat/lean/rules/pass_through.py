@@ -9,7 +9,7 @@ bilinear resize makes new values, but none outside its input's range.
     before   conv ─► relu ─► resize ─► Q ─► conv          after   conv ─► relu ─► Q ─► resize ─► Q ─► conv
 
 CPU backends bring a convolution (or an add) to integers only where Q follows it, so in their flavours what a MaxPool or a Resize
-takes is rounded too (role "output"), on the scale of what it gives.
+reads is rounded too (role "output"), on the scale of its output.
 """
 
 from __future__ import annotations

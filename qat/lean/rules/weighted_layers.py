@@ -29,7 +29,7 @@ def weighted_layers(placement: Placement) -> None:
         path = str(node.meta[PATH])
         if isinstance(module, NO_KERNEL):
             dims = type(module).__name__[-2:].lower()
-            placement.keep(path, "weighted_layers", f"a convolution in {dims}, which the backends have in float alone")
+            placement.keep(path, "weighted_layers", f"a convolution in {dims}, which the backends only run in float")
             continue
         rules = placement.float_rules(path)
         for found in sorted(

@@ -18,7 +18,7 @@ from tests.reliability.fuzz.targets import READ, REFUSED, TARGETS
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000, help="of all kinds together (default 10000)")
-    parser.add_argument("--kind", choices=[*TARGETS], action="append", help="one kind alone; may be given again")
+    parser.add_argument("--kind", choices=[*TARGETS], action="append", help="one kind alone; repeatable")
     parser.add_argument("--seed", type=int, default=0, help="another number draws other cases (default 0)")
     parser.add_argument("--seeds", type=Path, help="folder of valid files, made where it is not there yet")
     parser.add_argument(

@@ -40,9 +40,7 @@ def build_backbone(config: Mapping[str, Any], image_size: Sequence[int] | None =
         or not all(type(i) is int and 0 <= i < 1000 for i in indices)
         or not indices
     ):
-        raise UserError(
-            f"{WHERE}.out_indices: found {indices!r}, expected the numbers of the stages whose maps are taken"
-        )
+        raise UserError(f"{WHERE}.out_indices: found {indices!r}, expected the numbers of the stages to use")
     if kind == "ResNet":
         return _build_timm(f"resnet{config.get('depth')}", tuple(i + 1 for i in indices), image_size)
     return _build_timm(str(config.get("model_name")), tuple(indices), image_size)
@@ -55,7 +53,7 @@ def _build_swin(config: Mapping[str, Any], image_size: Sequence[int] | None) -> 
     try:
         return SwinTransformer(image_size, **arguments)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{WHERE}: found values that make no SwinTransformer: {error}") from None
+        raise UserError(f"{WHERE}: cannot build SwinTransformer from these values: {error}") from None
 
 
 def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] | None) -> nn.Module:
@@ -80,7 +78,7 @@ def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] |
         ) from None
     if _layout(network) != "NCHW":
         raise UserError(
-            f"{WHERE}: found {name!r}, whose maps are {_layout(network)}, expected one that gives [B,C,H,W]"
+            f"{WHERE}: found {name!r}, whose maps are {_layout(network)}, expected one that returns [B,C,H,W]"
         )
     return network
 

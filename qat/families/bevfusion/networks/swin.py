@@ -1,11 +1,11 @@
 """Swin Transformer (Liu et al., ICCV 2021) as mmdet builds it and names it, computed by timm's modules.
 
-What mmdet does otherwise than timm, and where it is taken care of:
+Differences between mmdet and timm, and where they are handled:
 
 - A block pads its map to whole windows and then shifts it; timm shifts first, so that at a size that is no multiple of the
   window, such as every stage of 256×704, rows of opposite edges attend to each other (`PaddedBlock`).
 - Windows keep their size on maps smaller than them; timm would shrink them.
-- Each output has a layer norm of its own, norm1 to norm3, and is [B,C,H,W].
+- Each output has its own layer norm, norm1 to norm3, and is [B,C,H,W].
 - PatchMerging stands at the end of a stage (timm: at the start of the next) and lists the 4·C values that it merges as
   nn.Unfold does, c·4 + 2·row + column; timm as (2·column + row)·C + c.
 - Names: see `mmdet_name`. A state dict has mmdet's names and orders, both ways; the modules inside have timm's.

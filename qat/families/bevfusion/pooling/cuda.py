@@ -1,4 +1,4 @@
-"""BEV pooling on a GPU: a CUDA kernel, compiled through NVRTC on first use, over tensors that are there already.
+"""BEV pooling on a GPU: a CUDA kernel, compiled through NVRTC on first use, over tensors that are on the GPU already.
 
 pattern = DevicePattern(cache.get(*matrices))                                # uploaded once for a camera geometry
 pool_device(pattern, depth_weights, features, out, stream)                   # with __cuda_array_interface__ or DLPack
@@ -225,7 +225,7 @@ class DevicePattern:
         with _current(self.device):
             cuda.call("cuCtxSynchronize")
             if self._buffer is None or places[-1] > self._buffer.size:
-                self._buffer = None  # given back first: there may not be room for both
+                self._buffer = None  # freed first: there may not be room for both
                 self._buffer = cuda.DeviceBuffer(int(places[-1]))
             self.row_ptr, self.pixel, self.depth = (self._buffer.pointer + int(place) for place in places[:-1])
             for address, array in zip((self.row_ptr, self.pixel, self.depth), arrays, strict=True):
@@ -237,7 +237,7 @@ class DevicePattern:
         self.ready = True
 
     def close(self) -> None:
-        """Gives the memory back; no further use but `upload`."""
+        """Frees the memory; afterwards only `upload` works."""
         self.ready, self._buffer = False, None
 
     def __enter__(self) -> DevicePattern:
@@ -305,7 +305,7 @@ def pool_device(pattern: DevicePattern, depth_weights: Any, features: Any, out: 
             failed, no NVRTC, or the driver refuses.
     """
     if not pattern.ready:
-        raise UserError("GPU pooling: found a pattern that was closed or whose upload failed; fix by its upload()")
+        raise UserError("GPU pooling: found a pattern that was closed or whose upload failed; call its upload()")
     handle = stream_handle(stream)
     arrays = check_arrays(pattern, depth_weights, features, out, handle, pattern.device)
     weights, context, grid = arrays

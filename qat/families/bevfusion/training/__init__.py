@@ -1,4 +1,4 @@
-"""Training of the float detector, so that there is something to quantize where no trained weights can be fetched."""
+"""Training of the float detector, for use where no trained weights are available."""
 
 from qat.families.bevfusion.training.loop import TrainOptions, train
 

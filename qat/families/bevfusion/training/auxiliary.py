@@ -2,7 +2,7 @@
 
 The detector's own losses reach the image part only through the BEV grid, and teach it little until depth is right.
 Pixels that show an object learn its class, size and heading directly, as FCOS3D (Wang et al., ICCVW 2021) and
-BEVDepth's perspective supervision do. The head is used in training alone; no model or exported part has it.
+BEVDepth's perspective supervision do. The head is used only in training; no model or exported part has it.
 """
 
 from __future__ import annotations

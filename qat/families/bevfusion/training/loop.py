@@ -82,7 +82,7 @@ def save_float_checkpoint(
 
 
 class _State:
-    """What a resumed run needs."""
+    """The state of a resumable run."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ def _run_of(
     init: Path | None,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that was killed. Its steps and its rate may be others."""
+    """What a resumed run must share with the killed one. Its steps and its rate may be others."""
     free = ("steps", "lr", "decay", "warmup", "save_seconds")
     tokens = "".join(token for dataset in datasets for token in dataset.tokens)
     return {
@@ -167,7 +167,7 @@ def _steps_of(path: Path) -> int | None:
 
 
 class _Drawn:
-    """Samples drawn anew for each step, with their pooling patterns."""
+    """Samples drawn again for each step, with their pooling patterns."""
 
     def __init__(self, sets: list[TrainSet], model: CameraBEVDetector) -> None:
         self.sets, self.model = sets, model
@@ -185,7 +185,7 @@ class _Drawn:
 
 def _ahead(source: _Drawn | FeatureCache, options: TrainOptions, step: int) -> Iterator[list[dict[str, Any]]]:
     """The batches of steps `step`, `step` + 1, …, each drawn while the one before it is used. What a step sees
-    depends on the seed and the step alone."""
+    depends only on the seed and the step."""
     per_epoch = max(1, len(source) // options.batch)
 
     def draw(step: int) -> list[dict[str, Any]]:
@@ -236,13 +236,13 @@ def train(
 ) -> dict[str, Any] | None:
     """Trains a detector and writes `out/model.pth`, `out/history.json`, `out/curve.png` and, at times, `out/resume.pth`.
 
-    A run that was killed goes on from `resume.pth`; which samples and augmentations a step sees depends on the seed
+    A killed run resumes from `resume.pth`; which samples and augmentations a step sees depends on the seed
     and the step alone. Returns the held-out metrics if `held_out` is given. init: a float checkpoint to start from; ema: from
     its averaged weights.
     """
     if options.stage not in STAGES:
         raise UserError(f"--stage: found {options.stage!r}, expected one of {', '.join(STAGES)}")
-    need_boxes(config, "train", "give the whole detector's config")
+    need_boxes(config, "train", "use the whole detector's config")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = _State(config, options, init, device, ema)
     resume = out / "resume.pth"
