@@ -20,7 +20,7 @@ from torch import fx, nn
 from qat.lean.ops import MAX_POOLS, PARTS, is_add, is_concat, is_resize, passes_values_on
 from qat.lean.placement import Placement, rule
 
-MAKERS = (nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.ReLU6)
+MAKERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.ReLU6)
 
 
 def rounded_behind(placement: Placement, node: fx.Node) -> bool:
