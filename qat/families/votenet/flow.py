@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qat.boxes.detections import Detections
-from qat.core.checks import fail, flag, holds, listed, number, section, text
+from qat.core.checks import Check, fail, flag, holds, listed, number, section, text
 from qat.core.errors import UserError
 from qat.families.flow import Flow
 from qat.families.mmdet3d.lidar import LidarFrame, RawPoints
@@ -29,10 +29,15 @@ from qat.plan import BATCH, Axis, Op, Part, Plan, Tensor
 USUAL = 50_000  # points of an indoor depth picture
 HOT = 0.5  # objectness above which a proposal is an object's
 MODES = ("seed", "vote")  # what proposals are spread over
-WHOLE = {"whole": True}
-_SET = {"points": number(1, 1 << 20, **WHOLE), "radius": number(1e-3, 100), "samples": number(1, 4096, **WHOLE)}
-_CODER = section(bins=number(1, 360, **WHOLE), mean_sizes=listed(listed(number(0, 1e3), 3, 3), 1, 1000), rotated=flag)
+_CODER = section(
+    bins=number(1, 360, whole=True), mean_sizes=listed(listed(number(0, 1e3), 3, 3), 1, 1000), rotated=flag
+)
 _HEAD = section(coder=_CODER, nms_thr=number(0, 1), score_thr=number(0, 1), per_class=flag)
+
+
+def _groups(**more: Check) -> Check:
+    count, samples = number(1, 1 << 20, whole=True), number(1, 4096, whole=True)
+    return section(points=count, radius=number(1e-3, 100), samples=samples, **more)
 
 
 def _mode(value: Any, where: str) -> None:
@@ -43,15 +48,15 @@ def _mode(value: Any, where: str) -> None:
 _SETTINGS = section(
     family=text,
     classes=listed(text, 1, 1000),
-    load_dim=number(3, 32, **WHOLE),
-    columns=number(3, 32, **WHOLE),
+    load_dim=number(3, 32, whole=True),
+    columns=number(3, 32, whole=True),
     height=flag,
-    points=number(1, 1 << 24, **WHOLE),
-    sa=listed(section(**_SET), 1, 16),
-    fp=number(0, 15, **WHOLE),
-    channels=number(1, 65536, **WHOLE),
-    votes=number(1, 64, **WHOLE),
-    aggregation=section(mode=_mode, **_SET),
+    points=number(1, 1 << 24, whole=True),
+    sa=listed(_groups(), 1, 16),
+    fp=number(0, 15, whole=True),
+    channels=number(1, 65536, whole=True),
+    votes=number(1, 64, whole=True),
+    aggregation=_groups(mode=_mode),
     head=_HEAD,
 )
 
