@@ -1,12 +1,16 @@
 """Box conventions, and conversion between them.
 
-All have x, y, z in metres, three sizes and a yaw, in the lidar frame; columns behind the seventh (velocities) are the same everywhere.
+All have x, y, z in metres, three sizes and a yaw, in the frame of the points; columns behind the seventh (velocities) are the same everywhere.
 
     name        sizes                   z       yaw
     bevfusion   width, length, height   middle  −heading − π/2, clockwise (BEVFusion's boxes: mmdet3d's before 1.0)
     mmdet3d     length, width, height   bottom  the heading, anticlockwise from x (LiDARInstance3DBoxes from 1.0 on)
     nuscenes    width, length, height   middle  the heading (the devkit's size and rotation)
     autoware    length, width, height   middle  the heading (x, y and z of a ROS object's dimensions)
+    depth       along x, y, z at yaw 0  bottom  from x towards y (mmdet3d's DepthInstance3DBoxes, of indoor data)
+
+"depth" has numbers as "mmdet3d" has, in another frame: x points right, y forwards, and an object faces along its own −y or nowhere at
+all. `convert` leaves the frame as it is: boxes stay where their points are.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ CONVENTIONS = {
     "mmdet3d": Convention(length_first=True, bottom=True),
     "nuscenes": Convention(),
     "autoware": Convention(length_first=True),
+    "depth": Convention(length_first=True, bottom=True),
 }
 OURS = "bevfusion"  # what stages compare, score and draw
 

@@ -33,6 +33,12 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     return hashed.hexdigest()
 
 
+def in_float64(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays in double precision; those of integers (indices) as they are."""
+    floats = {name for name, array in arrays.items() if np.issubdtype(array.dtype, np.floating)}
+    return {name: array.astype(np.float64) if name in floats else array for name, array in arrays.items()}
+
+
 def decibels(signal: float, noise: float) -> float:
     """10·log10(signal / noise) of two energies, EQUAL_DB at most and where there is no noise."""
     if noise == 0:

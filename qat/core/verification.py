@@ -99,8 +99,11 @@ def round_input(array: np.ndarray) -> np.ndarray:
     """float32 rounded to SIGNIFICANT significant bits, half to even.
 
     What is between the parts is made so before either side computes with it: it is kept exactly in half of its size or
-    less, and what the file lacks is nothing. The input moves by at most 2^-SIGNIFICANT, 3.1 %, of each value.
+    less, and what the file lacks is nothing. The input moves by at most 2^-SIGNIFICANT, 3.1 %, of each value. Integers (indices)
+    stay as they are.
     """
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
     drop = 24 - SIGNIFICANT
     half = (np.uint32(1) << np.uint32(drop - 1)) - np.uint32(1) + ((bits >> np.uint32(drop)) & np.uint32(1))
@@ -132,7 +135,7 @@ def _normalized(pixels: np.ndarray, image: Mapping[str, Any]) -> np.ndarray:
 
 
 def pack(array: np.ndarray, image: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    """A float32 tensor in the smallest of four exact forms.
+    """A tensor in the smallest of four exact forms; one of integers in the last.
 
     - `pixels`: uint8, each less its left neighbour; for what `image`'s mean and std make of pixels.
     - `cells`, `high`, `low`: for a [1,C,X,Y] with at most 16 bits a value, which cells have anything, and the two bytes
@@ -140,6 +143,8 @@ def pack(array: np.ndarray, image: Mapping[str, Any] | None) -> dict[str, np.nda
     - `steps`, `values`: for what is mostly zero, how far it is from one value to the next, and the values.
     - `raw`.
     """
+    if not np.issubdtype(array.dtype, np.floating):
+        return {"raw": array}
     if image is not None and (pixels := _pixels(array, image)) is not None:
         return {"pixels": np.diff(pixels, axis=-1, prepend=np.uint8(0))}
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
@@ -158,7 +163,7 @@ def pack(array: np.ndarray, image: Mapping[str, Any] | None) -> dict[str, np.nda
 
 
 def unpack(packed: Mapping[str, np.ndarray], shape: Sequence[int], image: Mapping[str, Any] | None) -> np.ndarray:
-    """The float32 tensor that `pack` took, or with `patch_shape` the patch that it took, repeated to `shape`."""
+    """The tensor that `pack` took, or with `patch_shape` the patch that it took, repeated to `shape`."""
     if "patch_shape" in packed:
         rest = {key: value for key, value in packed.items() if key != "patch_shape"}
         return tile(unpack(rest, [int(n) for n in packed["patch_shape"]], image), shape)

@@ -47,6 +47,7 @@ _OPERATORS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.ConvTranspose2d, ("ConvTranspose",)),
     # A transpose ends what `qat.export.conv_as_matmul` makes of one; where `qat.export.sunk_transpose` took it away, the
     # result stays channels-last and has no match.
+    (nn.Conv1d, ("Conv", "Transpose")),
     (nn.Conv2d, ("Conv", "Transpose")),
     (nn.Linear, ("Gemm", "MatMul", "Add")),
     (nn.ReLU, ("Relu",)),
@@ -137,8 +138,8 @@ class _Calls:
                 alive, at = producers.get(id(value), (None, -1))
                 if alive is not None and alive() is value:
                     self.calls[at].consumer = self.calls[at].consumer or path
-                    if isinstance(module, nn.BatchNorm2d) and isinstance(
-                        self.calls[at].module, nn.Conv2d | nn.ConvTranspose2d
+                    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and isinstance(
+                        self.calls[at].module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d
                     ):
                         self.calls[at].folded = True
             producers[id(result)] = weakref.ref(result), len(self.calls)

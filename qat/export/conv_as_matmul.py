@@ -1,4 +1,4 @@
-"""A pass of the `onnxruntime` flavour: a 1×1 convolution whose output stays float becomes a matrix product.
+"""A pass of the `onnxruntime` flavour: a 1×1 convolution (or one in 1d of one place) whose output stays float becomes a matrix product.
 
     before   x ─► DQ ─┐                        after   x ─► DQ ─► NHWC ─┐
              w ─► DQ ─┼─► Conv ─► y                    wᵀ ──────► DQ ───┴─► MatMul ─► Add ─► NCHW ─► y
@@ -21,7 +21,11 @@ from onnx import helper, numpy_helper
 
 from qat.export.lookups import consumers, producers, replace_nodes
 
-PLAIN = {"kernel_shape": [1, 1], "strides": [1, 1], "dilations": [1, 1], "pads": [0] * 4, "group": 1}
+
+def plain_attributes(dims: int) -> dict[str, object]:
+    """The attributes of a convolution that looks at one place, of these dimensions."""
+    ones = [1] * dims
+    return {"kernel_shape": ones, "strides": ones, "dilations": ones, "pads": [0] * 2 * dims, "group": 1}
 
 
 def convs_to_matmuls(model: onnx.ModelProto) -> int:
@@ -41,7 +45,8 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
     changed = 0
     for node in graph.node:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        plain = node.op_type == "Conv" and all(attributes.get(k, v) == v for k, v in PLAIN.items())
+        dims = len(attributes.get("kernel_shape", ()))
+        plain = node.op_type == "Conv" and all(attributes.get(k, v) == v for k, v in plain_attributes(dims).items())
         pairs = [producer.get(name) for name in node.input[:2]] if plain else []
         if (
             not pairs
@@ -54,7 +59,8 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
             nodes.append(node)
             continue
         weight_dq, stem = pairs[1], node.output[0]
-        weight = numpy_helper.to_array(constants[weight_dq.input[0]])[:, :, 0, 0].T  # [in, out]
+        weight = numpy_helper.to_array(constants[weight_dq.input[0]])
+        weight = weight.reshape(weight.shape[:2]).T  # [in, out]
         stored = f"{weight_dq.input[0]}_t"
         if stored not in constants:  # else of another convolution with the same weights
             constants[stored] = numpy_helper.from_array(np.ascontiguousarray(weight), stored)
@@ -72,7 +78,7 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
                 [f"{stem}_nhwc"],
                 # Not in the layer's scope: by the last transpose there `qat.export.bisect` knows the layer's result.
                 name=f"{node.name.replace('/', '_')}_nhwc",
-                perm=[0, 2, 3, 1],
+                perm=[0, *range(2, dims + 2), 1],
             ),
             unpacked,
             helper.make_node(
@@ -83,7 +89,11 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
         if len(node.input) > 2:
             last = f"{stem}_sum"
             nodes.append(helper.make_node("Add", [f"{stem}_product", node.input[2]], [last], name=f"{node.name}_add"))
-        nodes.append(helper.make_node("Transpose", [last], [stem], name=f"{node.name}_nchw", perm=[0, 3, 1, 2]))
+        nodes.append(
+            helper.make_node(
+                "Transpose", [last], [stem], name=f"{node.name}_nchw", perm=[0, dims + 1, *range(1, dims + 1)]
+            )
+        )
         if len(readers[weight_dq.output[0]]) == 1:
             dropped.add(weight_dq.output[0])
         changed += 1

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from qat.export.conv_as_matmul import PLAIN
+from qat.export.conv_as_matmul import plain_attributes
 from qat.export.lookups import constants, consumers, replace_nodes
 from qat.export.sunk_transpose import TO_NCHW, TO_NHWC
 
@@ -36,7 +36,7 @@ def scales_to_products(model: onnx.ModelProto) -> int:
             or weight is None
             or weight.shape[1:] != (1, 1, 1)
             or weight.dtype != np.float32
-            or any(attributes.get(key, value) != value for key, value in PLAIN.items())
+            or any(attributes.get(key, value) != value for key, value in plain_attributes(2).items())
         ):
             continue
         last = conv

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from qat.core.onnx_cut import Cut, Pair
 from qat.core.sites import Site, cut_patch, places, site_line
+from qat.core.tensors import in_float64
 from qat.export.bisect import _Calls, _Matches
 from qat.export.fp16 import LEAST_SCALE
 from qat.export.intermediates import fixed_inputs, tensor_types
@@ -273,12 +274,12 @@ class _Hooks:
                 handles.append(layer.register_forward_pre_hook(self.before_scale))
         if self.owner.round_biases:
             for layer in self.wrapper.modules():
-                if isinstance(layer, nn.Conv2d) and hasattr(layer, "product_steps") and layer.bias is not None:
+                if isinstance(layer, nn.Conv1d | nn.Conv2d) and hasattr(layer, "product_steps") and layer.bias is not None:
                     if not hasattr(layer, "float_bias"):
                         layer.float_bias = layer.bias.detach().clone()
                     handles.append(layer.register_forward_pre_hook(self.before_layer))
         double = next(self.wrapper.parameters()).dtype == torch.float64
-        values = {name: array.astype(np.float64) if double else array for name, array in feeds.items()}
+        values = in_float64(feeds) if double else feeds
         try:
             rounding = _HalfArithmetic() if self.owner.half and not double else contextlib.nullcontext()
             with self.owner.calls._watched(self.record, self.wrapper), rounding:

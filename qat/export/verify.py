@@ -19,7 +19,7 @@ import torch
 
 from qat.core.files import sha256
 from qat.core.sites import Runner, check_sites, runner_of, tile
-from qat.core.tensors import compare_tensors, digest
+from qat.core.tensors import compare_tensors, digest, in_float64
 from qat.core.verification import (
     FILE,
     input_patch,
@@ -337,7 +337,7 @@ class Verification:
         """A part's float64 outputs, computed in PyTorch."""
         wrappers = {n: p.wrapper for n, p in self.parts.items()}
         exact = TorchPart(self._copies("float64", lambda: _doubled(wrappers))[name])
-        return exact.run({key: value.astype(np.float64) for key, value in feeds.items()})
+        return exact.run(in_float64(feeds))
 
     def _check_sites(self, name: str, reference: SiteReference) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The part's `sites` and what of them diverges: on the codes of a real frame, and on patches of these, which are kept,

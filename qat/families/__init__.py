@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GROUP = "bevqat.families"
 DEFAULT = "bevfusion"  # of manifests, checkpoints and configs that name none
 KEY = "family"
-_OWN = {name: f"qat.families.{name}" for name in (DEFAULT, "pointpillars", "centerpoint")}
+_OWN = {name: f"qat.families.{name}" for name in (DEFAULT, "pointpillars", "centerpoint", "votenet")}
 # Configs in Python: the function that says which family has one.
 _PYTHON_CONFIGS = "qat.families.mmdet3d.config"
 # Verbs that one family has: the module that has its flags, and what it does.

@@ -72,6 +72,7 @@ def quantize_graph(
     names = tensor_names(graph)
     least = least_values(graph, inputs)
     shared: dict[str, Quantizer] = {}
+    firsts: dict[fx.Node, Quantizer] = {}  # of a group without a main quantizer
     own = {node: placement.flavours(node) for node in placement.weighted}
     asked = list(placement.requests.items())
     # Those in the roles that all flavours know first: they are the quantizer that goes by the tensor's own name.
@@ -94,7 +95,7 @@ def quantize_graph(
             if name not in shared:
                 shared[name] = input_quantizer()
                 shared[name].flavours, shared[name].role, shared[name].least = on, role or "input", float("inf")
-                main = shared.get(names[group])
+                main = shared.get(names[group]) or firsts.setdefault(group, shared[name])
                 if main is not None and main is not shared[name]:
                     shared[name].shares = main
                 graph.add_submodule(name, shared[name])

@@ -56,6 +56,9 @@ class Placement:
     # producer → consumer → the role in which it takes the tensor
     requests: dict[fx.Node, dict[fx.Node, str]] = field(default_factory=dict)
     weighted: list[fx.Node] = field(default_factory=list)
+    only: dict[fx.Node, frozenset[str]] = field(
+        default_factory=dict
+    )  # layers with an INT8 form in some flavours → these
     kept: dict[str, Kept] = field(default_factory=dict)
     _parent: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -76,7 +79,7 @@ class Placement:
         kept: set[str] = set()
         for rule in self.float_rules(str(node.meta[PATH])):
             kept.update(rule.flavours or FLAVOURS)
-        return frozenset(FLAVOURS) - kept
+        return self.only.get(node, frozenset(FLAVOURS)) - kept
 
     def quantize(self, producer: fx.Node, consumer: fx.Node, role: str) -> None:
         """`consumer` takes `producer`'s tensor quantized. The first requested role stays."""

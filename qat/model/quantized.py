@@ -73,14 +73,17 @@ class _Tracer:
             name: self.plan.tensors[name].sizes(axes_at(self.plan, batch)) or known[name]
             for name in part.inputs.values()
         }
-        return [torch.empty(sizes[name], device="meta") for name in part.inputs.values()]
+        types = {name: getattr(torch, self.plan.tensors[name].dtype) for name in part.inputs.values()}
+        return [torch.empty(sizes[name], dtype=types[name], device="meta") for name in part.inputs.values()]
 
     def _core_inputs(self, part: Part, batch: int) -> list[Any]:
         device = next(self.network.parameters()).device
         try:
             self._module(part.name, _Stop())(*self._inputs(part, batch))
         except _Taken as taken:
-            return [torch.empty(x.shape, device=device) if isinstance(x, torch.Tensor) else x for x in taken.args]
+            return [
+                torch.empty(x.shape, dtype=x.dtype, device=device) if isinstance(x, torch.Tensor) else x for x in taken.args
+            ]
         raise ValueError(f"part {part.name}: its forward never calls its core")
 
     def trace(self, part: Part) -> fx.GraphModule:

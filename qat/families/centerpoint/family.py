@@ -9,8 +9,9 @@ import torch
 
 from qat.core.errors import UserError
 from qat.families.centerpoint.flow import MAPS, names_of
+from qat.families.mmdet3d.description import plain
 from qat.families.mmdet3d.network import PillarNet
-from qat.families.mmdet3d.pillar_family import PillarFamily, plain
+from qat.families.mmdet3d.pillar_family import PillarFamily
 
 
 class CenterPointNet(PillarNet):

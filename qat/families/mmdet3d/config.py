@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _DROPPED = {"3d", "head", "10class", "18class", "py"}
 _RENAMED = {"fp16": "amp"}
 _FAMILIES = {"Anchor3DHead": "pointpillars", "CenterHead": "centerpoint"}
+_VOTENET = ("VoteNet", "PointNet2SASSG", "VoteHead")  # detector, backbone, head
 
 
 def shipped() -> Path | None:
@@ -109,7 +110,10 @@ def family_in(path: str | Path) -> str:
     encoder = (model.get("pts_voxel_encoder") or model.get("voxel_encoder") or {}).get("type")
     if head in _FAMILIES and encoder == "PillarFeatureNet":
         return _FAMILIES[head]
+    backbone = (model.get("backbone") or {}).get("type")
+    if (model.type, backbone, head) == _VOTENET:
+        return "votenet"
     raise UserError(
-        f"{path}: model: found {model.type} with {encoder or 'no voxel encoder'} and {head or 'no head'}, expected PillarFeatureNet "
-        f"with {' or '.join(_FAMILIES)}; export it whole, with export-mmdet3d"
+        f"{path}: model: found {model.type} with {encoder or 'no voxel encoder'}, {backbone or 'no backbone'} and {head or 'no head'}, "
+        f"expected PillarFeatureNet with {' or '.join(_FAMILIES)}, or {', '.join(_VOTENET)}; export it whole, with export-mmdet3d"
     )

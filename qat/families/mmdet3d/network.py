@@ -1,8 +1,9 @@
-"""A pillar detector's network: mmdet3d's own modules, cut at the scatter."""
+"""Networks of mmdet3d's own modules; a pillar detector's is cut at the scatter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,8 @@ from qat.families.mmdet3d.library import load
 from qat.families.mmdet3d.tree import leaves
 
 
-class PillarNet(nn.Module):
-    """The modules of an mmdet3d model with their names, so that its checkpoints load: `encode` and `detect` around the scatter.
+class ModelNet(nn.Module):
+    """The modules of an mmdet3d model with their names, so that its checkpoints load.
 
     config: a family's, with "model", mmdet3d's own description. family: its name.
     """
@@ -30,6 +31,28 @@ class PillarNet(nn.Module):
         for name, child in built.named_children():
             if name != "data_preprocessor":  # which has no weights
                 self.add_module(name, child)
+
+
+@contextmanager
+def settle_norms(network: nn.Module) -> Iterator[None]:
+    """What runs inside the block gives batch norms their statistics, the mean over all calls."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        yield
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+class PillarNet(ModelNet):
+    """A pillar detector: `encode` and `detect` around the scatter."""
+
+    def __init__(self, config: Mapping[str, Any], family: str) -> None:
+        super().__init__(config, family)
         self.prefix = "pts_" if hasattr(self, "pts_bbox_head") else ""
 
     def _of(self, name: str) -> Any:

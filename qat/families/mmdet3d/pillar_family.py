@@ -9,33 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qat.core.errors import UserError
 from qat.families.family import Family, PartModule, Recipe
-from qat.families.mmdet3d.network import PillarNet, check_type
+from qat.families.mmdet3d.description import KEYS, check_keys, read_description
+from qat.families.mmdet3d.network import PillarNet, check_type, settle_norms
 from qat.families.mmdet3d.pillars import batch_of_pillars, grid_of
 from qat.lean.flavours import FLAVOURS
 
-KEYS = {"family", "source", "model", "classes", "load_dim", "columns", "sweeps"}
 SWEEPS = {"sweeps_num": "count", "pad_empty_sweeps": "pad_empty", "remove_close": "remove_close"}
 MADE_UP = 2  # clouds that random networks take their batch norms' statistics from
-
-
-def plain(value: Any) -> Any:
-    """mmengine's config values as Python's own."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(entry) for entry in value)
-    return value
-
-
-def _steps(steps: Any) -> list[Mapping[str, Any]]:
-    found = []
-    for step in steps or ():
-        found += [step, *_steps(step.get("transforms"))]
-    return found
 
 
 class PillarFamily(Family):
@@ -54,45 +37,16 @@ class PillarFamily(Family):
 
     def load_config(self, path: str | Path, prefix: str | None = None) -> dict[str, Any]:
         """An mmdet3d config, which is Python, and is run."""
-        from qat.families.mmdet3d.config import read
-        from qat.families.mmdet3d.inputs import pipeline_of
-
         if prefix is not None:
             raise UserError(f"{path}: --prefix: found one, expected none: {self.name} has no branches; leave it out")
-        config = read(path)
-        dataset = config.test_dataloader.dataset
-        steps = _steps(pipeline_of(config))
-        kinds = {str(step.get("type", "")).split(".")[-1]: step for step in steps}
-        loads = kinds.get("LoadPointsFromFile", {})
-        use = loads.get("use_dim", loads.get("load_dim", 4))
-        used = list(range(use)) if isinstance(use, int) else list(use)
-        if used != list(range(len(used))):
-            raise UserError(f"{config.source}: use_dim: found {used}, expected the first columns of a point, in order")
-        sweeps = kinds.get("LoadPointsFromMultiSweeps", {})
-        names = (
-            (config.get("metainfo") or {}).get("classes")
-            or config.get("class_names")
-            or dataset.get("metainfo", {}).get("classes", ())
-        )
-        described = {
-            "family": self.name,
-            "source": str(Path(config.source).name),
-            "model": {key: value for key, value in plain(config.model.to_dict()).items() if key != "train_cfg"},
-            "classes": list(names),
-            "load_dim": int(loads.get("load_dim", 4)),
-            "columns": len(used),
-            "sweeps": {own: plain(sweeps[theirs]) for theirs, own in SWEEPS.items() if theirs in sweeps}
-            if sweeps
-            else {},
-        }
-        return self.check_config(described, config.source)
+        described, steps = read_description(path, self.name)
+        sweeps = steps.get("LoadPointsFromMultiSweeps", {})
+        described["sweeps"] = {own: sweeps[theirs] for theirs, own in SWEEPS.items() if theirs in sweeps}
+        return self.check_config(described, str(path))
 
     def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
         """As `Family.check_config`."""
-        if not isinstance(config, Mapping) or not set(config) >= KEYS or not isinstance(config["model"], Mapping):
-            raise UserError(
-                f"{source}: found no description of a {self.name}, expected the keys {', '.join(sorted(KEYS))}"
-            )
+        config = check_keys(config, {*KEYS, "sweeps"}, self.name, source)
         self.settings(config)
         return dict(config)
 
@@ -153,19 +107,11 @@ class PillarFamily(Family):
         network = self.build(config)
         draw(network, seed)
         flow = self.flow(config)
-        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        kept = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = None
-            norm.train()
-        features, cells, _ = batch_of_pillars(
-            flow.feeds([flow.made_frame(n) for n in range(MADE_UP)])["points"], flow.settings
-        )
-        with torch.no_grad():
+        clouds = flow.feeds([flow.made_frame(n) for n in range(MADE_UP)])["points"]
+        features, cells, _ = batch_of_pillars(clouds, flow.settings)
+        with settle_norms(network):
             pillars = network.encode(torch.from_numpy(features))
             network.detect(network.scatter(pillars, torch.from_numpy(cells), grid_of(flow.settings)))
-        for norm, momentum in zip(norms, kept, strict=True):
-            norm.momentum = momentum
         return network.eval()
 
     def load_state(

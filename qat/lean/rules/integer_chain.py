@@ -38,7 +38,7 @@ from qat.lean.placement import Placement, rule
 
 aten = torch.ops.aten
 ROLE = "integer"
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 KERNELS = (nn.LeakyReLU, nn.Hardsigmoid)
 FOLDS = (nn.ReLU, nn.ReLU6)
 

@@ -9,17 +9,26 @@ bilinear resize makes new values, but none outside its input's range.
     before   conv ─► relu ─► resize ─► Q ─► conv          after   conv ─► relu ─► Q ─► resize ─► Q ─► conv
 
 CPU backends bring a convolution (or an add) to integers only where Q follows it, so in their flavours what a MaxPool or a Resize
-reads is rounded too (role "output"), on the scale of its output.
+reads is rounded too (role "output"), on the scale of its output. The same holds where the output of the MaxPool is moved before it is
+rounded: gathered, concatenated, transposed.
 """
 
 from __future__ import annotations
 
 from torch import fx, nn
 
-from qat.lean.ops import MAX_POOLS, is_add, is_resize, passes_values_on
+from qat.lean.ops import MAX_POOLS, PARTS, is_add, is_concat, is_resize, passes_values_on
 from qat.lean.placement import Placement, rule
 
-MAKERS = (nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.ReLU6)
+MAKERS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.ReLU, nn.ReLU6)
+
+
+def rounded_behind(placement: Placement, node: fx.Node) -> bool:
+    """Whether a node's values are rounded before anything computes with them."""
+    if node in placement.requests:
+        return True
+    moved = [user for user in node.users if passes_values_on(user) or user.target in PARTS or is_concat(user)]
+    return 0 < len(node.users) == len(moved) and all(rounded_behind(placement, user) for user in moved)
 
 
 @rule
@@ -34,5 +43,5 @@ def pass_through(placement: Placement) -> None:
         placement.tie(source, node)
         early = node.target in MAX_POOLS or is_resize(node)
         made = isinstance(placement.module(source), MAKERS) or is_add(source)
-        if early and made and len(source.users) == 1 and node in placement.requests:
+        if early and made and len(source.users) == 1 and rounded_behind(placement, node):
             placement.quantize(source, node, "output")

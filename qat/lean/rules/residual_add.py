@@ -20,7 +20,7 @@ from qat.lean.layers import WEIGHTED
 from qat.lean.ops import is_add, two_tensors
 from qat.lean.placement import Placement, rule
 
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def _depths(placement: Placement) -> dict[fx.Node, int]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 from torch import fx, nn
 
 from qat.lean.canonical import PATH
+from qat.lean.flavours import FLAVOURS
 from qat.lean.layers import WEIGHTED
 from qat.lean.placement import Placement, rule
 
 # Dimensions that no engine here has an INT8 convolution for.
-NO_KERNEL = (nn.Conv1d, nn.ConvTranspose1d, nn.Conv3d, nn.ConvTranspose3d)
+NO_KERNEL = (nn.ConvTranspose1d, nn.Conv3d, nn.ConvTranspose3d)
 
 
 @rule
@@ -31,6 +32,10 @@ def weighted_layers(placement: Placement) -> None:
             dims = type(module).__name__[-2:].lower()
             placement.keep(path, "weighted_layers", f"a convolution in {dims}, which the backends only run in float")
             continue
+        if isinstance(module, nn.Conv1d):  # TensorRT makes it one in 2d, by reshapes between Q/DQ and the convolution
+            others = tuple(name for name, flavour in FLAVOURS.items() if not flavour.conv1d)
+            placement.keep(path, "weighted_layers", "a convolution in 1d, which the backend has in float alone", others)
+            placement.only[node] = frozenset(FLAVOURS) - set(others)
         rules = placement.float_rules(path)
         for found in sorted(
             rules, key=lambda one: bool(one.flavours), reverse=True

@@ -1,0 +1,71 @@
+"""An mmdet3d config as a family keeps it: its model and how its points are read, in Python's own values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qat.core.errors import UserError
+
+KEYS = {"family", "source", "model", "classes", "load_dim", "columns"}
+
+
+def plain(value: Any) -> Any:
+    """mmengine's config values as Python's own."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(entry) for entry in value)
+    return value
+
+
+def _steps(steps: Any) -> list[Mapping[str, Any]]:
+    found = []
+    for step in steps or ():
+        found += [step, *_steps(step.get("transforms"))]
+    return found
+
+
+def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Reads a config, which is Python, and is run.
+
+    Returns:
+        `KEYS` with "model", mmdet3d's description, "load_dim", the float32 values of a point in a file, and "columns", how many of
+        them, from the first on, are used; and the steps of the test pipeline by their type.
+
+    Raises:
+        UserError: it cannot be read; its points are not their first columns in order.
+    """
+    from qat.families.mmdet3d.config import read
+    from qat.families.mmdet3d.inputs import pipeline_of
+
+    config = read(path)
+    dataset = config.test_dataloader.dataset
+    steps = {str(step.get("type", "")).split(".")[-1]: plain(step) for step in _steps(pipeline_of(config))}
+    loads = steps.get("LoadPointsFromFile", {})
+    use = loads.get("use_dim", loads.get("load_dim", 4))
+    used = list(range(use)) if isinstance(use, int) else list(use)
+    if used != list(range(len(used))):
+        raise UserError(f"{config.source}: use_dim: found {used}, expected the first columns of a point, in order")
+    named = (config.get("metainfo") or {}).get("classes") or config.get("class_names")
+    described = {
+        "family": family,
+        "source": str(Path(config.source).name),
+        "model": {key: value for key, value in plain(config.model.to_dict()).items() if key != "train_cfg"},
+        "classes": list(named or dataset.get("metainfo", {}).get("classes", ())),
+        "load_dim": int(loads.get("load_dim", 4)),
+        "columns": len(used),
+    }
+    return described, steps
+
+
+def check_keys(config: object, keys: set[str], family: str, source: str) -> Mapping[str, Any]:
+    """The description, if it is one with these keys.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(config, Mapping) or not set(config) >= keys or not isinstance(config["model"], Mapping):
+        raise UserError(f"{source}: found no description of a {family}, expected the keys {', '.join(sorted(keys))}")
+    return config
