@@ -274,7 +274,11 @@ class _Hooks:
                 handles.append(layer.register_forward_pre_hook(self.before_scale))
         if self.owner.round_biases:
             for layer in self.wrapper.modules():
-                if isinstance(layer, nn.Conv1d | nn.Conv2d) and hasattr(layer, "product_steps") and layer.bias is not None:
+                if (
+                    isinstance(layer, nn.Conv1d | nn.Conv2d)
+                    and hasattr(layer, "product_steps")
+                    and layer.bias is not None
+                ):
                     if not hasattr(layer, "float_bias"):
                         layer.float_bias = layer.bias.detach().clone()
                     handles.append(layer.register_forward_pre_hook(self.before_layer))

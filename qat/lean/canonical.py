@@ -32,7 +32,7 @@ from qat.lean.layers import (
     Product,
     ScaleShift,
 )
-from qat.lean.trace import aten, attribute, tree
+from qat.lean.trace import aten, tree
 
 PATH = "path"  # in a node's meta: the path of the operation in the network
 INERT = (
@@ -142,15 +142,12 @@ def out_of_place(graph: fx.Graph) -> None:
 class _Canonical:
     """The passes over one graph, in place."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.module, self.graph = graph, graph.graph
-        # The tree of modules is made again at the end, of the layers and of the tensors that are still read.
-        self.tensors = {str(n.target): attribute(graph, n) for n in graph.graph.nodes if n.op == "get_attr"}
+    def __init__(self, graph: fx.Graph, values: Mapping[str, Any]) -> None:
+        self.graph, self.tensors = graph, dict(values)
         self.made: dict[tuple[Any, ...], str] = {}  # what a module was made from → its path
         self.placed: dict[str, nn.Module] = {}
         self.taken: set[str] = set()
         self.leaves = self._leaves()
-        self.graph.owning_module = None  # fx would look for what is not in the tree yet
 
     # Paths
 
@@ -548,7 +545,6 @@ class _Canonical:
             twins[node] = copied.create_node(node.op, node.target, args, kwargs)
             twins[node].meta = node.meta
         made = fx.GraphModule(tree(values), copied)
-        made.meta.update(self.module.meta)
         made.graph.lint()
         return made
 
@@ -578,21 +574,24 @@ def size(x: torch.Tensor, dim: int) -> Any:
     return x.shape[dim]
 
 
-def canonicalize(graph: fx.GraphModule) -> fx.GraphModule:
+def canonicalize(graph: fx.Graph, values: Mapping[str, Any]) -> fx.GraphModule:
     """The canonical graph of a traced one, which is used up.
+
+    Args:
+        values: what the graph's get_attr nodes read, by path.
 
     Raises:
         UserError: an operation that no form here has: a batch norm without statistics, a tensor that is changed in part.
     """
-    out_of_place(graph.graph)
-    passes = _Canonical(graph)
+    out_of_place(graph)
+    passes = _Canonical(graph, values)
     passes.erase_inert()
     passes.fix_sizes()
     passes.fold_constants()
     passes.unfuse_attention()
     passes.unfuse_gates()
     passes.layers()
-    merge_equal(graph.graph)
+    merge_equal(graph)
     passes.name_paths()
-    drop_dead(graph.graph)
+    drop_dead(graph)
     return passes.finish()

@@ -11,10 +11,15 @@ The graph trains, takes any batch, and is exported by torch's TorchScript export
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import io
+import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,12 +71,30 @@ def _tracing() -> Any:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def trace(module: nn.Module, example_inputs: Sequence[object], method: str = "forward") -> fx.GraphModule:
+@dataclass(frozen=True)
+class _Program:
+    """What torch.export found. graph: of ATen's functions; nothing may change it. constants: what its get_attr nodes read that is
+    no tensor of the network's own, by path."""
+
+    graph: fx.Graph
+    out_spec: Any
+    constants: Mapping[str, Any]
+
+
+_known: OrderedDict[Hashable, _Program] = OrderedDict()  # the last `KEPT` programs
+KEPT = 32
+
+
+def trace(
+    module: nn.Module, example_inputs: Sequence[object], method: str = "forward", keep: bool = False
+) -> fx.GraphModule:
     """The graph of `module.method`, in eval mode, on inputs like these; it shares the module's parameters.
 
     Args:
         example_inputs: the method's arguments: tensors, whose first dimension (if it is the same everywhere and above 1) may
             be another in the graph, and values that are no tensors, which are fixed. Their contents do not matter.
+        keep: in this process, the next network that differs from this one in its weights alone takes torch.export's result
+            from this one (a command that opens several checkpoints of a model traces it once).
 
     Returns:
         the graph, with each layer at its path in `module`. Where the network fixes the batch, `graph.meta["fixed_batch"]` has it.
@@ -82,25 +105,75 @@ def trace(module: nn.Module, example_inputs: Sequence[object], method: str = "fo
     from qat.lean.canonical import canonicalize
 
     module.eval()
-    tensors = tuple(value for value in example_inputs if isinstance(value, torch.Tensor))
-    wrapper = _Method(module, method, example_inputs).eval()
-    batches = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-    dynamic = len(batches) == 1 and min(batches) > 1
-    axes = (tuple({0: torch.export.Dim.AUTO} for _ in tensors),) if dynamic else None
+    batches = {len(x) if x.ndim else 0 for x in example_inputs if isinstance(x, torch.Tensor)}
+    key = _key(module, example_inputs, method) if keep else None
+    program = None if key is None else _known.get(key)
+    if program is None:
+        dynamic = len(batches) == 1 and min(batches) > 1
+        program = _export(module, example_inputs, method, dynamic)
+        if key is not None and not any(isinstance(value, nn.Module) for value in program.constants.values()):
+            _known[key] = program
+            if len(_known) > KEPT:
+                _known.popitem(last=False)
+    graph, values = _plain(program, module, method, example_inputs)
+    made = canonicalize(graph, values)
+    made.meta["class"] = type(module).__name__
+    placeholders = [node for node in made.graph.nodes if node.op == "placeholder" and "val" in node.meta]
+    if not all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in placeholders):
+        made.meta[FIXED_BATCH] = next(iter(batches)) if len(batches) == 1 else None
+    return made
+
+
+def _export(module: nn.Module, arguments: Sequence[object], method: str, dynamic: bool) -> _Program:
+    inputs = tuple(value for value in arguments if isinstance(value, torch.Tensor))
+    wrapper = _Method(module, method, arguments).eval()
+    axes = (tuple({0: torch.export.Dim.AUTO} for _ in inputs),) if dynamic else None
     with _tracing():
         try:
-            program = torch.export.export(wrapper, tensors, dynamic_shapes=axes, strict=False)
+            program = torch.export.export(wrapper, inputs, dynamic_shapes=axes, strict=False)
         except UNTRACEABLE as error:
             raise UserError(
                 f"{type(module).__name__}.{method}: torch.export cannot trace it: {first_line(error)}; "
                 "rewrite what depends on the values of its inputs"
             ) from error
         traced = program.module(check_guards=False)
-    graph = _plain(traced, module, method, example_inputs)
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder" and "val" in node.meta]
-    if not all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in placeholders):
-        graph.meta[FIXED_BATCH] = next(iter(batches)) if len(batches) == 1 else None
-    return canonicalize(graph)
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    own = {f"{NET}.{name}" for name, _ in tensors}
+    read = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
+    constants = {path: _attribute(traced, path) for path in read - own}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    return _Program(graph, traced._out_spec, constants)
+
+
+class _Fingerprint(pickle.Pickler):
+    """Pickles a network without the contents of its parameters and buffers, which no trace depends on."""
+
+    def __init__(self, file: io.BytesIO, network: nn.Module) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.fast = True  # no notes of which attributes are one object: torch.export copies some
+        named = [*network.named_parameters(), *network.named_buffers()]
+        self.own = {id(tensor): (name, tensor) for name, tensor in named}
+
+    def reducer_override(self, value: object) -> Any:
+        if id(value) not in self.own:
+            return NotImplemented
+        name, x = self.own[id(value)]
+        layout = tuple(x.shape), x.stride(), x.requires_grad
+        return tuple, ((name, type(x).__name__, str(x.dtype), str(x.device), *layout),)
+
+
+def _key(module: nn.Module, arguments: Sequence[object], method: str) -> Hashable:
+    """What a trace depends on: the network but for its weights, its classes' code, and the inputs' shapes. None where the
+    network holds what cannot be written down (a hook, a lambda)."""
+    file = io.BytesIO()
+    inputs = [(str(v.dtype), tuple(v.shape), str(v.device)) if isinstance(v, torch.Tensor) else v for v in arguments]
+    try:
+        _Fingerprint(file, module).dump((module, inputs))
+    except (pickle.PicklingError, TypeError, ValueError, AttributeError, RuntimeError):
+        return None
+    code = tuple((type(m), type(m).forward) for m in module.modules())  # a class of the same name may be another
+    return hashlib.sha256(file.getbuffer()).digest(), code, getattr(type(module), method), torch.get_default_dtype()
 
 
 def first_line(error: BaseException) -> str:
@@ -109,40 +182,36 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "…"
 
 
-def _plain(traced: fx.GraphModule, module: nn.Module, method: str, arguments: Sequence[object]) -> fx.GraphModule:
-    """The traced graph over `module`'s own paths, with the method's arguments and its nested output; no guards."""
-    own = dict(traced.state_dict(keep_vars=True))
-    out_spec: Any = traced._out_spec
+def _plain(
+    program: _Program, module: nn.Module, method: str, arguments: Sequence[object]
+) -> tuple[fx.Graph, dict[str, Any]]:
+    """The traced graph over `module`'s own paths, with the method's arguments and its nested output, without guards; and what its
+    get_attr nodes read, by path."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     root: dict[str, Any] = {}
     placeholders = _arguments(graph, module, method, arguments)
-    for node in traced.graph.nodes:
+    for node in program.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(placeholders)
             values[node].meta = {"val": node.meta["val"]}
         elif node.op == "get_attr":
-            path = _inner(str(node.target))
-            value = own.get(str(node.target))
-            value = _attribute(traced, str(node.target)) if value is None else value
-            if path != str(node.target) or isinstance(value, nn.Module):
-                root[path] = value
-            else:  # a constant of the trace's own: no name of the network may be taken
-                path = f"constants.{path}"
-                root[path] = value
+            path, target = _inner(str(node.target)), str(node.target)
+            value = program.constants[target] if target in program.constants else _attribute(module, path)
+            if path == target and not isinstance(value, nn.Module):
+                path = f"constants.{path}"  # the trace's own: no name of the network may be taken
+            root[path] = value
             values[node] = graph.get_attr(path)
             values[node].meta = dict(node.meta)
         elif node.op == "output":
             flat = node.args[0]
             nested = pytree.tree_unflatten(
-                [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in flat], out_spec
+                [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in flat], program.out_spec
             )
             graph.output(nested)
         elif node.target not in ASSERTIONS and not str(node.target).startswith("_guards"):
             values[node] = graph.node_copy(node, values.__getitem__)
-    made = fx.GraphModule(tree(root), graph)
-    made.meta["class"] = type(module).__name__
-    return made
+    return graph, root
 
 
 def _inner(path: str) -> str:

@@ -82,17 +82,18 @@ class _Tracer:
             self._module(part.name, _Stop())(*self._inputs(part, batch))
         except _Taken as taken:
             return [
-                torch.empty(x.shape, dtype=x.dtype, device=device) if isinstance(x, torch.Tensor) else x for x in taken.args
+                torch.empty(x.shape, dtype=x.dtype, device=device) if isinstance(x, torch.Tensor) else x
+                for x in taken.args
             ]
         raise ValueError(f"part {part.name}: its forward never calls its core")
 
     def trace(self, part: Part) -> fx.GraphModule:
         """The canonical graph of a part's core, for any batch where torch.export can."""
         method = self.methods[part.name]
-        graph = trace(self.network, self._core_inputs(part, 2), method)
+        graph = trace(self.network, self._core_inputs(part, 2), method, keep=True)
         if FIXED_BATCH in graph.meta:  # for one sample, then
             examples = self._core_inputs(part, 1)
-            graph = trace(self.network, examples, method)
+            graph = trace(self.network, examples, method, keep=True)
             graph.meta[FIXED_BATCH] = len(next(x for x in examples if isinstance(x, torch.Tensor)))
         for batch, shapes in self.shapes.items():
             module = self._module(part.name, _Given(graph))

@@ -1,5 +1,8 @@
 """Tracing: one spelling for each operation, any batch, the same numbers, and one line where it cannot be done."""
 
+import gc
+import weakref
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -11,6 +14,7 @@ from torch.nn import functional as F
 from qat.core.errors import UserError
 from qat.export import export_module
 from qat.lean import quantize
+from qat.lean import trace as tracing
 from qat.lean.fold import fold_batch_norm
 from qat.lean.insert import quantize_graph
 from qat.lean.layers import Product, ScaleShift
@@ -362,3 +366,71 @@ def test_a_concatenation_of_one_and_a_constant_that_is_rounded_are_no_missing_pa
     report = export_module(quantized, tmp_path / "net.onnx")
     assert report.passed, report.failures
     assert report.sites >= 2
+
+
+class Mixed(nn.Module):
+    """Layers, a buffer, a constant that torch.export makes, and an option that the graph depends on."""
+
+    def __init__(self, factor=2.0):
+        super().__init__()
+        self.factor, self.conv, self.norm = factor, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("shift", torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).relu() * self.factor + self.shift + torch.tensor([0.5])
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The kept programs, none at first."""
+    monkeypatch.setattr(tracing, "_known", type(tracing._known)())
+    return tracing._known
+
+
+def test_a_network_with_other_weights_takes_the_kept_program_and_keeps_its_own_tensors(programs):
+    first, second = seeded(Mixed(), 1), seeded(Mixed(), 2)
+    before = trace(first, (torch.zeros(2, 3, 8, 8),), keep=True)
+    again = trace(second, (torch.zeros(2, 3, 8, 8),), keep=True)
+    anew = trace(second, (torch.zeros(2, 3, 8, 8),))
+    assert len(programs) == 1
+    assert again.code == anew.code == before.code
+    assert again.conv.weight is second.conv.weight and again.shift is second.shift
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(again(x), anew(x)) and not torch.equal(again(x), before(x))
+    same(second, again, 3, 8, 8)
+
+
+def test_what_a_trace_depends_on_is_traced_anew(programs, monkeypatch):
+    inputs = (torch.zeros(2, 3, 8, 8),)
+    trace(Mixed(), inputs, keep=True)
+    changed = [
+        (Mixed(factor=3.0), inputs),
+        (Mixed().double(), (inputs[0].double(),)),
+        (Mixed(), (torch.zeros(2, 3, 9, 8),)),
+        (Mixed(), (torch.zeros(1, 3, 8, 8),)),
+    ]
+    for count, (net, given) in enumerate(changed, 2):
+        same_code = trace(net, given, keep=True)
+        assert len(programs) == count
+        x = torch.randn_like(given[0])
+        with torch.no_grad():
+            assert torch.allclose(same_code(x), net.eval()(x), atol=1e-5)
+    monkeypatch.setattr(Mixed, "forward", lambda self, x: self.conv(x).relu())
+    assert [m for m in trace(Mixed(), inputs, keep=True).modules() if isinstance(m, ScaleShift)] == []
+
+
+def test_a_network_that_cannot_be_written_down_is_traced_each_time(programs):
+    net = Mixed()
+    net.conv.register_forward_hook(lambda module, inputs, output: output * 2)
+    graph = trace(net, (torch.zeros(2, 3, 8, 8),), keep=True)
+    assert not programs
+    same(net, graph, 3, 8, 8)
+
+
+def test_a_kept_program_keeps_no_network_alive(programs):
+    net = Mixed()
+    trace(net, (torch.zeros(2, 3, 8, 8),), keep=True)
+    gone = weakref.ref(net.conv.weight)
+    del net
+    gc.collect()
+    assert len(programs) == 1 and gone() is None
