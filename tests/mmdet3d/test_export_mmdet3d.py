@@ -108,8 +108,6 @@ def test_every_size_was_compared_on_both_backends(folder):
             sizes = [row["sizes"]["voxels"] for row in entry["samples"]]
             assert len(set(sizes)) == 3 and all(row["sqnr_db"] > 80 for row in entry["samples"])
             assert all(row["boxes"]["count"] == row["boxes"]["found"] > 0 for row in entry["samples"])
-        # The canvas of zeros is not in the file.
-        assert metadata["files"]["model.onnx"]["bytes"] < 400_000
 
 
 def test_the_page_shows_the_tree(folder):
@@ -205,8 +203,9 @@ def test_seeded_weights_are_the_same_again():
     first, second, other = (build(read(POINTPILLARS)) for _ in range(3))
     for model, seed in ((first, 1), (second, 1), (other, 2)):
         draw(model, seed)
-    states = [model.state_dict()["backbone.blocks.0.0.weight"] for model in (first, second, other)]
-    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    states = [model.state_dict() for model in (first, second, other)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert not torch.equal(states[0]["backbone.blocks.0.0.weight"], states[2]["backbone.blocks.0.0.weight"])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +262,7 @@ def test_infos_are_read_without_running_them(tmp_path):
 def test_random_data_gives_a_sample(tmp_path):
     model = build(read(CENTERPOINT))
     reader = Reader(read(CENTERPOINT), model)
-    first, again, fewer = reader.random(), reader.random(), reader.random(0.3)
+    first, again, fewer = reader.random(), reader.random(), reader.random(0.05)
     assert torch.equal(first.inputs["voxels"]["voxels"], again.inputs["voxels"]["voxels"])
     assert len(fewer.inputs["voxels"]["coors"]) < len(first.inputs["voxels"]["coors"])
 

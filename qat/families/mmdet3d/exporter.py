@@ -240,10 +240,34 @@ class Export:
         ).eval()
 
     def _trace(self) -> torch.export.ExportedProgram:
-        dims = {
+        """The program. Axes that the model bounds by itself (a sampler wants as many points as it draws) get those bounds, and axes
+        that it fixes are no axes."""
+        dims: dict[str, Any] = {
             name: torch.export.Dim(name, min=least, **({} if most is None else {"max": most}))
             for name, (least, most) in self.inputs.axes.items()
         }
+        try:
+            return self._traced(dims)
+        except Stuck as error:
+            if "onstraint" not in str(error):
+                raise
+        program = self._traced(dict.fromkeys(dims, torch.export.Dim.AUTO))
+        nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        specs = [spec for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+        bounds: dict[str, tuple[int, int | None]] = {}
+        for entry, spec in zip(self.inputs.used, specs, strict=True):
+            for place, axis in list(entry.axes.items()):
+                size = nodes[spec.arg.name].meta["val"].shape[place]
+                limits = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
+                if limits is None:
+                    del entry.axes[place]
+                else:
+                    most = None if limits.upper > 2**31 else int(limits.upper)
+                    bounds[axis] = (max(2, int(limits.lower)), most)
+        self.inputs.axes = bounds
+        return program
+
+    def _traced(self, dims: Mapping[str, Any]) -> torch.export.ExportedProgram:
         shapes = tuple({place: dims[axis] for place, axis in entry.axes.items()} or None for entry in self.inputs.used)
         wrapper = self._wrapper()
         with (
@@ -287,6 +311,18 @@ class Export:
                 node.meta.pop(key, None)
         program.example_inputs = None
         self.program = program
+        fitting = [n for n in range(len(self.inputs.samples)) if self._fits(n)]
+        self.inputs.samples = [self.inputs.samples[n] for n in fitting]
+        self.references = [self.references[n] for n in fitting]
+
+    def _fits(self, n: int) -> bool:
+        """Whether a sample has the sizes that the traced program takes."""
+        for entry in self.inputs.used:
+            for place, size in enumerate(entry.sizes[n]):
+                least, most = self.inputs.axes.get(entry.axes.get(place, ""), (entry.sizes[0][place],) * 2)
+                if size < least or (most is not None and size > most):
+                    return False
+        return True
 
     # -- files
     def write_pt2(self, file: Path) -> None:
