@@ -40,7 +40,9 @@ def test_processes_share_what_they_counted_and_end_together_with_one_line(tmp_pa
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "script.py"), str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode != 0
     assert result.stderr.count("error: b.jpg: found no picture") == 1
     alone = HistogramCalibrator("x")
