@@ -25,14 +25,15 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# One thread in each of the two processes: they share the cores.
+# One thread in each of the two processes: they share the cores. worksteal keeps a file's tests, and so what they share, in one
+# process until the other one has nothing left to do.
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What takes too long for `make test`: kills at twenty moments of every verb, fuzzing, every command of the docs, the controls of
-# verification at every site of camera-tiny, 188 right exports.
+# verification at every site of camera-tiny, 195 right exports, long soaks, torchrun's error cases.
 nightly: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m nightly
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m nightly
 
 # Licences and known vulnerabilities of what is installed, and ruff's security rules (which `make lint` has too).
 audit: $(READY)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,14 +65,29 @@ def ptq(tmp_path_factory, make_tiny_model, tiny_config, data):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Convolutions on another number of threads round otherwise."""
+    with on_one_thread():
+        yield
+
+
+@contextmanager
+def on_one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run(ptq, data, out, options=FEW):
     return finetune(ptq, [(data, "a")], out, options, log=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def trained(ptq, data, tmp_path_factory):
+    """A run with the options `FEW`; nothing may change its folder."""
+    with on_one_thread():
+        return run(ptq, data, tmp_path_factory.mktemp("finetune") / "out")
 
 
 def outputs(model, data, index=0):
@@ -220,28 +236,27 @@ def test_the_losses_fall(make_tiny_model, tiny_config, data, tmp_path):
     assert result.history[-1]["step"] == 20
 
 
-def test_layers_that_stay_float_train_too(ptq, data, tmp_path):
-    before, after = load_ptq(ptq)[0].weights(), load_ptq(run(ptq, data, tmp_path / "out").checkpoint)[0].weights()
+def test_layers_that_stay_float_train_too(ptq, trained):
+    before, after = load_ptq(ptq)[0].weights(), load_ptq(trained.checkpoint)[0].weights()
     for what in ("dtransform", "vtransform.", "depthnet", "heatmap"):
         names = [name for name in before if what in name and name.endswith("weight")]
         assert names and all(not torch.equal(before[name], after[name]) for name in names), what
 
 
-def test_the_teacher_never_changes(ptq, data, tmp_path):
+def test_the_teacher_never_changes(ptq, trained, data, tmp_path):
     """Nor does the float network in the checkpoint, from which a further run takes its teacher."""
-    result = run(ptq, data, tmp_path / "out")
-    one, two = saved(ptq), saved(result.checkpoint)
+    one, two = saved(ptq), saved(trained.checkpoint)
     assert all(torch.equal(one["state_dict"][name], x) for name, x in two["state_dict"].items())
-    again = run(result.checkpoint, data, tmp_path / "again", replace(FEW, steps=1))
+    again = run(trained.checkpoint, data, tmp_path / "again", replace(FEW, steps=1))
     teachers = [
-        outputs(load_float_reference(path)[0], data)["middle"] for path in (ptq, result.checkpoint, again.checkpoint)
+        outputs(load_float_reference(path)[0], data)["middle"] for path in (ptq, trained.checkpoint, again.checkpoint)
     ]
     assert torch.equal(teachers[0], teachers[1]) and torch.equal(teachers[0], teachers[2])
     assert again.recipe["float_checkpoint"] == {"file": "f.pth", "sha256": "12ab"}
 
 
-def test_a_reload_in_a_new_process_gives_identical_bytes(ptq, data, tmp_path):
-    path = run(ptq, data, tmp_path / "out").checkpoint
+def test_a_reload_in_a_new_process_gives_identical_bytes(trained, data, tmp_path):
+    path = trained.checkpoint
     model, recipe = load_ptq(path)
     assert saved(path)["schema"] == 3 and recipe["finetune"]["steps"] == 4
     sample = NuScenesDataset(data, "a", model.config)[0]
@@ -283,8 +298,8 @@ def test_trained_weights_of_another_network_are_refused(ptq, data, tmp_path):
         load_ptq(path)
 
 
-def test_weights_ranges_are_those_of_the_trained_weights(ptq, data, tmp_path):
-    model, _ = load_ptq(run(ptq, data, tmp_path / "out").checkpoint)
+def test_weights_ranges_are_those_of_the_trained_weights(ptq, trained):
+    model, _ = load_ptq(trained.checkpoint)
     before = load_ptq(ptq)[0].amax()
     count = 0
     for name, amax in model.amax().items():
@@ -345,8 +360,8 @@ def test_the_average_of_weights_is_what_is_saved(ptq, data, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("options", [FEW, replace(FEW, ema=0.9, learn_ranges=True)])
-def test_a_killed_run_resumes_to_the_same_bytes(ptq, data, tmp_path, monkeypatch, options):
-    whole = run(ptq, data, tmp_path / "whole", options)
+def test_a_killed_run_resumes_to_the_same_bytes(ptq, trained, data, tmp_path, monkeypatch, options):
+    whole = trained if options == FEW else run(ptq, data, tmp_path / "whole", options)
     options = replace(options, save_seconds=0)
     step, done = stage._step, []
 
@@ -366,8 +381,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(ptq, data, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_keeps_the_step_that_it_fell_into(ptq, data, tmp_path, monkeypatch, number):
-    whole = run(ptq, data, tmp_path / "whole")
+def test_an_interrupt_keeps_the_step_that_it_fell_into(ptq, trained, data, tmp_path, monkeypatch, number):
     step, done = stage._step, []
 
     def interrupted(*args):
@@ -382,15 +396,15 @@ def test_an_interrupt_keeps_the_step_that_it_fell_into(ptq, data, tmp_path, monk
         run(ptq, data, tmp_path / "stopped")
     assert signal.getsignal(number) is before
     assert saved(tmp_path / "stopped" / "resume.pth")["step"] in (2, 3)
-    assert_same_weights(whole.checkpoint, run(ptq, data, tmp_path / "stopped").checkpoint)
+    assert_same_weights(trained.checkpoint, run(ptq, data, tmp_path / "stopped").checkpoint)
 
 
-def test_a_finished_run_does_nothing_more(ptq, data, tmp_path, monkeypatch):
-    first = run(ptq, data, tmp_path / "out")
-    before = first.checkpoint.stat().st_mtime_ns
+def test_a_finished_run_does_nothing_more(ptq, trained, data, tmp_path, monkeypatch):
+    out = shutil.copytree(trained.checkpoint.parent, tmp_path / "out")
+    before = (out / "qat.pth").stat().st_mtime_ns
     monkeypatch.setattr(stage, "_train", None)
     monkeypatch.setattr(stage, "save_ptq", None)
-    assert run(ptq, data, tmp_path / "out").checkpoint.stat().st_mtime_ns == before
+    assert run(ptq, data, out).checkpoint.stat().st_mtime_ns == before
 
 
 def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_ones(ptq, data, tmp_path, monkeypatch):
@@ -447,12 +461,14 @@ def test_two_processes_have_the_gradient_of_one(ptq, data, tmp_path):
     assert history[0] == pytest.approx(history[1], rel=0.02)
 
 
+@pytest.mark.nightly  # 10 to 20 CPU seconds: test_distributed.py has a short one
 def test_a_batch_that_the_processes_cannot_share_is_told_once(ptq, data, tmp_path):
     result = torchrun(ptq, data, tmp_path / "two", "--batch", "3")
     assert result.returncode != 0 and not (tmp_path / "two").exists()
     assert result.stderr.count("error: --batch: found 3 frames for 2 processes, expected a multiple of 2") == 1
 
 
+@pytest.mark.nightly  # 10 to 20 CPU seconds: test_distributed.py has a short one
 def test_a_frame_that_one_process_cannot_read_ends_all_with_one_line(ptq, data, tmp_path):
     broken = shutil.copytree(data, tmp_path / "set")
     dataset = NuScenesDataset(broken, "a", load_ptq(ptq)[0].config)
@@ -477,27 +493,26 @@ def test_bfloat16_layers_train_float32_weights(ptq, data):
     assert relative_error(found["middle"], outputs(student, data)["middle"], 1).item() < 0.05
 
 
-def test_a_trained_checkpoint_exports_and_agrees_with_its_simulation(ptq, data, tmp_path):
-    path = run(ptq, data, tmp_path / "out").checkpoint
+def test_a_trained_checkpoint_exports_and_agrees_with_its_simulation(trained, tmp_path):
+    path = shutil.copy(trained.checkpoint, tmp_path)
     assert main(["export-camera", "--ckpt", str(path)]) == 0
-    manifest = load_manifest(path.parent / "onnx_int8")
+    manifest = load_manifest(tmp_path / "onnx_int8")
     assert manifest["verification"]["passed"] and manifest["calibration"]["finetune"]["steps"] == 4
     assert manifest["parts"]["fuser"]["operators"]["QuantizeLinear"] > 0
     assert main(["export-camera", "--ckpt", str(path), "--fp16"]) == 0
 
 
-def test_fp32_parts_of_a_trained_checkpoint_are_the_float_networks(ptq, data, tmp_path):
+def test_fp32_parts_of_a_trained_checkpoint_are_the_float_networks(ptq, trained, tmp_path):
     """Weights that were trained for rounding, and scales that serve it, have no place in them."""
-    path = run(ptq, data, tmp_path / "out").checkpoint
-    for checkpoint, out in ((ptq, "before"), (path, "after")):
+    for checkpoint, out in ((ptq, "before"), (trained.checkpoint, "after")):
         assert main(["export-camera", "--ckpt", str(checkpoint), "--fp32", "--out", str(tmp_path / out)]) == 0
     for part in load_manifest(tmp_path / "before")["parts"].values():
         assert (tmp_path / "before" / part["file"]).read_bytes() == (tmp_path / "after" / part["file"]).read_bytes()
         assert "Mul" not in part["operators"]
 
 
-def test_other_verbs_take_a_trained_checkpoint(ptq, data, tmp_path, capsys):
-    path = str(run(ptq, data, tmp_path / "out").checkpoint)
+def test_other_verbs_take_a_trained_checkpoint(trained, data, tmp_path, capsys):
+    path = str(trained.checkpoint)
     assert main(["inspect", path]) == 0
     frames = ["--data", str(data), "--split", "a", "--frames", "1"]
     assert main(["health", path, *frames, "--saturation", "0.9"]) == 0

@@ -77,6 +77,7 @@ def test_two_processes_end_with_the_ranges_of_one(files, data, tmp_path):
     assert one["recipe"]["int8_share_of_macs"] == two["recipe"]["int8_share_of_macs"]
 
 
+@pytest.mark.nightly  # 20 CPU seconds: test_distributed.py has a short one
 def test_a_process_without_frames_ends_all_with_one_line(files, data, tmp_path):
     result = torchrun(files, data, tmp_path / "two.pth", "--frames", "1")
     assert result.returncode != 0 and not (tmp_path / "two.pth").exists()

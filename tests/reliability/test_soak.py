@@ -1,4 +1,4 @@
-"""Thousands of frames in one process leave its memory, threads and files as they were, and change no result."""
+"""Hundreds of frames in one process, thousands by night, leave its memory, threads and files as they were, and change no result."""
 
 import json
 import subprocess
@@ -44,12 +44,17 @@ def check(run, frames):
     assert run["patterns"] > frames / 2  # the cache of patterns turned over all the time
 
 
-def test_two_thousand_int8_frames_on_onnx_runtime_leave_memory_and_results_as_they_were(tmp_path, int8):
-    check(soak(tmp_path, int8, "onnxruntime", 2000), 2000)
+FEW_AND_MANY = [400, pytest.param(2000, marks=pytest.mark.nightly)]
 
 
-def test_fp32_frames_on_openvino_leave_memory_and_results_as_they_were(tmp_path, exported_fp32):
-    check(soak(tmp_path, exported_fp32, "openvino", 500), 500)
+@pytest.mark.parametrize("frames", FEW_AND_MANY)
+def test_int8_frames_on_onnx_runtime_leave_memory_and_results_as_they_were(tmp_path, int8, frames):
+    check(soak(tmp_path, int8, "onnxruntime", frames), frames)
+
+
+@pytest.mark.parametrize("frames", FEW_AND_MANY)
+def test_fp32_frames_on_openvino_leave_memory_and_results_as_they_were(tmp_path, exported_fp32, frames):
+    check(soak(tmp_path, exported_fp32, "openvino", frames), frames)
 
 
 def test_what_grows_or_differs_is_said():
