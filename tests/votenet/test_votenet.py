@@ -22,14 +22,14 @@ from qat.core.files import sha256
 if importlib.util.find_spec("mmdet3d") is None:
     pytest.skip("mmdet3d is not installed (make test installs it)", allow_module_level=True)
 
-from qat.families import family_named, of_python_config  # noqa: E402
-from qat.families.mmdet3d.config import find  # noqa: E402
-from qat.families.mmdet3d.model import build  # noqa: E402
-from qat.families.votenet.decode import aligned_nms, detections, split, upright_hulls  # noqa: E402
-from qat.families.votenet.indices import sampled  # noqa: E402
-from qat.model.runners import flow_for, run_frame, to_numpy, torch_feeds, torch_parts, torch_runners  # noqa: E402
-from qat.plan import run  # noqa: E402
-from qat.runtime import Pipeline  # noqa: E402
+from qat.families import family_named, of_python_config
+from qat.families.mmdet3d.config import find
+from qat.families.mmdet3d.model import build
+from qat.families.votenet.decode import aligned_nms, detections, split, upright_hulls
+from qat.families.votenet.indices import sampled
+from qat.model.runners import flow_for, run_frame, to_numpy, torch_feeds, torch_parts, torch_runners
+from qat.plan import run
+from qat.runtime import Pipeline
 
 CONFIG = Path(__file__).with_name("votenet_small.py")
 REAL = Path("/work/shared/mmdet3d-data/sunrgbd/000017.bin")
