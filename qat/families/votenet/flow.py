@@ -37,7 +37,7 @@ _HEAD = section(coder=_CODER, nms_thr=number(0, 1), score_thr=number(0, 1), per_
 
 def _groups(**more: Check) -> Check:
     count, samples = number(1, 1 << 20, whole=True), number(1, 4096, whole=True)
-    return section(points=count, radius=number(1e-3, 100), samples=samples, **more)
+    return section(None, points=count, radius=number(1e-3, 100), samples=samples, **more)
 
 
 def _mode(value: Any, where: str) -> None:
