@@ -88,8 +88,9 @@ def draw(model: nn.Module, seed: int) -> None:
             setattr(module, "init_cfg", None)  # noqa: B010  # nothing is downloaded
     with quiet():
         for module in model.modules():
-            if hasattr(module, "reset_parameters"):  # what mmdet3d's initialization leaves as it was built
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:  # what mmdet3d's initialization leaves as it was built
+                reset()
         for module in [model] if hasattr(model, "init_weights") else model.children():
             if hasattr(module, "init_weights"):
                 module.init_weights()  # type: ignore[operator]
