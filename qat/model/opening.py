@@ -204,6 +204,7 @@ def open_float(source: Source) -> Model:
     if source.checkpoint is None:
         return random_model(source.checked_config(), source.seed, source.prefix)
     path = Path(source.checkpoint)
+    given = None if source.config is None else read_config(source.config, source.prefix)
     checkpoint = _read_float(path, source.ema)
-    family, config = find_config(path, checkpoint, source.config, source.prefix)
+    family, config = given or find_config(path, checkpoint, None, source.prefix)
     return _float(family, config, checkpoint, path, source.prefix, source.ema, finite=True)

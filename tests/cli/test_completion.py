@@ -38,7 +38,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 def test_bash_completes_verbs(bash):
     assert bash("") >= set(VERBS)
-    assert bash("ex") == {"export", "export-camera"}
+    assert bash("ex") == {"export", "export-camera", "export-mmdet3d"}
 
 
 def test_bash_completes_flags(bash):
