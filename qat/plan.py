@@ -46,10 +46,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Tensor:
-    """shape: sizes; the name of an axis that varies (BATCH, or one of `Plan.axes`); None where only the part before it decides."""
+    """shape: sizes; the name of an axis that varies (BATCH, or one of `Plan.axes`); None where only the part before it decides.
+
+    exact: coordinates, whose small differences count: they, and what is computed from them alone, are not rounded to FP16.
+    """
 
     shape: tuple[int | str | None, ...]
     dtype: str = "float32"
+    exact: bool = False
 
     def sizes(self, axes: Mapping[str, int]) -> tuple[int, ...] | None:
         """The shape for these sizes of the axes that vary; None where it is not known."""

@@ -302,11 +302,12 @@ class _Plan:
                 norm = self._made_by(nodes[norm].input[0], "ReduceSum", "ReduceMean", "Pow", "Mul")
 
     def from_geometry(self, geometry: Collection[str]) -> None:
-        """What is computed only from geometry. Where it meets features it has become weights or a mask."""
+        """What is computed only from geometry. Where it meets features it has become weights or a mask; a convolution of it
+        is features."""
         derived = set(geometry)
         for k, node in enumerate(self.graph.node):
             sources = [name for name in node.input if self.is_float(name) and name not in self.constants]
-            if sources and all(name in derived for name in sources):
+            if sources and node.op_type != "Conv" and all(name in derived for name in sources):
                 self.keep(k, "geometry")
                 derived.update(name for name in node.output if self.is_float(name))
 

@@ -130,8 +130,14 @@ def _export(
             )
             typed = None
             if options.strong:
+                taken = verification.plan.parts[name].inputs.items()
                 model, typed = to_tensorrt_strong(
-                    source, asked, verification.all_feeds(name), options.opset, keep_io=options.io == "fp32"
+                    source,
+                    asked,
+                    verification.all_feeds(name),
+                    options.opset,
+                    keep_io=options.io == "fp32",
+                    geometry=[own for own, tensor in taken if verification.plan.tensors[tensor].exact],
                 )
                 manifest["opset"] = max(manifest["opset"], opset_of(model))
             if asked == "int8":

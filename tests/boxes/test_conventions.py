@@ -48,8 +48,8 @@ def corners(boxes, name):
     if name == "bevfusion":
         return box_corners(boxes)
     x, y, z, first, second, height, heading = boxes[:, :7].astype(np.float64).T
-    length, width = (first, second) if name in ("mmdet3d", "autoware") else (second, first)
-    base = z if name == "mmdet3d" else z - height / 2
+    length, width = (first, second) if name in ("mmdet3d", "autoware", "depth") else (second, first)
+    base = z if name in ("mmdet3d", "depth") else z - height / 2
     found = []
     for a, b, c in itertools.product((-0.5, 0.5), (-0.5, 0.5), (0, 1)):
         along, across = a * length, b * width
