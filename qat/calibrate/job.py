@@ -80,7 +80,8 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -
         layers = [path for inventory in whole.inventory.values() for path in inventory.quantized]
         check_rules(rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
         frames = (load(token) for token in own)
-        quantized, report = calibrate(whole, frames, method, options.percentile, done, by_layer, options.equalize)
+        equalize = options.equalize and usual.equalize
+        quantized, report = calibrate(whole, frames, method, options.percentile, done, by_layer, equalize)
     origin = None if opened.path is None else sha256(opened.path)
     found = None
     if budget is not None and scored is not None and origin is not None:

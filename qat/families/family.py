@@ -81,7 +81,7 @@ class Recipe:
 
     keep_float: layers that stay float, with reasons. parts_off: scopes of parts that are float as a whole → in which flavours;
     off_reason: why. method, by_layer: how ranges are chosen: a method of `qat.lean.METHODS`, and (pattern, method) pairs that go
-    before it.
+    before it. equalize: whether channels of a part's input may be divided by their magnitudes.
     """
 
     keep_float: tuple[FloatRule, ...] = ()
@@ -89,6 +89,7 @@ class Recipe:
     off_reason: str = ""
     method: str = "mse"
     by_layer: tuple[tuple[str, str], ...] = ()
+    equalize: bool = True
 
 
 class Family(ABC):

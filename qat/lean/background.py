@@ -1,6 +1,6 @@
-"""The value that a depth map's tensors hold nearly everywhere, kept exact under rounding.
+"""The value that the tensors of a depth map, or of a grid of pillars, hold nearly everywhere, kept exact under rounding.
 
-A depth map is zero except at pixels with a lidar point, so every tensor computed from it alone holds one constant
+A depth map is zero except at pixels with a lidar point (a grid of pillars except at cells with one), so every tensor computed from it alone holds one constant
 for each channel nearly everywhere: its background. Rounding moves that constant by up to half a step, the same way at
 every pixel, and a 5×5 convolution adds 25 times as much: not noise, which would cancel, but an offset of whole channels.
 
@@ -26,7 +26,11 @@ from qat.lean.ops import MAX_POOLS, is_multiplication
 from qat.lean.quantizer import QuantizedConv2d, Quantizer
 from qat.lean.trace import submodule
 
-SOURCE = "depth"  # the input that is zero nearly everywhere
+DEPTH = "depth"
+SOURCES = (
+    DEPTH,
+    "spatial_features",
+)  # inputs that are zero nearly everywhere: a depth map, a grid of scattered pillars
 ELEMENTWISE = (
     nn.ReLU,
     nn.ReLU6,
@@ -57,6 +61,8 @@ def _through(layer: nn.Module | None, value: torch.Tensor) -> torch.Tensor | Non
 def _summed(layer: nn.Conv2d, weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Away from the border: Σ over input channels and taps of weight · value, float64[out channels]."""
     taps = weight.double().sum((2, 3), keepdim=True)
+    if value.numel() == 1:  # an input's zero, of as many channels as there are
+        value = value.expand(weight.shape[1] * layer.groups)
     return F.conv2d(value.reshape(1, -1, 1, 1), taps, groups=layer.groups).flatten()
 
 
@@ -70,12 +76,12 @@ class BackgroundInput:
     rectified: bool
 
 
-def backgrounds(graph: fx.GraphModule) -> dict[str, BackgroundInput]:
-    """Convolutions with INT8 weights that take what is computed only from the depth map, by path."""
+def backgrounds(graph: fx.GraphModule, sources: Collection[str] = SOURCES) -> dict[str, BackgroundInput]:
+    """Convolutions with INT8 weights that take what is computed only from an input of `sources`, by path."""
     values: dict[fx.Node, torch.Tensor | None] = {}
     found = {}
     for node in graph.graph.nodes:
-        if node.op == "placeholder" and node.target == SOURCE:
+        if node.op == "placeholder" and node.target in sources:
             values[node] = torch.zeros(1, dtype=torch.float64)
             continue
         if is_multiplication(node):  # x · gate(x)

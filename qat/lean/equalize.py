@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from qat.lean.background import backgrounds
+from qat.lean.background import DEPTH, backgrounds
 from qat.lean.insert import Inventory
 from qat.lean.quantizer import BOUND, QuantizedConv2d, weight_range
 from qat.lean.trace import replace_module, submodule
@@ -88,7 +88,7 @@ def _place(graph: fx.GraphModule, name: str) -> _Place | None:
     if source.op == "placeholder":
         return _Place(calls[0], takers, None)
     before = _convolution_before(graph, source)
-    from_depth = {str(node.target) for node in takers} <= set(backgrounds(graph))
+    from_depth = {str(node.target) for node in takers} <= set(backgrounds(graph, (DEPTH,)))
     return _Place(calls[0], takers, before) if before is not None and from_depth else None
 
 

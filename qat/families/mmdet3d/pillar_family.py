@@ -157,11 +157,13 @@ class PillarFamily(Family):
 
     def recipe(self, config: Mapping[str, Any]) -> Recipe:
         """The encoder stays float: its features are metres, intensities up to 255 and offsets of centimetres side by side, and it
-        is under a hundredth of the multiplications."""
+        is under a hundredth of the multiplications. The grid's channels are not equalized: that
+        costs centerpoint-tiny 0.002 mAP (model/centerpoint-tiny)."""
         return Recipe(
             parts_off={"encoder": tuple(FLAVOURS)},
             off_reason="metres, intensities and offsets of centimetres side by side, for under a hundredth of the multiplications",
             method="mse",
+            equalize=False,
         )
 
     def dataset(
