@@ -36,14 +36,15 @@ class Boxes:
         """tree: what `mode="tensor"` returned for the sample, in its nesting; reference: its leaves."""
         self._model: nn.Module | None = model
         self._sample, self._tree, self._paths = sample, tree, [leaf.path for leaf in reference]
+        self._device = reference[0].value.device if reference else torch.device("cpu")
         self._features: Any = None
         self.expected: dict[str, np.ndarray] | None = None
+        self.why = "the model predicts no 3D boxes"  # there is nothing to compare, where `expected` is None
         try:
-            self.expected = self.of([leaf.value for leaf in reference])
-        except (
-            Exception
-        ):  # post-processing that wants more than what mode="tensor" gives: there are no boxes to compare
+            self.expected = self.of([leaf.value.cpu() for leaf in reference])
+        except Exception as error:  # whatever post-processing raises that wants more than what mode="tensor" gives
             self._model = None
+            self.why = f"mmdet3d's post-processing raised {type(error).__name__}: {str(error)[:160]}"
 
     def of(self, values: Sequence[Any]) -> dict[str, np.ndarray] | None:
         """{"boxes", "scores", "labels"} of outputs; None of a model that predicts no 3D boxes."""
@@ -51,7 +52,10 @@ class Boxes:
         head: Any = None if model is None else head_of(model)
         if model is None or head is None:
             return None
-        given = {path: torch.from_numpy(np.array(value)) for path, value in zip(self._paths, values, strict=True)}
+        given = {
+            path: torch.from_numpy(np.array(value)).to(self._device)
+            for path, value in zip(self._paths, values, strict=True)
+        }
         outputs = rebuild(self._tree, "outputs", given)
         extract = model.extract_feat
 

@@ -280,7 +280,10 @@ class Export:
             warnings.simplefilter("ignore")
             try:
                 return torch.export.export(
-                    wrapper, self.inputs.tensors(self.inputs.samples[0]), dynamic_shapes=(shapes,), strict=False
+                    wrapper,
+                    self.inputs.tensors(self.inputs.samples[0], self.options.device),
+                    dynamic_shapes=(shapes,),
+                    strict=False,
                 )
             except Exception as error:  # torch.export raises what it likes
                 raise Stuck(f"{_place(active, self.model)}: torch.export: {_what(error)}") from error
@@ -335,9 +338,9 @@ class Export:
         rows = []
         for sample, reference in zip(self.inputs.samples, self.references, strict=True):
             with torch.no_grad():
-                found = run(*self.inputs.tensors(sample))
+                found = run(*self.inputs.tensors(sample, self.options.device))
             values = [leaf.value for leaf in leaves(found, "outputs")]
-            rows.append(self._row(sample, reference, [value.numpy() for value in values], exact=True))
+            rows.append(self._row(sample, reference, [value.cpu().numpy() for value in values], exact=True))
         self.verification["pt2"] = {"samples": rows, "passed": all(row["passed"] for row in rows)}
 
     def _graphs(self) -> list[tuple[int, bool]]:
@@ -354,7 +357,7 @@ class Export:
         names = [entry.name for entry in self.inputs.used]
         buffer = io.BytesIO()
         wrapper = self._wrapper()
-        tensors = self.inputs.tensors(self.inputs.samples[0])
+        tensors = self.inputs.tensors(self.inputs.samples[0], self.options.device)
         with (
             torch.no_grad(),
             warnings.catch_warnings(),
@@ -481,6 +484,8 @@ class Export:
         row["max_abs"] = max((t["max_abs"] for t in tensors.values()), default=0.0)
         if not wrong:
             row["boxes"], wrong = reference.boxes.compared(found)
+            if row["boxes"] is None:
+                row["no_boxes"] = reference.boxes.why
         row["wrong"], row["passed"] = wrong, not wrong
         return row
 
