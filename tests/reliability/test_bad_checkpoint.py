@@ -259,7 +259,7 @@ def test_averaged_weights_that_are_not_there(work, verbs, refused):
         refused(arguments, "--ema: found ptq.pth, a bevqat checkpoint, which has one set of weights; omit --ema")
     refused(
         ["calibrate", "--config", "config.yaml", "--init", "random", "--ema", "--data", "data"],
-        "--ema: found with --init",
+        "--ema: found --init random",
     )
 
 
