@@ -21,11 +21,11 @@ from qat.lean.flavours import FLAVOURS
 SCALE = np.float32(1 / 32)
 
 
-def graph(nodes, constants, output_shape, channels=16):
+def graph(nodes, constants, output_shape, channels=16, sizes=(6, 8)):
     g = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, channels, 6, 8])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, channels, *sizes])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, output_shape)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
@@ -39,14 +39,14 @@ def pair(name, scale="s", zero="z"):
     ]
 
 
-def convolution(out, kernel, **attributes):
+def convolution(out, kernel, dims=2, **attributes):
     """Q ─► DQ ─► Conv with s8 weights and s32 bias, x → c; and its constants."""
     rng = np.random.default_rng(0)
     scales = rng.uniform(0.5, 2, out).astype(np.float32) / 256
     constants = {
         "s": np.asarray(SCALE),
         "z": np.asarray(np.uint8(128)),
-        "w_s8": rng.integers(-127, 128, (out, 16, kernel, kernel)).astype(np.int8),
+        "w_s8": rng.integers(-127, 128, (out, 16, *[kernel] * dims)).astype(np.int8),
         "ws": scales,
         "wz": np.zeros(out, np.int8),
         "b_s32": rng.integers(-4000, 4000, out).astype(np.int32),
@@ -56,7 +56,7 @@ def convolution(out, kernel, **attributes):
         *pair("x"),
         helper.make_node("DequantizeLinear", ["w_s8", "ws", "wz"], ["w"], axis=0),
         helper.make_node("DequantizeLinear", ["b_s32", "bs"], ["b"], axis=0),
-        helper.make_node("Conv", ["x_dq", "w", "b"], ["c"], name="conv", kernel_shape=[kernel] * 2, **attributes),
+        helper.make_node("Conv", ["x_dq", "w", "b"], ["c"], name="conv", kernel_shape=[kernel] * dims, **attributes),
     ]
     return nodes, constants
 
@@ -84,10 +84,12 @@ def x():
     return np.random.default_rng(1).uniform(-3, 3, (1, 16, 6, 8)).astype(np.float32)
 
 
-def test_a_pointwise_convolution_with_a_float_result_runs_in_integers_as_a_matrix_product(x, tmp_path):
-    nodes, constants = convolution(24, 1)
+@pytest.mark.parametrize("sizes", [[6, 8], [48]])
+def test_a_pointwise_convolution_with_a_float_result_runs_in_integers_as_a_matrix_product(x, sizes, tmp_path):
+    nodes, constants = convolution(24, 1, len(sizes))
     nodes.append(helper.make_node("Softmax", ["c"], ["y"], axis=1))
-    model = graph(nodes, constants, [1, 24, 6, 8])
+    model = graph(nodes, constants, [1, 24, *sizes], sizes=sizes)
+    x = x.reshape(1, 16, *sizes)
     before = run(model, x)
     assert operators(model, tmp_path)["Conv"] == 1
     assert convs_to_matmuls(model) == 1

@@ -354,6 +354,15 @@ def test_geometry_stays_fp32_until_it_meets_features():
     )
 
 
+def test_a_convolution_of_geometry_is_features():
+    nodes = [("Sub", "points middle", "near"), ("Conv", "near w", "y")]
+    constants = {"middle": np.float32([[[1]]]), "w": np.ones((2, 3, 1), np.float32)}
+    model = graph(nodes, {"points": (1, 3, 5)}, {"y": (1, 2, 5)}, constants)
+    points = np.random.default_rng(0).uniform(0, 8, (1, 3, 5)).astype(np.float32)
+    _, report = to_fp16(model, [{"points": points}], geometry=["points"])
+    assert kept(report) == {"near": "geometry"}
+
+
 def test_inputs_and_outputs_become_fp16_on_request_where_they_fit():
     nodes = [("Relu", "x", "y"), ("Mul", "y y", "z")]
     model = graph(nodes, {"x": (2,)}, {"y": (2,), "z": (2,)})

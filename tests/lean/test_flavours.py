@@ -30,6 +30,7 @@ class Network(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.d = nn.Conv1d(8, 8, 3, padding=1)
         self.middle = middle
 
     def forward(self, x):
@@ -48,12 +49,25 @@ MIDDLES = {
     "gate": lambda net, x: x * x.mean((2, 3), keepdim=True).sigmoid(),
     "residual": lambda net, x: (net.b(x.relu()) + x.relu()).relu(),
     "pool": lambda net, x: F.max_pool2d(x.relu(), 2),
+    "gathered pool": lambda net, x: (
+        F.max_pool2d(x.relu(), 2).flatten(2).index_select(2, torch.arange(9, -1, -1))[..., None]
+    ),
+    "one dimension": lambda net, x: net.d(x.relu().flatten(2)).relu().unflatten(2, x.shape[2:]),
     "resize": lambda net, x: F.interpolate(x.relu(), scale_factor=2, mode="bilinear"),
     "concat": lambda net, x: torch.cat([x[:, :4].relu(), net.b(x).relu()[:, 4:]], 1),
 }
 # the smallest value of what the last convolution takes
 LEAST = {"relu": 0, "relu6": 0, "leaky": None, "silu": -0.2785, "hardswish": -0.375, "gelu": -0.17004, "sigmoid": 0}
-LEAST |= {"none": None, "gate": None, "residual": 0, "pool": 0, "resize": 0, "concat": 0}
+LEAST |= {
+    "none": None,
+    "gate": None,
+    "residual": 0,
+    "pool": 0,
+    "gathered pool": 0,
+    "one dimension": 0,
+    "resize": 0,
+    "concat": 0,
+}
 
 
 def images(count=2):
@@ -127,6 +141,29 @@ def test_a_transposed_convolutions_weight_has_one_scale_on_tensorrt_and_one_a_ch
     assert quantized.use("openvino") and weight.spec == S8 and weight.steps.shape == (6,)
 
 
+def test_a_convolution_in_one_dimension_is_int8_on_a_cpu_alone(tmp_path):
+    quantized = calibrated("one dimension")
+    for flavour in FLAVOURS:
+        quantized.use(flavour)
+        assert quantized.graph.get_submodule("d").weight_quantizer._disabled == (flavour not in BOTH)
+    assert quantized.use("onnxruntime") and export_module(quantized, tmp_path / "net.onnx").passed
+    assert optimized(tmp_path / "net.onnx", tmp_path)["QLinearConv"] == 2
+
+
+def test_a_pool_is_rounded_on_both_sides_with_one_scale_where_its_values_are_only_moved_before_they_are(tmp_path):
+    quantized = calibrated("gathered pool")
+    assert quantized.use("onnxruntime") and export_module(quantized, tmp_path / "net.onnx").passed
+    optimized(tmp_path / "net.onnx", tmp_path)
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    maker = {output: node.op_type for node in graph.node for output in node.output}
+    (pool,) = [node for node in graph.node if "MaxPool" in node.op_type]
+    assert maker[pool.input[0]] == "QLinearConv"
+    named = {name: q for name, q in quantizers(quantized).items() if not q.weights}
+    for flavour, rounded in (("openvino", True), ("tensorrt", False)):
+        quantized.use(flavour)
+        assert any(q.role == "output" and not q._disabled for q in named.values()) == rounded
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("name", MIDDLES)
 def test_an_export_is_its_simulation(name, flavour, tmp_path):
@@ -155,7 +192,7 @@ def test_every_convolution_but_the_last_is_an_integer_one_on_onnx_runtime(name, 
     export_module(quantized, tmp_path / "net.onnx")
     found = optimized(tmp_path / "net.onnx", tmp_path)
     assert found["Conv"] + found["FusedConv"] == 0
-    assert found["QLinearConv"] == (2 if name in ("residual", "concat") else 1)
+    assert found["QLinearConv"] == (2 if name in ("residual", "concat", "one dimension") else 1)
     assert found["MatMulIntegerToFloat"] + found["QGemm"] == 1  # integers in, float out
 
 

@@ -135,6 +135,24 @@ def test_max_pooling_and_resize_pass_their_inputs_scale_on():
     assert sorted(map(len, on)) == [1, 2]  # the image; relu(a) and the resized map
 
 
+def test_tied_tensors_that_one_backend_alone_rounds_share_one_range():
+    """A pool that only goes into a sum: no flavour but ONNX Runtime's rounds it, on both sides."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            pooled = nn.functional.max_pool2d(self.a(x).relu(), 2)
+            return self.b(pooled.softmax(1)) + pooled.sin()
+
+    graph = traced(Net(), (2, 2, 4, 4))
+    quantize_graph(graph)
+    pair = [q for q in quantizers(graph).values() if q.role == "integer" and q.flavours == {"onnxruntime"}]
+    assert len(pair) >= 2 and sum(q.shares is None for q in pair) == len(pair) - 1
+
+
 def test_a_layer_kept_float_has_no_quantizers_and_its_reason_is_told():
     graph = traced(Residual())
     inventory = quantize_graph(graph, [FloatRule("stem", "because")])

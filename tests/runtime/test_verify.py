@@ -154,6 +154,10 @@ def test_rounding_keeps_five_bits_and_rounds_half_to_even():
     ]
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * np.float32(1e10)
     assert np.abs(round_input(values) / values - 1).max() <= 2.0**-5
+    indices = np.arange(-3, 70000, 7, dtype=np.int32).reshape(1, -1, 1)
+    assert round_input(indices) is indices
+    again = unpack(pack(indices, None), indices.shape, None)
+    assert again.dtype == np.int32 and np.array_equal(again, indices)
     np.testing.assert_array_equal(round_input(round_input(values)), round_input(values))
 
 
