@@ -9,8 +9,8 @@ All have x, y, z in metres, three sizes and a yaw, in the frame of the points; c
     autoware    length, width, height   middle  the heading (x, y and z of a ROS object's dimensions)
     depth       along x, y, z at yaw 0  bottom  from x towards y (mmdet3d's DepthInstance3DBoxes, of indoor data)
 
-"depth" has numbers as "mmdet3d" has, in another frame: x points right, y forwards, and an object faces along its own −y or nowhere at
-all. `convert` leaves the frame as it is: boxes stay where their points are.
+"depth" and "mmdet3d" have the same columns in different frames: x is right and y forwards here, x forwards and y left there. `convert`
+leaves the frame as it is, so boxes stay where their points are.
 """
 
 from __future__ import annotations
