@@ -4,8 +4,7 @@ CONFIG is a path, or the name of a config that mmdet3d ships (1.x or 0.x). It is
 are random, the same for a seed. One CONFIG is written into --output itself, several into a folder each. docs/mmdet3d.md has more.
 
 example:
-  bevqat export-mmdet3d pointpillars_hv_secfpn_8xb6-160e_kitti-3d-3class.py --checkpoint pointpillars.pth --data 000008.bin
-  bevqat export-mmdet3d votenet_8xb16_sunrgbd-3d.py --use-random-data --format onnx
+  bevqat export-mmdet3d pointpillars_hv_secfpn_8xb6-160e_kitti-3d-3class.py --use-random-data --format onnx
 """
 
 from __future__ import annotations
