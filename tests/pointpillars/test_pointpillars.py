@@ -314,6 +314,23 @@ def test_what_the_family_cannot_take_is_named(tmp_path, before, after, words):
     assert words in str(refused.value), refused.value
 
 
+def test_verbs_that_need_tables_refuse_bin_files_in_a_line(exported, capsys):
+    data = f"{exported / 'clouds'}:all"
+    words = [
+        "--ckpt",
+        str(exported / "ptq.pth"),
+        "--data",
+        data,
+        "--no-augment",
+        "--steps",
+        "1",
+        "--out",
+        str(exported / "qat.pth"),
+    ]
+    assert main(["finetune", *words]) == 2
+    assert "found .bin files, expected nuScenes-format data" in capsys.readouterr().err
+
+
 def test_shipped_configs_open():
     for name in (
         "pointpillars_hv_secfpn_8xb6-160e_kitti-3d-3class.py",

@@ -70,6 +70,13 @@ class PointFiles(Sequence[LidarFrame]):
         """Each file is a scene."""
         return token
 
+    @property
+    def nusc(self) -> Any:
+        """Raises `UserError`: there are no tables."""
+        raise UserError(
+            f"{self.files[0].parent}: found .bin files, expected nuScenes-format data: this verb reads its tables"
+        )
+
     def check_annotated(self) -> None:
         """Raises `UserError`."""
         raise UserError(
