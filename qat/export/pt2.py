@@ -83,6 +83,14 @@ def _drop_unused_weights(program: ExportedProgram) -> None:
             (program.constants if spec.persistent is False else program.state_dict).pop(str(spec.target))
 
 
+def strip_provenance(program: ExportedProgram) -> None:
+    """Takes out where a trace's operators came from, and the inputs that it was made with, which would be written with the weights."""
+    for node in program.graph.nodes:
+        for key in PROVENANCE:
+            node.meta.pop(key, None)
+    program.example_inputs = None
+
+
 def trace_program(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...]) -> ExportedProgram:
     """One part as a program for inputs of these shapes, quantizers as torch's fake-quantize operators.
 
@@ -92,10 +100,7 @@ def trace_program(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Expor
     with torch.no_grad(), _ranges_as_tensors(wrapper):
         program = torch.export.export(wrapper, inputs, strict=False)
     _drop_unused_weights(program)
-    for node in program.graph.nodes:
-        for key in PROVENANCE:
-            node.meta.pop(key, None)
-    program.example_inputs = None  # a frame's images would be written with the weights
+    strip_provenance(program)
     return program
 
 

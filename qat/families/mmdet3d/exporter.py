@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,11 @@ LEAST_DB = 60.0  # of every output, ONNX beside PyTorch: float32 in another orde
 SHARES = (1.0, 0.6, 0.15)  # of a file's points: the sizes that an export is verified on
 BACKENDS = ("onnxruntime", "openvino")
 SMALL = "1MB"  # constants below this are folded; larger ones (a canvas of zeros) stay computed
-PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 @dataclass
 class Options:
-    """What `export_model` is asked for.
+    """What an export is asked for.
 
     formats: of FORMATS. opset: None for the lowest that works. device: where PyTorch runs. seed: of everything drawn.
     """
@@ -59,10 +59,6 @@ class Entry:
     sizes: list[tuple[int, ...]]
     name: str = ""
     axes: dict[int, str] = field(default_factory=dict)
-
-    def shape(self) -> list[int | str]:
-        """Its shape, with the names of axes that vary."""
-        return [self.axes.get(n, size) for n, size in enumerate(self.tensor.shape)]
 
     def described(self) -> dict[str, Any]:
         """As metadata.json has it. shape: on the example; dynamic: the axes that vary, by place."""
@@ -233,11 +229,25 @@ class Export:
             }
             self.outputs.append(Entry(leaf.path, leaf.value, sizes, f"output_{n}", axes))
 
-    def _wrapper(self) -> Flat:
+    @contextmanager
+    def _tracing(self, what: str) -> Iterator[tuple[Flat, tuple[torch.Tensor, ...]]]:
+        """The model as a module of flat tensors, and those of the first sample. Inside the block it is in the form that is traced and
+        nothing is printed; whatever is raised there is `Stuck`, with the module that was running. what: is done there."""
         first = self.inputs.samples[0]
-        return Flat(
-            self.model, cloned(first.inputs), first.samples, tuple(entry.path for entry in self.inputs.used)
-        ).eval()
+        paths = tuple(entry.path for entry in self.inputs.used)
+        wrapper = Flat(self.model, cloned(first.inputs), first.samples, paths).eval()
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            traceable(self.model),
+            naming_failures(wrapper) as active,
+            quiet(),
+        ):
+            warnings.simplefilter("ignore")
+            try:
+                yield wrapper, self.inputs.tensors(first, self.options.device)
+            except Exception as error:  # torch.export and torch.onnx raise what they like
+                raise Stuck(f"{_place(active, self.model)}: {what}: {_what(error)}") from error
 
     def _trace(self) -> torch.export.ExportedProgram:
         """The program. Axes that the model bounds by itself (a sampler wants as many points as it draws) get those bounds, and axes
@@ -269,24 +279,8 @@ class Export:
 
     def _traced(self, dims: Mapping[str, Any]) -> torch.export.ExportedProgram:
         shapes = tuple({place: dims[axis] for place, axis in entry.axes.items()} or None for entry in self.inputs.used)
-        wrapper = self._wrapper()
-        with (
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            traceable(self.model),
-            naming_failures(wrapper) as active,
-            quiet(),
-        ):
-            warnings.simplefilter("ignore")
-            try:
-                return torch.export.export(
-                    wrapper,
-                    self.inputs.tensors(self.inputs.samples[0], self.options.device),
-                    dynamic_shapes=(shapes,),
-                    strict=False,
-                )
-            except Exception as error:  # torch.export raises what it likes
-                raise Stuck(f"{_place(active, self.model)}: torch.export: {_what(error)}") from error
+        with self._tracing("torch.export") as (wrapper, tensors):
+            return torch.export.export(wrapper, tensors, dynamic_shapes=(shapes,), strict=False)
 
     def trace(self) -> None:
         """Traces with every tensor, drops those that no output uses, and traces again.
@@ -294,8 +288,8 @@ class Export:
         Raises:
             Stuck: torch.export cannot follow the model.
         """
-        for n, entry in enumerate(self.inputs.entries):
-            entry.name = f"input_{n}"
+        from qat.export.pt2 import strip_provenance
+
         program = self._trace()
         nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
         users = {node.name: bool(node.users) for node in nodes}
@@ -309,10 +303,7 @@ class Export:
             used_axes = {axis for entry in self.inputs.used for axis in entry.axes.values()}
             self.inputs.axes = {name: limits for name, limits in self.inputs.axes.items() if name in used_axes}
             program = self._trace()
-        for node in program.graph.nodes:
-            for key in PROVENANCE:
-                node.meta.pop(key, None)
-        program.example_inputs = None
+        strip_provenance(program)
         self.program = program
         fitting = [n for n in range(len(self.inputs.samples)) if self._fits(n)]
         self.inputs.samples = [self.inputs.samples[n] for n in fitting]
@@ -354,46 +345,34 @@ class Export:
 
         from qat.export.graph import simplify
 
-        names = [entry.name for entry in self.inputs.used]
-        buffer = io.BytesIO()
-        wrapper = self._wrapper()
-        tensors = self.inputs.tensors(self.inputs.samples[0], self.options.device)
-        with (
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            traceable(self.model),
-            naming_failures(wrapper) as active,
-            quiet(),
-        ):
-            warnings.simplefilter("ignore")
-            try:
-                if dynamo:
-                    assert self.program is not None
-                    made = torch.onnx.export(
-                        self.program,
-                        input_names=names,
-                        output_names=[entry.name for entry in self.outputs],
-                        opset_version=opset,
-                        dynamo=True,
-                        optimize=False,
-                        verbose=False,
-                    )
-                    assert made is not None
-                    model = made.model_proto
-                else:
-                    torch.onnx.export(
-                        wrapper,
-                        tensors,
-                        buffer,  # type: ignore[arg-type]  # the TorchScript exporter takes streams
-                        input_names=names,
-                        output_names=[entry.name for entry in self.outputs],
-                        opset_version=opset,
-                        dynamo=False,
-                        dynamic_axes={e.name: dict(e.axes) for e in (*self.inputs.used, *self.outputs) if e.axes},
-                    )
-                    model = onnx.load_from_string(buffer.getvalue())
-            except Exception as error:
-                raise Stuck(f"{_place(active, self.model)}: torch.onnx: {_what(error)}") from error
+        inputs, outputs = ([entry.name for entry in entries] for entries in (self.inputs.used, self.outputs))
+        with self._tracing("torch.onnx") as (wrapper, tensors):
+            if dynamo:
+                assert self.program is not None
+                made = torch.onnx.export(
+                    self.program,
+                    input_names=inputs,
+                    output_names=outputs,
+                    opset_version=opset,
+                    dynamo=True,
+                    optimize=False,
+                    verbose=False,
+                )
+                assert made is not None
+                model = made.model_proto
+            else:
+                buffer = io.BytesIO()
+                torch.onnx.export(
+                    wrapper,
+                    tensors,
+                    buffer,  # type: ignore[arg-type]  # the TorchScript exporter takes streams
+                    opset_version=opset,
+                    dynamo=False,
+                    dynamic_axes={e.name: dict(e.axes) for e in (*self.inputs.used, *self.outputs) if e.axes},
+                    input_names=inputs,
+                    output_names=outputs,
+                )
+                model = onnx.load_from_string(buffer.getvalue())
         try:
             return simplify(model, "model", folded=SMALL, norms=True, compared=False).SerializeToString(
                 deterministic=True

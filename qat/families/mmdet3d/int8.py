@@ -17,9 +17,8 @@ from qat.checkpoints.reading import save_plain
 from qat.core.errors import UserError
 from qat.export.checkpoint import export_checkpoint
 from qat.export.options import ExportOptions
-from qat.families.mmdet3d.config import family_in
 from qat.lean.flavours import FLAVOURS
-from qat.model.opening import Source
+from qat.model.opening import Source, read_config
 
 RANDOM_FRAMES = 4
 
@@ -37,10 +36,7 @@ def _linked(files: Sequence[Path], folder: Path) -> Path:
 
 def _made_up(config: Path, folder: Path, seed: int) -> Path:
     """Made-up clouds as files, in the config's columns."""
-    from qat.families import family_named
-
-    family = family_named(family_in(config))
-    described = family.load_config(config)
+    family, described = read_config(config)
     flow: Any = family.flow(described)
     for n in range(RANDOM_FRAMES):
         points = flow.made_frame(seed + n).points
@@ -64,7 +60,6 @@ def write_int8(
     Raises:
         UserError: no family has such a model's parts, or the data cannot be read.
     """
-    family_in(config)  # before anything is computed
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "model.pth"

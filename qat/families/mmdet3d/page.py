@@ -13,18 +13,19 @@ def _keys(path: str) -> list[str]:
     return re.findall(r"\[\d+\]|[^.\[\]]+", path)
 
 
+def shape_of(entry: Mapping[str, Any]) -> list[int | str]:
+    """The shape of a tensor in metadata.json, an axis that varies by its name."""
+    dynamic = entry.get("dynamic", {})
+    return [dynamic.get(str(place), size) for place, size in enumerate(entry["shape"])]
+
+
 def _tree(metadata: Mapping[str, Any]) -> dict[str, Any]:
     axes = [("tensors", True), ("unused_inputs", False)]
     root: dict[str, Any] = {}
     for key, used in axes:
         for entry in metadata[key]:
-            dynamic = entry.get("dynamic", {})
-            sizes = [dynamic.get(str(n), size) for n, size in enumerate(entry["shape"])]
-            _put(
-                root,
-                entry["path"],
-                {"tensor": True, "used": used, "name": entry.get("name", ""), "dtype": entry["dtype"], "sizes": sizes},
-            )
+            about = {"name": entry.get("name", ""), "dtype": entry["dtype"], "sizes": shape_of(entry)}
+            _put(root, entry["path"], {"tensor": True, "used": used, **about})
     for entry in metadata["constants"]:
         _put(root, entry["path"], {"tensor": False, "used": False, "value": entry["value"]})
     return root
@@ -51,6 +52,7 @@ def rows(metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "file": file,
                 "by": by,
                 "sizes": ", ".join(f"{size} {name}" for name, size in row["sizes"].items()) or "the example",
+                "sqnr_db": row["sqnr_db"],
                 "db": "equal" if row["sqnr_db"] >= 200 else f"{row['sqnr_db']:.0f} dB",
                 "max_abs": f"{row['max_abs']:.1e}",
                 "boxes": "" if not boxes else f"{boxes['found']} of {boxes['count']}",

@@ -84,12 +84,6 @@ def mvx_forward(self: Any, inputs: Mapping[str, Any], data_samples: Any = None, 
     return self.pts_bbox_head(points if self.with_pts_bbox else images)
 
 
-def imvoxelnet_forward(self: Any, inputs: Mapping[str, Any], data_samples: Any = None, **_: Any) -> Any:
-    """mmdet3d's `ImVoxelNet._forward`, whose result includes the validity mask that the head ignores."""
-    features, _valid = self.extract_feat(inputs, data_samples, "test")
-    return self.bbox_head.forward(features)
-
-
 # Changed for tracing, by class: method → its functional form. `BROKEN` are those that mmdet3d itself cannot run.
 FORMS: dict[str, dict[str, Callable[..., Any]]] = {
     "PillarFeatureNet": {"forward": pillar_features},

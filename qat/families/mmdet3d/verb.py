@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +106,13 @@ def _export(args: argparse.Namespace, name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _print(metadata: dict[str, Any], verbose: bool) -> None:
-    from qat.families.mmdet3d.page import rows
+    from qat.families.mmdet3d.page import rows, shape_of
     from qat.families.mmdet3d.tree import drawn
 
     lines = []
     for key in ("tensors", "unused_inputs"):
         for entry in metadata[key]:
-            sizes = [entry.get("dynamic", {}).get(str(n), size) for n, size in enumerate(entry["shape"])]
-            shape = f"[{', '.join(map(str, sizes))}]"
+            shape = f"[{', '.join(map(str, shape_of(entry)))}]"
             lines.append(
                 (entry["path"], f"{entry['dtype']} {shape}  {entry.get('name', 'unused: no output depends on it')}")
             )
@@ -154,7 +152,7 @@ def _row(name: str, metadata: dict[str, Any] | None, note: str) -> tuple[str, ..
     done = {None: "", True: "yes", False: "no"}
     found = list(rows(metadata))
     onnx = [row for row in found if row["file"] == "model.onnx"]
-    worst = min(onnx, key=lambda row: 999.0 if row["db"] == "equal" else float(row["db"].split()[0]), default=None)
+    worst = min(onnx, key=lambda row: row["sqnr_db"], default=None)
     success = metadata["export_success"]
     opset = f" ({metadata['opset']})" if success["onnx"] else ""
     sizes = " + ".join(f"{file['bytes'] / 1e6:.1f}" for file in metadata["files"].values())
@@ -206,10 +204,6 @@ def run(args: argparse.Namespace) -> int:
             results.append({"config": name, "error": str(error)})
             table.append(_row(name, None, str(error)))
             continue
-        except Exception:
-            if args.verbose:
-                traceback.print_exc()
-            raise
         _print(metadata, args.verbose)
         print(folder)
         failures = metadata["failures"]
