@@ -75,6 +75,17 @@ def own_path(path: str) -> str:
     return path.partition(".")[2]
 
 
+def relative_error(
+    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> torch.Tensor:
+    """The mean over these tensors of the student's squared error by the teacher's mean square."""
+    lost = [
+        (student[name] - teacher[name]).square().mean() / teacher[name].square().mean().clamp(min=1e-6)
+        for name in names
+    ]
+    return torch.stack(lost).mean()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a family's networks are quantized unless the user says otherwise.
@@ -210,6 +221,6 @@ class Family(ABC):
     def losses(
         self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int
     ) -> dict[str, torch.Tensor]:
-        """The losses of a quantized network against the float one, each a mean over frames: by default the relative squared error
-        of each judged tensor. Names are those of `loss_weights`."""
+        """The losses of a quantized network against the float one, each a mean over frames (`relative_error`, say). Names are those of
+        `loss_weights`."""
         raise UserError(f"finetune: the family {self.name} has no losses, expected some")

@@ -17,7 +17,7 @@ from qat.core.errors import UserError
 need_mmdet3d()
 
 from qat.families import family_named  # noqa: E402
-from qat.families.mmdet3d import pillars  # noqa: E402
+from qat.families.mmdet3d import library, pillars  # noqa: E402
 from qat.families.mmdet3d.config import find, read  # noqa: E402
 from qat.families.mmdet3d.exporter import Reference  # noqa: E402
 from qat.families.mmdet3d.inputs import Reader  # noqa: E402
@@ -134,6 +134,7 @@ def test_decoding_equals_mmdet3ds_on_random_maps(kind, change):
 @pytest.mark.parametrize("distance", [True, False])
 @pytest.mark.parametrize("offsets", [(True, True), (True, False), (False, True)])
 def test_decoration_is_mmdet3ds(legacy, distance, offsets):
+    library.load()
     from mmdet3d.models.voxel_encoders import PillarFeatureNet
 
     settings = {

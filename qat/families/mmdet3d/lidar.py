@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from qat.plan import BATCH, Axis, Op, Part, Plan, Tensor
 BEAMS, AZIMUTHS = 32, 1000  # of a made-up revolution
 GROUND = -1.6  # metres, of the made-up ground below the sensor
 USUAL = 8000  # pillars
+BEFORE_HEAD = ("points", "input_features", "coors", "pillar_features", "spatial_features")  # tensors of `pillar_plan`
 COUNT = {"whole": True}
 _NUMBERS = section(
     size=listed(number(1e-3, 100), 3, 3),
@@ -103,29 +105,101 @@ def pillar_settings(**more: Any) -> Any:
     )
 
 
-class PillarFlow(Flow):
-    """The host's side of a detector that scatters pillars. A subclass has the plan, the decoding, and `section`, the check of its
-    settings."""
+class PointsFlow(Flow):
+    """The host's side of a detector that takes points. A subclass has its plan, `section`, the check of its settings, and made-up
+    frames. fewest: points that a cloud must have."""
 
     section: Any
-    words = {"pillar_features": "pillars", "spatial_features": "BEV, scattered"}  # noqa: RUF012
+    fewest = 0
 
     def __init__(self, settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> None:
         super().__init__(settings, threads, source)
         self.plan = self.plan_of(settings)
         self.classes = list(settings["classes"])
-        self.columns: int = settings["decoration"]["columns"]
-        self._told = False
+        self.columns = self.columns_in(settings)
 
     @classmethod
+    @abstractmethod
     def plan_of(cls, settings: Mapping[str, Any]) -> Plan:
         """The plan of a manifest's `pipeline` section."""
-        raise NotImplementedError
+
+    @classmethod
+    def columns_in(cls, settings: Mapping[str, Any]) -> int:
+        """How many values of a point the model takes."""
+        found: int = settings["columns"]
+        return found
+
+    @abstractmethod
+    def clouds(self, root: Path, split: str, version: str | None, count: int | None) -> Any:
+        """The frames of a folder."""
 
     @classmethod
     def check(cls, path: str | Path, settings: object, fix: str) -> None:
         """As `Flow.check`."""
         holds(path, lambda: cls.section(settings, "pipeline"), fix)
+
+    def feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
+        """As `Flow.feeds`: the clouds one after another, each point with its cloud's number before it."""
+        rows = [
+            np.concatenate([np.full((len(frame.points), 1), n, np.float32), frame.points[:, : self.columns]], 1)
+            for n, frame in enumerate(frames)
+        ]
+        return {"points": np.concatenate(rows)}
+
+    def prepare(self, *raw: Any) -> LidarFrame:
+        """One cloud. raw: points, float32[M,≥C]: x, y, z in metres and what else the model takes, sweeps merged. Those that are not
+        finite are left out.
+
+        Raises:
+            UserError: another dtype, fewer columns, fewer points than the model takes.
+        """
+        (points,) = raw
+        if points.ndim != 2 or points.shape[1] < self.columns or points.dtype != np.float32:
+            shape = ",".join(map(str, points.shape))
+            raise UserError(
+                f"pipeline: points: found {points.dtype}[{shape}], expected float32[M,{self.columns} or more]"
+            )
+        finite = np.isfinite(points[:, : self.columns]).all(1)
+        frame = LidarFrame("points", points[finite][:, : self.columns])
+        self.check_frame(frame, "points")
+        return frame
+
+    def check_frame(self, frame: Any, token: str) -> None:
+        """As `Flow.check_frame`."""
+        points = getattr(frame, "points", None)
+        if points is None or points.ndim != 2 or points.shape[1] < self.columns or len(points) < self.fewest:
+            found = "none" if points is None else list(points.shape)
+            with_some = " with a point in it" if self.fewest else ""
+            raise UserError(
+                f"frame {token}: points: found {found}, expected float32[M,{self.columns} or more]{with_some}"
+            )
+
+    def raw_frames(self, count: int, seed: int = 0) -> list[Any]:
+        """As `Flow.raw_frames`."""
+        return [RawPoints(f"made-up:{n}", self.made_frame(seed * 1000 + n).points) for n in range(count)]
+
+    def recorded(self, root: Path, split: str, version: str | None, count: int | None) -> list[Any]:
+        """The clouds of a data set's frames."""
+        return [RawPoints(frame.token, frame.points) for frame in self.clouds(root, split, version, count)]
+
+
+class PillarFlow(PointsFlow):
+    """The host's side of a detector that scatters pillars. A subclass has the plan, the decoding, and `section`."""
+
+    words = {"pillar_features": "pillars", "spatial_features": "BEV, scattered"}  # noqa: RUF012
+    _told = False
+
+    @classmethod
+    def columns_in(cls, settings: Mapping[str, Any]) -> int:
+        """As `PointsFlow.columns_in`."""
+        found: int = settings["decoration"]["columns"]
+        return found
+
+    def clouds(self, root: Path, split: str, version: str | None, count: int | None) -> Any:
+        """As `PointsFlow.clouds`: keyframes, or .bin files."""
+        from qat.families.mmdet3d.frames import lidar_frames
+
+        return lidar_frames(root, split, self.settings, version, count)
 
     def ops(self) -> Mapping[str, Any]:
         """Voxelization with decoration, and the scatter."""
@@ -147,36 +221,9 @@ class PillarFlow(Flow):
         return {"input_features": features, "coors": cells}
 
     def feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
-        """As `Flow.feeds`: the clouds one after another, each point with its cloud's number before it."""
-        rows = []
-        for n, frame in enumerate(frames):
-            points = (
-                frame.points if len(frame.points) else np.full((1, self.columns), 1e9, np.float32)
-            )  # out of every range
-            rows.append(np.concatenate([np.full((len(points), 1), n, np.float32), points[:, : self.columns]], 1))
-        return {"points": np.concatenate(rows)}
-
-    def prepare(self, *raw: Any) -> LidarFrame:
-        """One cloud. raw: points, float32[M,≥C]: x, y, z in metres and what else the model takes, sweeps merged.
-
-        Raises:
-            UserError: another dtype, or fewer columns.
-        """
-        (points,) = raw
-        if points.ndim != 2 or points.shape[1] < self.columns or points.dtype != np.float32:
-            shape = ",".join(map(str, points.shape))
-            raise UserError(
-                f"pipeline: points: found {points.dtype}[{shape}], expected float32[M,{self.columns} or more]"
-            )
-        finite = np.isfinite(points[:, : self.columns]).all(1)
-        return LidarFrame("points", points[finite][:, : self.columns])
-
-    def check_frame(self, frame: Any, token: str) -> None:
-        """As `Flow.check_frame`."""
-        points = getattr(frame, "points", None)
-        if points is None or points.ndim != 2 or points.shape[1] < self.columns:
-            found = "none" if points is None else list(points.shape)
-            raise UserError(f"frame {token}: points: found {found}, expected float32[M,{self.columns} or more]")
+        """As `PointsFlow.feeds`; an empty cloud is a point that is out of every range."""
+        nowhere = np.full((1, self.columns), 1e9, np.float32)
+        return super().feeds([frame if len(frame.points) else replace(frame, points=nowhere) for frame in frames])
 
     def made_frame(self, seed: int, noise: bool = False) -> LidarFrame:
         """As `Flow.made_frame`: rings on a ground with boxes standing on it, or points anywhere in the range."""
@@ -190,18 +237,6 @@ class PillarFlow(Flow):
         if self.columns > 3:
             points[:, 3] = random.random(len(points))
         return LidarFrame(f"made-up:{seed}", points)
-
-    def raw_frames(self, count: int, seed: int = 0) -> list[Any]:
-        """As `Flow.raw_frames`."""
-        return [RawPoints(f"made-up:{n}", self.made_frame(seed * 1000 + n).points) for n in range(count)]
-
-    def recorded(self, root: Path, split: str, version: str | None, count: int | None) -> list[Any]:
-        """The clouds of a data set's frames."""
-        from qat.families.mmdet3d.frames import lidar_frames
-
-        return [
-            RawPoints(frame.token, frame.points) for frame in lidar_frames(root, split, self.settings, version, count)
-        ]
 
 
 def _revolution(random: np.random.Generator, farthest: float) -> np.ndarray:

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 
 from qat.core.errors import UserError
-from qat.families.family import Family, PartModule, Recipe
-from qat.families.mmdet3d.description import KEYS, check_keys, read_description
-from qat.families.mmdet3d.network import PillarNet, check_type, settle_norms
+from qat.families.family import PartModule, Recipe, relative_error
+from qat.families.mmdet3d.lidar import BEFORE_HEAD
+from qat.families.mmdet3d.network import PillarNet, check_type
 from qat.families.mmdet3d.pillars import batch_of_pillars, grid_of
+from qat.families.mmdet3d.shared_family import Mmdet3dFamily
 from qat.lean.flavours import FLAVOURS
 
 SWEEPS = {"sweeps_num": "count", "pad_empty_sweeps": "pad_empty", "remove_close": "remove_close"}
-MADE_UP = 2  # clouds that random networks take their batch norms' statistics from
 
 
-class PillarFamily(Family):
+class PillarFamily(Mmdet3dFamily):
     """Detectors of mmdet3d over pillars: `PillarFeatureNet`, `PointPillarsScatter`, SECOND, SECONDFPN. A subclass has the head."""
 
     head_types: tuple[str, ...]
+    own_keys = frozenset({"sweeps"})
     loss_weights = {"heads": 1.0}  # noqa: RUF012
 
     @abstractmethod
@@ -35,20 +36,10 @@ class PillarFamily(Family):
     def output_names(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """The maps in the order in which mmdet3d's head returns them."""
 
-    def load_config(self, path: str | Path, prefix: str | None = None) -> dict[str, Any]:
-        """An mmdet3d config, which is Python, and is run."""
-        if prefix is not None:
-            raise UserError(f"{path}: --prefix: found one, expected none: {self.name} has no branches; leave it out")
-        described, steps = read_description(path, self.name)
+    def own_description(self, steps: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """As `Mmdet3dFamily.own_description`."""
         sweeps = steps.get("LoadPointsFromMultiSweeps", {})
-        described["sweeps"] = {own: sweeps[theirs] for theirs, own in SWEEPS.items() if theirs in sweeps}
-        return self.check_config(described, str(path))
-
-    def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
-        """As `Family.check_config`."""
-        config = check_keys(config, {*KEYS, "sweeps"}, self.name, source)
-        self.settings(config)
-        return dict(config)
+        return {"sweeps": {own: sweeps[theirs] for theirs, own in SWEEPS.items() if theirs in sweeps}}
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """As `Family.settings`."""
@@ -100,27 +91,11 @@ class PillarFamily(Family):
         """As `Family.build`."""
         return PillarNet(config, self.name)
 
-    def random(self, config: Mapping[str, Any], seed: int) -> PillarNet:
-        """mmdet3d's own initial values, class biases that let boxes through, and batch norms with the statistics of made-up clouds."""
-        from qat.families.mmdet3d.model import draw
-
-        network = self.build(config)
-        draw(network, seed)
-        flow = self.flow(config)
-        clouds = flow.feeds([flow.made_frame(n) for n in range(MADE_UP)])["points"]
-        features, cells, _ = batch_of_pillars(clouds, flow.settings)
-        with settle_norms(network):
-            pillars = network.encode(torch.from_numpy(features))
-            network.detect(network.scatter(pillars, torch.from_numpy(cells), grid_of(flow.settings)))
-        return network.eval()
-
-    def load_state(
-        self, network: Any, state: Mapping[str, Any], source: str, prefix: str | None = None, finite: bool = True
-    ) -> int:
-        """As `Family.load_state`."""
-        from qat.families.mmdet3d.model import fitted
-
-        return fitted(network, state, source, finite)
+    def pass_through(self, network: Any, flow: Any, frames: list[Any]) -> None:
+        """As `Mmdet3dFamily.pass_through`."""
+        features, cells, _ = batch_of_pillars(flow.feeds(frames)["points"], flow.settings)
+        pillars = network.encode(torch.from_numpy(features))
+        network.detect(network.scatter(pillars, torch.from_numpy(cells), grid_of(flow.settings)))
 
     def traced(self, network: Any) -> dict[str, str]:
         """As `Family.traced`."""
@@ -178,13 +153,4 @@ class PillarFamily(Family):
         self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int
     ) -> dict[str, torch.Tensor]:
         """The relative squared error of the head's maps."""
-        lost = [
-            (student[name] - teacher[name]).square().mean() / teacher[name].square().mean().clamp(min=1e-6)
-            for name in self.judged_names(teacher)
-        ]
-        return {"heads": torch.stack(lost).mean()}
-
-    def judged_names(self, tensors: Mapping[str, Any]) -> list[str]:
-        """The maps among a plan's tensors."""
-        other = {"points", "input_features", "coors", "pillar_features", "spatial_features"}
-        return [name for name in tensors if name not in other]
+        return {"heads": relative_error(student, teacher, [name for name in teacher if name not in BEFORE_HEAD])}

@@ -10,15 +10,12 @@ import numpy as np
 import torch
 
 from qat.core.errors import UserError
-from qat.families.family import Family, PartModule, Recipe
-from qat.families.mmdet3d.description import KEYS, check_keys, read_description
-from qat.families.mmdet3d.network import settle_norms
+from qat.families.family import PartModule, Recipe, relative_error
+from qat.families.mmdet3d.shared_family import Mmdet3dFamily
 from qat.families.votenet.flow import MODES
 from qat.families.votenet.indices import backbone_indices, batch_of_clouds, index_names, proposals, vote_groups
 from qat.families.votenet.network import VoteNetNet, rows
 
-OWN_KEYS = {*KEYS, "height", "points"}
-MADE_UP = 2  # clouds that random networks take their batch norms' statistics from
 WHOLE = "export it whole, with export-mmdet3d"
 
 
@@ -46,24 +43,16 @@ def _sampling(steps: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {"height": bool(loads.get("shift_height", False)), "points": int(sample["num_points"])}
 
 
-class VoteNetFamily(Family):
+class VoteNetFamily(Mmdet3dFamily):
     """mmdet3d's VoteNet with `PointNet2SASSG` and `VoteHead`."""
 
     name = "votenet"
+    own_keys = frozenset({"height", "points"})
     loss_weights = {"votes": 1.0, "heads": 1.0}  # noqa: RUF012
 
-    def load_config(self, path: str | Path, prefix: str | None = None) -> dict[str, Any]:
-        """An mmdet3d config, which is Python, and is run."""
-        if prefix is not None:
-            raise UserError(f"{path}: --prefix: found one, expected none: {self.name} has no branches; leave it out")
-        described, steps = read_description(path, self.name)
-        return self.check_config({**described, **_sampling(steps, str(path))}, str(path))
-
-    def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
-        """As `Family.check_config`."""
-        config = check_keys(config, OWN_KEYS, self.name, source)
-        self.settings(config)
-        return dict(config)
+    def own_description(self, steps: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """As `Mmdet3dFamily.own_description`: how clouds are sampled."""
+        return _sampling(steps, source)
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """As `Family.settings`."""
@@ -124,30 +113,15 @@ class VoteNetFamily(Family):
         """As `Family.build`."""
         return VoteNetNet(config, self.name)
 
-    def random(self, config: Mapping[str, Any], seed: int) -> VoteNetNet:
-        """mmdet3d's own initial values, class biases that let boxes through, and batch norms with the statistics of made-up clouds."""
-        from qat.families.mmdet3d.model import draw
-
-        network = self.build(config)
-        draw(network, seed)
-        flow, ops = self.flow(config), self.ops(network)
-        found = ops["sample"](flow.feeds([flow.made_frame(n) for n in range(MADE_UP)]))
+    def pass_through(self, network: Any, flow: Any, frames: list[Any]) -> None:
+        """As `Mmdet3dFamily.pass_through`."""
+        plan, ops = flow.plan, self.ops(network)
+        found = ops["sample"](flow.feeds(frames))
         found |= ops["group"](found)
-        plan = flow.plan
-        with settle_norms(network):
-            given = [found[name] for name in plan.parts["backbone"].inputs.values()]
-            found |= dict(zip(plan.parts["backbone"].outputs, network.vote(*given), strict=True))
-            found |= ops["aggregate"](found)
-            network.propose(*(found[name] for name in plan.parts["head"].inputs.values()))
-        return network.eval()
-
-    def load_state(
-        self, network: Any, state: Mapping[str, Any], source: str, prefix: str | None = None, finite: bool = True
-    ) -> int:
-        """As `Family.load_state`."""
-        from qat.families.mmdet3d.model import fitted
-
-        return fitted(network, state, source, finite)
+        given = [found[name] for name in plan.parts["backbone"].inputs.values()]
+        found |= dict(zip(plan.parts["backbone"].outputs, network.vote(*given), strict=True))
+        found |= ops["aggregate"](found)
+        network.propose(*(found[name] for name in plan.parts["head"].inputs.values()))
 
     def traced(self, network: Any) -> dict[str, str]:
         """As `Family.traced`."""
@@ -207,14 +181,11 @@ class VoteNetFamily(Family):
         self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int
     ) -> dict[str, torch.Tensor]:
         """The relative squared errors of the votes and of the head's predictions."""
-
-        def lost(*names: str) -> torch.Tensor:
-            found = [
-                (student[n] - teacher[n]).square().mean() / teacher[n].square().mean().clamp(min=1e-6) for n in names
-            ]
-            return torch.stack(found).mean()
-
-        return {"votes": lost("vote_points", "vote_features"), "heads": lost("cls_preds", "reg_preds")}
+        votes, heads = ("vote_points", "vote_features"), ("cls_preds", "reg_preds")
+        return {
+            "votes": relative_error(student, teacher, votes),
+            "heads": relative_error(student, teacher, heads),
+        }
 
 
 def _array(value: Any) -> np.ndarray:

@@ -11,17 +11,15 @@ gather by indices that they are given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qat.boxes.detections import Detections
-from qat.core.checks import Check, fail, flag, holds, listed, number, section, text
-from qat.core.errors import UserError
-from qat.families.flow import Flow
-from qat.families.mmdet3d.lidar import LidarFrame, RawPoints
+from qat.core.checks import Check, fail, flag, listed, number, section, text
+from qat.families.mmdet3d.lidar import LidarFrame, PointsFlow
 from qat.families.votenet.decode import detections
 from qat.families.votenet.indices import backbone_indices, batch_of_clouds, index_names, proposals, taken, vote_groups
 from qat.plan import BATCH, Axis, Op, Part, Plan, Tensor
@@ -123,22 +121,25 @@ def plan_of(settings: Mapping[str, Any]) -> Plan:
     )
 
 
-class VoteNet(Flow):
-    """The host's side of VoteNet."""
+class VoteNet(PointsFlow):
+    """The host's side of VoteNet. Points: x (right), y (forwards), z (up) in metres, gravity along −z. (mmdet3d turns ScanNet's clouds
+    by their `axis_align_matrix` first.)"""
 
+    section = staticmethod(_check)
+    fewest = 1
     state_names = ("backbone.SA_modules.", "bbox_head.vote_module.")
     words = {"vote_points": "votes", "vote_features": "votes' features"}  # noqa: RUF012
 
-    def __init__(self, settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> None:
-        super().__init__(settings, threads, source)
-        self.plan = plan_of(settings)
-        self.classes = list(settings["classes"])
-        self.columns: int = settings["columns"]
-
     @classmethod
-    def check(cls, path: str | Path, settings: object, fix: str) -> None:
-        """As `Flow.check`."""
-        holds(path, lambda: _check(settings, "pipeline"), fix)
+    def plan_of(cls, settings: Mapping[str, Any]) -> Plan:
+        """As `PointsFlow.plan_of`."""
+        return plan_of(settings)
+
+    def clouds(self, root: Path, split: str, version: str | None, count: int | None) -> Any:
+        """As `PointsFlow.clouds`: .bin files."""
+        from qat.families.mmdet3d.frames import PointFiles
+
+        return PointFiles(root, self.columns, self.settings["load_dim"], count)
 
     def ops(self) -> Mapping[str, Any]:
         """The sampled cloud; the backbone's indices; the proposals'."""
@@ -157,32 +158,6 @@ class VoteNet(Flow):
 
         return {"sample": sample, "group": group, "aggregate": aggregate}
 
-    def feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
-        """As `Flow.feeds`: the clouds one after another, each point with its cloud's number before it."""
-        rows = [
-            np.concatenate([np.full((len(frame.points), 1), n, np.float32), frame.points[:, : self.columns]], 1)
-            for n, frame in enumerate(frames)
-        ]
-        return {"points": np.concatenate(rows)}
-
-    def prepare(self, *raw: Any) -> LidarFrame:
-        """One cloud. raw: points, float32[M,≥C]: x (right), y (forwards), z (up) in metres, gravity along −z, and what else the
-        model takes. (mmdet3d turns ScanNet's clouds by their `axis_align_matrix` first.)
-
-        Raises:
-            UserError: another dtype, fewer columns, no point with finite values.
-        """
-        (points,) = raw
-        if points.ndim != 2 or points.shape[1] < self.columns or points.dtype != np.float32:
-            shape = ",".join(map(str, points.shape))
-            raise UserError(
-                f"pipeline: points: found {points.dtype}[{shape}], expected float32[M,{self.columns} or more]"
-            )
-        finite = np.isfinite(points[:, : self.columns]).all(1)
-        frame = LidarFrame("points", points[finite][:, : self.columns])
-        self.check_frame(frame, "points")
-        return frame
-
     def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
         """Boxes from the head's predictions, which have points of the cloud in them."""
         return detections(
@@ -199,15 +174,6 @@ class VoteNet(Flow):
         there = scores[:, 1:2] - scores[:, 0:1] > np.log(HOT / (1 - HOT))
         return {name: np.broadcast_to(there, tensors[name].shape) for name in ("cls_preds", "reg_preds")}
 
-    def check_frame(self, frame: Any, token: str) -> None:
-        """As `Flow.check_frame`."""
-        points = getattr(frame, "points", None)
-        if points is None or points.ndim != 2 or points.shape[1] < self.columns or not len(points):
-            found = "none" if points is None else list(points.shape)
-            raise UserError(
-                f"frame {token}: points: found {found}, expected float32[M,{self.columns} or more] with a point in it"
-            )
-
     def made_frame(self, seed: int, noise: bool = False) -> LidarFrame:
         """As `Flow.made_frame`: a room with boxes in it, or points anywhere in the room."""
         random = np.random.default_rng(seed)
@@ -215,17 +181,6 @@ class VoteNet(Flow):
         points[:, :3] = ROOM * random.random((len(points), 3)) + CORNER if noise else _room(random, len(points))
         points[:, 3:] = random.random((len(points), self.columns - 3))
         return LidarFrame(f"made-up:{seed}", points)
-
-    def raw_frames(self, count: int, seed: int = 0) -> list[Any]:
-        """As `Flow.raw_frames`."""
-        return [RawPoints(f"made-up:{n}", self.made_frame(seed * 1000 + n).points) for n in range(count)]
-
-    def recorded(self, root: Path, split: str, version: str | None, count: int | None) -> list[Any]:
-        """The clouds of a folder's .bin files."""
-        from qat.families.mmdet3d.frames import PointFiles
-
-        frames = PointFiles(root, self.columns, self.settings["load_dim"], count)
-        return [RawPoints(frame.token, frame.points) for frame in frames]
 
 
 ROOM = np.array([5.0, 5.0, 2.5])  # metres: right, forwards, up
