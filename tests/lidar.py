@@ -14,9 +14,13 @@ POINTPILLARS, CENTERPOINT = CONFIGS / "pointpillars_small.py", CONFIGS / "center
 
 
 def need_mmdet3d() -> None:
-    """Skips a module where mmdet3d is not installed."""
+    """Skips a module where mmdet3d is not installed; else its tests may import it, whichever of them runs first."""
     if importlib.util.find_spec("mmdet3d") is None:
         pytest.skip("mmdet3d is not installed (make test installs it)", allow_module_level=True)
+    import qat.lean._torchvision  # noqa: F401
+    from qat.families.mmdet3d import ops
+
+    ops.install()
 
 
 def cloud(seed: int = 0, count: int = 4000, columns: int = 4, far: float = 30.0) -> np.ndarray:
@@ -37,4 +41,13 @@ def cloud(seed: int = 0, count: int = 4000, columns: int = 4, far: float = 30.0)
 def write_cloud(path: Path, **more: Any) -> Path:
     """The same as a .bin file."""
     path.write_bytes(cloud(**more).tobytes())
+    return path
+
+
+def changed_config(config: Path, folder: Path, before: str, after: str) -> Path:
+    """A copy of a config in which `after` stands for `before`."""
+    text = config.read_text()
+    assert before in text
+    path = folder / "config.py"
+    path.write_text(text.replace(before, after))
     return path

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lidar import POINTPILLARS, cloud, need_mmdet3d, write_cloud
+from lidar import POINTPILLARS, changed_config, cloud, need_mmdet3d, write_cloud
 
 from qat.cli import main
 from qat.core.errors import UserError
@@ -17,7 +17,7 @@ from qat.core.errors import UserError
 need_mmdet3d()
 
 from qat.families import family_named  # noqa: E402
-from qat.families.mmdet3d import library, pillars  # noqa: E402
+from qat.families.mmdet3d import pillars  # noqa: E402
 from qat.families.mmdet3d.config import find, read  # noqa: E402
 from qat.families.mmdet3d.exporter import Reference  # noqa: E402
 from qat.families.mmdet3d.inputs import Reader  # noqa: E402
@@ -134,7 +134,6 @@ def test_decoding_equals_mmdet3ds_on_random_maps(kind, change):
 @pytest.mark.parametrize("distance", [True, False])
 @pytest.mark.parametrize("offsets", [(True, True), (True, False), (False, True)])
 def test_decoration_is_mmdet3ds(legacy, distance, offsets):
-    library.load()
     from mmdet3d.models.voxel_encoders import PillarFeatureNet
 
     settings = {
@@ -306,10 +305,7 @@ def test_export_mmdet3d_int8_goes_through_the_same_stages(tmp_path, capsys):
     ],
 )
 def test_what_the_family_cannot_take_is_named(tmp_path, before, after, words):
-    path = tmp_path / "config.py"
-    text = POINTPILLARS.read_text()
-    assert before in text
-    path.write_text(text.replace(before, after))
+    path = changed_config(POINTPILLARS, tmp_path, before, after)
     with pytest.raises(UserError) as refused:
         family_named("pointpillars").load_config(path)
     assert words in str(refused.value), refused.value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -13,14 +12,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from lidar import changed_config, need_mmdet3d
 from onnx import TensorProto, helper, numpy_helper
 
 from qat.cli import main
 from qat.core.errors import UserError
 from qat.core.files import sha256
 
-if importlib.util.find_spec("mmdet3d") is None:
-    pytest.skip("mmdet3d is not installed (make test installs it)", allow_module_level=True)
+need_mmdet3d()
 
 from qat.families import family_named, of_python_config
 from qat.families.mmdet3d.config import find
@@ -331,10 +330,7 @@ def test_points_that_are_none_are_refused_or_left_out(network, cloud):
     ],
 )
 def test_what_the_family_cannot_take_is_named(tmp_path, before, after, words):
-    path = tmp_path / "config.py"
-    text = CONFIG.read_text()
-    assert before in text
-    path.write_text(text.replace(before, after))
+    path = changed_config(CONFIG, tmp_path, before, after)
     with pytest.raises(UserError) as refused:
         FAMILY.load_config(path)
     assert words in str(refused.value), refused.value
