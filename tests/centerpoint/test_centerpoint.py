@@ -14,17 +14,16 @@ import torch
 from lidar import CENTERPOINT, cloud, need_mmdet3d
 
 from qat.cli import main
+from qat.families import family_named
+from qat.families.centerpoint.flow import MAPS, CenterPoint, names_of
+from qat.families.mmdet3d.config import read
+from qat.families.mmdet3d.exporter import Reference
+from qat.families.mmdet3d.inputs import Reader
+from qat.families.mmdet3d.model import build
+from qat.model.opening import random_model
+from qat.model.runners import flow_for, run_frame
 
 need_mmdet3d()
-
-from qat.families import family_named  # noqa: E402
-from qat.families.centerpoint.flow import MAPS, CenterPoint, names_of  # noqa: E402
-from qat.families.mmdet3d.config import read  # noqa: E402
-from qat.families.mmdet3d.exporter import Reference  # noqa: E402
-from qat.families.mmdet3d.inputs import Reader  # noqa: E402
-from qat.families.mmdet3d.model import build  # noqa: E402
-from qat.model.opening import random_model  # noqa: E402
-from qat.model.runners import flow_for, run_frame  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 

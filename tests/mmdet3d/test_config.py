@@ -8,10 +8,9 @@ import pytest
 from lidar import CENTERPOINT, POINTPILLARS, need_mmdet3d
 
 from qat.core.errors import UserError
+from qat.families.mmdet3d.config import family_in, find, read, shipped
 
 need_mmdet3d()
-
-from qat.families.mmdet3d.config import family_in, find, read, shipped  # noqa: E402
 
 
 @pytest.mark.parametrize(

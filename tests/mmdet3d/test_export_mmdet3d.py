@@ -13,13 +13,12 @@ from lidar import CENTERPOINT, POINTPILLARS, cloud, need_mmdet3d, write_cloud
 
 from qat.cli import main
 from qat.core.errors import UserError
+from qat.families.mmdet3d import exporter
+from qat.families.mmdet3d.config import read
+from qat.families.mmdet3d.inputs import Reader, read_infos, read_points
+from qat.families.mmdet3d.model import build, draw, load_weights
 
 need_mmdet3d()
-
-from qat.families.mmdet3d import exporter  # noqa: E402
-from qat.families.mmdet3d.config import read  # noqa: E402
-from qat.families.mmdet3d.inputs import Reader, read_infos, read_points  # noqa: E402
-from qat.families.mmdet3d.model import build, draw, load_weights  # noqa: E402
 
 SHARED = Path("/work/shared/mmdet3d-data")
 

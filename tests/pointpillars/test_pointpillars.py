@@ -13,21 +13,20 @@ from lidar import POINTPILLARS, changed_config, cloud, need_mmdet3d, write_cloud
 
 from qat.cli import main
 from qat.core.errors import UserError
+from qat.families import family_named
+from qat.families.mmdet3d import pillars
+from qat.families.mmdet3d.config import find, read
+from qat.families.mmdet3d.exporter import Reference
+from qat.families.mmdet3d.inputs import Reader
+from qat.families.mmdet3d.model import build
+from qat.families.pointpillars.anchors import AnchorDecoder, anchors_of
+from qat.families.pointpillars.flow import BOXES, CLASSES, DIRECTIONS
+from qat.model.opening import random_model
+from qat.model.runners import flow_for, run_frame, torch_feeds, torch_runners
+from qat.plan import run
+from qat.runtime import Pipeline
 
 need_mmdet3d()
-
-from qat.families import family_named  # noqa: E402
-from qat.families.mmdet3d import pillars  # noqa: E402
-from qat.families.mmdet3d.config import find, read  # noqa: E402
-from qat.families.mmdet3d.exporter import Reference  # noqa: E402
-from qat.families.mmdet3d.inputs import Reader  # noqa: E402
-from qat.families.mmdet3d.model import build  # noqa: E402
-from qat.families.pointpillars.anchors import AnchorDecoder, anchors_of  # noqa: E402
-from qat.families.pointpillars.flow import BOXES, CLASSES, DIRECTIONS  # noqa: E402
-from qat.model.opening import random_model  # noqa: E402
-from qat.model.runners import flow_for, run_frame, torch_feeds, torch_runners  # noqa: E402
-from qat.plan import run  # noqa: E402
-from qat.runtime import Pipeline  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,6 @@ from onnx import TensorProto, helper, numpy_helper
 from qat.cli import main
 from qat.core.errors import UserError
 from qat.core.files import sha256
-
-need_mmdet3d()
-
 from qat.families import family_named, of_python_config
 from qat.families.mmdet3d.config import find
 from qat.families.mmdet3d.model import build
@@ -29,6 +26,8 @@ from qat.families.votenet.indices import sampled
 from qat.model.runners import flow_for, run_frame, to_numpy, torch_feeds, torch_parts, torch_runners
 from qat.plan import run
 from qat.runtime import Pipeline
+
+need_mmdet3d()
 
 CONFIG = Path(__file__).with_name("votenet_small.py")
 REAL = Path("/work/shared/mmdet3d-data/sunrgbd/000017.bin")
