@@ -25,7 +25,7 @@ def _columns_differ(values: np.ndarray, width: int) -> float:
     return float((columns.mean(0).var() + spread.var()) / max(float(values.var()), 1e-12))
 
 
-def _likelier_width(values: np.ndarray, width: int) -> int | None:
+def likelier_width(values: np.ndarray, width: int) -> int | None:
     """Another number of values a point than `width`, where the columns say that it is that."""
     if len(values) < FEWEST * width:
         return None
@@ -80,7 +80,7 @@ def read_points(path: Path, load_dim: int) -> np.ndarray:
             f"{path}: found {wrong.mean():.0%} of x, y, z beyond {FARTHEST:,.0f} m or next to nothing, such as {some:.3g}, {expected} in "
             "the sensor's frame; write float32 in metres (not float64 or integers), or fix load_dim in the config"
         )
-    if (other := _likelier_width(values, load_dim)) is not None:
+    if (other := likelier_width(values, load_dim)) is not None:
         raise UserError(
             f"{path}: found points of {other} values each, as its columns say, {expected}; fix load_dim in the config, or write "
             "x, y, z, intensity and ring"

@@ -214,6 +214,8 @@ def test_seeded_weights_are_the_same_again():
         (b"", ("empty point cloud",)),
         (cloud(columns=5, count=41).tobytes(), ("found 820 bytes", "points of 4 float32", "5 columns")),
         (np.full((8, 4), np.nan, np.float32).tobytes(), ("NaN or infinity in 8 of 8",)),
+        # Five columns whose bytes fit four.
+        (cloud(columns=5).tobytes(), ("found points of 5 values each",)),
     ],
 )
 def test_bad_points_are_one_line(tmp_path, content, words):

@@ -15,6 +15,7 @@ from torch import nn
 
 from qat.checkpoints.unpickle import Damaged, InertUnpickler
 from qat.core.errors import UserError
+from qat.data.points import likelier_width
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -91,6 +92,11 @@ def read_points(path: str | Path, columns: int) -> np.ndarray:
     if bad := int((~np.isfinite(points)).any(1).sum()):
         raise UserError(
             f"{path}: found NaN or infinity in {bad} of {len(points)} points, expected finite values; remove them"
+        )
+    if (other := likelier_width(points.ravel(), columns)) is not None:
+        raise UserError(
+            f"{path}: found points of {other} values each, as its columns say, expected {columns} (load_dim); take the config of "
+            "that data"
         )
     return points
 
