@@ -20,13 +20,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _steps(steps: Any) -> list[Mapping[str, Any]]:
-    found = []
-    for step in steps or ():
-        found += [step, *_steps(step.get("transforms"))]
-    return found
-
-
 def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Reads a config, which is Python, and is run.
 
@@ -38,11 +31,11 @@ def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dic
         UserError: it cannot be read; its points are not their first columns in order.
     """
     from qat.families.mmdet3d.config import read
-    from qat.families.mmdet3d.inputs import pipeline_of
+    from qat.families.mmdet3d.inputs import flattened, pipeline_of
 
     config = read(path)
     dataset = config.test_dataloader.dataset
-    steps = {str(step.get("type", "")).split(".")[-1]: plain(step) for step in _steps(pipeline_of(config))}
+    steps = {str(step.get("type", "")).split(".")[-1]: plain(step) for step in flattened(pipeline_of(config))}
     loads = steps.get("LoadPointsFromFile", {})
     use = loads.get("use_dim", loads.get("load_dim", 4))
     used = list(range(use)) if isinstance(use, int) else list(use)

@@ -49,15 +49,16 @@ def pipeline_of(config: Config) -> list[dict[str, Any]]:
     return [step for step in steps if step.get("type") not in _LABELS]
 
 
-def _steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def flattened(steps: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Steps of a pipeline, those inside others too."""
     for step in steps:
         yield step
-        yield from _steps(step.get("transforms", ()))
+        yield from flattened(step.get("transforms") or ())
 
 
 def _step(config: Config, prefix: str) -> Mapping[str, Any] | None:
     return next(
-        (s for s in _steps(pipeline_of(config)) if str(s.get("type", "")).split(".")[-1].startswith(prefix)), None
+        (s for s in flattened(pipeline_of(config)) if str(s.get("type", "")).split(".")[-1].startswith(prefix)), None
     )
 
 
@@ -119,6 +120,12 @@ def read_infos(path: str | Path) -> list[dict[str, Any]]:
             f"{path}: found {what}, expected mmdet3d 1.x infos: a dict with a data_list; convert them (update_infos_to_v2.py)"
         )
     return listed
+
+
+def _beside(infos: Path, name: str, pattern: str) -> Path | None:
+    """The file that an infos file names: relative to it, or by its name anywhere below; without a name, the first that fits."""
+    folder = infos.parent
+    return next((p for p in (folder / name, *sorted(folder.rglob(Path(name).name or pattern))) if p.is_file()), None)
 
 
 def _one_camera(name: str, image: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,10 +232,8 @@ class Reader:
             extra = self._cameras(info, path)
         if not self.points:
             return self.run(extra, str(path))
-        name = Path(str(info.get("lidar_points", {}).get("lidar_path", "")))
-        file = next(
-            (p for p in (path.parent / name, *sorted(path.parent.rglob(name.name or "*.bin"))) if p.is_file()), None
-        )
+        name = str(info.get("lidar_points", {}).get("lidar_path", ""))
+        file = _beside(path, name, "*.bin")
         if file is None:
             raise UserError(f"{path}: found no file {name} beside it, expected the points that it names")
         return self.of_points(self._some(read_points(file, self.columns), share), str(path), extra)
@@ -236,10 +241,7 @@ class Reader:
     def _cameras(self, info: Mapping[str, Any], path: Path) -> dict[str, Any]:
         images = {name: dict(image) for name, image in info.get("images", {}).items() if isinstance(image, Mapping)}
         for image in images.values():
-            name = Path(str(image.get("img_path", "")))
-            found = next(
-                (p for p in (path.parent / name, *sorted(path.parent.rglob(name.name or "*.png"))) if p.is_file()), None
-            )
+            found = _beside(path, str(image.get("img_path", "")), "*.png")
             if found is not None:
                 image["img_path"] = str(found)
         if _step(self.config, "LoadMultiView") is None:
