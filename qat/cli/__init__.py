@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from qat.cli import interrupts  # before what takes time to import
 from qat.cli.failures import health_of, one_line_of
+from qat.cli.flags import check_config
 from qat.cli.json_output import json_output
 from qat.cli.parser import VERBS, make_parser, nearest, verb_of
 from qat.cli.pipes import reader_gone
@@ -67,6 +68,7 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.verb_parser(args.verb).refuse_unknown(unknown)
     try:
         with running(arguments), json_output(getattr(args, "json", None)):
+            check_config(args)
             status = int(args.run(args))
         sys.stdout.flush()
         return status

@@ -21,9 +21,19 @@ def add_config_flag(parser: argparse.ArgumentParser, default: Path | None = None
         "--config",
         type=Path,
         default=default,
-        metavar="YAML",
-        help=f"the network's config ({when or f'default {default}'})",
+        metavar="FILE",
+        help=f"the network's config, YAML or Python ({when or f'default {default}'})",
     )
+    parser.add_argument(
+        "--no-python-config", action="store_true", help="refuse a --config in Python, which is code that is run"
+    )
+
+
+def check_config(args: argparse.Namespace) -> None:
+    """Raises `UserError` for a config in Python with --no-python-config."""
+    config = getattr(args, "config", None)
+    if getattr(args, "no_python_config", False) and config is not None and config.suffix == ".py":
+        raise UserError(f"{config}: found a config in Python with --no-python-config, expected YAML: it would be run")
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, what: str, folder: bool = False) -> None:

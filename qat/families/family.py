@@ -92,7 +92,8 @@ class Recipe:
 
     keep_float: layers that stay float, with reasons. parts_off: scopes of parts that are float as a whole → in which flavours;
     off_reason: why. method, by_layer: how ranges are chosen: a method of `qat.lean.METHODS`, and (pattern, method) pairs that go
-    before it. equalize: whether channels of a part's input may be divided by their magnitudes.
+    before it. equalize: whether channels of a part's input may be divided by their magnitudes. round_outputs: whether what only goes
+    out of a part may be rounded too where that makes the layer before it an integer one (`qat.lean.rules.integer_chain`).
     """
 
     keep_float: tuple[FloatRule, ...] = ()
@@ -101,6 +102,7 @@ class Recipe:
     method: str = "mse"
     by_layer: tuple[tuple[str, str], ...] = ()
     equalize: bool = True
+    round_outputs: bool = False
 
 
 class Family(ABC):

@@ -175,7 +175,7 @@ class QuantizedModel(nn.Module):
             if graph.meta.get(FIXED_BATCH) is not None:
                 self.fixed_views = graph.meta[FIXED_BATCH]
             least = tracer.least(part, graphs)
-            self.inventory[part.scope] = quantize_graph(graph, self.keep_float, least)
+            self.inventory[part.scope] = quantize_graph(graph, self.keep_float, least, recipe.round_outputs)
             graph.scope = part.scope  # type: ignore[assignment]  # a name for `PartModule`
             self.parts[part.scope] = graph
         self.use(DEFAULT)

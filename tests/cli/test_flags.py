@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qat.cli import main
 from qat.cli.parser import VERBS, make_parser, module_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,3 +155,12 @@ def test_a_data_sets_split_is_named_with_it_or_for_all(tmp_path):
 def test_the_parsers_of_all_verbs_do_not_bring_torch():
     script = "import sys; from qat.cli.parser import make_parser; make_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_configs_in_python_are_refused_on_request(tmp_path, capsys):
+    config = tmp_path / "config.py"
+    config.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert main(["calibrate", "--config", str(config), "--ckpt", "model.pth", "--no-python-config"]) == 2
+    error = capsys.readouterr().err
+    assert str(config) in error and "expected YAML" in error
+    assert not (tmp_path / "ran").exists()

@@ -13,7 +13,7 @@ from lidar import CENTERPOINT, POINTPILLARS, cloud, need_mmdet3d, write_cloud
 
 from qat.cli import main
 from qat.core.errors import UserError
-from qat.families.mmdet3d import exporter
+from qat.families.mmdet3d import exporter, iree
 from qat.families.mmdet3d.config import read
 from qat.families.mmdet3d.inputs import Reader, read_infos, read_points
 from qat.families.mmdet3d.model import build, draw, load_weights
@@ -172,6 +172,27 @@ def test_a_damaged_graph_is_found_out(traced, folder, tmp_path, damage):
 
 def test_an_unharmed_graph_passes_the_same_comparison(traced, folder):
     assert traced._verify_onnx(folder / "made" / "model.onnx")["passed"]
+
+
+def test_iree_says_why_it_has_no_file(metadata, folder, tmp_path):
+    """Without its packages, and with a program that cannot be read (also where they are installed)."""
+    if not iree.versions():
+        assert "pip install iree-turbine" in metadata["iree"]["failed"]
+        assert not (folder / "made" / "model.vmfb").exists()
+    (tmp_path / "model.pt2").write_bytes(b"no program")
+    with pytest.raises(iree.Failed, match=r"Error|BadZipFile"):
+        iree.compile_and_run(tmp_path / "model.pt2", tmp_path / "model.vmfb", [], 1)
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.pt2"]
+
+
+@pytest.mark.skipif(not iree.versions(), reason="IREE is not installed (pip install iree-turbine)")
+def test_irees_file_is_compared(traced, folder, tmp_path, monkeypatch):
+    """And a negative control: outputs of another program are found out."""
+    found = traced.offer_to_iree(folder / "made" / "model.pt2", tmp_path / "model.vmfb")
+    assert found["passed"] and (tmp_path / "model.vmfb").stat().st_size > 100_000
+    honest = iree.compile_and_run
+    monkeypatch.setattr(iree, "compile_and_run", lambda *a: [[2 * v for v in row] for row in honest(*a)])
+    assert not traced.offer_to_iree(folder / "made" / "model.pt2", tmp_path / "model.vmfb")["passed"]
 
 
 def test_several_configs_have_a_folder_each_and_one_table(tmp_path, capsys):

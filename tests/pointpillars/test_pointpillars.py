@@ -241,6 +241,18 @@ def test_int8_parts_give_boxes_on_both_backends(exported, network, backend):
     assert len(boxes.scores) > 0 and np.isfinite(boxes.boxes).all()
 
 
+def test_onnxruntime_alone_gets_rounded_maps(exported):
+    """Its convolutions are integers only where their outputs are rounded; another backend's maps stay float."""
+    import onnx
+
+    rounded = {}
+    for flavour in ("onnxruntime", "openvino", "tensorrt"):
+        graph = onnx.load(exported / flavour / "pts_backbone_neck_head.onnx").graph
+        makers = {name: node.op_type for node in graph.node for name in node.output}
+        rounded[flavour] = [makers[output.name] == "DequantizeLinear" for output in graph.output]
+    assert rounded == {"onnxruntime": [True] * 3, "openvino": [False] * 3, "tensorrt": [False] * 3}
+
+
 def test_verify_finds_a_damaged_part(exported, tmp_path, capsys):
     """A negative control: one weight scale of the graph is doubled."""
     import shutil

@@ -20,7 +20,7 @@ from qat.core.errors import NotFiniteError, UserError
 from qat.core.files import atomic_directory, sha256, write_json, write_text
 from qat.core.provenance import made_by
 from qat.core.tensors import compare_tensors
-from qat.families.mmdet3d import library
+from qat.families.mmdet3d import iree, library
 from qat.families.mmdet3d.boxes import Boxes
 from qat.families.mmdet3d.inputs import Sample
 from qat.families.mmdet3d.model import quiet
@@ -194,6 +194,7 @@ class Export:
         self.program: torch.export.ExportedProgram | None = None
         self.failures: dict[str, str] = {}
         self.verification: dict[str, Any] = {}
+        self.iree: dict[str, Any] | None = None
         self.opset: int | None = None
         self.attempts: list[dict[str, Any]] = []
         self.outputs: list[Entry] = []
@@ -334,6 +335,26 @@ class Export:
             rows.append(self._row(sample, reference, [value.cpu().numpy() for value in values], exact=True))
         self.verification["pt2"] = {"samples": rows, "passed": all(row["passed"] for row in rows)}
 
+    def offer_to_iree(self, pt2: Path, vmfb: Path) -> dict[str, Any]:
+        """model.pt2 compiled by IREE, run on every sample and compared; says so where IREE is not installed."""
+        found: dict[str, Any] = {"versions": iree.versions()}
+        if not found["versions"]:
+            return found | {"failed": f"not installed ({iree.INSTALL})"}
+        feeds = [self._feeds(sample) for sample in self.inputs.samples]
+        try:
+            results = iree.compile_and_run(pt2, vmfb, feeds, len(self.outputs))
+        except iree.Failed as error:
+            return found | {"failed": str(error)}
+        rows = [
+            self._row(sample, reference, values, exact=False)
+            for sample, reference, values in zip(self.inputs.samples, self.references, results, strict=True)
+        ]
+        return found | {"samples": rows, "passed": all(row["passed"] for row in rows)}
+
+    def _feeds(self, sample: Sample) -> dict[str, np.ndarray]:
+        tensors = self.inputs.tensors(sample)
+        return {entry.name: value.numpy() for entry, value in zip(self.inputs.used, tensors, strict=True)}
+
     def _graphs(self) -> list[tuple[int, bool]]:
         """(opset, by torch's newer exporter) in the order in which they are tried."""
         asked = self.options.opset
@@ -422,10 +443,7 @@ class Export:
                 continue
             rows = []
             for sample, reference in zip(self.inputs.samples, self.references, strict=True):
-                feeds = {
-                    entry.name: value.numpy()
-                    for entry, value in zip(self.inputs.used, self.inputs.tensors(sample), strict=True)
-                }
+                feeds = self._feeds(sample)
                 found = engine.run({name: feeds[name] for name in engine.inputs})
                 rows.append(self._row(sample, reference, [found[entry.name] for entry in self.outputs], exact=False))
             result["backends"][backend] = {"samples": rows, "passed": all(row["passed"] for row in rows)}
@@ -496,6 +514,7 @@ class Export:
                 try:
                     if name == "pt2":
                         self.write_pt2(folder / "model.pt2")
+                        self.iree = self.offer_to_iree(folder / "model.pt2", folder / "model.vmfb")
                     else:
                         self.write_onnx(folder / "model.onnx")
                 except Stuck as error:
@@ -538,6 +557,7 @@ class Export:
             "weights": {"checkpoint": self.checkpoint} if self.checkpoint else {"random_seed": self.options.seed},
             "input_source": self.inputs.samples[0].source,
             "verification": self.verification,
+            "iree": self.iree,
             "seconds": round(seconds, 1),
             "packages": library.versions(),
             **made_by(),

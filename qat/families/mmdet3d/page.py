@@ -45,6 +45,7 @@ def rows(metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     runs += [
         ("model.onnx", name, entry["samples"]) for name, entry in found.get("onnx", {}).get("backends", {}).items()
     ]
+    runs += [("model.vmfb", "IREE", (metadata["iree"] or {}).get("samples", []))]
     for file, by, samples in runs:
         for row in samples:
             boxes = row.get("boxes")
@@ -61,10 +62,28 @@ def rows(metadata: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             }
 
 
+def iree_line(metadata: Mapping[str, Any]) -> str:
+    """What came of model.pt2 in the IREE compiler; empty where there is none."""
+    found = metadata["iree"]
+    if found is None:
+        return ""
+    release = f" {found['versions']['iree-base-compiler']}" if found["versions"] else ""
+    if "failed" in found:
+        return f"IREE{release}: model.pt2 was not compiled: {found['failed']}"
+    wrong = next((row["wrong"] for row in found["samples"] if not row["passed"]), "")
+    least = min(row["sqnr_db"] for row in found["samples"])
+    return f"IREE{release}: model.vmfb, {wrong or f'{least:.0f} dB beside PyTorch'}"
+
+
 def inputs_page(metadata: Mapping[str, Any]) -> str:
     """The page, with everything in it."""
     from jinja2 import Environment, StrictUndefined
 
     source = resources.files("qat.families.mmdet3d").joinpath("templates", "inputs.html").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(source).render(m=metadata, tree=_tree(metadata), rows=list(rows(metadata))) + "\n"
+    return (
+        environment.from_string(source).render(
+            m=metadata, tree=_tree(metadata), rows=list(rows(metadata)), iree=iree_line(metadata)
+        )
+        + "\n"
+    )

@@ -106,7 +106,7 @@ def _export(args: argparse.Namespace, name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _print(metadata: dict[str, Any], verbose: bool) -> None:
-    from qat.families.mmdet3d.page import rows, shape_of
+    from qat.families.mmdet3d.page import iree_line, rows, shape_of
     from qat.families.mmdet3d.tree import drawn
 
     lines = []
@@ -118,6 +118,8 @@ def _print(metadata: dict[str, Any], verbose: bool) -> None:
             )
     lines += [(entry["path"], f"constant: {entry['value']}") for entry in metadata["constants"]]
     print("\n".join(drawn(lines, metadata["model_type"])))
+    if line := iree_line(metadata):
+        print(line)
     if (int8 := metadata.get("int8")) is not None:
         print(
             f"INT8: {int8['int8_share_of_macs']:.1%} of the multiplications; float: {', '.join(int8['parts_off']) or 'no part'}"
