@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qat.core.errors import UserError
+from qat.export.linear_norm import fold_linear_norms
 
 MOST_BYTES = 2**31
 # LpNormalization over channels takes ONNX Runtime 11 ms where a norm and a quotient take under one (256 × 1024 values).
@@ -118,6 +119,7 @@ def simplify(
         raise UserError(f"{name}.onnx: onnxsim found {what[:200]!r}; please report it") from error
     if not same:
         raise UserError(f"{name}.onnx: onnxsim's check found another result after simplification; please report it")
+    fold_linear_norms(simplified)
     left = op_counts(simplified)["BatchNormalization"]
     if left and not norms:
         raise UserError(f"{name}.onnx: found {left} BatchNormalization that cannot be folded, expected none")

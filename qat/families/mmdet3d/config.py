@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qat.core.errors import UserError
+from qat.families.mmdet3d import awml
 from qat.families.mmdet3d.library import load
 
 if TYPE_CHECKING:
@@ -78,9 +79,14 @@ def read(name: str | Path) -> Config:
     path = find(name)
     load()
     from mmengine.config import Config
+    from mmengine.utils import import_modules_from_strings
 
     try:
-        config = Config.fromfile(str(path))
+        config = Config.fromfile(str(path), import_custom_modules=False)
+        imports = dict(config.get("custom_imports") or {"imports": []})
+        names = [imports["imports"]] if isinstance(imports["imports"], str) else list(imports["imports"])
+        others = [name for name in names if not awml.is_own(name)]
+        import_modules_from_strings(others, bool(imports.get("allow_failed_imports")))
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: _base_: found no {error.filename or error}, expected a config; fix its _base_"
@@ -96,6 +102,8 @@ def read(name: str | Path) -> Config:
         older = "an mmdet3d 0.x config (`data = dict(test=…)`)" if "data" in config else "no test_dataloader"
         raise UserError(f"{path}: found {older}, expected one of mmdet3d 1.x; take the 1.x config of the same model")
     config.source = str(path)
+    if len(others) < len(names):
+        awml.translate(config.model, str(path))
     return config
 
 
@@ -108,7 +116,7 @@ def family_in(path: str | Path) -> str:
     model = read(path).model
     head = (model.get("pts_bbox_head") or model.get("bbox_head") or {}).get("type")
     encoder = (model.get("pts_voxel_encoder") or model.get("voxel_encoder") or {}).get("type")
-    if head in _FAMILIES and encoder == "PillarFeatureNet":
+    if head in _FAMILIES and encoder in ("PillarFeatureNet", "BackwardPillarFeatureNet"):
         return _FAMILIES[head]
     backbone = (model.get("backbone") or {}).get("type")
     if (model.type, backbone, head) == _VOTENET:

@@ -24,11 +24,12 @@ def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dic
     """Reads a config, which is Python, and is run.
 
     Returns:
-        `KEYS` with "model", mmdet3d's description, "load_dim", the float32 values of a point in a file, and "columns", how many of
-        them, from the first on, are used; and the steps of the test pipeline by their type.
+        `KEYS` with "model", mmdet3d's description, "load_dim", the float32 values of a point in a file, and "columns", which of them
+        are used (of merged sweeps the fifth is the time in seconds since the point was measured); and the steps of the test pipeline by
+        their type.
 
     Raises:
-        UserError: it cannot be read; its points are not their first columns in order.
+        UserError: it cannot be read; a point's first columns are not x, y and z.
     """
     from qat.families.mmdet3d.config import read
     from qat.families.mmdet3d.inputs import flattened, pipeline_of
@@ -37,10 +38,12 @@ def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dic
     dataset = config.test_dataloader.dataset
     steps = {str(step.get("type", "")).split(".")[-1]: plain(step) for step in flattened(pipeline_of(config))}
     loads = steps.get("LoadPointsFromFile", {})
-    use = loads.get("use_dim", loads.get("load_dim", 4))
+    use = steps.get("LoadPointsFromMultiSweeps", loads).get("use_dim", loads.get("use_dim", loads.get("load_dim", 4)))
     used = list(range(use)) if isinstance(use, int) else list(use)
-    if used != list(range(len(used))):
-        raise UserError(f"{config.source}: use_dim: found {used}, expected the first columns of a point, in order")
+    if used[:3] != [0, 1, 2] or max(used) >= int(loads.get("load_dim", 4)):
+        raise UserError(
+            f"{config.source}: use_dim: found {used}, expected columns of a point that begin with 0, 1, 2 (x, y, z)"
+        )
     named = (config.get("metainfo") or {}).get("classes") or config.get("class_names")
     described = {
         "family": family,
@@ -48,7 +51,7 @@ def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dic
         "model": {key: value for key, value in plain(config.model.to_dict()).items() if key != "train_cfg"},
         "classes": list(named or dataset.get("metainfo", {}).get("classes", ())),
         "load_dim": int(loads.get("load_dim", 4)),
-        "columns": len(used),
+        "columns": used,
     }
     return described, steps
 

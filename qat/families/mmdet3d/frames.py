@@ -30,13 +30,19 @@ class LidarSample(LidarFrame):
 
 
 class PointFiles(Sequence[LidarFrame]):
-    """.bin files as frames: a folder's, in the order of their names, or one. There is nothing to score them by."""
+    """.bin files as frames: a folder's, in the order of their names, or one. There is nothing to score them by.
 
-    def __init__(self, root: Path, columns: int, load_dim: int, frames: int | None = None) -> None:
+    columns: those of a point that are kept, of load_dim. timed: the fifth is a time, which is 0 in a single revolution; in files of
+    nuScenes it is the number of the beam.
+    """
+
+    def __init__(
+        self, root: Path, columns: Sequence[int], load_dim: int, frames: int | None = None, timed: bool = False
+    ) -> None:
         self.files = sorted(root.rglob("*.bin")) if root.is_dir() else [root]
         if not self.files or not self.files[0].is_file():
             raise UserError(f"{root}: found no .bin file, expected files of float32 points, or nuScenes-format data")
-        self.columns, self.load_dim, self.split = columns, load_dim, "all"
+        self.columns, self.load_dim, self.timed, self.split = list(columns), load_dim, timed, "all"
         if frames is not None:
             if not 1 <= frames <= len(self.files):
                 raise UserError(
@@ -50,7 +56,10 @@ class PointFiles(Sequence[LidarFrame]):
 
     def load(self, token: str) -> LidarFrame:
         """One file's points."""
-        return LidarFrame(token, np.ascontiguousarray(read_points(token, self.load_dim)[:, : self.columns]))
+        points = read_points(token, self.load_dim).copy()
+        if self.timed:
+            points[:, 4:5] = 0
+        return LidarFrame(token, np.ascontiguousarray(points[:, self.columns]))
 
     def __getitem__(self, index: Any) -> Any:
         return (
@@ -97,12 +106,12 @@ def keyframes(
     steps: list[tuple[str, Any]] = [("sweeps", sweeps)] if sweeps.count else []
     nothing = ResizeCrop((1, 1), 1.0, 0.0, None)
     pipeline = Pipeline(nothing, [], [], settings["load_dim"], sweeps, [*steps, ("range", limits)])
-    columns = settings["decoration"]["columns"]
+    columns = settings["columns"]
 
     class Keyframes(NuScenesDataset):
         def load(self, token: str) -> Any:
             frame = self.read(token)
-            points = np.ascontiguousarray(frame.points[:, :columns])
+            points = np.ascontiguousarray(frame.points[:, columns])
             return LidarSample(token, points, frame.scene, frame.gt_boxes, frame.gt_labels, frame.gt_points)
 
     return Keyframes(root, split, Reading(pipeline, list(settings["classes"]), ()), version, frames)
@@ -112,4 +121,4 @@ def lidar_frames(root: Path, split: str, settings: Mapping[str, Any], version: s
     """The frames of a folder: keyframes where it has nuScenes' tables, else its .bin files."""
     if root.is_dir() and next(root.glob("*/sample_data.json"), None) is not None:
         return keyframes(root, split, settings, version, frames)
-    return PointFiles(root, settings["decoration"]["columns"], settings["load_dim"], frames)
+    return PointFiles(root, settings["columns"], settings["load_dim"], frames, bool(settings["sweeps"]))

@@ -51,6 +51,10 @@ def load() -> None:
         try:
             import mmdet3d.datasets.transforms
             import mmdet3d.models  # noqa: F401
+
+            from qat.families.mmdet3d import awml
+
+            awml.register()
         except (AssertionError, ImportError) as error:
             raise UserError(f"mmdet3d: {error}; expected the releases that go together; {INSTALL}") from error
         from mmengine.registry import init_default_scope

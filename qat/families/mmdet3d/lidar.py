@@ -98,9 +98,10 @@ def pillar_settings(**more: Any) -> Any:
         family=text,
         classes=listed(text, 1, 1000),
         load_dim=number(3, 32, **COUNT),
+        columns=listed(number(0, 31, **COUNT), 3, 32),
         channels=number(1, 65536, **COUNT),
         voxel=_NUMBERS,
-        decoration=section(columns=number(3, 32, **COUNT), cluster=flag, centre=flag, distance=flag, legacy=flag),
+        decoration=section(columns=number(3, 32, **COUNT), cluster=flag, centre=number(0, 3, **COUNT), distance=flag, legacy=flag),
         **more,
     )
 

@@ -18,7 +18,8 @@ from qat.families.mmdet3d.pillars import batch_of_pillars, grid_of
 from qat.families.mmdet3d.shared_family import Mmdet3dFamily
 from qat.lean.flavours import FLAVOURS
 
-SWEEPS = {"sweeps_num": "count", "pad_empty_sweeps": "pad_empty", "remove_close": "remove_close"}
+ENCODERS = {"PillarFeatureNet": 3, "BackwardPillarFeatureNet": 2}  # columns of the offset to the pillar's centre
+SWEEPS = {"count": ("sweeps_num", 10), "pad_empty": ("pad_empty_sweeps", False), "remove_close": ("remove_close", False)}
 
 
 class PillarFamily(Mmdet3dFamily):
@@ -38,13 +39,15 @@ class PillarFamily(Mmdet3dFamily):
 
     def own_description(self, steps: Mapping[str, Any], source: str) -> dict[str, Any]:
         """As `Mmdet3dFamily.own_description`."""
-        sweeps = steps.get("LoadPointsFromMultiSweeps", {})
-        return {"sweeps": {own: sweeps[theirs] for theirs, own in SWEEPS.items() if theirs in sweeps}}
+        step = steps.get("LoadPointsFromMultiSweeps")
+        return {
+            "sweeps": {} if step is None else {own: step.get(theirs, usual) for own, (theirs, usual) in SWEEPS.items()}
+        }
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """As `Family.settings`."""
         source, model = str(config["source"]), config["model"]
-        encoder = check_type(model, "voxel_encoder", ("PillarFeatureNet",), source)
+        encoder = check_type(model, "voxel_encoder", tuple(ENCODERS), source)
         check_type(model, "middle_encoder", ("PointPillarsScatter",), source)
         backbone = check_type(model, "backbone", ("SECOND",), source)
         neck = check_type(model, "neck", ("SECONDFPN",), source)
@@ -69,6 +72,7 @@ class PillarFamily(Mmdet3dFamily):
             "family": self.name,
             "classes": list(config["classes"]),
             "load_dim": int(config["load_dim"]),
+            "columns": [int(column) for column in config["columns"]],
             "sweeps": dict(config["sweeps"]),
             "channels": int(channels[-1]),
             "voxel": {
@@ -78,9 +82,9 @@ class PillarFamily(Mmdet3dFamily):
                 "max_voxels": int(most[1] if isinstance(most, list | tuple) else most),
             },
             "decoration": {
-                "columns": int(config["columns"]),
+                "columns": len(config["columns"]),
                 "cluster": bool(encoder.get("with_cluster_center", True)),
-                "centre": bool(encoder.get("with_voxel_center", True)),
+                "centre": ENCODERS[encoder["type"]] if encoder.get("with_voxel_center", True) else 0,
                 "distance": bool(encoder.get("with_distance", False)),
                 "legacy": bool(encoder.get("legacy", True)),
             },

@@ -19,7 +19,7 @@ NOWHERE = -1  # the y and x of a row that stands for a cloud without points
 def columns_of(decoration: Mapping[str, Any]) -> int:
     """How many features a point has after `decorate`."""
     own, cluster, centre, distance = (decoration[name] for name in ("columns", "cluster", "centre", "distance"))
-    return int(own) + 3 * bool(cluster) + 3 * bool(centre) + bool(distance)
+    return int(own) + 3 * bool(cluster) + int(centre) + bool(distance)
 
 
 def decorate(voxels: np.ndarray, counts: np.ndarray, cells: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
@@ -27,8 +27,8 @@ def decorate(voxels: np.ndarray, counts: np.ndarray, cells: np.ndarray, settings
 
     Args:
         voxels: float32[N,P,C], 0 beyond the points. counts: int32[N], at least 1. cells: int32[N,3] of z, y, x.
-        settings: "voxel" {size, range} in metres, and "decoration": columns C; cluster: the offset to the points' mean; centre: the
-            offset to the pillar's centre; distance: to the sensor; legacy: the offset to the centre stands in the place of x, y, z too.
+        settings: "voxel" {size, range} in metres, and "decoration": columns C; cluster: the offset to the points' mean; centre: how
+            many of x, y, z of the offset to the pillar's centre; distance: to the sensor; legacy: the offset to the centre stands in the place of x, y, z too.
 
     Returns:
         float32[N,P,`columns_of`].
@@ -38,14 +38,14 @@ def decorate(voxels: np.ndarray, counts: np.ndarray, cells: np.ndarray, settings
     parts = [voxels]
     if how["cluster"]:
         parts.append(xyz - xyz.sum(1, keepdims=True) / counts[:, None, None].astype(np.float32))
-    if how["centre"]:
+    if shown := how["centre"]:
         # Python's floats, as in mmdet3d: only the products are float32.
         offsets = [np.float32(s / 2 + start) for s, start in zip(size, low, strict=True)]
-        middle = [cells[:, 2 - axis].astype(np.float32) * np.float32(size[axis]) + offsets[axis] for axis in range(3)]
-        centred = xyz - np.stack(middle, -1)[:, None]
+        middle = [cells[:, 2 - axis].astype(np.float32) * np.float32(size[axis]) + offsets[axis] for axis in range(shown)]
+        centred = xyz[:, :, :shown] - np.stack(middle, -1)[:, None]
         if how["legacy"]:
-            xyz = centred
-            parts[0] = np.concatenate([centred, voxels[:, :, 3:]], -1)
+            parts[0] = np.concatenate([centred, voxels[:, :, shown:]], -1)
+            xyz = parts[0][:, :, :3]
         parts.append(centred)
     if how["distance"]:
         parts.append(np.linalg.norm(xyz, axis=2, keepdims=True))

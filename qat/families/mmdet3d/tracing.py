@@ -19,12 +19,13 @@ from qat.families.mmdet3d.tree import leaves, rebuild
 
 
 def pillar_features(
-    self: Any, features: torch.Tensor, num_points: torch.Tensor, coors: torch.Tensor, *_: Any, **__: Any
+    self: Any, features: torch.Tensor, num_points: torch.Tensor, coors: torch.Tensor, *_: Any, axes: int = 3, **__: Any
 ) -> torch.Tensor:
     """mmdet3d's `PillarFeatureNet.forward`, without writing into slices or into its input.
 
     Args:
-        features: voxels float[N,P,C]. num_points: int[N]. coors: int[N,4], sample, z, y, x.
+        features: voxels float[N,P,C]. num_points: int[N]. coors: int[N,4], sample, z, y, x. axes: how many of x, y, z of the
+            offset to the pillar's centre are taken.
 
     Returns:
         float[N,channels].
@@ -36,12 +37,12 @@ def pillar_features(
         mean = xyz.sum(dim=1, keepdim=True) / num_points.type_as(features).view(-1, 1, 1)
         cluster = xyz - mean
     if self._with_voxel_center:
-        sizes = ((3, self.vx, self.x_offset), (2, self.vy, self.y_offset), (1, self.vz, self.z_offset))
+        sizes = ((3, self.vx, self.x_offset), (2, self.vy, self.y_offset), (1, self.vz, self.z_offset))[:axes]
         middle = [coors[:, column].type_as(features).unsqueeze(1) * size + offset for column, size, offset in sizes]
-        centred = torch.stack([xyz[:, :, axis] - middle[axis] for axis in range(3)], dim=-1)
+        centred = torch.stack([xyz[:, :, axis] - middle[axis] for axis in range(axes)], dim=-1)
         if self.legacy:  # there the offsets replace the coordinates that they were computed from
-            xyz = centred
-            decorated = [torch.cat([centred, features[:, :, 3:]], dim=-1)]
+            decorated = [torch.cat([centred, features[:, :, axes:]], dim=-1)]
+            xyz = decorated[0][:, :, :3]
     if cluster is not None:
         decorated.append(cluster)
     if self._with_voxel_center:

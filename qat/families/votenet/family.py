@@ -70,7 +70,9 @@ class VoteNetFamily(Mmdet3dFamily):
         _only(test.get("sample_mode"), MODES, f"{where}: test_cfg: sample_mode")
         coder = head["bbox_coder"]
         _only(coder.get("type"), ("PartialBinBasedBBoxCoder",), f"{where}: bbox_head: bbox_coder")
-        columns = int(config["columns"]) + bool(config["height"])
+        used = list(config["columns"])
+        _only(used, (list(range(len(used))),), f"{where}: use_dim")
+        columns = len(used) + bool(config["height"])
         _only(
             int(backbone["in_channels"]), (columns,), f"{where}: backbone: in_channels of points with {columns} columns"
         )
@@ -84,7 +86,7 @@ class VoteNetFamily(Mmdet3dFamily):
             "family": self.name,
             "classes": list(config["classes"]),
             "load_dim": int(config["load_dim"]),
-            "columns": int(config["columns"]),
+            "columns": len(used),
             "height": bool(config["height"]),
             "points": int(config["points"]),
             "sa": [{"points": int(n), "radius": float(r), "samples": int(s)} for n, r, s in levels],
@@ -175,7 +177,7 @@ class VoteNetFamily(Mmdet3dFamily):
         """As `Family.dataset`: .bin files."""
         from qat.families.mmdet3d.frames import PointFiles
 
-        return PointFiles(root, int(config["columns"]), int(config["load_dim"]), frames)
+        return PointFiles(root, config["columns"], int(config["load_dim"]), frames)
 
     def losses(
         self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], frames: int

@@ -139,7 +139,7 @@ class VoteNet(PointsFlow):
         """As `PointsFlow.clouds`: .bin files."""
         from qat.families.mmdet3d.frames import PointFiles
 
-        return PointFiles(root, self.columns, self.settings["load_dim"], count)
+        return PointFiles(root, range(self.columns), self.settings["load_dim"], count)
 
     def ops(self) -> Mapping[str, Any]:
         """The sampled cloud; the backbone's indices; the proposals'."""
