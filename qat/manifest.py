@@ -103,7 +103,7 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
         raise UserError(f"{path}: found schema {manifest.get('schema')!r}, expected {SCHEMA}; export again")
     if (found := manifest.get("format_of_parts", "onnx")) != format_of_parts:
         fix = {
-            "pt2": "those are for torch (docs/formats.md); export ONNX parts for an engine",
+            "pt2": "those are for torch (docs/export.md); export ONNX parts for an engine",
             "engine": "those are built (docs/engines.md); name the folder that they were built from",
         }.get(str(found), "export again")
         raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {fix}")
