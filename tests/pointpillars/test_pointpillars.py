@@ -145,7 +145,7 @@ def test_decoration_is_mmdet3ds(legacy, distance, offsets):
         "decoration": {
             "columns": 4,
             "cluster": offsets[0],
-            "centre": offsets[1],
+            "centre": 3 * offsets[1],
             "distance": distance,
             "legacy": legacy,
         },
@@ -311,7 +311,7 @@ def test_export_mmdet3d_int8_goes_through_the_same_stages(tmp_path, capsys):
         ('type="SECOND"', 'type="ResNet"', "backbone: found 'ResNet', expected SECOND; export it whole"),
         ('type="DeltaXYZWLHRBBoxCoder"', 'type="PGDBBoxCoder"', "found 'PGDBBoxCoder'"),
         ("upsample_strides=[1, 2, 4]", "upsample_strides=[1, 2, 2]", "upsample_strides"),
-        ("use_dim=4", "use_dim=[0, 1, 3]", "use_dim: found [0, 1, 3], expected the first columns"),
+        ("use_dim=4", "use_dim=[0, 1, 3]", "use_dim: found [0, 1, 3], expected columns"),
         ("voxel=True,", 'voxel=True, voxel_type="dynamic",', "voxel_type: found dynamic, expected hard"),
     ],
 )

@@ -325,7 +325,7 @@ def test_points_that_are_none_are_refused_or_left_out(network, cloud):
         ("in_channels=4", "in_channels=3", "in_channels of points with 4 columns: found 3"),
         ("num_classes=3", "num_classes=4", "num_classes of 3 names: found 4, expected 3"),
         ('pool_mod="max"', 'pool_mod="max", fps_mod=["F-FPS"]', "fps_mod: found ['F-FPS']"),
-        ("use_dim=[0, 1, 2]", "use_dim=[0, 2, 1]", "use_dim: found [0, 2, 1], expected the first columns"),
+        ("use_dim=[0, 1, 2]", "use_dim=[0, 2, 1]", "use_dim: found [0, 2, 1], expected columns"),
     ],
 )
 def test_what_the_family_cannot_take_is_named(tmp_path, before, after, words):
