@@ -118,3 +118,13 @@ def test_pooling_is_timed_beside_torch_and_the_naive_sum(monkeypatch, capsys, tm
 def test_pooling_needs_rounds(monkeypatch, capsys):
     assert run(monkeypatch, "pooling", "--rounds", 0) == 2
     assert says(capsys.readouterr().err, "error: --rounds: found 0", "expected at least 1")
+
+
+def test_mmdet3d_latency_prints_every_row(monkeypatch, capsys):
+    from lidar import POINTPILLARS, need_mmdet3d
+
+    need_mmdet3d()
+    assert run(monkeypatch, "mmdet3d_latency", POINTPILLARS, "--rounds", 1) == 0
+    printed = capsys.readouterr().out
+    rows = ("whole, PyTorch", "whole, FP32, openvino", "dense, FP32, onnxruntime", "dense, quantize_static, openvino")
+    assert all(row in printed for row in (*rows, "dense, ours, onnxruntime", "dense, plain QDQ, openvino"))

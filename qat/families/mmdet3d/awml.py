@@ -34,7 +34,9 @@ def translate(node: Any, source: str, path: str = "model") -> None:
     """
     if isinstance(node, dict):
         if node.get("y_axis_reference"):
-            raise UserError(f"{source}: {path}: y_axis_reference: found True, expected mmdet3d's boxes; set it to False")
+            raise UserError(
+                f"{source}: {path}: y_axis_reference: found True, expected mmdet3d's boxes; set it to False"
+            )
         for key in DROPPED:
             node.pop(key, None)
         kind = node.get("type")
@@ -58,7 +60,7 @@ def register() -> None:
     if "BackwardPillarFeatureNet" in MODELS:
         return
 
-    class BackwardPillarFeatureNet(PillarFeatureNet):  # type: ignore[misc]
+    class BackwardPillarFeatureNet(PillarFeatureNet):
         """As mmdet3d's `PillarFeatureNet` before it had the offset in z."""
 
         def __init__(self, in_channels: int = 4, with_voxel_center: bool = True, **kwargs: Any) -> None:

@@ -101,7 +101,9 @@ def pillar_settings(**more: Any) -> Any:
         columns=listed(number(0, 31, **COUNT), 3, 32),
         channels=number(1, 65536, **COUNT),
         voxel=_NUMBERS,
-        decoration=section(columns=number(3, 32, **COUNT), cluster=flag, centre=number(0, 3, **COUNT), distance=flag, legacy=flag),
+        decoration=section(
+            columns=number(3, 32, **COUNT), cluster=flag, centre=number(0, 3, **COUNT), distance=flag, legacy=flag
+        ),
         **more,
     )
 

@@ -19,7 +19,11 @@ from qat.families.mmdet3d.shared_family import Mmdet3dFamily
 from qat.lean.flavours import FLAVOURS
 
 ENCODERS = {"PillarFeatureNet": 3, "BackwardPillarFeatureNet": 2}  # columns of the offset to the pillar's centre
-SWEEPS = {"count": ("sweeps_num", 10), "pad_empty": ("pad_empty_sweeps", False), "remove_close": ("remove_close", False)}
+SWEEPS = {
+    "count": ("sweeps_num", 10),
+    "pad_empty": ("pad_empty_sweeps", False),
+    "remove_close": ("remove_close", False),
+}
 
 
 class PillarFamily(Mmdet3dFamily):

@@ -41,7 +41,9 @@ def decorate(voxels: np.ndarray, counts: np.ndarray, cells: np.ndarray, settings
     if shown := how["centre"]:
         # Python's floats, as in mmdet3d: only the products are float32.
         offsets = [np.float32(s / 2 + start) for s, start in zip(size, low, strict=True)]
-        middle = [cells[:, 2 - axis].astype(np.float32) * np.float32(size[axis]) + offsets[axis] for axis in range(shown)]
+        middle = [
+            cells[:, 2 - axis].astype(np.float32) * np.float32(size[axis]) + offsets[axis] for axis in range(shown)
+        ]
         centred = xyz[:, :, :shown] - np.stack(middle, -1)[:, None]
         if how["legacy"]:
             parts[0] = np.concatenate([centred, voxels[:, :, shown:]], -1)
