@@ -11,6 +11,7 @@ import pytest
 
 CONFIGS = Path(__file__).resolve().parent / "mmdet3d" / "configs"
 POINTPILLARS, CENTERPOINT = CONFIGS / "pointpillars_small.py", CONFIGS / "centerpoint_small.py"
+AWML = CONFIGS / "awml_small.py"
 
 
 def need_mmdet3d() -> None:
@@ -50,4 +51,12 @@ def changed_config(config: Path, folder: Path, before: str, after: str) -> Path:
     assert before in text
     path = folder / "config.py"
     path.write_text(text.replace(before, after))
+    return path
+
+
+def changed_awml(folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of AWML's config with changes, whose base is still found."""
+    path = changed_config(AWML, folder, "./centerpoint_small.py", str(CENTERPOINT))
+    for before, after in changes:
+        path = changed_config(path, folder, before, after)
     return path

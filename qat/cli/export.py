@@ -6,6 +6,7 @@ example:
   bevqat export --ckpt runs/ptq.pth --flavour onnxruntime          # INT8 into runs/onnx_int8_onnxruntime
   bevqat export --ckpt runs/ptq.pth --fp16                         # for a builder's FP16 flag, into runs/onnx_fp16
   bevqat export --ckpt runs/ptq.pth --flavour tensorrt-strong      # for TensorRT 10 and 11
+  bevqat export --ckpt runs/cp/ptq.pth --flavour tensorrt-strong --layout autoware      # CenterPoint's two files
   bevqat export --ckpt runs/ptq.pth --parts fuser head.bbox --out runs/two_parts
 
 A float checkpoint, and random weights to measure latency with:
@@ -100,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--io", choices=("fp32", "fp16"), default="fp32", help="type of inputs and outputs (tensorrt-strong)"
     )
+    parser.add_argument(
+        "--layout", choices=("autoware",), help="form that another runtime loads: autoware (CenterPoint over pillars)"
+    )
     add_config_flag(parser, when="default: the one inside or beside a float checkpoint; a PTQ checkpoint has its own")
     add_prefix_flag(parser)
     add_ema_flag(parser)
@@ -137,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
         args.parts_int8,
         args.reduce_range,
         args.io,
+        args.layout,
     )
     if args.format == "pt2":
         return _programs(args, source, options)

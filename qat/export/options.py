@@ -32,6 +32,7 @@ class ExportOptions:
     parts_int8: parts that the calibration left off, to quantize all the same.
     reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
     io: "fp16" for FP16 inputs and outputs of tensorrt-strong.
+    layout: the form of another runtime, of those that the family has (`Family.in_layout`); None for the family's own.
 
     Programs of torch.export (`qat.export.pt2`) have a precision and parts alone.
     """
@@ -45,6 +46,7 @@ class ExportOptions:
     parts_int8: Sequence[str] = ()
     reduce_range: bool = False
     io: str = "fp32"
+    layout: str | None = None
 
     @property
     def strong(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 
-from qat.core.files import atomic_directory
+from qat.core.files import atomic_directory, write_text
 from qat.core.progress import progress_bar
 from qat.engine import CPU_FLAVOURS
 from qat.export.flavour_tensorrt_strong import to_tensorrt_strong
@@ -26,7 +26,7 @@ from qat.export.verify import Verification
 from qat.lean.flavours import flavour_of
 from qat.lean.modes import qdq_tracing, quantizers_off, seven_bit_weights
 from qat.manifest_schema import GraphManifest, write_manifest
-from qat.model.runners import TorchPart, flow_for, torch_parts
+from qat.model.runners import TorchPart, flow_for, torch_parts, whose
 from qat.plan import BATCH, Plan
 from qat.runtime.axes import note_axes
 
@@ -61,9 +61,27 @@ def export_parts(
     """
     options = (options or ExportOptions()).settled(detector)
     detector.eval()
-    with quantizers_set(detector, options):
+    with in_layout(detector, options), quantizers_set(detector, options):
         head = manifest_head(flow_for(detector).settings, str(options.precision), origin or Origin())
         return _export(detector, Path(out), options, head, frames)
+
+
+@contextmanager
+def in_layout(detector: Any, options: ExportOptions) -> Iterator[None]:
+    """Inside the block the detector's parts are in the layout of the options."""
+    if options.layout is None:
+        yield
+        return
+    family, network = whose(detector)
+    kept = [(model, model.config) for model in {id(m): m for m in (detector, network)}.values()]
+    changed = family.in_layout(detector.config, options)
+    for model, _ in kept:
+        model.config = changed
+    try:
+        yield
+    finally:
+        for model, config in kept:
+            model.config = config
 
 
 @contextmanager
@@ -164,6 +182,8 @@ def _export(
                 **verification.check(name, graph, source, typed),
             }
         manifest["verification"] = verification.write(folder)
+        for file, text in whose(detector)[0].companions(manifest).items():
+            write_text(folder / file, text)
         write_manifest(folder, manifest, GraphManifest)
     return manifest
 

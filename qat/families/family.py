@@ -127,6 +127,24 @@ class Family(ABC):
     def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
         """The same of a config that a checkpoint holds; returns it, or what of it `prefix` asks for."""
 
+    def trained_with(self, config: Mapping[str, Any], meta: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """The config with what only a float checkpoint's `meta` tells."""
+        return config
+
+    def in_layout(self, config: Mapping[str, Any], options: Any) -> Mapping[str, Any]:
+        """The config with which a network's parts are in the form of another runtime. options: `ExportOptions` with its `layout`.
+
+        Raises:
+            UserError: the family has no such layout, or the runtime cannot load such a model.
+        """
+        raise UserError(
+            f"layout: found {options.layout!r}, expected none: the family {self.name} has one form; omit it"
+        )
+
+    def companions(self, manifest: Mapping[str, Any]) -> Mapping[str, str]:
+        """Text files that the runtime of a layout reads beside the parts, by name. manifest: of these parts."""
+        return {}
+
     @abstractmethod
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """The float network, randomly initialised; raises `UserError` as `load_config`."""

@@ -169,6 +169,8 @@ def _float(
     ema: bool,
     finite: bool,
 ) -> Model:
+    meta = checkpoint.get("meta")
+    config = family.trained_with(config, meta if isinstance(meta, Mapping) else {}, str(path))
     network = family.build(config)
     left_out = family.load_state(network, float_weights(checkpoint, path), str(path), prefix, finite)
     return Model(family, network.eval(), path=path, ema=ema, left_out=left_out)

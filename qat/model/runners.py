@@ -19,7 +19,7 @@ from qat.plan import Runner, run
 Model = Any  # a family's float network, or a `QuantizedModel` of one
 
 
-def _whose(model: Model) -> tuple[Family, Any]:
+def whose(model: Model) -> tuple[Family, Any]:
     """A model's family and its float network."""
     if isinstance(model, QuantizedModel):
         return model.family, model.network
@@ -28,18 +28,18 @@ def _whose(model: Model) -> tuple[Family, Any]:
 
 def flow_for(model: Model) -> Flow:
     """The host's side of a model, made once for its config."""
-    return kept_flow(model, _whose(model)[0])
+    return kept_flow(model, whose(model)[0])
 
 
 def torch_ops(model: Model) -> dict[str, Runner]:
     """A runner for each op of a model's plan on torch tensors."""
-    family, network = _whose(model)
+    family, network = whose(model)
     return dict(family.ops(network))
 
 
 def part_modules(model: Model) -> dict[str, PartModule]:
     """The parts in their order, in eval mode."""
-    family, network = _whose(model)
+    family, network = whose(model)
     cores: dict[str, Core]
     if isinstance(model, QuantizedModel):
         cores = {name: model.parts[part.scope] for name, part in model.plan.parts.items()}

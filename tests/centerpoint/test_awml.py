@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lidar import changed_config, cloud, need_mmdet3d, write_cloud
+from lidar import AWML, changed_awml, cloud, need_mmdet3d, write_cloud
 
 from qat.cli import main
 from qat.families.mmdet3d import pillars
@@ -17,20 +16,12 @@ from qat.model.opening import random_model, read_config
 
 need_mmdet3d()
 
-AWML = Path(__file__).resolve().parent / "configs" / "awml_small.py"
 BACKWARD = ('type="PillarFeatureNet"', 'type="BackwardPillarFeatureNet"')
 
 
 def settings_of(config):
     family, description = read_config(config)
     return family.settings(description)
-
-
-@pytest.fixture
-def config(tmp_path):
-    """A copy with an absolute base, so that it may be changed and moved."""
-    base = AWML.parents[2] / "mmdet3d" / "configs" / "centerpoint_small.py"
-    return changed_config(AWML, tmp_path, "../../mmdet3d/configs/centerpoint_small.py", str(base))
 
 
 def test_types_and_columns_are_understood():
@@ -47,15 +38,16 @@ def test_types_and_columns_are_understood():
 
 @pytest.mark.parametrize("features", [9, 10, 11])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_features_by_definition(config, tmp_path, features, legacy):
+def test_features_by_definition(tmp_path, features, legacy):
     """Each point's features, computed one by one."""
-    if features == 9:
-        config = changed_config(config, tmp_path, *BACKWARD)
-    if features == 11:
-        config = changed_config(config, tmp_path, "use_dim=[0, 1, 2, 4]", "use_dim=[0, 1, 2, 3, 4]")
-        config = changed_config(config, tmp_path, "in_channels=4", "in_channels=5")
+    changes = {
+        9: [BACKWARD],
+        10: [],
+        11: [("use_dim=[0, 1, 2, 4]", "use_dim=[0, 1, 2, 3, 4]"), ("in_channels=4", "in_channels=5")],
+    }[features]
     if legacy:
-        config = changed_config(config, tmp_path, "feat_channels=[32, 32]", "feat_channels=[32, 32], legacy=True")
+        changes = [*changes, ("feat_channels=[32, 32]", "feat_channels=[32, 32], legacy=True")]
+    config = changed_awml(tmp_path, *changes)
     settings = settings_of(config)
     own, axes = (5 if features == 11 else 4), (2 if features == 9 else 3)
     assert pillars.columns_of(settings["decoration"]) == features
@@ -77,11 +69,12 @@ def test_features_by_definition(config, tmp_path, features, legacy):
         assert not found[n, len(inside) :].any() and len(inside) and found.shape[2] == features == own + 3 + axes
 
 
-def test_the_encoder_is_what_mmdet3d_builds(config, tmp_path):
+def test_the_encoder_is_what_mmdet3d_builds(tmp_path):
     """The whole `BackwardPillarFeatureNet` of mmdet3d's registry, from raw voxels, equals our features through `encode`."""
     from qat.families.mmdet3d.ops.voxels import voxelize
 
-    network = random_model(changed_config(config, tmp_path, *BACKWARD), 0).network
+    config = changed_awml(tmp_path, BACKWARD)
+    network = random_model(config, 0).network
     settings = settings_of(config)
     voxel = settings["voxel"]
     points = cloud(columns=5)[:, settings["columns"]]
@@ -130,8 +123,8 @@ def test_calibrate_and_export_both_parts(tmp_path):
         ("use_dim=[0, 1, 2, 4]", "use_dim=[0, 1, 2, 5]", "use_dim: found [0, 1, 2, 5]"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_taken_is_named(config, tmp_path, capsys, before, after, words):
-    bad = changed_config(config, tmp_path, before, after)
+def test_what_cannot_be_taken_is_named(tmp_path, capsys, before, after, words):
+    bad = changed_awml(tmp_path, (before, after))
     assert main(["export", "--init", "random", "--config", str(bad), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 
 from qat.core.errors import UserError
-from qat.families.centerpoint.flow import MAPS, names_of
+from qat.families.centerpoint import autoware
+from qat.families.centerpoint.autoware import older
+from qat.families.centerpoint.flow import MAPS, OLDER, names_of
+from qat.families.family import PartModule
 from qat.families.mmdet3d.description import plain
+from qat.families.mmdet3d.model import MMDET3D, UNKNOWN, boxes_of
 from qat.families.mmdet3d.network import PillarNet
 from qat.families.mmdet3d.pillar_family import PillarFamily
 
@@ -22,6 +26,17 @@ class CenterPointNet(PillarNet):
         x = self._of("backbone")(spatial_features)
         x = self._of("neck")(x)
         return tuple(task[0][name] for task in self._of("bbox_head")(x) for name in MAPS if name in task[0])
+
+
+class OlderMaps(PartModule):
+    """Backbone, neck and head. Changed for tracing: `dim` and `rot` are in the convention from before mmdet3d 1.0 (`older`)."""
+
+    whole = False
+
+    def forward(self, spatial_features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As the core's, two maps turned."""
+        maps = dict(zip(self.outputs, self.core(spatial_features), strict=True))
+        return tuple(older(maps)[name] for name in self.outputs)
 
 
 class CenterPointFamily(PillarFamily):
@@ -63,6 +78,46 @@ class CenterPointFamily(PillarFamily):
             "bbox_coder": ours,
             "test_cfg": {key: _listed(test[key]) for key in kept if key in test},
         }
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """As `Family.settings`; `head.boxes` is the convention of the maps that its parts return."""
+        found = super().settings(config)
+        layout = {"layout": config["layout"]} if "layout" in config else {}
+        boxes = OLDER if layout or config.get("boxes") == OLDER else MMDET3D
+        return {**found, "head": {**found["head"], "boxes": boxes, **layout}}
+
+    def trained_with(self, config: Mapping[str, Any], meta: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """As `Family.trained_with`: the convention of the boxes that the head was trained with."""
+        return {**config, "boxes": boxes_of(meta)}
+
+    def random(self, config: Mapping[str, Any], seed: int) -> Any:
+        """As `Mmdet3dFamily.random`."""
+        return super().random({**config, "boxes": MMDET3D}, seed)
+
+    def in_layout(self, config: Mapping[str, Any], options: Any) -> Mapping[str, Any]:
+        """As `Family.in_layout`: Autoware's."""
+        if options.layout != autoware.LAYOUT:
+            raise UserError(f"layout: found {options.layout!r}, expected {autoware.LAYOUT}")
+        if config.get("boxes", UNKNOWN) == UNKNOWN:
+            raise UserError(
+                f"layout {autoware.LAYOUT}: found a checkpoint whose meta has neither mmengine_version nor mmdet3d_version, expected one: "
+                "whether its boxes are from before mmdet3d 1.0 decides what is turned; save it with "
+                "meta=dict(mmdet3d_version='1.4.0'), or '0.17.0'"
+            )
+        autoware.check(self.settings(config), options)
+        return {**config, "layout": options.layout}
+
+    def companions(self, manifest: Mapping[str, Any]) -> Mapping[str, str]:
+        """As `Family.companions`: Autoware's parameter files."""
+        return autoware.parameter_files(manifest) if "layout" in manifest["pipeline"]["head"] else {}
+
+    def parts(self, network: Any, cores: Mapping[str, Any]) -> dict[str, PartModule]:
+        """As `PillarFamily.parts`; in a layout the maps of a head that was trained with mmdet3d's boxes are turned."""
+        found = super().parts(network, cores)
+        config, last = network.config, "pts_backbone_neck_head"
+        if "layout" in config and config["boxes"] != OLDER:
+            found[last] = OlderMaps(cores[last], found[last].inputs, found[last].outputs)
+        return found
 
     def output_names(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """As `PillarFamily.output_names`, in Autoware's order."""

@@ -17,18 +17,23 @@ from qat.boxes.centerhead import decode, maps_from_tensors
 from qat.boxes.detections import Detections
 from qat.boxes.overlap import nms_rotated
 from qat.core.checks import either, flag, listed, null, number, section, text
+from qat.families.centerpoint import autoware
+from qat.families.centerpoint.autoware import Thresholds, older
 from qat.families.mmdet3d.lidar import PillarFlow, pillar_plan, pillar_settings
 from qat.plan import Plan
 
-MAPS = ("heatmap", "reg", "height", "dim", "rot", "vel")
+MAPS = tuple(autoware.MAPS)
+OLDER = "older"  # the convention of a head's boxes before mmdet3d 1.0, and Autoware's
 CONVENTION = "mmdet3d"
 HOT = 0.1  # heat above which a cell is an object's
 _HEAD = section(
+    optional={"layout": text},
     tasks=listed(listed(text, 1), 1),
     maps=listed(text, 1),
     channels=section(),
     stride=number(1, 1024, whole=True),
     norm_bbox=flag,
+    boxes=text,
     bbox_coder=section(
         optional={"score_threshold": number(0, 1)},
         max_num=number(1, 1e6, whole=True),
@@ -80,11 +85,29 @@ class CenterPoint(PillarFlow):
     def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
         """Boxes from the head's maps, whose rows are y."""
         head = self.settings["head"]
-        several = {
-            f"{name}_{task}": tensors[tensor].swapaxes(2, 3)
-            for tensor, task, name in names_of(len(head["tasks"]), head["maps"])
-        }
+        several = {}
+        for task in range(len(head["tasks"])):
+            maps = self.maps_of(tensors, task)
+            if head["boxes"] == OLDER:
+                maps = older(maps)
+            several.update({f"{name}_{task}": value.swapaxes(2, 3) for name, value in maps.items()})
         return decode(maps_from_tensors(several), head, suppress, CONVENTION)
+
+    def maps_of(self, tensors: Mapping[str, Any], task: int) -> dict[str, Any]:
+        """One task's maps by their names."""
+        head = self.settings["head"]
+        names = names_of(len(head["tasks"]), head["maps"])
+        return {name: tensors[tensor] for tensor, own, name in names if own == task}
+
+    def autoware_boxes(self, tensors: Mapping[str, np.ndarray], thresholds: Thresholds | None = None) -> Detections:
+        """Boxes as Autoware's node makes them of the same maps (`qat.families.centerpoint.autoware.decode`), of a head with one task.
+
+        thresholds: None for those of the parameter files that `bevqat export --layout autoware` writes.
+        """
+        maps = self.maps_of(tensors, 0)
+        if self.settings["head"]["boxes"] != OLDER:
+            maps = older(maps)
+        return autoware.decode(maps, self.settings, thresholds or Thresholds.of(self.settings))
 
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Which values of the maps lie in a cell whose heat, of any class of the task, is over HOT."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 CLASS_BIAS = -2.0  # of random weights: some scores pass the threshold, so that decoding and NMS have work
+MMDET3D, OLDER, UNKNOWN = "mmdet3d", "older", "unknown"  # boxes from mmdet3d 1.0 on, and before it
 _CLASS_LAYERS = ("conv_cls", "heatmap", "cls_conv", "conv_pred.conv_cls")
 
 
@@ -139,9 +140,22 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     checkpoint = load_checkpoint(path)
     fitted(model, checkpoint["state_dict"], str(path))
-    release = str((checkpoint.get("meta") or {}).get("mmdet3d_version", ""))
+    if boxes_of(checkpoint.get("meta") or {}) == OLDER:
+        note_older(str(path))
+
+
+def boxes_of(meta: Mapping[str, Any]) -> str:
+    """The convention of the boxes that a checkpoint was trained with, by its `meta`: MMDET3D, OLDER, or UNKNOWN. Runners of 1.x write
+    mmengine's release, those before it mmdet3d's."""
+    release = str(meta.get("mmdet3d_version", ""))
     if release.startswith("0."):
-        note(
-            f"{path}: trained with mmdet3d {release}: before 1.0 boxes were w, l, h with another yaw; its boxes come out turned "
-            "unless it was converted (tools/model_converters of mmdet3d)"
-        )
+        return OLDER
+    return MMDET3D if release or "mmengine_version" in meta else UNKNOWN
+
+
+def note_older(source: str) -> None:
+    """Warns of a checkpoint whose boxes are OLDER."""
+    note(
+        f"{source}: trained before mmdet3d 1.0, when boxes were w, l, h with another yaw: its boxes come out turned unless it was "
+        "converted (tools/model_converters of mmdet3d)"
+    )

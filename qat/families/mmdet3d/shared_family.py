@@ -41,6 +41,14 @@ class Mmdet3dFamily(Family):
         self.settings(config)
         return dict(config)
 
+    def trained_with(self, config: Mapping[str, Any], meta: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """As `Family.trained_with`: warns of boxes from before mmdet3d 1.0."""
+        from qat.families.mmdet3d.model import OLDER, boxes_of, note_older
+
+        if boxes_of(meta) == OLDER:
+            note_older(source)
+        return config
+
     def random(self, config: Mapping[str, Any], seed: int) -> Any:
         """mmdet3d's own initial values, class biases that let boxes through, and batch norms with the statistics of made-up clouds."""
         from qat.families.mmdet3d.model import draw

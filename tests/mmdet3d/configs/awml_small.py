@@ -1,5 +1,5 @@
 # As AWML's CenterPoint configs: their imports and types, one task, two encoder layers; x, y, z and time of two merged revolutions.
-_base_ = "../../mmdet3d/configs/centerpoint_small.py"
+_base_ = "./centerpoint_small.py"
 custom_imports = dict(
     imports=["projects.CenterPoint.models", "autoware_ml.detection3d.datasets.t4dataset"], allow_failed_imports=False
 )
