@@ -69,7 +69,7 @@ def _option_changes(old: object, new: object) -> list[str]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) or isinstance(after, dict):  # options of one backend: the rows show where it did not run
             found += [f"{key}: {change}" for change in _option_changes(before, after)]
-        elif before != after and (before or after):  # an option that was not recorded does not apply to that run's backends: off
+        elif before != after and (before or after):  # an option not recorded is off: it does not apply
             found.append(f"{key}: {before} then, {after} now")
     return found
 

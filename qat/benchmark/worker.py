@@ -186,7 +186,7 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """The process's memory."""
+        """The process's id."""
         return self._process.pid
 
     def described(self) -> Any:

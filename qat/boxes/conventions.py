@@ -9,8 +9,8 @@ All have x, y, z in metres, three sizes and a yaw, in the frame of the points; c
     autoware    length, width, height   middle  the heading (x, y and z of a ROS object's dimensions)
     depth       along x, y, z at yaw 0  bottom  from x towards y (mmdet3d's DepthInstance3DBoxes, of indoor data)
 
-"depth" and "mmdet3d" have the same columns in different frames: "depth" has x to the right and y forwards, "mmdet3d" x forwards and
-y to the left. `convert` does not change the frame, so boxes stay where their points are.
+"depth" and "mmdet3d" have the same columns in different frames: "depth" has x to the right and y forwards, "mmdet3d" x forwards
+and y to the left. `convert` does not change the frame, so boxes stay where their points are.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Detections:
     boxes: float32[K,9] of x, y, z (metres), three sizes (metres), yaw (radians), vx, vy (m/s), or [K,7] of a model without
     velocities; as `convention` has them (`qat.boxes.conventions`). BEVFusion's: z is the box's middle, then width, length, height;
     at yaw 0 the length lies along y, and the heading, anticlockwise from x, is −yaw − π/2.
-    BEVFusion calls z the bottom's and passes the annotated centre as z, so its head learns centre + h/2
+    BEVFusion calls z the bottom but passes the annotated centre as z, so its head learns centre + h/2
     and its decode subtracts h/2 again: the result, there and here, is the middle.
     scores: float32[K] in (0, 1). labels: int64[K] into the model's classes.
     """

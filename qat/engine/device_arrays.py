@@ -112,7 +112,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
         device: number of the GPU. writable: whether it is to be written.
 
     Raises:
-        UserError: neither protocol, on the host or another GPU according to DLPack, not contiguous, or read-only but to be written.
+        UserError: neither protocol, on the host or another GPU by DLPack, not contiguous, or read-only but to be written.
     """
     try:
         interface = getattr(value, "__cuda_array_interface__", None)
@@ -151,7 +151,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
 
 
 def check_place(array: DeviceArray, where: str, device: int) -> None:
-    """Raises `UserError` if an array's address is on the host or another GPU, which `__cuda_array_interface__` does not tell."""
+    """Raises `UserError` if an array is on the host or another GPU, which `__cuda_array_interface__` does not tell."""
     if 0 in array.shape:
         return
     try:

@@ -29,7 +29,7 @@ FLOAT_TYPE = {
 
 _making_core = threading.Lock()
 
-PASSES_VERSION = "1"  # version of the changes made to a graph before it is compiled; engines built with another version are not reused
+PASSES_VERSION = "1"  # of the changes to a graph before it is compiled; engines of another version are not reused
 
 
 @functools.cache
@@ -40,9 +40,9 @@ def _only_core() -> ov.Core:
 def _core() -> ov.Core:
     """The process's one `ov.Core`, which lives as long as the process.
 
-    On a processor with AMX, each Core's CPU plugin sets its own signal stack for the calling thread. A Core unmaps its stack when
-    it is destroyed; a later Core restores that unmapped stack when it is destroyed in turn. The next signal with a Python
-    handler, such as Ctrl-C, then ends the process with a segmentation fault (seen with OpenVINO 2026.4.1).
+    On a processor with AMX, each Core's CPU plugin sets its own signal stack for the calling thread. A Core unmaps its stack
+    when it is destroyed; a later Core restores that unmapped stack when it is destroyed in turn. The next signal with a
+    Python handler, such as Ctrl-C, then ends the process with a segmentation fault (seen with OpenVINO 2026.4.1).
     """
     with _making_core:  # the cache alone lets two threads make one each
         return _only_core()

@@ -150,7 +150,7 @@ def split_format(text: str) -> tuple[str, str]:
 
 
 def spread_formats(formats: tuple[str, ...], names: list[str], what: str) -> dict[str, str]:
-    """Each tensor's format: a single one applies to all, otherwise one for each in order. what: "input" or "output", for errors."""
+    """Each tensor's format: a single one for all, or one for each in order. what: "input" or "output", for errors."""
     if not formats:
         return {}
     if len(formats) not in (1, len(names)):

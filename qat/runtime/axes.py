@@ -2,8 +2,8 @@
 
     "inputs": {"tokens": {"dtype": "float32", "shape": ["N", 16], "axes": {"N": {"min": 1, "opt": 64, "max": 256}}}}
 
-They come from the plan (`qat.plan.Axis`). TensorRT's default optimization profiles follow from them, and engines refuse an input
-of another size. An axis that is not listed (a batch of any size) has no bounds.
+They come from the plan (`qat.plan.Axis`). TensorRT's default optimization profiles follow from them, and engines refuse an
+input of another size. An axis that is not listed (a batch of any size) has no bounds.
 """
 
 from __future__ import annotations

@@ -153,8 +153,8 @@ def build_engines(
         the folder and its manifest.
 
     Raises:
-        UserError: as `Pipeline.load` of the folder; bfloat16 is asked for where it says nothing; the backend cannot write
-            what it built; or `out` is something else.
+        UserError: like `Pipeline.load` of the folder; bfloat16 is requested but does not apply; the backend cannot write
+            what it built; or `out` exists and is something else.
     """
     folder = Path(folder)
     options = options or Options()

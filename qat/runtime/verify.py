@@ -92,7 +92,7 @@ def _verify_part(
     tokens: list[str],
     optimized: _Runner | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For each output: the frame nearest to its tolerance, and all frames; the last one also with the results of `optimized`."""
+    """For each output: the frame nearest to its tolerance, and all frames; the last one also with `optimized`'s results."""
     rows: dict[str, list[dict[str, Any]]] = {output: [] for output in part["verification"]}
     for index in summary.frames(name):
         feeds = summary.inputs(name, index)
