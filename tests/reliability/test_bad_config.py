@@ -71,7 +71,7 @@ VALUES = [
     (f"{HEAD}.bbox_coder.max_num", "all", "found 'all', expected a whole number"),
     (f"{HEAD}.test_cfg.nms_thr", float("nan"), "found nan, expected a number, 0 or more"),
     (f"{HEAD}.test_cfg.nms_type", "soft", "found 'soft', expected circle or rotate"),
-    (f"{HEAD}.tasks", 3, "found 3, expected a list of the classes' names"),
+    (f"{HEAD}.tasks", 3, "found 3, expected a list of class names"),
     (f"{HEAD}.common_heads.dim", 3, "found 3, expected [channels, convolutions]"),
     (f"{HEAD}.separate_head.final_kernel", 2, "found 2, expected an odd number"),
     ("object_classes", ["car", "car"], "expected a list of classes, each once"),

@@ -89,11 +89,11 @@ def test_yaml_that_stands_for_endless_values_is_refused_in_little_time(tmp_path,
     ("path", "value", "found"),
     [
         ("model.heads", 3, "model.heads: found 3, expected a section"),
-        ("model.heads.object.tasks", 5, "model.heads.object.tasks: found 5, expected a list of the classes"),
+        ("model.heads.object.tasks", 5, "model.heads.object.tasks: found 5, expected a list of class names"),
         (
             "model.heads.object.tasks.0",
             [3],
-            "model.heads.object.tasks: found [[3], ['pedestrian']], expected a list of the classes",
+            "model.heads.object.tasks: found [[3], ['pedestrian']], expected a list of class names",
         ),
         ("model.heads.object.common_heads.dim", [], "common_heads.dim: found [], expected [channels, convolutions]"),
         ("model.encoders.camera.vtransform.feature_size", [0, 12], "found [0, 12], expected 2 whole numbers from 1"),
