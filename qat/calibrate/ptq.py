@@ -29,7 +29,8 @@ FEW_FRAMES = 3  # channels are not equalized on fewer: a channel that is small o
 @dataclass
 class CalibrationReport:
     """Calibration's report. macs: multiply-accumulates of all layers and products of activations, for
-    one frame, by `part.path`; int8: the layers with INT8 weights that are on; unexcited: quantizers whose tensor was always zero."""
+    one frame, by `part.path`; int8: the layers with INT8 weights that are on; unexcited: quantizers whose tensor was always
+    zero."""
 
     frames: int = 0
     macs: dict[str, int] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from qat.core.errors import one_line
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """rich's method ends the process with status 1, which would mean that checks failed; the command line sets the status."""
+        """rich's method ends the process with status 1, which would mean that checks failed; the verb sets the status."""
         raise
 
 

@@ -46,9 +46,9 @@ def read_points(path: Path, load_dim: int) -> np.ndarray:
     """A lidar file, float32[M,5].
 
     Raises:
-        UserError: no such file; another format, by its first bytes; not a whole number of points; values that are not coordinates
-            (another type, or another number per point); mostly NaN or infinity. (Single points with NaN, which lidars return
-            without an echo, are left out.)
+        UserError: no such file; another format, by its first bytes; not a whole number of points; values that are not
+            coordinates (another type, or another number per point); mostly NaN or infinity. (Single points with NaN, which
+            lidars return without an echo, are left out.)
     """
     try:
         content = path.read_bytes()

@@ -452,7 +452,7 @@ class NuScenesWriter:
             raise UserError(f"{name}: found an earlier scene with this name, expected another name")
         if is_predefined_split(_check_name(split, f"{name}: split")):
             raise UserError(
-                f"{name}: split: found {split!r}, one of nuScenes' splits, which the devkit ties to nuScenes' scenes; expected another "
+                f"{name}: split: found {split!r}, one of nuScenes' splits, tied to its scenes by the devkit; expected another "
                 "name"
             )
         log = {"vehicle": vehicle, "date_captured": date, "location": location}

@@ -53,7 +53,7 @@ from qat.export.intermediates import tensor_types
 from qat.export.lookups import constants, opset_of
 
 PRECISIONS = ("fp32", "fp16", "int8")
-QDQ_OPSET = 19  # the first in which Q/DQ take FP16
+QDQ_OPSET = 19  # the first opset whose Q/DQ accept FP16
 ROUNDING_DB = 10 * math.log10(3 * 2**22 * 1.5 / math.log(2))
 ALLOWANCE_DB = 15.0
 
@@ -76,7 +76,7 @@ def tolerance_db(precision: str, roundings: int = 0, quantization_db: float | No
 
 
 def _store_weights(model: onnx.ModelProto, opset: int) -> list[dict[str, Any]]:
-    """w ─► Q ─► DQ becomes an s8 initializer ─► DQ; returns whose channels got another scale."""
+    """w ─► Q ─► DQ becomes an s8 initializer ─► DQ; returns the weights with channels whose scale changed."""
     graph = model.graph
     known = constants(graph)
     raised = []
@@ -87,7 +87,7 @@ def _store_weights(model: onnx.ModelProto, opset: int) -> list[dict[str, Any]]:
         scale = known.get(quantize.input[1])
         if zero is None or scale is None or zero.dtype != np.int8 or zero.any():
             raise UserError(
-                f"{node_name(quantize)}: found another zero point than 0 in s8 or a computed scale, "
+                f"{node_name(quantize)}: found a zero point other than 0 in s8 or a computed scale, "
                 "expected the tensorrt flavour"
             )
         weight = known.get(quantize.input[0])
@@ -150,13 +150,13 @@ def to_tensorrt_strong(
     keep_io: bool = True,
     geometry: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The `tensorrt-strong` flavour of a `tensorrt`-flavoured graph; the argument is left as it is.
+    """The `tensorrt-strong` flavour of a `tensorrt`-flavoured graph; the argument is not changed.
 
     Args:
         model: FP32-typed; for "int8" with symmetric s8 Q/DQ or, as a part that stays float, without; else without.
         precision: "fp32" writes no other types than there are; "fp16"; "int8" FP16 outside the Q/DQ pairs.
-        feeds: for each frame the graph's inputs in FP32, on which it is seen what FP16 does not hold.
-        opset: None leaves the graph's own, for "int8" 19.
+        feeds: for each frame the graph's inputs in FP32, used to find values that FP16 does not hold.
+        opset: None keeps the graph's, or 19 for "int8".
         keep_io: whether inputs and outputs stay FP32 in an FP16 or INT8 graph.
         geometry: as in `qat.export.fp16.to_fp16`.
 
@@ -166,7 +166,7 @@ def to_tensorrt_strong(
         `coarsened`, and the `largest` scale of these before.
 
     Raises:
-        UserError: an unknown precision, Q/DQ in a graph that is to be without, another flavour, an opset out of reach.
+        UserError: an unknown precision, Q/DQ in a graph that must have none, another flavour, an opset out of range.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")

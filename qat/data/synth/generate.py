@@ -80,7 +80,7 @@ class SynthOptions:
         for name in splits:
             if is_predefined_split(name):
                 raise UserError(
-                    f"--splits: {name!r} is one of nuScenes' splits, which the devkit ties to nuScenes' scenes; choose another name"
+                    f"--splits: {name!r} is one of nuScenes' splits, which the devkit ties to its scenes; choose another name"
                 )
         if sum(splits.values()) != self.scenes:
             raise UserError(f"--splits: counts add up to {sum(splits.values())}, expected --scenes {self.scenes}")
