@@ -67,7 +67,9 @@ def _option_changes(old: object, new: object) -> list[str]:
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) or isinstance(after, dict):  # options of one backend: the rows show where it did not run
+        if isinstance(before, dict) or isinstance(
+            after, dict
+        ):  # options of one backend: the rows show where it did not run
             found += [f"{key}: {change}" for change in _option_changes(before, after)]
         elif before != after and (before or after):  # an option not recorded is off: it does not apply
             found.append(f"{key}: {before} then, {after} now")

@@ -95,7 +95,9 @@ class _Row:
             self.pipeline.forward(frame.sample)
         total = (time.perf_counter() - begin) * 1e3
         stages = dict(self.pipeline.timing_ms)
-        if "depth" in stages and "preprocess" in stages:  # preprocessing draws the depth map: its time is counted separately
+        if (
+            "depth" in stages and "preprocess" in stages
+        ):  # preprocessing draws the depth map: its time is counted separately
             stages["preprocess"] -= stages["depth"]
         transfer = {n: float(getattr(part, "transfer_ms", 0.0)) for n, part in self.pipeline.parts.items()}
         return {WHOLE: total, **stages}, {WHOLE: sum(transfer.values()), **transfer}
@@ -142,9 +144,7 @@ def stored_mb(file: Path) -> float:
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Runs in the process: makes its object, then calls the requested methods until it receives a stop."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent receives the signal too, and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives the signal too, and ends this process
     target: Any = None
     try:
         target = make(*arguments)

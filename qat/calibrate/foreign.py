@@ -413,7 +413,9 @@ def import_checkpoint(
     quantized, model, report = load_foreign_file(path, checkpoint, family, settings, prefix)
     recipe = {"method": "imported", "imported": {"file": path.name, "sha256": sha256(path), "prefix": prefix}}
     recipe["made"] = {"import-ptq": made_by()}
-    budget = (out.with_suffix(f".budget.{kind}") for kind in ("json", "png"))  # file of an earlier checkpoint with this name
+    budget = (
+        out.with_suffix(f".budget.{kind}") for kind in ("json", "png")
+    )  # file of an earlier checkpoint with this name
     with atomic_set(out, *budget) as stage:
         save_ptq(stage / out.name, quantized, model, recipe)
     return report

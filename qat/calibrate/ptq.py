@@ -23,7 +23,9 @@ from qat.model.quantized import QuantizedModel
 from qat.model.runners import to_numpy, torch_feeds, torch_runners
 from qat.plan import run
 
-FEW_FRAMES = 3  # channels are not equalized on fewer: a channel that is small on one or two frames may be large on the next
+FEW_FRAMES = (
+    3  # channels are not equalized on fewer: a channel that is small on one or two frames may be large on the next
+)
 
 
 @dataclass

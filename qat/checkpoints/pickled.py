@@ -186,7 +186,9 @@ def _read_legacy(path: Path) -> Any:
     if data[:1] != pickle.PROTO or InertUnpickler(stream, _no_persistent).load() != LEGACY_MAGIC:
         raise Damaged("the first bytes are not a checkpoint's")
     if InertUnpickler(stream, _no_persistent).load() != LEGACY_PROTOCOL:
-        raise Damaged("another format than torch's")  # the message does not say which: printing a file's contents may never end
+        raise Damaged(
+            "another format than torch's"
+        )  # the message does not say which: printing a file's contents may never end
     system = InertUnpickler(stream, _no_persistent).load()
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Damaged("tensors of a big-endian machine")

@@ -17,7 +17,13 @@ from qat.core.console import note
 from qat.core.errors import UserError
 from qat.core.kinds import kind_of_file
 
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # other tools' keys for what we call state_dict
+STATE_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+)  # other tools' keys for what we call state_dict
 # What belongs to a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
 # `….input_quantizer._amax`; a network's own "quantizer" (a codebook, say) has other names under it.
 QUANTIZER_STATE = (

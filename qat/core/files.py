@@ -45,7 +45,10 @@ def flush(paths: Iterable[str | os.PathLike[str]]) -> None:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync, such as that of pipes
+            if error.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+            ):  # a file system that cannot sync, such as that of pipes
                 raise
         finally:
             os.close(descriptor)
@@ -84,7 +87,11 @@ def is_inside(folder: str | os.PathLike[str], name: object) -> bool:
         return False
     try:
         return (Path(folder) / str(name)).resolve().is_relative_to(Path(folder).resolve())
-    except (OSError, ValueError, RuntimeError):  # a name that is too long or has an invalid encoding, or a cycle of links
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # a name that is too long or has an invalid encoding, or a cycle of links
         return False
 
 
@@ -97,7 +104,9 @@ def _told(target: Path) -> Iterator[None]:
         if error.errno not in _PLACE:
             raise
         raise _refusal(target, error) from None
-    except RuntimeError:  # native code that opens the file; torch writes through Python's files (qat.checkpoints.reading)
+    except (
+        RuntimeError
+    ):  # native code that opens the file; torch writes through Python's files (qat.checkpoints.reading)
         try:
             full = shutil.disk_usage(target.parent).free < _ALMOST_FULL
         except OSError:

@@ -44,7 +44,9 @@ def diagnose(folder: Path, error: Exception) -> UserError:
         except OSError as fault:
             return UserError(f"{path}: cannot be read: {fault.strerror}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "token" in row for row in rows):
-            return UserError(f"{path}: found something other than records with tokens, expected a list of them; {FETCH}")
+            return UserError(
+                f"{path}: found something other than records with tokens, expected a list of them; {FETCH}"
+            )
     if isinstance(error, KeyError) and error.args:
         why = f"found nothing for {str(error.args[0])[:80]!r}, which a record refers to or requires"
     else:

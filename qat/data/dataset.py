@@ -62,7 +62,9 @@ class _Tables(NuScenes):
                     row["filename"] = name.replace("\\", "/")
         if table_name == "map":
             self._maps = rows
-            return [row for row in rows if (Path(self.dataroot) / row["filename"]).is_file()]  # the devkit opens every map
+            return [
+                row for row in rows if (Path(self.dataroot) / row["filename"]).is_file()
+            ]  # the devkit opens every map
         return rows
 
     def __make_reverse_index__(self, verbose: bool) -> None:

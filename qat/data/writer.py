@@ -400,7 +400,9 @@ class NuScenesWriter:
         if boxes_in not in ("global", "ego", "lidar"):
             raise UserError(f"boxes_in: found {boxes_in!r}, expected global, ego or lidar")
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise UserError(f"{self.root}: found an existing folder or file, expected none; remove it or choose another")
+            raise UserError(
+                f"{self.root}: found an existing folder or file, expected none; remove it or choose another"
+            )
         self.boxes_in, self.check_overlap = boxes_in, check_overlap
         self._scenes: list[tuple[SceneWriter, str]] = []
         self._stack = ExitStack()

@@ -157,8 +157,6 @@ def _mmdet3d() -> Finding:
     except ImportError:  # no mmcv: the extra's line reports it
         compiled = False
     operators = (
-        "mmcv's compiled operators"
-        if compiled
-        else "operators in numba and torch instead of mmcv's compiled ones"
+        "mmcv's compiled operators" if compiled else "operators in numba and torch instead of mmcv's compiled ones"
     )
     return Finding(EXTRAS, "mmdet3d", OK, f"{version}, {operators}", "")

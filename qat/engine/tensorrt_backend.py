@@ -215,7 +215,9 @@ class TensorRtEngine(Engine):
             return
         for name in self.inputs:
             self._check_profile(name, shapes[name])
-        self._shapes = None  # if one of several shapes is refused, the context has neither the old shapes nor the new ones
+        self._shapes = (
+            None  # if one of several shapes is refused, the context has neither the old shapes nor the new ones
+        )
         for name, spec in self.inputs.items():
             if None in spec.shape and not self._context.set_input_shape(name, shapes[name]):
                 raise UserError(

@@ -26,7 +26,9 @@ from qat.lean.quantizer import U8_COARSE, Quantizer
 from qat.lean.trace import FIXED_BATCH, trace
 from qat.plan import Part, Plan, axes_at
 
-Background = Literal["corrected", "absorbed"]  # the depth map's background, in corrections of biases or absorbed in the biases
+Background = Literal[
+    "corrected", "absorbed"
+]  # the depth map's background, in corrections of biases or absorbed in the biases
 
 
 class _Taken(Exception):

@@ -145,7 +145,9 @@ class Pipeline:
         self._need_boxes()
         with self._timed("decode"):
             outputs = {name: tensors[name] for name in self.flow.plan.outputs}
-            with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite are reported below, in one line
+            with np.errstate(
+                invalid="ignore", over="ignore"
+            ):  # values that are not finite are reported below, in one line
                 # A sum is finite if all its terms are, unless it overflows float32.
                 finite = all(np.isfinite(values.sum()) or np.isfinite(values).all() for values in outputs.values())
             if not finite:

@@ -245,7 +245,9 @@ def load_config(path: str | Path, branch: Branch | None = None) -> Config:
     if branch is None:
         config = resolve(config, str(path))
     else:
-        with suppress(UserError):  # outside the branch, any value is allowed; inside it, check_config reports unresolved ones
+        with suppress(
+            UserError
+        ):  # outside the branch, any value is allowed; inside it, check_config reports unresolved ones
             config = resolve(config, str(path))
     check_config(config, str(path), branch)
     return camera_branch(config) if branch == "camera" else config

@@ -188,7 +188,9 @@ class _Transform(Options):
     zbound: Bound
     dbound: Bound
     downsample: Literal[1, 2] = 1
-    bevfusion_count: Literal[None, True, False] = None  # this project's key: count cells as BEVFusion does, for its checkpoints
+    bevfusion_count: Literal[None, True, False] = (
+        None  # this project's key: count cells as BEVFusion does, for its checkpoints
+    )
 
 
 class LSSTransform(_Transform):
@@ -372,9 +374,7 @@ class Decoder(Section):
     neck: Annotated[LSSFPN | SECONDFPN, Field(discriminator="type")]
 
 
-TAKE_OUT = (
-    "--prefix encoders.camera (calibrate, export-camera) takes the camera branch out of a camera+lidar model"
-)
+TAKE_OUT = "--prefix encoders.camera (calibrate, export-camera) takes the camera branch out of a camera+lidar model"
 
 
 class OnlyCamera(Encoders):
@@ -402,9 +402,7 @@ class DetectorConfig(CameraConfig):
 # ---- data.test.pipeline ----
 _NOT_AUGMENTED = "test data is not augmented"
 NotAugmented = Annotated[bool | None, Expected(f"false: {_NOT_AUGMENTED}", test=lambda value: not value)]
-NotUsed = Annotated[
-    bool | None, Expected("false: this option is not supported", test=lambda value: not value)
-]
+NotUsed = Annotated[bool | None, Expected("false: this option is not supported", test=lambda value: not value)]
 Columns = Annotated[
     Any,
     Expected(

@@ -74,7 +74,9 @@ def check_features(config: CameraConfig, channels: Sequence[int], strides: Seque
     else:
         outcomes = {s / up for s, up in zip(strides, neck.upsample_strides, strict=False)}
         if len(outcomes) != 1 or len(neck.upsample_strides) != len(strides):
-            raise wrong(f"{where}.upsample_strides", f"one for each map, so that strides {list(strides)} become one stride")
+            raise wrong(
+                f"{where}.upsample_strides", f"one for each map, so that strides {list(strides)} become one stride"
+            )
         stride = outcomes.pop()
     transform = config.model.encoders.camera.vtransform
     if [size * stride for size in transform.feature_size] != transform.image_size:

@@ -20,7 +20,7 @@ WHOLE = "export it whole, with export-mmdet3d"
 
 
 def _only(found: Any, expected: tuple[Any, ...], where: str) -> None:
-    """Raises `UserError` for a value that the split form does not have."""
+    """Raises `UserError` for a value that the split form does not support."""
     if found not in expected:
         raise UserError(f"{where}: found {found!r}, expected {' or '.join(map(repr, expected))}; {WHOLE}")
 
