@@ -38,8 +38,8 @@ def memory_mb(name: str) -> float | None:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What a row runs. name: for messages. folder: exported parts, or engines. options: of engines, what is to differ from what
-    was noted with them."""
+    """A row to run. name: for messages. folder: exported parts, or engines. options: for engines, those that differ from the
+    stored ones."""
 
     name: str
     folder: Path

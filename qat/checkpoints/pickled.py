@@ -143,9 +143,9 @@ def is_plainly_saved(path: Path) -> bool:
     """Whether `torch.load(weights_only=True)` is safe for a file from elsewhere: a zip file as torch.save writes it, in which
     no name is too long.
 
-    It unpacks compressed entries of any size, takes for a folder's what is marked as one (and then gives memory that nothing was
-    read into), and words what it refuses with regular expressions whose time grows with the
-    square of the name refused (torch 2.13: 5 s for one of 70,000 characters). The older format it reads no better than
+    torch.load unpacks compressed entries of any size, treats entries marked as folders as such (and then returns uninitialised
+    memory), and builds its error messages with regular expressions whose time grows with the square of the refused
+    name's length (torch 2.13: 5 s for 70,000 characters). It reads the older format no better than
     `read_pickled`.
     """
     try:

@@ -24,7 +24,7 @@ STATE_KEYS = (
     "module",
     "net",
 )  # other tools' keys for what we call state_dict
-# What belongs to a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
+# Entries of a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
 # `….input_quantizer._amax`; a network's own "quantizer" (a codebook, say) has other names under it.
 QUANTIZER_STATE = (
     "_amax",

@@ -17,7 +17,7 @@ codes that are another than r's own may be NOISE times what that noise makes, an
 of an output the root mean square, NOISE times that of the noise.
 
 A segment's input codes are a patch of the real tensor's, a few thousand with all of its channels, repeated over
-the whole tensor: real values at a few kilobytes. Of what comes out, PLACES values are kept, one from each of as many equal
+the whole tensor: real values at a few kilobytes. Of the results, PLACES values are kept, one from each of as many equal
 stretches of the tensor, and of CANDIDATES in a stretch the first that is not clipped: a clipped one says little.
 """
 

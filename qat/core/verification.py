@@ -189,7 +189,7 @@ def _value_places(size: int, count: int) -> np.ndarray:
 
 
 def store(reference: np.ndarray, tolerance: float, outputs: int = 1) -> dict[str, np.ndarray]:
-    """What is kept of one of a part's `outputs`: `whole`, or `some` of its values at places that follow from its size.
+    """The stored form of one of a part's `outputs`: `whole`, or `some` of its values, at places that depend on its size.
 
     In half precision if that is closer to the reference than `tolerance` (dB) by ENOUGH_DB, so that it costs 0.05 dB of the
     tolerance; otherwise in float32.

@@ -219,7 +219,7 @@ def boxes_of(
 
 
 def check_annotated(dataset: NuScenesDataset) -> None:
-    """Raises `UserError` where no keyframe has an annotated object of a class that the detector knows: nothing could be
+    """Raises `UserError` if no keyframe has an annotated object of the detector's classes: nothing could be
     scored."""
     nusc, others = dataset.nusc, set()
     for token in dataset.tokens:
@@ -284,11 +284,11 @@ class NuScenesDataset(Sequence[Sample]):
         return len(self.tokens)
 
     def check_annotated(self) -> None:
-        """As the function."""
+        """See the function `check_annotated`."""
         check_annotated(self)
 
     def share(self, rank: int, processes: int, whole_scenes: bool = False) -> list[str]:
-        """The tokens of one process of `count`: every count-th frame, or scene."""
+        """The tokens of one of several processes: every `processes`-th frame, or scene."""
         scenes = list(dict.fromkeys(self.scene_of(token) for token in self.tokens))[rank::processes]
         return [t for t in self.tokens if self.scene_of(t) in scenes] if whole_scenes else self.tokens[rank::processes]
 
@@ -305,7 +305,7 @@ class NuScenesDataset(Sequence[Sample]):
         return (self.load(token) for token in self.tokens)
 
     def load(self, token: str) -> Sample:
-        """One keyframe by its token, as the network takes it."""
+        """One keyframe by its token, as the network's input."""
         return prepare(self.read(token), self.pipeline)
 
     def read(self, token: str) -> Keyframe:

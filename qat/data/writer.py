@@ -254,7 +254,7 @@ class SceneWriter:
 
     def _add_points(self, time: int, points: np.ndarray, pose: np.ndarray, frame: int, key: bool) -> None:
         name, path = self._file(LIDAR, time, key, ".pcd.bin")
-        path.write_bytes(points.tobytes())  # tofile's error on a full disk does not say what the system said
+        path.write_bytes(points.tobytes())  # tofile's error on a full disk lacks the system's message
         self._tables.add_data(LIDAR, time, frame, name, pose, is_key=key)
 
     def _add_image(

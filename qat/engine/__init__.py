@@ -168,7 +168,7 @@ def load(built_file: str | Path, backend: str, precision: str, options: Options 
     (`qat.runtime.load_engines` reads them). The engine cache is neither read nor written.
 
     Args:
-        built_file: what `Engine.save` wrote.
+        built_file: written by `Engine.save`.
         backend: a key of `BACKENDS`.
         precision: as it was built for.
         options: threads, pinning and spinning, which belong to the process and not to the file; bfloat16 as it was built

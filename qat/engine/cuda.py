@@ -207,7 +207,7 @@ class Event:
 
 
 class Graph:
-    """What was enqueued on a stream during `capture`, to be launched as one.
+    """The work enqueued on a stream during `capture`, launched as one.
 
     Raises:
         CudaError: something that was enqueued cannot be part of a graph.

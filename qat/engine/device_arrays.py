@@ -120,7 +120,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
         RuntimeError,
         TypeError,
         KeyError,
-    ) as error:  # torch, of a tensor that requires grad or of its own type
+    ) as error:  # torch, for a tensor that requires grad or has a special type
         raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
     fix = "copy it to the GPU first"
     if interface is not None:
@@ -178,12 +178,12 @@ def take(
     """`read`, and checks dtype, shape and place.
 
     Args:
-        spec: what it has to be.
-        where, stream, device, writable: as `read`.
+        spec: the expected dtype and shape.
+        where, stream, device, writable: as in `read`.
         alignment: of its address, in bytes.
 
     Raises:
-        UserError: as `read` and `check_place`; or of another dtype or shape, or at another address.
+        UserError: like `read` and `check_place`; or another dtype, shape or alignment.
     """
     array = read(value, where, stream, device, writable)
     if not spec.accepts_shape(array.dtype, array.shape):

@@ -98,7 +98,7 @@ def provider_options(
         cache: the folder of built engines, where TensorRT's timing cache lies too: it spares a second build most of the
             measurements. None for no cache.
         quantized: whether the graph has Q/DQ. A part of an int8 folder that stays float has none, and TensorRT's INT8 flag
-            would want a calibration of it.
+            would require calibrating it.
     """
     cuda = (CUDA, {"device_id": "0", "use_tf32": "0"})
     if device == CPU:
@@ -272,7 +272,7 @@ class DeviceRun:
 
     @property
     def pinned(self) -> bool:
-        """Whether all inputs of the latest run went through page-locked host memory, which a GPU fetches by itself at full
+        """Whether all inputs of the latest run went through page-locked host memory, which a GPU reads directly at full
         speed; it needs the package cuda-bindings."""
         return bool(self._host) and all(host is not None for host in self._host.values())
 
@@ -343,7 +343,7 @@ class OnnxRuntimeEngine(Engine):
         self._bound = None if device == CPU else DeviceRun(self._session, self.inputs, self.outputs)
 
     def _settings(self) -> ort.SessionOptions:
-        """For a session over the built file, or over the source where there is none."""
+        """Arguments of a session over the built file, or over the source if there is none."""
         settings = session_options(self._options)
         if self._built is not None and self._device == CPU:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -410,7 +410,7 @@ class OnnxRuntimeEngine(Engine):
         overwrites them.
 
         Raises:
-            UserError: as `run`, or the engine runs on the CPU.
+            UserError: like `run`; or the engine runs on the CPU.
         """
         if self._bound is None:
             raise UserError(f"{self.source}: found an engine on the CPU, expected one on a GPU")

@@ -344,7 +344,7 @@ class TensorRtEngine(Engine):
                 arrays must live until it is done. None for the engine's own: this call then waits.
 
         Returns:
-            the arrays of `outputs`; or, of its own buffers, objects with `__cuda_array_interface__`.
+            the arrays of `outputs`; or, for the engine's buffers, objects with `__cuda_array_interface__`.
 
         Raises:
             UserError: an array is missing, unknown, on the host or another GPU, not contiguous, of another dtype or shape,

@@ -454,7 +454,7 @@ def sidecar_path(plan: Path) -> Path:
 
 
 def read_facts(plan: Path, sha: str | None = None) -> PlanFacts | None:
-    """The sidecar of a plan; None where there is none, or where it is of other bytes (a plan of that name built elsewhere).
+    """The sidecar of a plan; None if there is none, or if it belongs to another plan (one of that name built elsewhere).
 
     Raises:
         UserError: a damaged sidecar.

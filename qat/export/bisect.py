@@ -1,8 +1,8 @@
 """Finds the first layer at which a graph and its PyTorch module diverge.
 
 Tensors inside a graph are matched with module calls by the scopes in node names. torch's TorchScript exporter names a node
-after the calls that it was traced in, `/backbone/layer1/layer1.0/conv1/Conv`: of each module, the end of its path from
-the last component that is no number on. Calls whose scopes come out the same are numbered in their order (`relu`,
+after the calls that it was traced in, `/backbone/layer1/layer1.0/conv1/Conv`: for each module, the end of its path from
+the last component that is not a number. Calls with the same scope are numbered in order (`relu`,
 `relu_1`, …). The same names are made here from a run of the module (`_Calls`), and matched where an operator and a shape
 agree; functional operations between modules, and what onnxsim renamed, stay without a match.
 

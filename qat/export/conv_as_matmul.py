@@ -76,7 +76,7 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
                 "Transpose",
                 [node.input[0]],
                 [f"{stem}_nhwc"],
-                # Not in the layer's scope: by the last transpose there `qat.export.bisect` knows the layer's result.
+                # Outside the layer's scope: `qat.export.bisect` finds the layer's result by the last transpose there.
                 name=f"{node.name.replace('/', '_')}_nhwc",
                 perm=[0, *range(2, dims + 2), 1],
             ),

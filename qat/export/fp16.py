@@ -16,12 +16,12 @@ A node is either FP16 or FP32. A node stays FP32
   tensor's energy. Below 2⁻¹⁴ the error is absolute, up to 2⁻²⁵, and up to there all is flushed to zero. A tensor underflows
   when those small values lose more than 2⁻²² of its energy, that is, more than rounding may cost a tensor without them:
       Σ_{|x|<2⁻¹⁴} (x − fp16(x))² > 2⁻²² Σ x².
-  So a tensor whose values are mostly flushed underflows, and the tail of a softmax beside its peak does not;
+  So a tensor whose values are mostly flushed underflows, and the tail of a softmax next to its peak does not;
 - for its constants, by the same two rules;
 - for the scale of a Q/DQ pair: below 2⁻¹⁷ half of FP16's spacing (2⁻²⁵) is more than 2⁻⁸ of the scale, half an INT8 step on
   the largest value; above 65504/128 what it dequantizes may overflow, and what reads that stays FP32 too.
 
-What overflows inside an operator (a sum) is not seen here; TensorRT sums in FP32 in its convolutions and products.
+Overflows inside an operator (a sum) are not detected; TensorRT sums in FP32 in its convolutions and products.
 
 Why not `onnxruntime.transformers.float16.convert_float_to_float16`, which is well kept and does the types (1.31.1): between
 two nodes on its block list the tensor goes through FP16, so an overflow kept in FP32 overflows in the cast after it; a
@@ -151,7 +151,7 @@ def store_constants(graph: onnx.GraphProto) -> None:
 
 
 class _Plan:
-    """Which nodes stay FP32, and why."""
+    """Chooses the nodes that stay FP32, with reasons."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph

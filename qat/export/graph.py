@@ -41,7 +41,7 @@ def trace(
     first input's, "views" (the cameras of all samples). varying: other dimensions that may, by input or output: {place: name}.
 
     Raises:
-        UserError: the exporter does not know an operator, or the graph is beyond the 2 GB that an ONNX file may have.
+        UserError: the exporter does not support an operator, or the graph exceeds the 2 GB limit of an ONNX file.
     """
     buffer = io.BytesIO()
     axes: dict[str, dict[int, str]] = {name: dict(places) for name, places in (varying or {}).items()}

@@ -22,7 +22,7 @@ class ExportOptions:
     """Export options; flags of `bevqat export` have the same names.
 
     precision: "int8" writes Q/DQ pairs at the network's quantizers; "fp32" none; "fp16" the same graph as "fp32", for a builder
-        that is told by a flag to run it in FP16. None for INT8 of a quantized network and FP32 of a float one.
+        with an FP16 flag. None for INT8 of a quantized network and FP32 of a float one.
     flavour: "tensorrt" for symmetric s8 Q/DQ on float weights; "tensorrt-strong" for strongly typed networks, with precision in
         the graph's types (`qat.export.flavour_tensorrt_strong`); "onnxruntime" and "openvino" for what these fuse on a CPU, INT8
         only (`qat.lean.flavours`).

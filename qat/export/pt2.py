@@ -2,7 +2,7 @@
 
 A program holds its own weights and runs without this package: `torch.export.load(file).module()(*inputs)`. An INT8 one
 has torch's own fake-quantize operators, with the ranges as buffers named `…_amax`: what calibration chose can be read
-from it, and torch's compilers find the operators that they know.
+from it, and torch's compilers find operators that they support.
 """
 
 from __future__ import annotations

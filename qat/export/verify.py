@@ -179,7 +179,7 @@ class Verification:
             frames: real ones; a generated one is added.
             seed: of the generated frame; of a batch of them, of the first.
             batches: samples in an input: that of the file, or one that a graph for any number is traced with, and others
-                that it is verified with too, on generated frames. A real frame fills its batch by itself.
+                that it is verified with too, on generated frames. A real frame fills its batch alone.
 
         Raises:
             UserError: a frame does not fit the parts.

@@ -201,7 +201,7 @@ def open_float(source: Source) -> Model:
     """Opens a float network: a checkpoint's, or one with random weights.
 
     Raises:
-        UserError: as `open_model`; it is a quantized checkpoint.
+        UserError: like `open_model`; or it is a quantized checkpoint.
     """
     if source.checkpoint is None:
         return random_model(source.checked_config(), source.seed, source.prefix)

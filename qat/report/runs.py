@@ -74,8 +74,8 @@ def _told_apart(rows: Sequence[Row], key: str) -> float:
 def compare_runs(a: Results, b: Results) -> RunsVerdict:
     """Decides which of two runs' shipped rows is better.
 
-    Better is what gains accuracy (more mAP or NDS than `_told_apart`, and none of the other lost) or speed (5 %) and gives up
-    neither. Where one is faster and the other more accurate, the faster is taken as long as it loses no more than a verdict
+    A row is better if it gains accuracy (more mAP or NDS than `_told_apart`, and none of the other lost) or speed (5 %), and
+    loses neither. Where one is faster and the other more accurate, the faster is taken as long as it loses no more than a verdict
     accepts.
     """
     same_data, same_machine, warnings = _warnings(a, b)

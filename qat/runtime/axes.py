@@ -90,7 +90,7 @@ def options_of_part(part: Mapping[str, Any], options: Options, path: str | Path)
     """The options with the profiles of this part's inputs: those that were given, and by default those of its axes.
 
     Raises:
-        UserError: as `axes_of`.
+        UserError: like `axes_of`.
     """
     inputs = part.get("inputs")
     given = {p.input: p for p in options.tensorrt.profiles if not isinstance(inputs, dict) or p.input in inputs}

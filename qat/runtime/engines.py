@@ -208,7 +208,7 @@ def engine_section(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """How the engines of a folder were built.
 
     Args:
-        manifest: as `load_manifest` gave it.
+        manifest: from `load_manifest`.
 
     Raises:
         UserError: it has no such section, or a damaged one.

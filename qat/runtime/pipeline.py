@@ -115,7 +115,7 @@ class Pipeline:
             raw: the arguments of the family's `prepare`; for BEVFusion images, points and a `Calibration`.
 
         Raises:
-            UserError: as `prepare`; or the parts are of a model without boxes.
+            UserError: like `prepare`; or the parts belong to a model without boxes.
         """
         self._need_boxes()
         self.timing_ms = {}

@@ -182,7 +182,7 @@ def shade(
 ) -> np.ndarray:
     """Colours the camera's rays and passes them through its response.
 
-    directions: float32[H*W,3] in the street frame; hit, distance: what `Caster.nearest` returned for them;
+    directions: float32[H*W,3] in the street frame; hit, distance: results of `Caster.nearest` for them;
     colours, materials: per triangle. Returns uint8[H,W,3], sRGB-like.
     """
     image = np.empty((len(directions), 3), np.float32)

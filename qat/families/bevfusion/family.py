@@ -45,7 +45,7 @@ METHODS = {
 
 
 class BEVFusionFamily(Family):
-    """Camera detectors in BEVFusion's config schema and with its state-dict names, and their camera branch by itself."""
+    """Camera detectors with BEVFusion's config schema and state-dict names, and camera branches alone."""
 
     name = "bevfusion"
     loss_weights = WEIGHTS
