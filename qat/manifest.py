@@ -1,6 +1,6 @@
-"""manifest.json: what a folder of exported parts says about itself, read by hand-written checks, as a robot has no pydantic.
+"""Reads manifest.json, the description of a folder of exported parts, with hand-written checks: a robot has no pydantic.
 
-What qat.export writes is `qat.manifest_schema`; tests/export/test_manifest_schema.py holds that they agree.
+qat.export writes it by `qat.manifest_schema`; tests/export/test_manifest_schema.py checks that the two agree.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ FILE = "manifest.json"
 
 
 def check_inside(path: str | Path, name: object) -> None:
-    """Raises `UserError` where a file's name in a manifest is none, or leads out of the manifest's folder, by itself or through
-    a link.
+    """Raises `UserError` if a manifest's entry is not a file name, or leads out of the manifest's folder, directly or through a
+    link.
 
     Args:
         path: the manifest.
@@ -30,13 +30,13 @@ def check_inside(path: str | Path, name: object) -> None:
 
 
 def check_kind(path: Path, values: object, key: str, kind: type, fix: str, where: str = "") -> Any:
-    """The value of a key in a section of a manifest.
+    """Returns the value of a key in a section of a manifest.
 
     Args:
-        where: the section, for the message; "" for the manifest itself.
+        where: the section's name in the message; "" for the manifest itself.
 
     Raises:
-        UserError: the section is no section, or has no such key, or a value of another kind there.
+        UserError: `values` is not a section, or the key is missing or has a value of another type.
     """
     value = values.get(key) if isinstance(values, dict) else None
     if not isinstance(value, kind):
@@ -47,10 +47,10 @@ def check_kind(path: Path, values: object, key: str, kind: type, fix: str, where
 
 
 def pipeline_of(folder: str | Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The `pipeline` section of a manifest that `load_manifest` gave (which reads a folder without one too: parts alone).
+    """The `pipeline` section of a manifest from `load_manifest`, which also reads folders that have only parts.
 
     Raises:
-        UserError: it has none.
+        UserError: the manifest has no such section.
     """
     fix = _again(manifest)
     section: dict[str, Any] = check_kind(Path(folder) / FILE, manifest, "pipeline", dict, fix)
@@ -62,7 +62,7 @@ def _again(manifest: Mapping[str, Any]) -> str:
 
 
 def _check_shape(path: Path, manifest: dict[str, Any], fix: str) -> None:
-    """Raises `UserError` where what everybody reads is missing or of another kind, as in a file that was cut or edited."""
+    """Raises `UserError` if a section that every reader needs is missing or has another type (a truncated or edited file)."""
     check_kind(path, manifest, "precision", str, fix)
     if manifest.get("format_of_parts") != "pt2":
         check_kind(path, manifest, "flavour", str, fix)
@@ -80,16 +80,16 @@ def _check_shape(path: Path, manifest: dict[str, Any], fix: str) -> None:
 
 
 def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts: str = "onnx") -> dict[str, Any]:
-    """Reads a folder's manifest, whose sections are those that everybody reads, and, unless told not to, checks each file that
-    it lists against its recorded sha256.
+    """Reads a folder's manifest and checks the sections that every reader needs.
 
     Args:
-        format_of_parts: "onnx", "pt2" for programs of torch.export, or "engine" for built engines. A manifest that does not
-            say is of ONNX parts.
+        check_files: also compare each listed file with its recorded sha256.
+        format_of_parts: "onnx", "pt2" (torch.export programs) or "engine" (built engines). A manifest without this key
+            describes ONNX parts.
 
     Raises:
-        UserError: no manifest, another format or schema, a damaged one, other parts, a file outside the folder, or one that is
-            missing or was changed.
+        UserError: the manifest is missing, damaged, or has another format, schema or format of parts; a file is missing,
+            changed, or outside the folder.
     """
     folder = Path(folder)
     restore(folder)
@@ -104,7 +104,7 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
     if (found := manifest.get("format_of_parts", "onnx")) != format_of_parts:
         fix = {
             "pt2": "those are for torch (docs/export.md); export ONNX parts for an engine",
-            "engine": "those are built (docs/engines.md); name the folder that they were built from",
+            "engine": "those are built (docs/engines.md); give the folder that they were built from",
         }.get(str(found), "export again")
         raise UserError(f"{folder}: found parts of format {found}, expected {format_of_parts}: {fix}")
     again = _again(manifest)
@@ -121,12 +121,12 @@ def load_manifest(folder: str | Path, check_files: bool = True, format_of_parts:
             if (found := sha256(file)) != part["sha256"]:
                 raise UserError(
                     f"{file}: found sha256 {found[:12]}…, expected {part['sha256'][:12]}… as in {FILE}: "
-                    f"the file was changed after it was written; {again}"
+                    f"the file changed after it was written; {again}"
                 )
     return manifest
 
 
-# What `bevqat verify` reads.
+# The sections that `bevqat verify` reads.
 _SHAPE = listed(either(text, number(-1, 1 << 40, whole=True)), 0, 32)
 _TENSORS = mapped(section(dtype=text, shape=_SHAPE))
 _VERIFICATION = section(
@@ -160,7 +160,7 @@ _VERIFIED_PART = section(
 
 
 def check_verification(path: str | Path, manifest: Mapping[str, Any], fix: str) -> None:
-    """Raises `UserError` where what `bevqat verify` reads of a manifest is missing or does not fit together."""
+    """Raises `UserError` if a section that `bevqat verify` reads is missing, or sections do not fit each other."""
     try:
         about = manifest.get("verification")
         _VERIFICATION(about, "verification")

@@ -1,4 +1,5 @@
-"""manifest.json as pydantic models: what qat.export writes. Engine, runtime and verify read it without them (`qat.manifest`)."""
+"""pydantic models of the manifest.json that qat.export writes. Engine, runtime and verify read it without pydantic
+(`qat.manifest`)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ class Axis(Section):
 
 
 class Tensor(Section):
-    """An input or output; a text in its shape is an axis that varies."""
+    """An input or output. A text in its shape names an axis that varies."""
 
     dtype: Text
     shape: Annotated[list[Text | Annotated[int, whole(-1, 1 << 40)]], Field(max_length=32)]
@@ -34,7 +35,7 @@ class Tensor(Section):
 
 
 class Tolerances(Section):
-    """Of each frame, the least SQNR beside the simulation, and beside the float network or null where that is not asked."""
+    """For each frame: the least SQNR against the simulation, and against the float network (null if not checked)."""
 
     tolerance_db: list[Decibels]
     float_tolerance_db: list[Decibels | None] | None = None
@@ -45,7 +46,7 @@ class Verified(Section):
 
 
 class Pair(Section):
-    """One quantizer: its tensor, scales and zero points as they are in the file."""
+    """One quantizer: its tensor, and the scales and zero points in the file."""
 
     tensor: Text
     node: Text
@@ -63,7 +64,7 @@ class Sites(Section):
 
 
 class Part(Section):
-    """Of every format."""
+    """The fields of a part in every format."""
 
     file: File
     sha256: Text
@@ -89,7 +90,7 @@ class Checkpoint(Section):
 
 
 class Verification(Section):
-    """What the folder's verification.npz holds: of each part, the numbers of its stored frames."""
+    """Contents of the folder's verification.npz. stored: the indices of each part's stored frames."""
 
     frames: list[Text]
     seed: Annotated[int, whole(0, 1 << 62)]
@@ -101,7 +102,7 @@ class Verification(Section):
 
 
 class Manifest(Section):
-    """Of programs of torch.export (`format_of_parts` "pt2"), and what every other has too."""
+    """The fields of every manifest; for torch.export programs (`format_of_parts` "pt2") these are all."""
 
     format: Literal[FORMAT]  # type: ignore[valid-type]
     schema_: Literal[SCHEMA] = Field(alias="schema")  # type: ignore[valid-type]
@@ -118,7 +119,7 @@ class Manifest(Section):
 
 
 class GraphManifest(Manifest):
-    """Of ONNX files."""
+    """The manifest of ONNX files."""
 
     flavour: Text
     types: Text
@@ -147,6 +148,6 @@ class GraphManifest(Manifest):
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], model: type[Manifest]) -> None:
-    """Writes manifest.json. What does not fit its model is an error in this program, which no folder is left of."""
+    """Writes manifest.json. A manifest that does not fit its model is a bug in this program; then the folder is not kept."""
     validated(model, manifest, str(folder / FILE), fix="please report this", index="[{}]")
     write_json(folder / FILE, manifest)

@@ -1,7 +1,7 @@
 """A model's plan as data: its tensors, and the steps between them in order. No torch.
 
-A step is a *part*, a graph that is exported and built by itself, or an *op*, which the host computes between the parts (BEV
-pooling, voxelizing, a memory's update). `run` walks the steps; what computes a step is a runner, and every stage plugs in its own:
+A step is a *part*, a graph that is exported and built separately, or an *op*, which the host computes between the parts (BEV
+pooling, voxelizing, a memory's update). `run` walks the steps. A runner computes a step, and every stage plugs in its runners:
 PyTorch in float, with fake quantization or recording statistics, an ONNX file, a built engine.
 
     plan = flow.plan
@@ -25,7 +25,7 @@ Runner = Callable[[dict[str, Any]], Mapping[str, Any]]
 class Axis:
     """Sizes of an axis that varies: the smallest, the usual and the largest (None: any).
 
-    The manifest notes them; an engine is built for the usual one and refuses what lies outside.
+    The manifest records them; an engine is built for the usual size and refuses sizes outside the bounds.
     """
 
     least: int = 1
@@ -46,9 +46,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Tensor:
-    """shape: sizes; the name of an axis that varies (BATCH, or one of `Plan.axes`); None where only the part before it decides.
+    """shape: sizes; the name of an axis that varies (BATCH, or one of `Plan.axes`); None if only the preceding part decides it.
 
-    exact: coordinates, whose small differences count: they, and what is computed from them alone, are not rounded to FP16.
+    exact: coordinates, whose small differences matter: they, and tensors computed only from them, are not rounded to FP16.
     """
 
     shape: tuple[int | str | None, ...]
@@ -56,7 +56,7 @@ class Tensor:
     exact: bool = False
 
     def sizes(self, axes: Mapping[str, int]) -> tuple[int, ...] | None:
-        """The shape for these sizes of the axes that vary; None where it is not known."""
+        """The shape for these sizes of the axes that vary; None if it is not known."""
         found = [axes[n] if isinstance(n, str) else n for n in self.shape]
         return None if None in found else tuple(n for n in found if n is not None)
 
@@ -65,7 +65,7 @@ class Tensor:
 class Part:
     """A graph. inputs: its input's name → the tensor that goes in. outputs: its outputs, which are tensors of the same name.
 
-    scope: how the paths of its quantizers begin in a PTQ checkpoint.
+    scope: prefix of the paths of its quantizers in a PTQ checkpoint.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Plan:
         for step in self.steps:
             for name in taken_by(step):
                 if name not in known:
-                    raise ValueError(f"plan: {step.name} takes {name!r}, which no step before it computes")
+                    raise ValueError(f"plan: {step.name} reads {name!r}, which no earlier step computes")
             known |= set(step.outputs)
         labels = [name for group in (*self.reported.values(), *self.judged.values()) for name in group]
         for name in (*self.outputs, *self.state, *labels):
@@ -131,12 +131,12 @@ class Plan:
 
     @property
     def part_inputs(self) -> set[str]:
-        """The tensors that the parts take."""
+        """The tensors that the parts read."""
         return {name for part in self.parts.values() for name in part.inputs.values()}
 
     @property
     def frame_inputs(self) -> tuple[str, ...]:
-        """A frame's inputs: all but the state's."""
+        """A frame's inputs: all except the state's."""
         return tuple(name for name in self.inputs if name not in self.state.values())
 
     def between(self, start: str | None = None, until: str | None = None) -> tuple[Step, ...]:
@@ -147,7 +147,7 @@ class Plan:
         return self.steps[first:last]
 
     def needed_from(self, start: str) -> set[str]:
-        """The tensors that `start` and later steps take and do not compute themselves."""
+        """The tensors that `start` and later steps read but do not compute."""
         steps = self.between(start)
         computed: set[str] = set()
         needed: set[str] = set()
@@ -158,17 +158,17 @@ class Plan:
 
     @property
     def geometry(self) -> tuple[Op, ...]:
-        """Ops that read only a frame's inputs, and only those that no part reads: their results do not depend on the parts' runners."""
+        """Ops that read only inputs of a frame that no part reads: their results do not depend on the parts' runners."""
         own = set(self.frame_inputs) - self.part_inputs
         return tuple(step for step in self.steps if isinstance(step, Op) and set(step.inputs) <= own)
 
     def is_raw(self, part: Part) -> bool:
-        """Whether a part takes nothing but the plan's inputs."""
+        """Whether a part reads only the plan's inputs."""
         return set(taken_by(part)) <= set(self.inputs)
 
 
 def taken_by(step: Step) -> tuple[str, ...]:
-    """The tensors that a step takes."""
+    """The tensors that a step reads."""
     return tuple(step.inputs.values()) if isinstance(step, Part) else step.inputs
 
 
@@ -185,12 +185,12 @@ def run(
 
     Args:
         runners: for each step, a function from its inputs (of a part, by the part's names for them) to its outputs.
-        feeds: the plan's inputs, or with `start` what the steps from there on take.
+        feeds: the plan's inputs, or with `start` the tensors that the steps from there on read.
         start, until: the first and the last step to run. done: steps to leave out, whose outputs are among `feeds`.
         timed: a context for each step, by its name.
 
     Returns:
-        `feeds` and every tensor that was computed, by name.
+        `feeds` and every computed tensor, by name.
     """
     found = dict(feeds)
     for step in plan.between(start, until):

@@ -14,7 +14,7 @@ from qat.benchmark.statistics import ratio_interval
 from qat.core.errors import UserError
 from qat.core.files import read_json
 
-THRESHOLD = 0.03  # what two runs of one thing on an idle machine may differ by
+THRESHOLD = 0.03  # the difference allowed between two runs of the same thing on an idle machine
 _SAME = ("cpu", "cores", "threads", "governor", "thread_variables", "os")
 
 
@@ -61,21 +61,23 @@ def load_results(path: Path) -> Results:
 
 
 def _option_changes(old: object, new: object) -> list[str]:
-    """Options that differ between the engines of two runs, in words; empty if one run recorded none."""
+    """Texts about options that differ between the engines of two runs; empty if one run recorded no options."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return []
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) or isinstance(after, dict):  # a backend's own: the rows show where it did not run
+        if isinstance(before, dict) or isinstance(
+            after, dict
+        ):  # options of one backend: the rows show where it did not run
             found += [f"{key}: {change}" for change in _option_changes(before, after)]
-        elif before != after and (before or after):  # what is not noted says nothing to that run's backends: off
+        elif before != after and (before or after):  # an option not recorded is off: it does not apply
             found.append(f"{key}: {before} then, {after} now")
     return found
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Other differences between two runs, in words: the machine, the versions, the inputs, the options, the files."""
+    """Texts about other differences between two runs: machine, versions, inputs, options, files."""
     found = []
     a, b = old["machine"], new["machine"]
     for key in _SAME:
@@ -109,8 +111,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def compare_results(old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = THRESHOLD) -> list[Change]:
-    """Every section that both runs have, by row. It changed beyond the noise where the whole 95 % interval of the ratio lies
-    more than `threshold` away from 1.
+    """Compares every section that both runs have, by row. A section changed beyond the noise if the whole 95 % interval of
+    the ratio lies more than `threshold` away from 1.
 
     Raises:
         UserError: the threshold is negative.
@@ -122,7 +124,7 @@ def compare_results(old: Mapping[str, Any], new: Mapping[str, Any], threshold: f
     for row in new["rows"]:
         for name, section in row["sections"].items():
             earlier = before.get(row["name"], {}).get(name)
-            # A pattern that is known costs microseconds: its ratio says nothing.
+            # Looking up a known pattern takes microseconds: its ratio is meaningless.
             if earlier is None or min(s["latency_ms"]["median"] for s in (earlier, section)) < 1e-2:
                 continue
             ratio, low, high = ratio_interval(earlier["rounds_ms"], section["rounds_ms"])
@@ -133,7 +135,7 @@ def compare_results(old: Mapping[str, Any], new: Mapping[str, Any], threshold: f
 
 
 def print_changes(old: Mapping[str, Any], new: Mapping[str, Any], source: Path, threshold: float = THRESHOLD) -> None:
-    """Prints what changed, and what else may be the reason."""
+    """Prints what changed, and other differences that may be the reason."""
     from qat.benchmark.table import console
 
     changes = compare_results(old, new, threshold)

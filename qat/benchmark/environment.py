@@ -10,7 +10,7 @@ from typing import Any
 from qat.core.machine import cpu_flags, machine_facts, read_text
 from qat.core.versions import versions
 
-# What decides how fast integers and floats are multiplied; the other flags say nothing about it.
+# The CPU flags that decide how fast integers and floats are multiplied.
 FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512", "amx", "asimd", "fphp", "i8mm", "bf16", "sve")
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "TBB_NUM_THREADS",
@@ -24,7 +24,7 @@ _SYSTEM = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
 def _nvidia_smi(*query: str) -> list[list[str]]:
-    """Lines of nvidia-smi's CSV; none where there is no such program or no GPU."""
+    """Lines of nvidia-smi's CSV output; empty without nvidia-smi or a GPU."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *query, "--format=csv,noheader,nounits"],  # noqa: S607  # wherever the driver has put it
@@ -51,7 +51,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def gpu_memory_mb(pid: int | None) -> float | None:
-    """GPU memory of a process, by nvidia-smi; None where that does not list it (in a container it may not)."""
+    """GPU memory of a process, by nvidia-smi; None if nvidia-smi does not list the process (it may not in a container)."""
     lines = _nvidia_smi("--query-compute-apps=pid,used_memory")
     held = [
         value
@@ -64,12 +64,12 @@ def gpu_memory_mb(pid: int | None) -> float | None:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run in the last minute, on average; None where the system does not report it."""
+    """Load average of the last minute; None if the system does not report it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Everything but the load, which changes while the benchmark runs. threads: 0 for one on each core."""
+    """Everything except the load, which changes while the benchmark runs. threads: 0 for one on each core."""
     flags = cpu_flags()
     most = read_text(_SYSTEM / "scaling_max_freq")
     facts = machine_facts(threads) | {

@@ -1,4 +1,4 @@
-"""Which exported folder runs on which backend."""
+"""Decides which exported folder runs on which backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qat.runtime.engines import FORMAT_OF_PARTS, engine_section, is_engines
 
 @dataclass(frozen=True)
 class Planned:
-    """A planned row: a folder on a backend. name: of the row, unlike any other's."""
+    """A planned row: a folder on a backend. name: the row's unique name."""
 
     name: str
     folder: Path
@@ -24,12 +24,12 @@ class Planned:
 
     @property
     def precision(self) -> str:
-        """Of the folder."""
+        """The folder's precision."""
         return _precision(self.manifest)
 
     @property
     def flavour(self) -> str:
-        """Of the folder."""
+        """The folder's flavour."""
         return str(self.manifest["flavour"])
 
     @property
@@ -59,10 +59,10 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def asked_backends(folders: Sequence[Path], backends: Sequence[str] | None) -> list[str]:
-    """The backends of a benchmark, in their order.
+    """The backends of a benchmark, in order.
 
     Args:
-        backends: None for those that every machine has, and those that engines among the folders were built for.
+        backends: None for those that every machine has, plus the backends of folders with built engines.
 
     Raises:
         UserError: a backend is unknown, or a folder of engines is damaged.
@@ -78,19 +78,19 @@ def asked_backends(folders: Sequence[Path], backends: Sequence[str] | None) -> l
 
 
 def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[Planned], list[dict[str, str]]]:
-    """Every folder on every backend that can run it.
+    """Plans a row for every folder on every backend that can run it.
 
     Graphs of a CPU flavour run on its one backend; where a backend's own flavour of a precision is among the folders, others
     of that precision are left out there, as nobody would ship them; built engines run where they were built for.
 
     Args:
-        backends: as `asked_backends` takes them.
+        backends: as in `asked_backends`.
 
     Returns:
-        the rows, and {"name", "why"} of what was left out.
+        the rows, and {"name", "why"} for each row that was left out.
 
     Raises:
-        UserError: a folder is incomplete or was changed, a backend is unknown, or nothing is left to run.
+        UserError: a folder is incomplete or was changed, a backend is unknown, or no row can run.
     """
     if not folders:
         raise UserError("--onnx: found none, expected at least one folder that export-camera wrote")
@@ -117,7 +117,7 @@ def plan(folders: Sequence[Path], backends: Sequence[str] | None) -> tuple[list[
 
 
 def _name(place: int, chosen: Sequence[tuple[Path, str, dict[str, Any]]]) -> str:
-    """Backend and precision, and whatever else distinguishes the row from the others."""
+    """Backend and precision, and what else distinguishes the row from the others."""
 
     def names(entry: tuple[Path, str, dict[str, Any]]) -> list[str]:
         folder, backend, manifest = entry

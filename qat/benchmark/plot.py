@@ -11,7 +11,7 @@ from qat.report.charts import ticks
 
 WIDTH, LEFT, RIGHT, TOP, BAR, GAP = 960, 236, 168, 56, 26, 14
 INK, SOFT, GRID = "#16202c", "#586575", "#e3e8ed"
-# Blue for what runs in engines, orange and grey for what runs beside them; neighbours differ in lightness too.
+# Blue for stages in engines, orange and grey for other stages; neighbours differ in lightness too.
 ENGINES = ("#2f6690", "#7fb2d9", "#4b8bbe", "#a9cfe8")
 HOST = ("#b8bec6", "#8a94a0", "#6b3f12", "#e07b16", "#f2b877", "#c9a06b")
 _FONT = "font-family=\"system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif\""
@@ -32,11 +32,11 @@ def _colours(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[st
 
 def draw(results: Mapping[str, Any]) -> str:
     """The picture: medians of the stages one after the other, the whole's median as a number, its 99th percentile as a
-    whisker. Where stages do not fill the whole's median, the rest is what lies between them."""
+    whisker. If the stages add up to less than the whole's median, the rest is time between them."""
     rows = results["rows"]
     wholes = [row["sections"][WHOLE]["latency_ms"] for row in rows]
     longest = max(whole["median"] for whole in wholes)
-    # What is too thin to see, as the look-up of a known pattern is, gets no entry in the legend.
+    # A stage too short to see, such as the look-up of a known pattern, gets no entry in the legend.
     names = dict.fromkeys(name for row in rows for name in row["sections"] if name not in (WHOLE, REBUILD))
     stages = [name for name in names if any(_median(row, name) > 1e-3 * longest for row in rows)]
     colours = _colours(rows, list(names))

@@ -88,7 +88,7 @@ class _Row:
 def _start(
     planned: Sequence[Planned], options: BenchmarkOptions, skipped: list[dict[str, str]], done: Done
 ) -> list[_Row]:
-    """Builds and warms up each row, one after the other; those that a backend refuses are left out, and told."""
+    """Builds and warms up each row, one after the other; rows that a backend refuses are left out and reported."""
     rows: list[_Row] = []
     inputs: dict[str, list[Any]] = {}
     try:
@@ -120,7 +120,7 @@ def _stop(rows: Sequence[_Row]) -> None:
 
 
 def _measure(rows: Sequence[_Row], options: BenchmarkOptions, done: Done) -> None:
-    """In each round every row has one turn, in an order that is turned by one place a round."""
+    """Gives every row one turn in each round; the order rotates by one place each round."""
     for turn in range(options.rounds):
         for row in turned(rows, turn):
             row.turns.append(row.worker.ask("turn", turn, options.repeats))
@@ -132,7 +132,7 @@ def _measure(rows: Sequence[_Row], options: BenchmarkOptions, done: Done) -> Non
 
 
 def _times(row: _Row) -> dict[str, list[list[float]]]:
-    """Milliseconds of each section, by round, in the order in which a frame goes through them."""
+    """Milliseconds of each section, by round, in the order of a frame's path."""
     sections = {name: [[t[name] for t in turn["times"]] for turn in row.turns] for name in row.turns[0]["times"][0]}
     if REBUILD in row.turns[0]:
         sections[REBUILD] = [[turn[REBUILD]] for turn in row.turns]
@@ -179,7 +179,7 @@ def _result_row(row: _Row, options: Options) -> dict[str, Any]:
 
 
 def _add_speedups(rows: Sequence[dict[str, Any]]) -> None:
-    """Over FP32 of the same backend, and over the fastest FP32 row, section by section."""
+    """Speedups over FP32 on the same backend, and over the fastest FP32 row, section by section."""
     for row in rows:
         for name, section in row["sections"].items():
             floats = [r for r in rows if r["precision"] == "fp32" and name in r["sections"]]
@@ -194,7 +194,7 @@ def _add_speedups(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def csv_text(results: Results) -> str:
-    """A line for each row's sections, with the figures of benchmark.json as they are there."""
+    """A line for each row's section, with the figures of benchmark.json."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, CSV_FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -225,7 +225,7 @@ def benchmark(options: BenchmarkOptions) -> Results:
     """Measures every row and writes OUT/benchmark.json, .csv and .svg, each whole, after the last round.
 
     Raises:
-        UserError: anything wrong with the folders, the data or the flags, or no row that a backend takes.
+        UserError: the folders, the data or the flags are wrong, or no backend accepts any row.
     """
     _check(options)
     planned, skipped = plan(options.folders, options.backends)

@@ -1,4 +1,4 @@
-"""Figures out of samples that were taken round by round."""
+"""Statistics of samples that were taken round by round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Rounds = Sequence[Sequence[float]]  # milliseconds, by round
 
 
 def summary(rounds: Rounds) -> dict[str, Any]:
-    """median, p90, p99, mean and number of samples, and the outliers among them, which all of these count.
+    """median, p90, p99, mean and number of samples, all with outliers included, and the outliers among them.
 
     An outlier is slower than the median by more than OUTLIER standard deviations, these estimated by 1.4826·MAD (the median
     absolute deviation, which for a normal distribution is that share of σ; outliers do not move it) and taken as at least 1 % of
@@ -36,8 +36,8 @@ def summary(rounds: Rounds) -> dict[str, Any]:
 def ratio_interval(old: Rounds, new: Rounds, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Median of `new` over median of `old`, with its 95 % bootstrap interval.
 
-    Whole rounds are drawn, with replacement and from each run by itself: samples of one round are taken within a moment and
-    share what slowed the machine in it.
+    Whole rounds are drawn with replacement, separately for each run: samples of one round are taken close together, so
+    the same disturbance slows them all.
 
     Returns:
         ratio, low, high.

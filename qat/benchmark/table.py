@@ -1,4 +1,4 @@
-"""The results as tables."""
+"""Prints the results as tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from qat.benchmark.worker import REBUILD, WHOLE
 from qat.core.console import results_console
 
-BUSY = 0.5  # processes to a core beyond which a machine is called busy
+BUSY = 0.5  # processes per core above which a machine counts as busy
 
 
 def console() -> Console:
@@ -45,7 +45,7 @@ def _times(section: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    """Two tables, end to end and by section, then what the figures depend on."""
+    """Prints two tables, end to end and by section, then the conditions that the figures depend on."""
     rows, machine, measured = results["rows"], results["machine"], results["measurement"]
     out = console()
     ends = " and ".join(dict.fromkeys(row["ends_with"] for row in rows))
@@ -118,6 +118,6 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 
 def print_files(out: Path, names: tuple[str, ...]) -> None:
-    """Where the results are."""
+    """Prints where the results are."""
     for name in names:
         print(out / name)

@@ -31,15 +31,15 @@ Milliseconds = dict[str, float]
 
 
 def memory_mb(name: str) -> float | None:
-    """Of this process, MB: "VmRSS" what it holds in memory now, "VmHWM" the most it held. None where Linux does not report it."""
+    """This process's memory in MB: "VmRSS" now, "VmHWM" the peak. None if Linux does not report it."""
     words = field(read_text("/proc/self/status"), name).split()
     return round(int(words[0]) * 1024 / 1e6, 1) if words else None
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What a row runs. name: for messages. folder: exported parts, or engines. options: of engines, what is to differ from what
-    was noted with them."""
+    """A row to run. name: for messages. folder: exported parts, or engines. options: for engines, those that differ from the
+    stored ones."""
 
     name: str
     folder: Path
@@ -73,7 +73,7 @@ def until_stable(
 
 
 class _Row:
-    """The row's pipeline and what is fed to it."""
+    """The row's pipeline and its inputs."""
 
     def __init__(self, spec: RowSpec, frames: Sequence[Any]) -> None:
         from qat.runtime.pipeline import Pipeline
@@ -95,13 +95,15 @@ class _Row:
             self.pipeline.forward(frame.sample)
         total = (time.perf_counter() - begin) * 1e3
         stages = dict(self.pipeline.timing_ms)
-        if "depth" in stages and "preprocess" in stages:  # the depth map is drawn while preprocessing: apart from it
+        if (
+            "depth" in stages and "preprocess" in stages
+        ):  # preprocessing draws the depth map: its time is counted separately
             stages["preprocess"] -= stages["depth"]
         transfer = {n: float(getattr(part, "transfer_ms", 0.0)) for n, part in self.pipeline.parts.items()}
         return {WHOLE: total, **stages}, {WHOLE: sum(transfer.values()), **transfer}
 
     def warm_up(self) -> dict[str, Any]:
-        """`until_stable` on the first frame."""
+        """Runs `until_stable` on the first frame."""
         frame = self.frames[0].moved(0)
         with no_collection():
             return until_stable(lambda: self._once(frame)[0][WHOLE])
@@ -121,14 +123,14 @@ class _Row:
         }
 
     def finish(self) -> dict[str, Any]:
-        """After the last run: the memory held, and of each part the engine's size."""
+        """After the last run: memory of the process, and each part's engine size."""
         memory = {"memory_peak_mb": memory_mb("VmHWM"), "memory_resident_mb": memory_mb("VmRSS")}
-        # Only now: an engine may have to be written to know its size, and that takes memory.
+        # Measured last: the engine may have to be written to find its size, which takes memory.
         return {"memory": memory, "parts": {name: _size(part) for name, part in self.pipeline.parts.items()}}
 
 
 def _size(part: Any) -> dict[str, Any]:
-    """An engine's size, and whether it is that of the built engine or of the graph that it was built from."""
+    """An engine's size, and whether it is the size of the built engine or of the graph it was built from."""
     if (built := getattr(part, "size_bytes", None)) is not None:
         return {"size_mb": round(built / 1e6, 4), "size_of": "engine"}
     source = Path(part.source)
@@ -136,15 +138,13 @@ def _size(part: Any) -> dict[str, Any]:
 
 
 def stored_mb(file: Path) -> float:
-    """Of a graph's file, and of the weights beside OpenVINO's."""
+    """Size of a graph's file, with the separate weights file of OpenVINO models."""
     return sum(f.stat().st_size for f in (file, file.with_suffix(".bin")) if f.is_file()) / 1e6
 
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """The process: makes its object, then calls the requested methods until it is told to stop."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # where it is not blocked; the parent gets it too, and ends this process
+    """Runs in the process: makes its object, then calls the requested methods until it receives a stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives the signal too, and ends this process
     target: Any = None
     try:
         target = make(*arguments)
@@ -162,7 +162,7 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
 
 @contextlib.contextmanager
 def _no_main() -> Iterator[None]:
-    """Hides the running script: a spawned process would import it first, and hold in memory all that it imports."""
+    """Hides the running script: a spawned process would otherwise import it first, and keep all its imports in memory."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -172,10 +172,10 @@ def _no_main() -> Iterator[None]:
 
 
 class Worker:
-    """The parent's end of such a process."""
+    """The parent's handle of such a process."""
 
     def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
-        """Starts the process; `described` waits for its object. make: a class that its module offers by name."""
+        """Starts the process; `described` waits for its object. make: a class that can be imported from its module by name."""
         self.name = name
         context = multiprocessing.get_context("spawn")  # a fork would share the parent's memory and its thread pools
         self._connection, theirs = context.Pipe()
@@ -186,19 +186,19 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """Of the process."""
+        """The process's id."""
         return self._process.pid
 
     def described(self) -> Any:
-        """What the object says of itself once it is made; raises as `ask` does."""
+        """Waits for the object and returns its description; raises like `ask`."""
         return self._answer()
 
     def ask(self, method: str, *values: Any) -> Any:
         """Calls a method of the process's object.
 
         Raises:
-            UserError: the object raised one, or the process ended, as it does when the machine's memory is used up.
-            RuntimeError: it raised anything else; with its traceback.
+            UserError: the object raised one, or the process ended, for example because the machine ran out of memory.
+            RuntimeError: the object raised anything else; has its traceback.
         """
         try:
             self._connection.send((method, values))
@@ -209,7 +209,7 @@ class Worker:
     def _ended(self) -> UserError:
         self._process.join(5)
         code = self._process.exitcode
-        why = "killed: the machine's memory may be used up" if code == -signal.SIGKILL else "see its messages above"
+        why = "killed: the machine may be out of memory" if code == -signal.SIGKILL else "see its messages above"
         return UserError(f"{self.name}: its process ended with status {code} ({why}); run it alone, or omit it")
 
     def _answer(self) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def intersection_area(a: np.ndarray, b: np.ndarray) -> float:
-    """Area common to two rectangles, each float64[4,2] of corners in order: a cut by b's four sides in turn.
+    """Area of the intersection of two rectangles, each float64[4,2] of corners in order: b's four sides cut a in turn.
 
     (Sutherland-Hodgman. A cut leaves at most 1.5 times the corners, whatever rounding does to the signs: 4, 6, 9, 13, 19.)
     """
@@ -47,7 +47,7 @@ def intersection_area(a: np.ndarray, b: np.ndarray) -> float:
 def suppress(corners: np.ndarray, areas: np.ndarray, threshold: float, most: int) -> np.ndarray:
     """Indices, best first, of the rectangles float64[K,4,2] that no better kept one overlaps by more than `threshold`.
 
-    The rectangles come best first, their areas float64[K] beside them; at most `most` are kept.
+    Rectangles and their areas float64[K] are sorted best first; at most `most` are kept.
     """
     total = len(corners)
     alive = np.ones(total, np.bool_)
@@ -80,12 +80,12 @@ def suppress(corners: np.ndarray, areas: np.ndarray, threshold: float, most: int
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def intersection_areas(a: np.ndarray, b: np.ndarray, aligned: bool) -> np.ndarray:
-    """Areas common to rectangles float64[N,4,2] and float64[M,4,2]: float64[N,M], or of pairs in order, float64[N,1]."""
+    """Areas that rectangles float64[N,4,2] and float64[M,4,2] share: float64[N,M], or of pairs in order, float64[N,1]."""
     out = np.zeros((len(a), 1 if aligned else len(b)))
     for i in range(len(a)):
         for j in range(out.shape[1]):
             other = b[i] if aligned else b[j]
-            # Twice the middles' distance against the sum of the diagonals: most pairs are far apart.
+            # Compares twice the distance of the centres with the sum of the diagonals, because most pairs are far apart.
             dx = a[i, 0, 0] + a[i, 2, 0] - other[0, 0] - other[2, 0]
             dy = a[i, 0, 1] + a[i, 2, 1] - other[0, 1] - other[2, 1]
             reach = np.hypot(a[i, 0, 0] - a[i, 2, 0], a[i, 0, 1] - a[i, 2, 1])

@@ -1,4 +1,4 @@
-"""From CenterHead's maps to boxes: decode and non-maximum suppression, in numpy.
+"""Boxes from CenterHead's maps: decoding and non-maximum suppression, in numpy.
 
 Follows CenterPoint (Yin et al., CVPR 2021) as BEVFusion has it: a head's maps are [1, c, nx, ny] with x first;
 the box centre is (ix + reg_x, iy + reg_y) cells from the point-cloud range's lower corner; `height` is the z
@@ -20,7 +20,7 @@ MAP_NAMES = ("reg", "height", "dim", "rot", "vel", "heatmap")
 
 
 def maps_from_tensors(tensors: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Groups head outputs named `{map}_{task}` into one dict a task."""
+    """Groups head outputs named `{map}_{task}` into one dict per task."""
     tasks: dict[int, dict[str, np.ndarray]] = {}
     for name, value in tensors.items():
         stem, _, task = name.rpartition("_")
@@ -132,7 +132,7 @@ def decode(
         boxes, scores, labels = _decode_task(task_maps, head)
         if nms_types[task] == "circle":
             keep = circle_nms(boxes[:, :2], scores, test["min_radius"][task], test["post_max_size"])
-        else:  # only here does BEVFusion's head apply test_cfg's own threshold and limits, beside the coder's
+        else:  # BEVFusion's head applies test_cfg's threshold and limits only here, in addition to the coder's
             sure = np.flatnonzero(scores >= (test.get("score_threshold") or 0.0))
             scaled = boxes[sure].copy()
             scale = scales[task] if isinstance(scales, list) else [scales] * len(tasks[task])

@@ -9,8 +9,8 @@ All have x, y, z in metres, three sizes and a yaw, in the frame of the points; c
     autoware    length, width, height   middle  the heading (x, y and z of a ROS object's dimensions)
     depth       along x, y, z at yaw 0  bottom  from x towards y (mmdet3d's DepthInstance3DBoxes, of indoor data)
 
-"depth" and "mmdet3d" have the same columns in different frames: x is right and y forwards here, x forwards and y left there. `convert`
-leaves the frame as it is, so boxes stay where their points are.
+"depth" and "mmdet3d" have the same columns in different frames: "depth" has x to the right and y forwards, "mmdet3d" x forwards
+and y to the left. `convert` does not change the frame, so boxes stay where their points are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Convention:
-    """length_first: sizes are length, width, height. bottom: z is the bottom's. clockwise: yaw is −heading − π/2."""
+    """length_first: sizes are length, width, height. bottom: z is that of the bottom. clockwise: yaw is −heading − π/2."""
 
     length_first: bool = False
     bottom: bool = False
@@ -36,14 +36,14 @@ CONVENTIONS = {
     "autoware": Convention(length_first=True),
     "depth": Convention(length_first=True, bottom=True),
 }
-OURS = "bevfusion"  # what stages compare, score and draw
+OURS = "bevfusion"  # the convention in which stages compare, score and draw
 
 
 def convert(boxes: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Boxes [K,≥7] of one convention in another, of the same dtype; yaws within (−π, π] where they are changed.
+    """Converts boxes [K,≥7] from one convention to another; keeps the dtype. Yaws that change are within (−π, π].
 
     Raises:
-        KeyError: there is no such convention.
+        KeyError: the convention does not exist.
     """
     a, b = CONVENTIONS[source], CONVENTIONS[target]
     found = boxes.copy()

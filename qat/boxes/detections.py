@@ -17,8 +17,8 @@ class Detections:
     boxes: float32[K,9] of x, y, z (metres), three sizes (metres), yaw (radians), vx, vy (m/s), or [K,7] of a model without
     velocities; as `convention` has them (`qat.boxes.conventions`). BEVFusion's: z is the box's middle, then width, length, height;
     at yaw 0 the length lies along y, and the heading, anticlockwise from x, is −yaw − π/2.
-    BEVFusion calls z the bottom's and hands its boxes the annotated centre as such, so its head learns centre + h/2
-    and its decode takes h/2 off again: what comes out, there and here, is the middle.
+    BEVFusion calls z the bottom but passes the annotated centre as z, so its head learns centre + h/2
+    and its decode subtracts h/2 again: the result, there and here, is the middle.
     scores: float32[K] in (0, 1). labels: int64[K] into the model's classes.
     """
 
@@ -38,13 +38,13 @@ class Detections:
         return Detections(boxes, self.scores, self.labels, convention)
 
     def arrays(self, suffix: str = "") -> dict[str, np.ndarray]:
-        """For a cache, in `OURS`: boxes, scores and labels, each name with `suffix` behind it."""
+        """Arrays for a cache, in the convention `OURS`: boxes, scores and labels, with `suffix` appended to each name."""
         own = self.converted()
         return {f"boxes{suffix}": own.boxes, f"scores{suffix}": own.scores, f"labels{suffix}": own.labels}
 
     @staticmethod
     def of(arrays: Mapping[str, np.ndarray], suffix: str = "") -> Detections:
-        """Detections from what `arrays` returned."""
+        """Detections from the result of `arrays`."""
         return Detections(arrays[f"boxes{suffix}"], arrays[f"scores{suffix}"], arrays[f"labels{suffix}"])
 
     @staticmethod

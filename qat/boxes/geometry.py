@@ -17,7 +17,7 @@ def box_heading(yaw: np.ndarray) -> np.ndarray:
 
 
 def box_yaw(heading: Any) -> Any:
-    """`box_heading`'s inverse, which is itself: BEVFusion's yaw of a box that faces `heading`."""
+    """BEVFusion's yaw of a box that faces `heading`: the inverse of `box_heading`, which is the same function."""
     return -heading - np.pi / 2
 
 

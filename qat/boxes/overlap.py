@@ -1,4 +1,4 @@
-"""Intersection over union and greedy suppression of boxes seen from above, turned and upright, in numpy.
+"""Intersection over union and greedy suppression of rotated and upright boxes seen from above, in numpy.
 
 A turned box is (x, y, width, height, angle): its middle, its sizes along its own axes, and the angle in radians by which its own
 x axis is turned from x towards y. (In a picture, where y points down, that is clockwise.) Areas are computed in float64.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# Boxes of less area overlap nothing, as in mmcv and detectron2.
+# Boxes with a smaller area overlap nothing, as in mmcv and detectron2.
 LEAST_AREA = 1e-14
 
 
@@ -42,7 +42,7 @@ def box_iou_rotated(a: np.ndarray, b: np.ndarray, of_first: bool = False, aligne
 
 
 def nms_rotated(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """Greedy suppression of boxes whose intersection over union with a better one that stays is above `threshold`.
+    """Greedy suppression of boxes whose intersection over union with a better kept box is above `threshold`.
 
     boxes: float[K,≥5], scores: float[K]; equal scores in order of index. Returns the kept indices, best first: int64.
     """
@@ -50,7 +50,7 @@ def nms_rotated(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.n
 
     order = np.argsort(-scores, kind="stable")
     areas = _areas(boxes)[order]
-    # Nothing overlaps an empty box, and no box a lifeless one: an area of NaN never passes a threshold.
+    # Empty boxes and boxes with NaN overlap nothing: an area of NaN never exceeds a threshold.
     return order[
         suppress(rotated_corners(boxes[order]), np.where(areas < LEAST_AREA, np.nan, areas), threshold, len(boxes))
     ]

@@ -1,8 +1,8 @@
 """Mixed precision: the fewest and cheapest units in float that keep the metric's drop within a budget.
 
-The units are ranked by the accuracy loss of each, one at a time; the shortest beginning of that ranking that keeps the drop within
-the budget is searched for, doubling and halving; then units return to INT8, the largest first, as long as the
-budget holds. Each set that is tried runs over all frames and is scored by the metric itself: damages do not add up exactly.
+The units are ranked by accuracy loss, one at a time. The search finds, by doubling and halving, the fewest units from the top
+of that ranking that must stay float; then units return to INT8, the largest first, as long as the budget holds. Each set that
+is tried runs over all frames and is scored by the metric: accuracy losses do not add up exactly.
 Each set's result on a frame is kept on disk, so an interrupted search resumes.
 """
 
@@ -36,8 +36,8 @@ from qat.plan import run
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """One set of units left float: their names, the share of multiply-accumulates that stays INT8, the metric, and what it
-    lost of the float network's first figure."""
+    """One set of units left float: their names, the share of multiply-accumulates that stays INT8, the metric, and its drop
+    from the float network's first figure."""
 
     floats: list[str]
     int8_share: float
@@ -47,8 +47,8 @@ class BudgetPoint:
 
 @dataclass
 class Budget:
-    """budget: the drop that is allowed, of the figure `of`. reference: the float network's metric. points: all sets that
-    were tried, most INT8 first. chosen: the one that was taken."""
+    """budget: the allowed drop of the figure `of`. reference: the float network's metric. points: all sets that were tried,
+    most INT8 first. chosen: the selected one."""
 
     budget: float
     of: str
@@ -63,7 +63,7 @@ class Budget:
 
 
 class _Trials:
-    """Runs sets of units over the frames, each once."""
+    """Runs sets of units over the frames, each set once."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class _Trials:
 
 
 def check_budget(budget: float) -> None:
-    """Raises `UserError` for a negative one, or none."""
+    """Raises `UserError` for a negative or missing budget."""
     if not 0 <= budget < math.inf:
         raise UserError(f"--budget: found {budget}, expected 0 or more of mAP, such as 0.001")
 
@@ -135,12 +135,12 @@ def keep_within_budget(
 
     Args:
         model: calibrated; changed in place.
-        frames: annotated, as many as the budget's size calls for: on few frames a metric moves more than that by chance.
+        frames: annotated; enough for the budget's size: on few frames a metric varies more than that by chance.
         budget: of the metric's first figure, such as 0.001 mAP.
         metric: boxes by frame token → figures such as {"map": …, "nds": …}.
         sensitivity: the units of this model, worst first.
-        cache: folder for what each set gave.
-        key: of the calibrated model, so that another one's results are not taken for this one's.
+        cache: folder for the results of each set.
+        key: identifies the calibrated model, so that results of another model are not used.
 
     Raises:
         UserError: a negative budget, no frames, or a ranking of other units.
@@ -164,7 +164,7 @@ def keep_within_budget(
         middle = (count + fails) // 2
         fails, count = (fails, middle) if holds(ranking[:middle]) else (middle, count)
     floats = ranking[:count]
-    # The last one is needed: without it the search went on.
+    # The last unit is needed: without it the search continued.
     for name in sorted(floats[:-1], key=lambda unit: -shares[unit]):
         fewer = [other for other in floats if other != name]
         if holds(fewer):
@@ -180,7 +180,7 @@ def keep_within_budget(
 
 
 def print_budget(found: Budget) -> None:
-    """Prints the trade-off curve, and what stays float."""
+    """Prints the trade-off curve, and the units that stay float."""
     names = list(found.reference)
     table = Table(title=f"float for accuracy, over {found.frames} frames", title_justify="left")
     for heading in ("units in float", "MACs in INT8", *(f"Δ {name}" for name in names), ""):

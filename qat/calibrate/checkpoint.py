@@ -3,21 +3,21 @@
     {"format": "bevqat-ptq", "schema": 3,
      "family":     its family's name; absent for BEVFusion's,
      "config":     the model's config,
-     "state_dict": the float weights by the network's own names, batch norm not folded,
+     "state_dict": the float weights by the network's names, batch norm not folded,
      "amax":       {quantizer path: range},
      "ends":       {quantizer path: the smallest and the largest value seen},
      "disabled":   [quantizer paths that are off in every flavour],
-     "equalized":  {part.quantizer: what the channels that it rounds are divided by},
+     "equalized":  {part.quantizer: the divisors of the channels that it rounds},
      "recipe":     how it was calibrated; keep_float and parts_off decide the placement, background whether biases are
                    "corrected" for the depth map's background (`qat.lean.background`) or have "absorbed" corrections,
      "weights":    after training only: {path in the parts: tensor}, batch norm folded}
 
 Folding, placement, equalization and corrections are functions of these only, so a reload has bit-identical outputs. A network that
 was trained after folding (`finetune`) has weights that no float state dict with batch norms has: they are stored separately.
-The float weights stay: they are the teacher of further training.
+The float weights are kept: they are the teacher of further training.
 
-Schemas 1 and 2 are still read: 1 knew neither equalized channels nor trained weights; both listed what the default flavour does
-not round among what is off, and named some quantizers by the number of an operation in the graph (`quant_add_3`).
+Schemas 1 and 2 are still read. Schema 1 has neither equalized channels nor trained weights. Both list quantizers that the
+default flavour does not use as disabled, and name some quantizers by the number of an operation in the graph (`quant_add_3`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def save_ptq(
 
     Args:
         float_model: the one that `model` was made from.
-        trained: `model`'s weights differ from those of folding `float_model`; they are written too.
+        trained: `model`'s weights differ from the folded weights of `float_model`; they are written too.
     """
     placement = {
         "keep_float": [
@@ -98,7 +98,7 @@ def _checked(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def _check_sections(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Raises `UserError` for a section that is missing or of another kind: the file was cut, edited or put together."""
+    """Raises `UserError` for a section that is missing or has another type: the file was truncated or edited."""
 
     def fail(section: str, found: object, expected: str) -> UserError:
         what = "none" if found is None else f"a {type(found).__name__}"
@@ -151,7 +151,7 @@ def _check_sections(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 
 def _base(checkpoint: Mapping[str, Any], path: str | Path, finite: bool = True) -> tuple[QuantizedModel, Any]:
-    """The quantized model with the float one's weights, folded, and no ranges yet; and the float one."""
+    """The quantized model with the float model's folded weights, without ranges; and the float model."""
     with _telling(path):
         recipe = checkpoint["recipe"]
         family = family_of(checkpoint, str(path))
@@ -165,7 +165,7 @@ def _base(checkpoint: Mapping[str, Any], path: str | Path, finite: bool = True) 
 
 @contextmanager
 def _telling(path: str | Path) -> Iterator[None]:
-    """Inside the block what does not fit is the file's fault."""
+    """Inside the block, errors mean a damaged file."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
@@ -174,7 +174,7 @@ def _telling(path: str | Path) -> Iterator[None]:
 
 
 def _settle(quantized: QuantizedModel, checkpoint: Mapping[str, Any], path: str | Path, as_saved: bool) -> None:
-    """Sets the checkpoint's ranges in a `_base`. as_saved: and equalized channels and trained weights."""
+    """Sets the checkpoint's ranges in a `_base`. as_saved: also equalized channels and trained weights."""
     with _telling(path):
         recipe = checkpoint["recipe"]
         names = (lambda name: name) if checkpoint["schema"] >= 3 else old_names(quantized, checkpoint)
@@ -193,7 +193,7 @@ def _settle(quantized: QuantizedModel, checkpoint: Mapping[str, Any], path: str 
             quantized.background = "absorbed"
             quantized.absorbed = absorbed_layers(quantized, recipe)
             quantized.use(quantized.flavour)
-        elif as_saved and recipe.get("background") == "corrected":  # checkpoints of before it was done lack it
+        elif as_saved and recipe.get("background") == "corrected":  # older checkpoints lack it
             quantized.keep_background()
 
 
@@ -206,7 +206,7 @@ def _float(reference: QuantizedModel) -> QuantizedModel:
 def ptq_of(checkpoint: dict[str, Any], path: str | Path, finite: bool = True) -> tuple[QuantizedModel, Any]:
     """The quantized model of a checkpoint that `load_checkpoint` read, calibrated or trained, and the float network.
 
-    finite: False takes weights that are NaN or infinite, to look at what they do.
+    finite: False accepts weights that are NaN or infinite, to examine their effect.
 
     Raises:
         UserError: not a PTQ checkpoint, one of another schema, or one whose quantizers do not fit its config.
@@ -217,9 +217,9 @@ def ptq_of(checkpoint: dict[str, Any], path: str | Path, finite: bool = True) ->
 
 
 def reference_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[QuantizedModel, Any]:
-    """The float network that a PTQ checkpoint was made from: folded, with every quantizer off; and with its batch norms.
+    """The float network of a PTQ checkpoint, folded with every quantizer off; and the same with its batch norms.
 
-    The two share weights. Raises as `ptq_of`.
+    The two share weights. Raises like `ptq_of`.
     """
     reference, model = _base(_checked(checkpoint, path), path)
     _settle(reference, checkpoint, path, as_saved=False)
@@ -227,7 +227,7 @@ def reference_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[Quantize
 
 
 def student_and_teacher(checkpoint: dict[str, Any], path: str | Path) -> tuple[QuantizedModel, QuantizedModel, Any]:
-    """`ptq_of`'s quantized model, and `reference_of`'s two, of one trace; they share no weights. Raises as `ptq_of`."""
+    """The models of `ptq_of` and `reference_of`, from one trace, without shared weights. Raises like `ptq_of`."""
     student, _ = _base(_checked(checkpoint, path), path)
     teacher = copy.deepcopy(student)  # its float network too, whose unchanged layers the graphs share
     _settle(student, checkpoint, path, as_saved=True)
@@ -236,12 +236,12 @@ def student_and_teacher(checkpoint: dict[str, Any], path: str | Path) -> tuple[Q
 
 
 def recipe_of(path: str | Path) -> dict[str, Any]:
-    """The recipe of a PTQ checkpoint's file, of which no network is built; raises as `ptq_of`."""
+    """The recipe of a PTQ checkpoint's file, without building a network; raises like `ptq_of`."""
     return dict(_checked(load_checkpoint(path), path)["recipe"])
 
 
 def load_ptq(path: str | Path, finite: bool = True) -> tuple[QuantizedModel, dict[str, Any]]:
-    """The quantized model of a file, and its recipe; raises as `ptq_of`."""
+    """The quantized model of a file, and its recipe; raises like `ptq_of`."""
     checkpoint = load_checkpoint(path)
     return ptq_of(checkpoint, path, finite)[0], dict(checkpoint["recipe"])
 

@@ -1,7 +1,7 @@
-"""Calibration by several processes that torchrun started: each runs a share of the frames, all end with one result.
+"""Calibration by several processes that torchrun started: each runs a share of the frames, and all end with the same result.
 
-A histogram's bins do not depend on the order of its values and its counts are whole numbers, so what the processes
-collected adds up to exactly what one process would have.
+A histogram's bins do not depend on the order of its values and its counts are integers, so the sum over the processes is
+exactly the histogram of a single process.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def place() -> tuple[int, int]:
 
 
 def device() -> torch.device:
-    """This process's GPU; the CPU where this machine has fewer GPUs than processes, so that all of them agree."""
+    """This process's GPU; the CPU if this machine has fewer GPUs than processes, so that all use the same kind."""
     local, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return torch.device("cuda", local) if size <= torch.cuda.device_count() else torch.device("cpu")
 
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """Joins the other processes (nccl where there is a GPU for each, gloo otherwise); does nothing in a single process."""
+    """Joins the other processes (nccl with a GPU for each, gloo otherwise); does nothing in a single process."""
     rank, size = place()
     if size == 1:
         yield rank, size
@@ -49,9 +49,9 @@ def process_group() -> Iterator[tuple[int, int]]:
 
 
 def agree(error: UserError | None) -> None:
-    """Ends every process if any of them has found bad input; rank 0 says which.
+    """Ends every process if any of them finds bad input; rank 0 reports it.
 
-    (If one process stopped by itself, the others would wait for it.)
+    (If only one process stopped, the others would wait for it.)
 
     Raises:
         UserError: on rank 0, or in a single process. Others exit silently with status 2.
@@ -73,10 +73,10 @@ def agree(error: UserError | None) -> None:
 
 @contextmanager
 def only_writers(target: Path, inside: bool = False) -> Iterator[None]:
-    """`only_writer` of all processes together: rank 0, which writes, has the lock.
+    """`only_writer` for all processes together: rank 0, which writes, holds the lock.
 
     Raises:
-        UserError: as `only_writer` and `agree`.
+        UserError: like `only_writer` and `agree`.
     """
     error = None
     with ExitStack() as lock:
@@ -90,7 +90,7 @@ def only_writers(target: Path, inside: bool = False) -> Iterator[None]:
 
 
 def merge_calibrators(calibrators: dict[str, HistogramCalibrator]) -> None:
-    """Adds to each process's histograms what the others collected; all end with the same."""
+    """Adds the other processes' histograms to each process's own; all end with the same."""
     rank, size = place()
     if size == 1:
         return

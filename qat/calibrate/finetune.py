@@ -1,4 +1,4 @@
-"""Quantization-aware training: the weights learn to live with the rounding, from the float network's own outputs.
+"""Quantization-aware training: the weights adapt to the rounding, with the float network's outputs as targets.
 
 The student is the network of a PTQ checkpoint: batch norms folded, quantizers on, rounding with the straight-through
 estimator (`qat.lean.learn`). The teacher is the float network of the same checkpoint. Frames need no annotation.
@@ -40,12 +40,12 @@ from qat.plan import Plan, Runner, run
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """steps: optimiser steps in all. batch: frames of a step, shared by the processes. lr: AdamW's, without weight
+    """steps: total optimiser steps. batch: frames of a step, shared by the processes. lr: AdamW's, without weight
     decay; it rises over `warmup` steps and falls to 0 as a cosine. clip: largest norm of the gradient.
 
-    ema: decay of an exponential average of the weights, which is then what is saved; 0 for none. learn_ranges: the
-    ranges of activations are trained too, at `range_lr` in log2 units. augment: as in training of the float network.
-    amp: bfloat16 layers on a GPU. weights: of the family's losses, by their names, instead of the family's own.
+    ema: decay of an exponential average of the weights, which is then saved; 0 for none. learn_ranges: also train the
+    ranges of activations, at `range_lr` in log2 units. augment: as in training of the float network.
+    amp: bfloat16 layers on a GPU. weights: of the family's losses by name, instead of the family's defaults.
     """
 
     steps: int = 1000
@@ -65,7 +65,7 @@ class FinetuneOptions:
 
 @dataclass
 class FinetuneResult:
-    """checkpoint: what was written, read by `load_ptq`. history: a mean of each loss every few steps."""
+    """checkpoint: the file written, which `load_ptq` reads. history: a mean of each loss every few steps."""
 
     checkpoint: Path
     history: list[dict[str, float]]
@@ -79,7 +79,7 @@ def learning_rate(step: int, options: FinetuneOptions) -> float:
 
 
 def check_options(options: FinetuneOptions, processes: int = 1) -> None:
-    """Raises `UserError` for values that make no run; `--flag` names the one."""
+    """Raises `UserError` for invalid values, by the name of the flag."""
     bounds: dict[str, tuple[float, float]] = {
         "steps": (1, math.inf),
         "batch": (1, math.inf),
@@ -117,7 +117,7 @@ def check_weights(options: FinetuneOptions, family: Family) -> None:
 
 @dataclass
 class _Batch:
-    """This process's frames of a step, their inputs of the plan, and the results of its geometry ops."""
+    """This process's frames of a step, their inputs of the plan, and the results of the plan's geometry ops."""
 
     tokens: list[str]
     feeds: dict[str, Any]
@@ -126,7 +126,7 @@ class _Batch:
 
 @dataclass
 class _Runners:
-    """Of the plan's steps: the float network's, and the trained one's."""
+    """Runners of the plan's steps: the float network's, and the trained network's."""
 
     teacher: dict[str, Runner]
     student: dict[str, Runner]
@@ -146,8 +146,8 @@ class _Source:
             raise UserError(f"--batch: found {options.batch}, --data has {len(self.where)} keyframes")
 
     def batch(self, step: int) -> _Batch:
-        """This process's frames of a step: a function of only the seed, the step and its rank. All processes together
-        see what one would."""
+        """This process's frames of a step, which depend only on the seed, the step and the rank. All processes together get the
+        frames of a single process."""
         rank, size = place()
         epoch, position = divmod(step, len(self.where) // self.options.batch)
         order = np.random.default_rng([self.options.seed, 1, epoch]).permutation(len(self.where))
@@ -167,12 +167,12 @@ class _Source:
         return _Batch([d.token for d in drawn], feeds, geometry)
 
     def ahead(self, step: int) -> Iterator[_Batch]:
-        """The batches of `step` and all later steps, each drawn while the one before it is used."""
+        """The batches of `step` and all later steps, each drawn while the previous one is used."""
         return drawn_ahead(self.batch, step, self.options.steps)
 
 
 class _State:
-    """The student, its optimiser, and all else that a resumed run needs."""
+    """The student, its optimiser, and the rest of what a resumed run needs."""
 
     def __init__(self, checkpoint: Path, options: FinetuneOptions, where: torch.device) -> None:
         torch.manual_seed(options.seed)
@@ -221,7 +221,7 @@ class _State:
             self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
 
     def update_ema(self, decay: float) -> None:
-        """Early on the average follows faster, so that it does not remember the first step."""
+        """The average follows faster at first, so that it does not keep the first step's weights."""
         if self.ema is None:
             return
         decay = min(decay, self.step / (self.step + 10))
@@ -230,7 +230,7 @@ class _State:
                 self.ema[name].lerp_(parameter, 1 - decay)
 
     def settle(self) -> None:
-        """The student as it is to be saved: averaged weights if there are any, plain ranges."""
+        """The student to save: with averaged weights if there are any, and plain ranges."""
         if self.ema is not None:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
@@ -242,8 +242,8 @@ class _State:
 
 @contextmanager
 def _deferred_interrupts() -> Iterator[list[int]]:
-    """Inside the block Ctrl-C and SIGTERM only append to the list: a step is finished before the run stops. A second
-    one stops at once."""
+    """Inside the block Ctrl-C and SIGTERM only append to the list, so that the run finishes a step before it stops. A second
+    signal stops at once."""
     seen: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -253,7 +253,7 @@ def _deferred_interrupts() -> Iterator[list[int]]:
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, the only one that gets signals
+    except ValueError:  # not the main thread, the only one that receives signals
         before = {}
     try:
         yield seen
@@ -279,7 +279,7 @@ def _average(parameters: Sequence[nn.Parameter], figures: torch.Tensor) -> torch
 
 
 def _check_teacher(plan: Plan, tensors: Mapping[str, Any], tokens: Sequence[str]) -> None:
-    """Raises `NotFiniteError` for a frame on which the float network fails."""
+    """Raises `NotFiniteError` for a frame on which the float network's values are not finite."""
     first = tensors[next(iter(plan.judged.values()))[0]]
     finite = first.reshape(len(tokens), -1).isfinite().all(1)
     if not bool(finite.all()):
@@ -297,11 +297,11 @@ def _step(
     where: torch.device,
     stop: bool,
 ) -> tuple[dict[str, float], bool]:
-    """One step of the optimiser, on the next batch. Returns the losses, averaged over the processes, and whether any of
-    them was told to stop.
+    """One step of the optimiser, on the next batch. Returns the losses, averaged over the processes, and whether any process
+    was asked to stop.
 
     Raises:
-        UserError: a frame that cannot be read or that the teacher cannot take, in any process; or a loss that is not
+        UserError: a frame that cannot be read or that the teacher cannot process, in any process; or a loss that is not
             finite.
     """
     plan, error = state.student.plan, None
@@ -349,10 +349,10 @@ def _train(
     save: Callable[[], None],
     log: Callable[[str], None],
 ) -> None:
-    """All steps that are left.
+    """Runs all remaining steps.
 
     Raises:
-        KeyboardInterrupt: told to stop; the steps that were done are saved.
+        KeyboardInterrupt: the run was interrupted; finished steps are saved.
     """
     rank, _ = place()
     saved_at = time.monotonic()
@@ -375,7 +375,7 @@ def _train(
 
 
 def _is_of(result: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was written by the run of this recipe; an earlier run may have left another."""
+    """Whether a run with this recipe wrote the checkpoint; an earlier run may have left another."""
     try:
         return bool(recipe_of(result).get("finetune") == recipe["finetune"])
     except UserError:
@@ -393,15 +393,15 @@ def finetune(
 ) -> FinetuneResult:
     """Trains the network of a PTQ checkpoint and writes `out/qat.pth`, `out/history.json` and, at times, `out/resume.pth`.
 
-    A killed run resumes from `resume.pth` and ends with the same weights; a finished one does
-    nothing more. Under torchrun (inside `process_group`) the processes share each step's frames, and rank 0 writes.
+    A killed run resumes from `resume.pth` and ends with the same weights; a finished run does nothing. Under torchrun
+    (inside `process_group`) the processes share each step's frames, and rank 0 writes.
 
     Args:
-        checkpoint: what `calibrate` wrote, or an earlier `finetune`: its weights go on, the teacher stays.
-        data: (root, split) of each data set. version: of all of them, where a root holds several.
+        checkpoint: from `calibrate`, or from an earlier `finetune`, whose weights continue with the same teacher.
+        data: (root, split) of each data set. version: of all of them, if a root holds several.
 
     Raises:
-        UserError: bad input, or a loss that is not finite. KeyboardInterrupt: told to stop; what was done is saved.
+        UserError: bad input, or a loss that is not finite. KeyboardInterrupt: interrupted; finished steps are saved.
     """
     rank, size = place()
     where = device()

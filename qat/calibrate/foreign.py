@@ -1,4 +1,4 @@
-"""A network that another tool has quantized, as ours: its weights and its ranges, without calibrating again.
+"""Converts a network that another tool quantized to ours, with its weights and ranges, without calibrating again.
 
     theirs (pytorch-quantization, CUDA-BEVFusion, ModelOpt)        ours
     LAYER._input_quantizer, LAYER.input_quantizer                  the quantizer of the tensor that LAYER takes
@@ -6,8 +6,9 @@
     BLOCK.residual_quantizer                                       that of the tensor that BLOCK's add takes as its identity
     NECK.quant_concat0._input_quantizer                            that of the tensors that NECK's first concatenation takes
 
-Ours belong to tensors, theirs to layers: where layers that take one tensor have different ranges there, the largest serves
-all. A layer that is float there, or whose range is missing or not to be used, stays float here. No range is invented.
+Our quantizers belong to tensors, theirs to layers: if layers that read one tensor have different ranges in the file, the
+largest is used for all. A layer that is float in the file, or whose range is missing or unusable, stays float. No range is
+invented.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ CONCAT = re.compile(r"(?P<module>.+)\.quant_concat\.?(?P<index>\d+)?\._?input_qu
 
 @dataclass
 class _Report:
-    """What became of a checkpoint; `load_foreign` describes the keys."""
+    """How a checkpoint was converted; `load_foreign` describes the keys."""
 
     source: str
     folded: list[str] = field(default_factory=list)
@@ -60,7 +61,7 @@ class _Report:
 
 
 class _Theirs:
-    """Their quantizers, and which of them were used."""
+    """The other tool's quantizers, and which of them were used."""
 
     def __init__(self, quantizers: Mapping[str, Mapping[str, Any]]) -> None:
         self.all = quantizers
@@ -84,14 +85,14 @@ class _Theirs:
             return f"is special: {theirs['special']}"
         if amax is None:
             return "has no range"
-        if amax.ndim > 8 or amax.numel() > 1 << 20 or amax.numel() == 0:  # before looking at values: it may be a view
+        if amax.ndim > 8 or amax.numel() > 1 << 20 or amax.numel() == 0:  # checked before the values: it may be a view
             return f"has a range of shape {list(amax.shape)[:8]}"
         if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()) or float(amax.max()) <= 0:
             return "was never calibrated: its range is NaN, 0 or infinite"
         return None
 
     def input_fault(self, name: str) -> str | None:
-        """As `range_fault`, for one of activations."""
+        """Like `range_fault`, for a quantizer of activations."""
         fault = self.range_fault(name)
         if fault is None and self.all[name]["amax"].numel() > 1:
             return "has a range for each channel of an activation"
@@ -106,7 +107,7 @@ class _Theirs:
 
 
 def _norms(model: Any) -> Iterator[tuple[str, nn.Module, str, nn.BatchNorm2d]]:
-    """Convolutions whose only consumer is a batch norm, and these: path, module, path, module."""
+    """Convolutions whose only consumer is a batch norm, with that norm: path, module, path, module."""
     for graph in traced_parts(model).values():
         for node in graph.graph.nodes:
             source = node.args[0] if node.args else None
@@ -144,16 +145,16 @@ def _neutral_norms(
 
 
 def _factor(norm: nn.BatchNorm2d) -> torch.Tensor:
-    """What folding it multiplies each output channel of the convolution before it by."""
+    """The factor by which folding the batch norm multiplies each output channel of the convolution before it."""
     variance = norm.running_var
     assert variance is not None
     return norm.weight.detach() / (variance + norm.eps).sqrt()
 
 
 def _weight_amax(layer: nn.Module, theirs: Mapping[str, Any], factor: torch.Tensor | None) -> torch.Tensor | str:
-    """The range of each output channel of our layer, or why the file has none.
+    """The range of each output channel of our layer, or the reason why the file has none.
 
-    factor: what folding multiplied the channels by after their quantizer saw the weights.
+    factor: of folding, which multiplied the channels after their quantizer saw the weights.
     """
     amax = theirs["amax"].detach().float()
     weight = layer.weight
@@ -178,7 +179,7 @@ def _weight_amax(layer: nn.Module, theirs: Mapping[str, Any], factor: torch.Tens
 def _decide(
     theirs: _Theirs, path: str, layer: nn.Module, factor: torch.Tensor | None
 ) -> tuple[str | None, torch.Tensor | None]:
-    """Why a layer stays float, or None; and the range of its weights, None for the weights' own largest values."""
+    """Why a layer stays float, or None; and the range of its weights, None for their largest values."""
     incoming, weights = theirs.of(path, INPUT), theirs.of(path, WEIGHT)
     for name, what in ((incoming, "input"), (weights, "weights")):
         if name is None:
@@ -192,7 +193,7 @@ def _decide(
     found = theirs.all[weights]
     per_channel = found["axis"] is not None and [a % layer.weight.ndim for a in found["axis"]] == [weight_axis(layer)]
     if found["amax"] is None and found["num_bits"] == 8 and found["special"] is None and per_channel:
-        return None, None  # such a quantizer takes the largest magnitudes whenever it runs
+        return None, None  # such a quantizer uses the largest magnitudes at run time
     fault = theirs.range_fault(weights)
     if fault is None and found["unsigned"]:
         fault = "is unsigned"
@@ -209,8 +210,8 @@ def _owner(node: fx.Node) -> str:
 
 
 def _concats(theirs: _Theirs, graph: fx.GraphModule) -> dict[fx.Node, str]:
-    """Their quantizer of each concatenation that has one, where the two can be told to be the same: the numbers count the
-    concatenations of a module in order, and an unnumbered one is its only one."""
+    """The other tool's quantizer of each concatenation, if the match is certain: the numbers count the concatenations of a
+    module in order, and an unnumbered quantizer belongs to its only one."""
     by_owner: dict[str, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         if is_concat(node):
@@ -228,7 +229,7 @@ def _concats(theirs: _Theirs, graph: fx.GraphModule) -> dict[fx.Node, str]:
 def _set_activations(
     model: QuantizedModel, part: str, theirs: _Theirs, report: _Report, layers: Mapping[str, object]
 ) -> None:
-    """Sets the ranges of one part's activation quantizers, and switches off those without one."""
+    """Sets the ranges of one part's activation quantizers, and switches off quantizers without a range."""
     graph, inventory = model.parts[part], model.inventory[part]
     assert isinstance(graph, fx.GraphModule)
     concats = _concats(theirs, graph)
@@ -279,24 +280,24 @@ def load_foreign(
 
     Args:
         checkpoint: `load_checkpoint`'s, with "state_dict" and "quantizers". Batch norm may be folded in it or not.
-        model: the float network of its config; it takes the checkpoint's weights, where batch norms that were folded do
-            nothing but add the bias.
+        model: the float network of its config; it gets the checkpoint's weights. Batch norms that were folded only add the
+            bias.
         source: the file, for messages.
-        ignore_prefixes: names in the checkpoint that begin so are no concern of this model ("encoders.lidar.", "fuser.").
+        ignore_prefixes: names in the checkpoint with these prefixes are ignored ("encoders.lidar.", "fuser.").
         keep_float: layers to leave float besides those that the checkpoint does.
         parts_off: scopes of parts whose quantizers are placed but off, and in which flavours, as for `QuantizedModel`.
 
     Returns:
         the quantized detector and `model` in eval mode, as `qat.calibrate.save_ptq` takes them; and a report:
-        "source"; "folded": convolutions whose batch norm was folded; "mapped": {our activation quantizer: theirs that it
-        takes its range from}; "merged": {ours: {theirs: range}} where those differ and the largest serves all;
+        "source"; "folded": convolutions whose batch norm was folded; "mapped": {our activation quantizer: the one that it
+        takes its range from}; "merged": {ours: {theirs: range}} where ranges differ and the largest is used;
         "float_layers": {layer: why it stays float}; "own_weights": layers whose weights' range was not stored and is their
         largest magnitudes, as that quantizer would compute; "also_rounded": adds whose identity is rounded
         here and was not there, since it is a quantized layer's input too; "without_range": our activation quantizers that
-        are off for want of a range; "unused": {theirs: why}; "ignored": how many names the prefixes left out.
+        are off because they have no range; "unused": {theirs: why}; "ignored": number of names that the prefixes left out.
 
     Raises:
-        UserError: no quantizers in it, none that fits this model, or weights that do not.
+        UserError: the checkpoint has no quantizers, or none that fits this model, or its weights do not fit.
     """
     source = str(source)
     given = checkpoint.get("quantizers")
@@ -312,7 +313,7 @@ def load_foreign(
     report = _Report(source, ignored=len(tensors) + len(given) - len(state) - len(theirs.all))
 
     model_family = family_named(model.family)
-    blank = QuantizedModel(model, keep_float, {})  # where ours can be, whatever the weights
+    blank = QuantizedModel(model, keep_float, {})  # the places of our quantizers do not depend on the weights
     pairs = list(_norms(model))
     report.folded = _neutral_norms(pairs, state)
     model_family.load_state(model, state, source)
@@ -352,7 +353,7 @@ def load_foreign(
 
 
 def _unused(theirs: _Theirs, report: _Report) -> dict[str, str]:
-    """Why each of their quantizers that rounds is not among ours."""
+    """The reason why each active quantizer of the other tool is unused."""
     found = {}
     for name in theirs.all:
         if name in theirs.used or not theirs.on(name):
@@ -373,14 +374,14 @@ def load_foreign_file(
     config: Mapping[str, Any],
     prefix: str | None = None,
 ) -> tuple[QuantizedModel, Any, dict[str, Any]]:
-    """`load_foreign` of a whole model, or of the piece of one that lies under `prefix` in the file.
+    """`load_foreign` for a whole model, or for the part of it under `prefix` in the file.
 
     Args:
-        checkpoint: what `load_checkpoint` read from `path`.
+        checkpoint: from `load_checkpoint` of `path`.
         config: of the network that `family` builds.
 
     Raises:
-        UserError: as `load_foreign`; nothing of the network under the prefix.
+        UserError: like `load_foreign`; or there is nothing of the network under the prefix.
     """
     left_out = None
     if prefix is not None:
@@ -398,10 +399,10 @@ def import_checkpoint(
     """Writes our PTQ checkpoint of a network that another tool quantized; returns `load_foreign`'s report.
 
     Args:
-        config: None for config.yaml beside the checkpoint.
+        config: None for config.yaml next to the checkpoint.
 
     Raises:
-        UserError: as `load_foreign_file`; no config.
+        UserError: like `load_foreign_file`; or no config.
     """
     from qat.model.opening import read_config
 
@@ -412,7 +413,9 @@ def import_checkpoint(
     quantized, model, report = load_foreign_file(path, checkpoint, family, settings, prefix)
     recipe = {"method": "imported", "imported": {"file": path.name, "sha256": sha256(path), "prefix": prefix}}
     recipe["made"] = {"import-ptq": made_by()}
-    budget = (out.with_suffix(f".budget.{kind}") for kind in ("json", "png"))  # of an earlier checkpoint of this name
+    budget = (
+        out.with_suffix(f".budget.{kind}") for kind in ("json", "png")
+    )  # file of an earlier checkpoint with this name
     with atomic_set(out, *budget) as stage:
         save_ptq(stage / out.name, quantized, model, recipe)
     return report

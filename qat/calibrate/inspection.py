@@ -1,4 +1,4 @@
-"""What a PTQ checkpoint quantizes, with which scales, and what it leaves float: read back from the file."""
+"""Reads from a PTQ checkpoint which tensors are quantized, with which scales, and which layers stay float."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class FloatLayer:
-    """What stays float, by which rule and why, and in which flavours; none for all."""
+    """A layer that stays float: by which rule, why, and in which flavours (empty for all)."""
 
     part: str
     name: str
@@ -61,7 +61,7 @@ class FloatLayer:
 
 @dataclass
 class Inspection:
-    """All of it."""
+    """All findings."""
 
     recipe: dict[str, Any]
     groups: list[Group] = field(default_factory=list)

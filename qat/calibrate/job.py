@@ -1,4 +1,4 @@
-"""The calibration stage from files to file: config, checkpoint and data in, PTQ checkpoint out."""
+"""The calibration stage: reads config, checkpoint and data, and writes a PTQ checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FEW_FRAMES = 8
 
 @dataclass
 class CalibrationResult:
-    """The quantized detector, what calibration saw, how it was done, and what a budget led to."""
+    """The quantized detector, the calibration's report, its recipe, and the result of a budget."""
 
     model: QuantizedModel
     report: CalibrationReport
@@ -44,11 +44,11 @@ class CalibrationResult:
 def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -> CalibrationResult:
     """Calibrates a float network over a split and writes the PTQ checkpoint to `out`.
 
-    With a budget, `<out>.budget.json` and `.budget.png` are written beside `out`.
+    With a budget, `<out>.budget.json` and `.budget.png` are written next to `out`.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
 
     Raises:
-        UserError: anything wrong with the options, the files or their content.
+        UserError: the options, the files or their content are wrong.
     """
     options.check(source)
     opened = open_float(source)
@@ -62,7 +62,7 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -
     model.to(device())
     dataset = family.dataset(options.data, options.split, settings, options.version, options.frames)
     scored = None
-    if budget is not None:  # opened before the work begins: what is wrong with it is reported at once
+    if budget is not None:  # opened before the work begins, so that errors are reported at once
         scored = family.dataset(budget.data, budget.split, settings, budget.version, budget.frames)
         scored.check_annotated()
     rank, size = place()
@@ -88,7 +88,7 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -
         found = _keep_within(budget, quantized, scored, out, origin)
     quantized.cpu()
     model.cpu()
-    if len(pictures) == 1:  # what is exported then knows what it was made for
+    if len(pictures) == 1:  # recorded in exports
         quantized.config = family.note_pictures(quantized.config, *pictures)
     report.int8 = int8_layers(quantized)
     recipe: dict[str, object] = {
@@ -119,7 +119,7 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -
 
 
 def _weights(source: Source, opened: Model, digest: str | None) -> dict[str, object]:
-    """What a recipe says about where the float weights came from. digest: the checkpoint's sha256."""
+    """The recipe's entries about the source of the float weights. digest: the checkpoint's sha256."""
     if opened.path is None:
         return {"random_weights": {"seed": source.seed}}
     found: dict[str, object] = {
@@ -140,7 +140,7 @@ def _keep_within(options: BudgetOptions, model: QuantizedModel, dataset: Any, ou
 
 
 def by_reason(inventory: Inventory) -> dict[Kept, list[str]]:
-    """What stays float, grouped by rule and reason."""
+    """Layers that stay float, grouped by rule and reason."""
     groups: dict[Kept, list[str]] = {}
     for name, kept in inventory.kept.items():
         groups.setdefault(kept, []).append(name)
@@ -152,7 +152,7 @@ def _more(names: list[str]) -> str:
 
 
 def warnings_of(report: CalibrationReport) -> list[str]:
-    """What a user should know before trusting the ranges, a line each."""
+    """Warnings about the ranges, one line each."""
     lines = [f"{name} was zero on every frame; its scale is a floor" for name in report.unexcited]
     if report.frames < FEW_FRAMES:
         lines.append(f"{report.frames} frames are few: ranges may be too narrow for other scenes")
@@ -160,7 +160,7 @@ def warnings_of(report: CalibrationReport) -> list[str]:
 
 
 def _part_figures(result: CalibrationResult) -> dict[str, dict[str, Any]]:
-    """Of each part: activation quantizers that are on, layers with INT8 weights, the share of its multiply-accumulates in
+    """For each part: activation quantizers that are on, layers with INT8 weights, the share of its multiply-accumulates in
     INT8, and whether it is off as a whole."""
     model, report = result.model, result.report
     found = {}
@@ -181,7 +181,7 @@ def _part_figures(result: CalibrationResult) -> dict[str, dict[str, Any]]:
 
 
 def summarize(result: CalibrationResult) -> dict[str, Any]:
-    """What `print_summary` prints, for scripts: JSON values, and paths."""
+    """The content of `print_summary` for scripts: JSON values, and paths."""
     model, report, budget = result.model, result.report, result.budget
     parts = _part_figures(result)
     return {
@@ -202,7 +202,7 @@ def summarize(result: CalibrationResult) -> dict[str, Any]:
 
 
 def print_summary(result: CalibrationResult) -> None:
-    """Prints a table of what is INT8 in each part and what stays float, and why."""
+    """Prints a table of each part's INT8 layers, and the layers that stay float with reasons."""
     model, report = result.model, result.report
     table = Table(title=f"PTQ over {report.frames} frames, method {result.recipe['method']}")
     for heading in ("part", "activation quantizers", "INT8 layers", "share of MACs in INT8"):

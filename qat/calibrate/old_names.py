@@ -1,7 +1,7 @@
-"""PTQ checkpoints of schema 1 and 2 in today's terms: names of quantizers, what is off, and trained weights.
+"""Converts PTQ checkpoints of schema 1 and 2: names of quantizers, disabled quantizers, and trained weights.
 
-They were written when networks were traced by torch.fx's own tracer. A quantizer of a module's output was named by the module's
-path, as today; one of a function's by the number of that function in the graph (`quant_matmul_3`, `quant_iadd`).
+They were written when torch.fx's tracer traced networks. A quantizer of a module's output was named by the module's path, as
+today; a quantizer of a function's output by the number of that function in the graph (`quant_matmul_3`, `quant_iadd`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from qat.lean.modes import quantizers
 from qat.model.quantized import QuantizedModel
 from qat.model.units import UNIT_ROLES
 
-# Buffers that an old file has among its weights; `inverse` is what an equalized channel is multiplied by.
+# Buffers among the weights of an old file; `inverse` is the factor of an equalized channel.
 TABLES = ("relative_position_index", "attn_mask", "num_batches_tracked", "inverse")
 
 
 def old_names(model: QuantizedModel, checkpoint: Mapping[str, Any]) -> Callable[[str], str]:
-    """From a quantizer's name in the file to its name in `model`.
+    """Maps a quantizer's name in the file to its name in `model`.
 
-    Names that both have are the same. The others are matched part by part in their order, which is that of the graph's rules
+    Names in both stay the same. The others are matched part by part in order, which is that of the graph's rules
     then and now.
 
     Raises:
-        KeyError: a part has another number of them than the file.
+        KeyError: a part and the file have different numbers of them.
     """
     own_quantizers = quantizers(model.parts)
     own = [name for name, quantizer in own_quantizers.items() if quantizer.shares is None]
@@ -51,8 +51,8 @@ def old_names(model: QuantizedModel, checkpoint: Mapping[str, Any]) -> Callable[
 
 
 def old_weights(model: QuantizedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Trained weights as `model` has them: an old file has tables of indices and masks among them, and batch norms that
-    were not folded whole."""
+    """Converts trained weights to `model`'s form: an old file also has tables of indices and masks, and batch norms that were
+    not completely folded."""
     own, found = set(model.weights()), dict(weights)
     for path, module in model.parts.named_modules():
         norm = [f"{path}.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
@@ -69,8 +69,8 @@ def old_weights(model: QuantizedModel, weights: Mapping[str, torch.Tensor]) -> d
 
 
 def really_off(model: QuantizedModel, amax: Collection[str], disabled: Sequence[str]) -> list[str]:
-    """What an old file left float in every flavour, of what it lists as off: its default flavour's. Quantizers that it lacks
-    are off too: its layers were not seen then."""
+    """The quantizers that are off in every flavour: an old file lists those that are off in its default flavour. Quantizers
+    that the file lacks are off too, because old versions did not find their layers."""
     own = quantizers(model.parts)
     known = set(amax) | set(disabled)
     found = [name for name, quantizer in own.items() if name not in known and quantizer.shares is None]

@@ -18,10 +18,10 @@ from qat.model.opening import Source
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """What may be lost for INT8, and where that is measured.
+    """The accuracy that INT8 may lose, and the data to measure it on.
 
-    drop: of mAP. data, version, split, frames: annotated keyframes, as for `NuScenesDataset`. metric: of such a data set,
-    scores boxes by frame token. ranked_on: frames that the units' losses are measured on.
+    drop: of mAP. data, version, split, frames: annotated keyframes, as in `NuScenesDataset`. metric: scores boxes by frame
+    token on such a data set. ranked_on: number of frames on which the units' losses are measured.
     """
 
     drop: float
@@ -38,9 +38,9 @@ class CalibrateOptions:
     """Calibration options; flags of `bevqat calibrate` have the same names unless stated.
 
     data, split, version, frames: the keyframes to calibrate on, as for `NuScenesDataset`.
-    method: one of `qat.lean.METHODS`, or "auto": what serves each part best (the family's recipe). percentile: for that method.
-    by_layer: (pattern, method) pairs that go before it; flag --method-for.
-    budget: leaves units float for it.
+    method: one of `qat.lean.METHODS`, or "auto" for the best one of each part (the family's recipe). percentile: for that
+    method. by_layer: (pattern, method) pairs that override it; flag --method-for.
+    budget: leave units float to meet it.
     equalize: divide the channels of a part's input by their magnitudes where that pays; flag --no-equalize.
     keep_float: layers to leave float besides the family's own, as `PATTERN` or `PATTERN=reason`.
     """
@@ -58,11 +58,11 @@ class CalibrateOptions:
 
     @property
     def rules(self) -> list[FloatRule]:
-        """`keep_float` as rules; raises `UserError` for one that is none."""
+        """`keep_float` as rules; raises `UserError` for an invalid one."""
         return float_rules(self.keep_float)
 
     def check(self, source: Source) -> None:
-        """Raises `UserError` for options that do not go together, or not with this source, by the name of the flag.
+        """Raises `UserError` for options that contradict each other or this source, by the name of the flag.
 
         (Methods and patterns are checked where the network is known: `qat.calibrate.ptq`, `qat.lean.module`.)
         """

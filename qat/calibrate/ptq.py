@@ -23,13 +23,16 @@ from qat.model.quantized import QuantizedModel
 from qat.model.runners import to_numpy, torch_feeds, torch_runners
 from qat.plan import run
 
-FEW_FRAMES = 3  # channels are not equalized on fewer: what one or two frames leave small may be large on the next
+FEW_FRAMES = (
+    3  # channels are not equalized on fewer: a channel that is small on one or two frames may be large on the next
+)
 
 
 @dataclass
 class CalibrationReport:
-    """What calibration saw. macs: multiply-accumulates of everything that multiplies, layers and products of activations, for
-    one frame, by `part.path`; int8: the layers with INT8 weights that are on; unexcited: quantizers whose tensor was zero on every frame."""
+    """Calibration's report. macs: multiply-accumulates of all layers and products of activations, for
+    one frame, by `part.path`; int8: the layers with INT8 weights that are on; unexcited: quantizers whose tensor was always
+    zero."""
 
     frames: int = 0
     macs: dict[str, int] = field(default_factory=dict)
@@ -51,7 +54,7 @@ def check_frame(frame: Any) -> None:
             raise UserError(f"calibration frame {frame.token}: {name} has NaN or infinity; drop the frame")
     if (img := getattr(frame, "img", None)) is None:
         return
-    flat = img.reshape(*img.shape[:2], -1)  # normalisation makes three values of black
+    flat = img.reshape(*img.shape[:2], -1)  # normalisation turns black into three values
     constant = np.flatnonzero((flat.min(2) == flat.max(2)).all(1))
     if len(constant):
         raise UserError(f"calibration frame {frame.token}: camera {constant[0]} is one colour; drop the frame")
@@ -83,16 +86,16 @@ def calibrate(
     by_layer: Sequence[tuple[str, str]] = (),
     equalize: bool = True,
 ) -> tuple[QuantizedModel, CalibrationReport]:
-    """Sets the range of every quantizer from what its tensor holds on `frames`.
+    """Sets the range of every quantizer from its tensor's values on `frames`.
 
     Args:
         model: a family's float network, or an already quantized model to calibrate again; equalized tensors stay equalized.
-        frames: preprocessed ones; of a plan with state, whole scenes in the order of time.
+        frames: preprocessed; for a plan with state, whole scenes in time order.
         method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.
         percentile: share of magnitudes inside the range, in percent, for `percentile`.
         progress: called with the number of frames done.
-        by_layer: (pattern, method) pairs for quantizers that are to have another method; the pattern (shell style) is
-            matched against `part.quantizer`, the first that fits counts.
+        by_layer: (pattern, method) pairs for quantizers with another method; the pattern (shell style) is matched against
+            `part.quantizer`, and the first match counts.
         equalize: divide the channels of a part's input by their magnitudes where that pays (`qat.lean.equalize`).
 
     Under torchrun each process passes its own share of the frames, and all end with the same ranges.
@@ -139,7 +142,7 @@ def calibrate(
 def _equalize(
     model: QuantizedModel, calibrators: Mapping[str, HistogramCalibrator], by_layer: Sequence[tuple[str, str]]
 ) -> None:
-    """Equalizes the channels of parts' inputs, where that pays and no method was set for the quantizer by name.
+    """Equalizes the channels of parts' inputs if that pays and no method was set for the quantizer by name.
 
     Like a weight's, an equalized channel's range is its largest magnitude, whatever the method.
     """

@@ -1,4 +1,4 @@
-"""Reading a pickled network (`torch.save(model)`) without running any of it and without the packages it was made with.
+"""Reads a pickled network (`torch.save(model)`) without running anything in it and without the packages it was made with.
 
 Both of torch's formats are read: the zip of version 1.6 on (`data.pkl` and one entry a storage), and the older run of
 pickles followed by the storages' bytes (formats: torch/serialization.py). The pickle goes through `qat.checkpoints.unpickle`.
@@ -24,7 +24,7 @@ import torch
 from qat.checkpoints.unpickle import Damaged, InertUnpickler, Record, Storage, is_integers
 from qat.core.errors import UserError
 
-# As unpickle's bound: far above any network's.
+# Like unpickle's bound: far above any real network.
 MAX_PICKLE = 256 << 20
 MAX_MODULES = 100_000
 MAX_NAMES = 1_000_000
@@ -57,7 +57,7 @@ DTYPES = {
 }
 STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage", "torch.cuda.storage")
 
-# What taking apart a damaged file can raise, apart from Damaged: a stack that is too short, a number that is no number …
+# What parsing a damaged file can raise, apart from Damaged: a stack that is too short, an invalid number …
 FAILURES = (
     ValueError,
     TypeError,
@@ -90,7 +90,7 @@ class _Storages:
 
     def __call__(self, identity: Any) -> Any:
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
-            return identity[1]  # the class; the source code behind it is of no use
+            return identity[1]  # the class; its source code is not used
         if not (isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage"):
             raise Damaged("a persistent id that is not a storage")
         _, kind, key, _device, numel, *view = identity
@@ -121,7 +121,7 @@ class _Storages:
 
 
 def _check_entries(archive: zipfile.ZipFile, path: Path) -> str:
-    """The name of the pickle in a zip that holds it and whatever else torch.save writes; else raises `Damaged`."""
+    """The name of the pickle in a zip file written by torch.save; raises `Damaged` for any other zip file."""
     entries = archive.infolist()
     pickles = [entry.filename for entry in entries if re.fullmatch(r"([^/]+/)?data\.pkl", entry.filename)]
     if len(pickles) != 1:
@@ -129,7 +129,7 @@ def _check_entries(archive: zipfile.ZipFile, path: Path) -> str:
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in archive.namelist():
         raise Damaged("a TorchScript archive")
-    # torch.save compresses nothing: what unpacks to more than the file has is no checkpoint.
+    # torch.save does not compress: a file that unpacks to more than its size is not a checkpoint.
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise Damaged("a zip with compressed entries")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -140,12 +140,12 @@ def _check_entries(archive: zipfile.ZipFile, path: Path) -> str:
 
 
 def is_plainly_saved(path: Path) -> bool:
-    """Whether `torch.load(weights_only=True)` can be asked to read a file from elsewhere: a zip such as torch.save writes, in
-    which no name is longer than a name is.
+    """Whether `torch.load(weights_only=True)` is safe for a file from elsewhere: a zip file as torch.save writes it, in which
+    no name is too long.
 
-    It unpacks compressed entries of any size, takes for a folder's what is marked as one (and then gives memory that nothing was
-    read into), and words what it refuses with regular expressions whose time grows with the
-    square of the name refused (torch 2.13: 5 s for one of 70,000 characters). The older format it reads no better than
+    torch.load unpacks compressed entries of any size, treats entries marked as folders as such (and then returns uninitialised
+    memory), and builds its error messages with regular expressions whose time grows with the square of the refused
+    name's length (torch 2.13: 5 s for 70,000 characters). It reads the older format no better than
     `read_pickled`.
     """
     try:
@@ -186,7 +186,9 @@ def _read_legacy(path: Path) -> Any:
     if data[:1] != pickle.PROTO or InertUnpickler(stream, _no_persistent).load() != LEGACY_MAGIC:
         raise Damaged("the first bytes are not a checkpoint's")
     if InertUnpickler(stream, _no_persistent).load() != LEGACY_PROTOCOL:
-        raise Damaged("another format than torch's")  # not which: printing what a file holds may never end
+        raise Damaged(
+            "another format than torch's"
+        )  # the message does not say which: printing a file's contents may never end
     system = InertUnpickler(stream, _no_persistent).load()
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Damaged("tensors of a big-endian machine")
@@ -215,15 +217,15 @@ def _one_line(path: Path) -> Iterator[None]:
         yield
     except (Damaged, *FAILURES) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        # A zip file began as one: the list of its entries, at its end, is not there.
+        # It starts like a zip file, but the list of its entries, at the end, is missing.
         if reason == "File is not a zip file" or isinstance(error, EOFError):
             reason = "it ends early"
         raise UserError(f"{path}: not a torch checkpoint, or damaged ({reason}); save or fetch it again") from None
 
 
 def read_pickled(path: str | Path) -> Any:
-    """What `torch.save` wrote, whatever classes it is of: tensors (on the CPU, parameters too), numbers, text, plain
-    containers, numpy arrays, and a `Record` for everything else. Nothing in the file is run or imported.
+    """Reads what `torch.save` wrote, of any class: tensors (on the CPU, parameters too), numbers, text, plain containers,
+    numpy arrays, and a `Record` for everything else. Nothing in the file is run or imported.
 
     A defaultdict and an OrderedDict are dicts. Tensors share storages as they did; an expanded one stays a view.
 
@@ -238,7 +240,7 @@ def read_pickled(path: str | Path) -> Any:
 
 
 def is_module(value: Any) -> bool:
-    """Whether a record is of an nn.Module."""
+    """Whether a record is an nn.Module."""
     return isinstance(value, Record) and all(
         isinstance(value.attributes.get(name), dict) for name in ("_parameters", "_buffers", "_modules")
     )
@@ -275,7 +277,7 @@ def _quantizer(record: Record) -> dict[str, Any]:
 
 def quantizer_settings(have: Mapping[str, Any]) -> dict[str, Any]:
     """A TensorQuantizer's attributes and buffers by name → {"amax": tensor or None, "disabled", "num_bits", "axis": tuple or
-    None, "unsigned", "special": why amax/127 is not its scale, or None}. Untrusted values of other types are as absent."""
+    None, "unsigned", "special": why amax/127 is not its scale, or None}. Untrusted values of other types count as absent."""
     amax, scaled = have.get("_amax"), have.get("_scale_amax")
     amax = amax if isinstance(amax, torch.Tensor) and amax.is_floating_point() else None
     if amax is not None and isinstance(scaled, int | float):
@@ -303,8 +305,8 @@ def quantizer_settings(have: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def module_state(record: Record, source: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """A pickled network's state dict, by the names of `nn.Module.state_dict`, without its quantizers; and those by
-    their paths (as `quantizer_settings`). A module that stands at several paths is listed at each.
+    """A pickled network's state dict, by the names of `nn.Module.state_dict`, without its quantizers; and the quantizers by
+    their paths (as `quantizer_settings`). A module at several paths is listed at each.
 
     Raises:
         UserError: too deep or too many modules for a network, which includes one that contains itself.
@@ -336,5 +338,5 @@ def module_state(record: Record, source: str) -> tuple[dict[str, torch.Tensor], 
             if isinstance(value, torch.Tensor) and name not in passing:
                 state[prefix + name] = value
         inner = [(f"{prefix}{n}.", depth + 1, child) for n, child in _children(module, "_modules") if is_module(child)]
-        waiting.extend(reversed(inner))  # in order, as the network has them
+        waiting.extend(reversed(inner))  # in the network's order
     return state, quantizers

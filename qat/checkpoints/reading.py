@@ -1,4 +1,4 @@
-"""Reading checkpoints: tensors and plain containers; nothing else in a file is executed."""
+"""Reads checkpoints: tensors and plain containers. Nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ from qat.core.console import note
 from qat.core.errors import UserError
 from qat.core.kinds import kind_of_file
 
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")  # where others keep what we call state_dict
-# What belongs to a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
+STATE_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+)  # other tools' keys for what we call state_dict
+# Entries of a TensorQuantizer in a state dict: pytorch-quantization's `…_input_quantizer._amax`, ModelOpt's
 # `….input_quantizer._amax`; a network's own "quantizer" (a codebook, say) has other names under it.
 QUANTIZER_STATE = (
     "_amax",
@@ -33,7 +39,7 @@ QUANTIZER_STATE = (
 
 
 def _quantizer_part(name: object) -> tuple[str, str] | None:
-    """A quantizer's path and what of it this name in a state dict is; None where it is no quantizer's."""
+    """The quantizer's path and the attribute that a name in a state dict stands for; None if it is not a quantizer's."""
     suffix = next((s for s in QUANTIZER_STATE if isinstance(name, str) and name.endswith("." + s)), None)
     if suffix is None:
         return None
@@ -46,7 +52,7 @@ def _quantizer_part(name: object) -> tuple[str, str] | None:
 def split_quantizers(
     state: Mapping[str, Any], described: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A state dict without what its TensorQuantizers keep in it, and those, as `load_checkpoint` returns them.
+    """A state dict without the entries of its TensorQuantizers, and the quantizers, as `load_checkpoint` returns them.
 
     described: their attributes by path, where the file says more than their ranges (ModelOpt's `quantizer_state`).
     """
@@ -66,7 +72,7 @@ def split_quantizers(
 
 
 def _modelopt_settings(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What `modelopt_state` says of each quantizer: {"modelopt_state_dict": [(mode, {"metadata": {"quantizer_state": {path:
+    """Each quantizer's attributes in `modelopt_state`: {"modelopt_state_dict": [(mode, {"metadata": {"quantizer_state": {path:
     attributes}}}), …]}, of which the last mode's counts."""
     found: dict[str, Any] = {}
     state = value.get("modelopt_state")
@@ -79,7 +85,7 @@ def _modelopt_settings(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_entries(entries: Mapping[Any, Any], limit: int = 1_000_000) -> dict[Any, Any]:
-    """Those that hold no `Record`, however deep."""
+    """The entries that contain no `Record` at any depth."""
     plain = {}
     for key, value in entries.items():
         waiting, seen = [value], set()
@@ -99,7 +105,7 @@ def _plain_entries(entries: Mapping[Any, Any], limit: int = 1_000_000) -> dict[A
 
 
 def _from_pickled(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A checkpoint that holds objects, by the reader that runs none of them; and the quantizers of a pickled network."""
+    """Reads a checkpoint that holds objects without running them; also returns the quantizers of a pickled network."""
     value = read_pickled(path)
     if is_module(value):
         value = {"model": value}
@@ -114,7 +120,7 @@ def _from_pickled(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
                 return {**rest, "state_dict": state}, quantizers
             if has_tensors(value.get(key)):
                 break
-        # The objects are beside the state dict: a config, a training log.
+        # The objects are outside the state dict: a config, a training log.
         value = _plain_entries(value)
         if value:
             return value, {}
@@ -127,11 +133,11 @@ def _from_pickled(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]
 
 def load_checkpoint(path: str | Path, ema: bool = False) -> dict[str, Any]:
     """Reads a checkpoint: `{"state_dict": …}`, possibly with `config` and `meta`; a bare state dict; a whole network that
-    was pickled (`torch.save(model)`), by itself or under "model"; what NVIDIA ModelOpt saves.
+    was pickled (`torch.save(model)`), at the top or under "model"; a file of NVIDIA ModelOpt.
 
-    Nothing in the file is executed, and the packages whose classes it holds need not be there (`qat.checkpoints.pickled`).
+    Nothing in the file is executed, and the packages of its classes need not be installed (`qat.checkpoints.pickled`).
 
-    ema: take the averaged weights that the file keeps beside the others (`qat.checkpoints.weights`).
+    ema: take the averaged weights that the file holds in addition (`qat.checkpoints.weights`).
 
     Returns:
         the file's dict, with "state_dict": the tensors by their names in `nn.Module.state_dict`, without wrappers' prefixes;
@@ -142,7 +148,7 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> dict[str, Any]:
         "state_dict" then does not hold (see `qat.calibrate.foreign`).
 
     Raises:
-        UserError: no such file, damaged, or no tensors in it; `ema`, and no averaged weights in it.
+        UserError: the file is missing, damaged, or has no tensors; or `ema`, and it has no averaged weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,7 +157,7 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> dict[str, Any]:
     quantizers: dict[str, dict[str, Any]] = {}
     value: Any = None
     if is_plainly_saved(path):
-        # It holds objects, which this loader refuses; or it is damaged, over which it stumbles in any way.
+        # The file holds objects, which this loader refuses, or it is damaged, which may raise anything.
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol: nothing to act on
             value = torch.load(path, map_location="cpu", weights_only=True)
@@ -200,11 +206,11 @@ def load_checkpoint(path: str | Path, ema: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def saving(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file of Python's for torch to write to: what the system refuses is then an OSError, which torch makes a RuntimeError
-    of its own and, where it opens the file itself, says nothing of.
+    """A Python file object for torch to write to, so that a failure of the system is an OSError. torch raises a RuntimeError
+    instead, without the cause if it opens the file itself.
 
     Raises:
-        OSError: the disk is full, a quota or a limit is reached, or another refusal of the system.
+        OSError: the disk is full, a quota or a limit is reached, or the system refuses for another reason.
     """
     with open(path, "wb") as stream:
         try:
@@ -222,7 +228,7 @@ def save_plain(value: Any, path: str | Path) -> None:
 
 
 def float_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """The weights to load of a float checkpoint, after telling which they are where the file has others too.
+    """The weights to load from a float checkpoint. Reports which they are if the file has others too.
 
     Args:
         checkpoint: `load_checkpoint`'s.

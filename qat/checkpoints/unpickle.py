@@ -1,8 +1,8 @@
-"""Python's own unpickler, without anything that a pickle could call.
+"""Python's unpickler, without anything that a pickle could call.
 
 A pickle is a program, and `pickle.load` lets it import and call anything. Here a global is a `Record` of its name, and calling
-it, or making or filling an object of it, only notes the arguments. What is rebuilt is a fixed list of plain things
-(`_BUILDERS`): tensors, containers, numbers, numpy arrays.
+it, or making or filling an object of it, only records the arguments. Only a fixed list of plain values (`_BUILDERS`) is
+rebuilt: tensors, containers, numbers, numpy arrays.
 
 The base class is the unpickler of the standard library that is written in Python (`torch.package` builds on it too): the one in
 C calls `__setstate__` of whatever it filled and hashes whatever a file makes a key, where no subclass can interfere.
@@ -31,16 +31,16 @@ CONSTANTS = {
 
 
 class Damaged(Exception):
-    """The fault of a file, without its name."""
+    """What is wrong with a file, without the file's name."""
 
 
 @dataclass(eq=False, repr=False, slots=True)
 class Record:
-    """Something that a pickle names and that is not rebuilt: a class or function (`args` is None), or what calling it with
+    """An object of a pickle that is not rebuilt: a class or function (`args` is None), or what calling it with
     `args` would have made.
 
-    attributes: its `__dict__`; a state of another kind under "__state__". What a subclass of dict or list holds is not kept. All
-    of it comes from the file and cannot be trusted.
+    attributes: its `__dict__`; a state of another kind under "__state__". The contents of a subclass of dict or list are not
+    kept. All of it comes from the file and cannot be trusted.
     """
 
     module: str
@@ -75,8 +75,8 @@ def is_integers(values: Any) -> bool:
 def _tensor(
     storage: Storage, offset: int, size: Any, stride: Any, _grad: Any = None, _hooks: Any = None, *rest: Any
 ) -> Any:
-    """rest: of version 2 the metadata, of version 3 the dtype and the metadata."""
-    if rest and isinstance(rest[-1], dict) and rest[-1]:  # conjugated or negated: nothing that a network keeps is
+    """rest: the metadata in version 2; the dtype and the metadata in version 3."""
+    if rest and isinstance(rest[-1], dict) and rest[-1]:  # conjugated or negated: not used in networks
         return NotImplemented
     dtype = rest[0] if rest and isinstance(rest[0], torch.dtype) else storage.dtype
     have = storage.numel * storage.dtype.itemsize // dtype.itemsize
@@ -99,7 +99,7 @@ def _parameter(data: torch.Tensor, *_: Any) -> Any:
 
 
 def _from_type(function: Record, _kind: Any, args: tuple[Any, ...], *_: Any) -> Any:
-    """A subclass of Tensor, or one with extra attributes: only the tensor."""
+    """Returns only the tensor of a subclass of Tensor, or of a tensor with extra attributes."""
     builder, *_types = _BUILDERS.get((function.module, function.name), (None,))
     return _built(function, args) if builder in (_tensor, _parameter) else NotImplemented
 
@@ -133,7 +133,7 @@ def _numpy_dtype(described: Any) -> np.dtype[Any] | None:
 
 
 def _numbers(described: Any, data: Any) -> Any:
-    """The numbers of a numpy array or scalar, or NotImplemented where they are none."""
+    """The numbers of a numpy array or scalar; NotImplemented for other contents."""
     dtype, raw = _numpy_dtype(described), data.encode("latin1") if isinstance(data, str) else data
     return np.frombuffer(raw, dtype) if dtype is not None and isinstance(raw, bytes) else NotImplemented
 
@@ -144,7 +144,7 @@ def _scalar(described: Record, data: str | bytes) -> Any:
 
 
 def _filled(array: np.ndarray, state: Any) -> Any:
-    """The array, filled in place, or a record where it does not hold plain numbers."""
+    """The array, filled in place, or a record if it does not hold plain numbers."""
     if isinstance(state, tuple) and len(state) == 5:
         _version, shape, described, fortran, data = state
         if (numbers := _numbers(described, data)) is not NotImplemented:
@@ -156,7 +156,7 @@ def _filled(array: np.ndarray, state: Any) -> Any:
     return Record("numpy", "ndarray", (), {"__state__": state})
 
 
-# What is rebuilt: by which function, from which arguments. Only containers are iterated: a tensor of stride 0 has endless rows.
+# The functions that rebuild values, with their arguments. They iterate only containers: a tensor of stride 0 has endless rows.
 _LISTED = list | tuple
 _REBUILT_TENSOR = (_tensor, Storage, int, _LISTED, _LISTED, object, object, object, object)
 _REBUILT_PARAMETER = (_parameter, torch.Tensor, object, object, object)
@@ -208,8 +208,8 @@ def _built(function: Record, args: tuple[Any, ...]) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or set, if its hash is quick and not of the file's choosing: nested tuples can take 2ⁿ steps to hash
-    and huge integers all collide."""
+    """Checks a key of a dict or set: its hash must be quick, and the file must not be able to choose it. Nested tuples can
+    take 2ⁿ steps to hash, and huge integers all collide."""
     if type(value) is int and value.bit_length() <= 60:
         return value
     if value is None or isinstance(
@@ -237,7 +237,7 @@ class _Counted(dict[int, Any]):
 
 
 class InertUnpickler(pickle._Unpickler):
-    """Reads one pickle from a stream, calling nothing that it names; the stream is then behind it."""
+    """Reads one pickle from a stream without calling anything that it names; leaves the stream after it."""
 
     # The base class has them, but mypy's stub of it does not.
     stack: list[Any]
@@ -262,10 +262,10 @@ class InertUnpickler(pickle._Unpickler):
         return self.globals[key]
 
     def get_extension(self, code: int) -> None:
-        raise Damaged(f"extension {code} of a registry")  # which is this process's, and may hold functions
+        raise Damaged(f"extension {code} of a registry")  # this process's registry, which may hold functions
 
     def spend_copy(self, *values: Any) -> None:
-        """Before something that may be copied: one list, named again and again, would otherwise fill the memory."""
+        """Counts a value that may be copied: one list that is used again and again would otherwise fill the memory."""
         for value in values:
             if isinstance(value, str | bytes | bytearray):
                 self.counted.spend(len(value) >> 10)
@@ -273,7 +273,7 @@ class InertUnpickler(pickle._Unpickler):
                 self.counted.spend(len(value))
 
     def called(self, function: Any, args: Any) -> Any:
-        """Builds what is on the list, and notes everything else."""
+        """Builds what is on the list, and records everything else."""
         if not isinstance(function, Record) or not isinstance(args, tuple):
             raise Damaged(f"a call of a {type(function).__name__}")
         if (function.module, function.name) in _BUILDERS:
@@ -293,7 +293,7 @@ class InertUnpickler(pickle._Unpickler):
         self.append(self.called(klass, tuple(args)))
 
     def load_build(self) -> None:
-        """An object's state, of which `__setstate__` knows nothing."""
+        """Sets an object's state without calling its `__setstate__`."""
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, np.ndarray):

@@ -1,14 +1,14 @@
-"""Which tensors of a checkpoint are the network's: wrappers' prefixes, and averaged copies (EMA) beside the weights.
+"""Finds the network's tensors in a checkpoint: removes wrappers' prefixes, and finds averaged copies (EMA) of the weights.
 
-Where files keep averaged weights (an exponential moving average over training steps):
+Places of averaged weights (an exponential moving average over training steps):
 
     {"state_dict": …, "state_dict_ema": …}    timm; also "model_ema", "ema"
     {"state_dict": …, "ema_state_dict": …}    mmengine, which swaps the two on saving: state_dict holds the average
     ema_backbone_conv1_weight                 mmcv and mmdet 2: a buffer for each weight, in the state dict. Saved at the end of an
                                               epoch the two are swapped; saved in the middle of one they are not
 
-A buffer that counts batches (num_batches_tracked) is not averaged by mmdet's hook: the larger count is the trained weights', and
-shows whether the two were swapped.
+mmdet's hook does not average a buffer that counts batches (num_batches_tracked): the larger count belongs to the trained
+weights, and shows whether the two were swapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qat.families import state_names
 
 OUTER = ("module.", "model.")  # DataParallel and averaged models; Lightning
 ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP
-COUNTERS = ("n_averaged", "steps")  # how many models an averaged one has seen
+COUNTERS = ("n_averaged", "steps")  # the number of models in an average
 BESIDE = ("state_dict_ema", "ema_state_dict", "model_ema", "ema")
 BEFORE = "ema_"
 TRACKED = "num_batches_tracked"
@@ -39,15 +39,15 @@ def has_tensors(value: Any) -> bool:
 
 
 def without_wrappers(state: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A state dict by the network's own names, without what DataParallel, torch.compile, Lightning, FSDP and averaged models
-    put before them. Where a prefix is only before some of the names, the others stay as they are.
+    """A state dict by the network's names, without the prefixes of DataParallel, torch.compile, Lightning, FSDP and averaged
+    models. If only some names have a prefix, the others stay unchanged.
 
     Raises:
-        UserError: two names are one without prefixes.
+        UserError: two names are equal without prefixes.
     """
     if not any(isinstance(name, str) for name in state):
         return dict(state)
-    # Pairs, not dictionaries that are built again and again: a damaged file's names may all have one hash.
+    # Pairs instead of repeatedly built dictionaries: a damaged file's names may all have the same hash.
     found = [(name, value) for name, value in state.items()]
     for prefix in ANYWHERE:
         found = [
@@ -101,7 +101,7 @@ def _nested(value: Any) -> Any:
 
 
 def _beside(checkpoint: Mapping[str, Any], source: str) -> tuple[str, dict[str, Any], bool] | None:
-    """An averaged copy beside the state dict: its key, the tensors, and whether it was swapped with the state dict."""
+    """An averaged copy next to the state dict: its key, the tensors, and whether it was swapped with the state dict."""
     for key in BESIDE:
         value = _nested(checkpoint.get(key))
         if has_tensors(value):
@@ -118,14 +118,14 @@ def _tracked(state: Mapping[str, Any]) -> int:
 
 
 def choose_weights(checkpoint: Mapping[str, Any], source: str, ema: bool) -> Chosen:
-    """The state dict of a checkpoint by the network's own names, or the averaged weights that the file keeps beside it.
+    """The state dict of a checkpoint by the network's names, or the averaged weights that the file holds in addition.
 
     Args:
-        checkpoint: with "state_dict", where it has one.
+        checkpoint: with "state_dict", if it has one.
         ema: take the averaged ones.
 
     Raises:
-        UserError: `ema`, and there are none.
+        UserError: `ema`, but the file has no averaged weights.
     """
     given = checkpoint.get("state_dict")
     state = without_wrappers(given, source) if isinstance(given, Mapping) else {}

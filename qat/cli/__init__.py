@@ -1,7 +1,7 @@
-"""The command line: `bevqat VERB`, and the scripts `python qat/VERB.py` beside this folder.
+"""The command line: `bevqat VERB`, and the scripts `python qat/VERB.py` next to this folder.
 
-One module a verb, imported only when it is used. A module has `add_arguments(parser)` and `run(args) -> int` (the exit
-status): it parses, calls one function, prints. What follows the first line of its docstring is the end of its --help.
+Each verb is a module, imported only when it is used. A module has `add_arguments(parser)` and `run(args) -> int` (the exit
+status): it parses, calls one function, prints. The lines after the first line of its docstring are the end of its --help.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qat.cli import interrupts  # before what takes time to import
+from qat.cli import interrupts  # before slow imports
 from qat.cli.failures import health_of, one_line_of
 from qat.cli.flags import check_config
 from qat.cli.json_output import json_output
@@ -25,11 +25,11 @@ OK, FAILED, BAD_USE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status: 0 fine, 1 checks failed, 2 bad use, 130 interrupted, 141 nobody reads the
-    output any more (as `head` leaves it). What is our own mistake keeps its traceback, and Python ends with 1 after it.
+    """Runs one verb and returns the exit status: 0 fine, 1 checks failed, 2 bad use, 130 interrupted, 141 the output pipe was
+    closed (as `head` does). A bug in this program keeps its traceback, and Python then ends with 1.
 
     Raises:
-        SystemExit: of status 0 after --help and --version, of status 2 for words that are not understood.
+        SystemExit: status 0 after --help and --version, status 2 for unknown arguments.
     """
     program = argv is None  # not a call by another program
     allow_any_text()

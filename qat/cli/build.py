@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="default: the folder's; an fp16 folder can be built as fp32 too"
     )
-    add_out_flag(parser, "DIR", "engines_PRECISION_BACKEND beside --onnx")
+    add_out_flag(parser, "DIR", "engines_PRECISION_BACKEND next to --onnx")
     add_engine_flags(parser)
     add_tensorrt_flags(parser)
     add_json_flag(parser)
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = engine_options(args, [args.backend])
     parts = load_manifest(args.onnx, check_files=False)["parts"]
-    # TensorRT says itself how far each part is.
+    # TensorRT reports the progress of each part.
     with progress_bar("build", len(parts), show=args.backend != "tensorrt") as done:
         begun = list(parts)
         folder, manifest = build_engines(

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt", type=Path, default=weights, metavar="CKPT", help=f"float checkpoint (default {weights})"
     )
-    add_config_flag(parser, when="default: the one inside or beside the checkpoint")
+    add_config_flag(parser, when="default: the one inside or next to the checkpoint")
     add_ema_flag(parser)
     parser.add_argument("--ptq", type=Path, metavar="CKPT", help="calibrate's checkpoint, for the simulated INT8 row")
     parser.add_argument(
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="exported parts, FP32 and INT8",
     )
-    for name in ("fp32", "int8"):  # as it was until 0.1
+    for name in ("fp32", "int8"):  # the spelling until 0.1
         parser.add_argument(f"--{name}", type=Path, action="append", default=[], help=argparse.SUPPRESS)
     add_backends_flag(parser, "openvino,onnxruntime")
     add_data_flags(parser, "eval", "evaluate on")
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """For --json: the verdict, where the files are, and what results.json has without the report's pictures."""
+    """For --json: the verdict, the files' paths, and results.json without the report's pictures."""
     verdict = comparison.verdict
     results = {key: value for key, value in comparison.results.items() if key != "frames"}
     return {

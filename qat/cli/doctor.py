@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bar() -> AbstractContextManager[Any]:
-    """A bar while it looks; none where a package for it is what is missing."""
+    """Shows a progress bar; nothing if a package for the bar is missing."""
     try:
         from qat.core.progress import progress_bar
     except Exception:  # a broken package may raise anything

@@ -12,16 +12,16 @@ from qat.core.errors import UserError
 from qat.engine import BACKENDS, PRECISIONS, Options, TensorRtOptions, takes_bfloat16
 from qat.engine.tensorrt_options import TACTIC_SOURCES, Profile
 
-FLAGS = {"fp16": "--no-fp16", "profiles": "--profile"}  # where they are not the fields' names
+FLAGS = {"fp16": "--no-fp16", "profiles": "--profile"}  # flags whose names differ from the fields' names
 
 
 def add_threads_flag(parser: argparse._ActionsContainer) -> None:
-    """--threads only."""
+    """Adds --threads."""
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default 0: one on each core)")
 
 
 def add_backends_flag(parser: argparse.ArgumentParser, default: str | None, when: str = "") -> None:
-    """--backends; `backends_of` reads it. when: what it is without the flag, where there is no default."""
+    """Adds --backends; `backends_of` reads it. when: text for the help if there is no default."""
     parser.add_argument(
         "--backends",
         default=default,
@@ -31,12 +31,12 @@ def add_backends_flag(parser: argparse.ArgumentParser, default: str | None, when
 
 
 def backends_of(text: str) -> list[str]:
-    """The names in a --backends."""
+    """The names in --backends."""
     return [name for name in (word.strip() for word in text.split(",")) if name]
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """--threads, --pinning, --no-spinning and --bfloat16: fields of `qat.engine.Options`, by their names."""
+    """Adds --threads, --pinning, --no-spinning and --bfloat16, fields of `qat.engine.Options`."""
     group = parser.add_argument_group("on the CPU")
     add_threads_flag(group)
     group.add_argument(
@@ -53,7 +53,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tensorrt_flags(parser: argparse.ArgumentParser) -> None:
-    """Fields of `qat.engine.TensorRtOptions`; None where a flag is not given."""
+    """Adds fields of `qat.engine.TensorRtOptions`; a flag that is not given is None."""
     group = parser.add_argument_group("with --backend tensorrt", "see docs/tensorrt.md")
     group.add_argument("--timing-cache", type=Path, metavar="FILE", help="file of measured tactics, read and updated")
     group.add_argument("--workspace", type=int, metavar="MIB", help="scratch memory of a layer (default: the GPU's)")
@@ -77,7 +77,7 @@ def add_tensorrt_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def tensorrt_options(args: argparse.Namespace, backends: Sequence[str]) -> TensorRtOptions:
-    """The options that `add_tensorrt_flags`' flags say.
+    """The options from the flags of `add_tensorrt_flags`.
 
     Raises:
         UserError: a flag is out of range, or was given for another backend.
@@ -96,10 +96,10 @@ def tensorrt_options(args: argparse.Namespace, backends: Sequence[str]) -> Tenso
 
 
 def engine_options(args: argparse.Namespace, backends: Sequence[str], **more: Any) -> Options:
-    """The options that the flags say. more: fields without a flag.
+    """The options from the flags. more: fields without a flag.
 
     Raises:
-        UserError: a flag is out of range, or says nothing to any of the backends.
+        UserError: a flag is out of range, or applies to none of the backends.
     """
     if args.bfloat16 and not any(
         takes_bfloat16(backend, precision) for backend in backends for precision in PRECISIONS

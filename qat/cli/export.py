@@ -13,8 +13,8 @@ A float checkpoint, and random weights to measure latency with:
   bevqat export --ckpt model/camera-tiny/camera-tiny.pth --out runs/onnx_fp32
   bevqat export --config model/resnet50/config.yaml --init random --fp16     # into runs/resnet50/onnx_fp16
 
-Each part is verified against PyTorch on a generated frame and on real ones, example-data's unless --data names others.
-Exit status 1 when a part and PyTorch differ by more than the tolerance; the files are written anyway.
+Each part is verified against PyTorch on a generated frame and on real frames, by default from example-data (--data).
+Exit status 1 if a part and PyTorch differ by more than the tolerance; the files are written anyway.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from qat.export.options import ExportOptions
     from qat.model.opening import Source
 
-SHOWN = 5  # diverging layers of a part
+SHOWN = 5  # diverging layers shown for a part
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,11 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", choices=("autoware",), help="form that another runtime loads: autoware (CenterPoint over pillars)"
     )
-    add_config_flag(parser, when="default: the one inside or beside a float checkpoint; a PTQ checkpoint has its own")
+    add_config_flag(parser, when="default: the one inside or next to a float checkpoint; a PTQ checkpoint has its own")
     add_prefix_flag(parser)
     add_ema_flag(parser)
     add_verification_flags(parser)
-    add_out_flag(parser, "DIR", "onnx_PRECISION[_FLAVOUR] beside the checkpoint")
+    add_out_flag(parser, "DIR", "onnx_PRECISION[_FLAVOUR] next to the checkpoint")
     add_json_flag(parser)
 
 
@@ -122,7 +122,7 @@ def _format(word: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports, then prints what was written and how close it is to PyTorch."""
+    """Exports, then prints the files and how close they are to PyTorch."""
     from qat.cli.flags import verification_frames
     from qat.core.verification import what_is_wrong
     from qat.export.bisect import describe
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         worst = min(part["verification"].items(), key=lambda item: item[1]["sqnr_db"] - item[1]["tolerance_db"])
         name, figures = worst
         print(
-            f"{folder / part['file']}: {part['precision']}, {size:.1f} MB; beside PyTorch {name} has "
+            f"{folder / part['file']}: {part['precision']}, {size:.1f} MB; against PyTorch {name} has "
             f"{figures['sqnr_db']:.0f} dB SQNR ({figures['tolerance_db']:.0f} dB or more expected)"
         )
         if (typed := part.get("types")) and "fp32" in typed:
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _programs(args: argparse.Namespace, source: Source, options: ExportOptions) -> int:
-    """Writes torch.export programs, and prints whether they compute the same reloaded."""
+    """Writes torch.export programs, and prints whether the reloaded programs compute the same."""
     from qat.export.checkpoint import export_programs
     from qat.export.options import only_for_graphs
 

@@ -1,4 +1,4 @@
-"""One-line errors for what the operating system refuses: a full disk, a folder that cannot be written, too little memory."""
+"""One-line errors for failures of the operating system: a full disk, a folder that cannot be written, too little memory."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _FIX = {
     errno.EXDEV: "write to one file system",
     errno.ENOMEM: "close other programs, or use a machine with more memory",
 }
-# How torch and numpy word an allocation that failed; torch raises a plain RuntimeError.
+# The messages of torch and numpy for a failed allocation; torch raises a plain RuntimeError.
 _NO_MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory|std::bad_alloc", re.IGNORECASE)
 
 
 def _cause(error: BaseException) -> OSError | None:
-    """The system's refusal behind an error: torch.save raises its own RuntimeError over it."""
+    """The OSError behind an error: torch.save raises a RuntimeError from it."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FIX:
@@ -71,8 +71,8 @@ def one_line_of(error: BaseException) -> str | None:
 
 
 def health_of(error: UserError, args: argparse.Namespace) -> str:
-    """What ends the line of a `NotFiniteError`: the command, ready to be pasted, that finds the layer. "" for other errors, and
-    where a verb's flags name no checkpoint."""
+    """The end of a `NotFiniteError`'s line: the command that finds the layer, ready to paste. "" for other errors, and for
+    verbs without a checkpoint."""
     source = next((found for name in ("source", "ckpt") if (found := getattr(args, name, None)) is not None), None)
     if not isinstance(error, NotFiniteError) or source is None:
         return ""

@@ -88,10 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _weights(args: argparse.Namespace) -> dict[str, float]:
-    """The losses' weights that were given, by name.
+    """The given weights of losses, by name.
 
     Raises:
-        UserError: a text that is no NAME=W.
+        UserError: a text is not NAME=W.
     """
     found: dict[str, float] = {}
     for name in ("image", "bev", "heat", "box"):

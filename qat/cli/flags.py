@@ -16,7 +16,7 @@ SPLIT_HELP = "split of the data"
 
 
 def add_config_flag(parser: argparse.ArgumentParser, default: Path | None = None, when: str = "") -> None:
-    """--config. when: what becomes of it without the flag, where there is no default."""
+    """Adds --config. when: text for the help if there is no default."""
     parser.add_argument(
         "--config",
         type=Path,
@@ -46,13 +46,13 @@ def add_checkpoint(parser: argparse.ArgumentParser, what: str, folder: bool = Fa
 
 
 def checkpoint_of(args: argparse.Namespace) -> Path:
-    """What `add_checkpoint`'s words name."""
+    """The path that `add_checkpoint`'s flags name."""
     found: Path = next(path for path in (args.source, args.ckpt, getattr(args, "onnx", None)) if path is not None)
     return found
 
 
 def add_out_flag(parser: argparse.ArgumentParser, metavar: str, default: Path | str, what: str = "") -> None:
-    """--out: what is written. default: a path, or words where it follows from other flags."""
+    """Adds --out. what: what is written. default: a path, or a text if it follows from other flags."""
     what = what or {"DIR": "folder to write", "CKPT": "checkpoint to write"}.get(metavar, "file to write")
     parser.add_argument(
         "--out",
@@ -69,7 +69,7 @@ def add_seed_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rounds_flags(parser: argparse.ArgumentParser, rounds: int, repeats: int | None) -> None:
-    """--rounds and, unless `repeats` is None, --repeats: of a latency measurement, with their defaults."""
+    """Adds --rounds and, unless `repeats` is None, --repeats of a latency measurement, with their defaults."""
     parser.add_argument(
         "--rounds", type=int, default=rounds, metavar="N", help=f"latency rounds: turns of each row (default {rounds})"
     )
@@ -80,7 +80,7 @@ def add_rounds_flags(parser: argparse.ArgumentParser, rounds: int, repeats: int 
 
 
 def add_data_flags(parser: argparse.ArgumentParser, split: str, what: str) -> None:
-    """--data, --version, --split and --frames: which keyframes of a data set. what: the verb for --frames' help."""
+    """Adds --data, --version, --split and --frames, which choose keyframes of a data set. what: the verb in --frames' help."""
     parser.add_argument(
         "--data", type=Path, default=EXAMPLE, metavar="ROOT", help=f"nuScenes-format data (default {EXAMPLE})"
     )
@@ -90,7 +90,7 @@ def add_data_flags(parser: argparse.ArgumentParser, split: str, what: str) -> No
 
 
 def add_data_sets_flags(parser: argparse.ArgumentParser, what: str, held_out: str) -> None:
-    """--data, which may be given again, --version, --split and --held-out; `data_sets` reads the first three."""
+    """Adds --data (repeatable), --version, --split and --held-out; `data_sets` reads the first three."""
     parser.add_argument(
         "--data",
         action="append",
@@ -107,7 +107,7 @@ def data_sets(args: argparse.Namespace) -> list[tuple[Path, str]]:
     """(root, split) of each --data.
 
     Raises:
-        UserError: one has no split, by itself or by --split.
+        UserError: a --data has no split, neither its own nor from --split.
     """
     return [
         (Path(text), args.split)
@@ -118,10 +118,10 @@ def data_sets(args: argparse.Namespace) -> list[tuple[Path, str]]:
 
 
 def root_and_split(text: str, flag: str) -> tuple[Path, str]:
-    """ROOT:SPLIT as its two parts.
+    """Splits ROOT:SPLIT in two.
 
     Raises:
-        UserError: there are not two.
+        UserError: the text has another form.
     """
     root, _, split = text.rpartition(":")
     if not (root and split):
@@ -130,7 +130,7 @@ def root_and_split(text: str, flag: str) -> tuple[Path, str]:
 
 
 def add_init_flags(parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup) -> None:
-    """--init random, instead of --ckpt (`source` holds that flag), and --seed; `init_seed` reads them."""
+    """Adds --init random, an alternative to --ckpt (in the group `source`), and --seed; `init_seed` reads them."""
     source.add_argument(
         "--init", choices=("random",), help="random weights instead of a checkpoint, for numerics and latency"
     )
@@ -149,17 +149,17 @@ def init_seed(args: argparse.Namespace) -> int:
 
 
 def add_prefix_flag(parser: argparse.ArgumentParser) -> None:
-    """--prefix: where the camera branch lies in a checkpoint."""
+    """Adds --prefix: the place of the camera branch in a checkpoint."""
     parser.add_argument(
         "--prefix",
         metavar="NAME",
         help="use only the camera branch, under NAME in the checkpoint: encoders.camera in a whole camera+lidar "
-        "model, '' in a state dict of the branch by itself",
+        "model, '' in a state dict of the branch alone",
     )
 
 
 def add_ema_flag(parser: argparse.ArgumentParser) -> None:
-    """--ema: which weights of a float checkpoint."""
+    """Adds --ema, which chooses between two sets of weights in a float checkpoint."""
     parser.add_argument(
         "--ema",
         action="store_true",
@@ -168,12 +168,12 @@ def add_ema_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_verification_flags(parser: argparse.ArgumentParser) -> None:
-    """--data, --version, --split and --frames of an export: which real keyframes it is verified on."""
+    """Adds --data, --version, --split and --frames of an export: the real keyframes to verify on."""
     parser.add_argument(
         "--data",
         type=Path,
         metavar="ROOT",
-        help="nuScenes-format data, or a folder with one keyframe and its info.json, to verify on beside a generated frame "
+        help="nuScenes-format data, or a folder with one keyframe and its info.json, to verify on besides a generated frame "
         f"(default {EXAMPLE} where there is one)",
     )
     parser.add_argument("--version", metavar="NAME", help=VERSION_HELP)
@@ -184,10 +184,10 @@ def add_verification_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def verification_frames(args: argparse.Namespace) -> Callable[[Any], Sequence[Any]] | None:
-    """A `qat.model.opening.Model` → the keyframes that `add_verification_flags`' flags choose; None for no real ones.
+    """A function from a `qat.model.opening.Model` to the keyframes that `add_verification_flags`' flags choose; None for none.
 
     Raises:
-        UserError: flags that do not go together. The function: the data cannot be read, or has fewer frames.
+        UserError: the flags contradict each other. From the function: the data cannot be read, or has too few frames.
     """
     root, count = args.data, 1 if args.frames is None else args.frames
     chosen = root is not None

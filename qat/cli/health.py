@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser, "a float or PTQ checkpoint, or a folder that export-camera wrote", folder=True)
     add_config_flag(
         parser,
-        when="default: the one inside or beside a float checkpoint; for a folder, whose data are read as its test pipeline "
+        when="default: the one inside or next to a float checkpoint; for a folder, whose data are read as its test pipeline "
         f"says, {MODEL / 'config.yaml'}",
     )
     add_prefix_flag(parser)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         family, config = read_config(args.config or MODEL / "config.yaml", prefix)
         if family.name != settings.get(KEY, DEFAULT):
             raise UserError(
-                f"{source}: found parts of the family {settings[KEY]}, expected that family's config; name it with --config"
+                f"{source}: found parts of the family {settings[KEY]}, expected that family's config; give it with --config"
             )
         frames = family.dataset(args.data, args.split, config, args.version, args.frames)
         found = check_parts(source, counted("check", frames, len(frames)))

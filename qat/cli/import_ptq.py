@@ -21,14 +21,14 @@ from qat.cli.json_output import add_json_flag, emit_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     parser.add_argument("--ckpt", type=Path, required=True, metavar="CKPT", help="the other tool's checkpoint")
-    add_config_flag(parser, when="default: config.yaml beside the checkpoint")
+    add_config_flag(parser, when="default: config.yaml next to the checkpoint")
     add_prefix_flag(parser)
     add_out_flag(parser, "CKPT", Path("runs/imported/ptq.pth"))
     add_json_flag(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Imports, and prints what became of the other tool's ranges."""
+    """Imports, and prints how the other tool's ranges were used."""
     from qat.calibrate.foreign import import_checkpoint
     from qat.core.progress import progress_bar
 

@@ -1,4 +1,4 @@
-"""Ctrl-C where no verb can handle it: while this package is being imported, and between a verb's end and the process's.
+"""Handles Ctrl-C outside a verb: while this package is imported, and between the end of a verb and the end of the process.
 
 Python then ends with the signal's own status, which a shell reports as 130.
 """
@@ -22,12 +22,12 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def show_one_line(always: bool) -> None:
-    """From here on an unhandled Ctrl-C is shown as one line; with False as Python shows it."""
+    """Shows an unhandled Ctrl-C as one line from now on; with False, as Python does."""
     sys.excepthook = _one_line if always else _hook
 
 
 def take_no_more() -> None:
-    """For a program that has been told to end, and is about to: a second Ctrl-C would only break its leaving off."""
+    """Ignores Ctrl-C in a program that is already ending: a second one would only interrupt its cleanup."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

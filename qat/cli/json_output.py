@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from qat.core.errors import UserError
 
 STDOUT = "-"
-_results: list[TextIO] = []  # where `emit_json` writes for "-"; empty outside of `json_output("-")`
+_results: list[TextIO] = []  # the stream `emit_json` writes to for "-"; empty outside `json_output("-")`
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
@@ -29,18 +29,18 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _flush_c() -> None:
-    """Writes what libraries in C have printed and keep in their own buffer of stdout: where that is no terminal, it would come
-    at the end of the process, behind the JSON."""
-    if os.name == "posix":  # elsewhere libraries have such buffers each
+    """Flushes what C libraries have printed to their buffer of stdout: if stdout is not a terminal, it would otherwise appear
+    at the end of the process, after the JSON."""
+    if os.name == "posix":  # on other systems each library has such a buffer
         ctypes.CDLL(None).fflush(None)
 
 
 @contextmanager
 def json_output(target: str | None) -> Iterator[None]:
-    """While a verb runs: for "-" nothing but the JSON gets to stdout, not even what a library or a child process prints.
+    """While a verb runs with "-", only the JSON goes to stdout; output of libraries and child processes does not.
 
     Raises:
-        UserError: the file cannot be one, told before the work begins.
+        UserError: the path cannot be a file; raised before the work begins.
     """
     if target is not None and target != STDOUT and Path(target).is_dir():
         raise UserError(f"--json: found the folder {target}, expected a file's name, or - for stdout")
@@ -50,7 +50,7 @@ def json_output(target: str | None) -> Iterator[None]:
     sys.stdout.flush()
     try:
         number = sys.stdout.fileno()
-    except (OSError, ValueError):  # a test's, or an embedding program's: there is nothing below it
+    except (OSError, ValueError):  # the stream of a test or an embedding program, without a file descriptor
         _results.append(sys.stdout)
         try:
             with redirect_stdout(sys.stderr):
@@ -73,10 +73,10 @@ def json_output(target: str | None) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """JSON values: paths as text, what is not finite as null, numpy's numbers as Python's.
+    """Converts to JSON values: paths to text, values that are not finite to null, numpy's numbers to Python's.
 
     Raises:
-        TypeError: something else, which is our mistake.
+        TypeError: another type, which is a bug.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
@@ -90,11 +90,11 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "item"):
         return plain(value.item())
-    raise TypeError(f"{type(value).__name__} is no JSON value")
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 def emit_json(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
-    """Writes what --json asks for, if it was given: a file, whole or not at all, or stdout.
+    """Writes the result for --json, if it was given: to a file, whole or not at all, or to stdout.
 
     Raises:
         UserError: the file cannot be written.

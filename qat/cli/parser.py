@@ -29,13 +29,13 @@ VERBS = {
     **{verb: summary for verb, (_, summary) in families.VERBS.items()},
     "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
-    "compare": "measure accuracy and latency of every backend and precision beside FP32",
+    "compare": "measure accuracy and latency of every backend and precision against FP32",
     "benchmark": "time exported parts and the whole detector on this machine, by backend and precision",
     "report": "make report.html from results.json, or a comparison of two",
     "completion": "print a script that completes verbs, flags, choices and files in a shell",
 }
 
-# The modules of verbs that go by another name, and of those that a family has.
+# The modules of verbs with another name, and of a family's verbs.
 MODULES = {"export-camera": "qat.cli.export", **{verb: module for verb, (module, _) in families.VERBS.items()}}
 REMOVED = {
     "--calibration-cache": "was removed with implicit INT8; omit it: the exported graph has the scales as explicit QDQ, which "
@@ -50,13 +50,13 @@ def module_of(verb: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?", or "" where nothing known is near."""
+    """ "; did you mean X?", or "" if no known name is similar."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def verb_of(arguments: Sequence[str]) -> str | None:
-    """The first word that is no flag: those before the verb take no value."""
+    """The first argument that is not a flag: flags before the verb have no values."""
     return next((word for word in arguments if not word.startswith("-")), None)
 
 
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return self.verbs.choices[verb]
 
     def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
-        """Ends with exit status 2 for words that no flag takes."""
+        """Ends with exit status 2 for unknown arguments."""
         flag = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
         if flag in REMOVED:
             self.error(f"{flag} {REMOVED[flag]}")

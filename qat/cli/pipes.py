@@ -8,8 +8,8 @@ import sys
 
 
 def reader_gone() -> bool:
-    """Whether the other end of stdout's pipe is closed; if so, stdout is given a place for what it still holds, for Python
-    flushes it at its end and would complain."""
+    """Whether the other end of stdout's pipe is closed. If so, redirects stdout, because Python flushes it at its end and
+    would print an error."""
     try:
         number = sys.stdout.fileno()
     except (OSError, ValueError, AttributeError):

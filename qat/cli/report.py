@@ -4,7 +4,7 @@ example:
   bevqat demo --out runs/demo
   bevqat report runs/demo/results.json
 
-Of two runs, the second that of `bevqat compare --help`:
+For two runs, the second from `bevqat compare --help`:
   bevqat report runs/demo/results.json runs/tiny/results.json --out runs/comparison.html
 """
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="HTML",
-        help="file to write (default report.html beside the results, comparison.html of two)",
+        help="file to write (default report.html next to the results, comparison.html for two)",
     )
     add_json_flag(parser)
 

@@ -1,4 +1,4 @@
-"""Every row's boxes on every keyframe, and how far its tensors are from the reference's.
+"""Computes every row's boxes on every keyframe, and the distance of its tensors from the reference's.
 
 Keyframe by keyframe, all rows on one keyframe before the next: each is loaded once, and the reference's tensors need
 not be kept. A cache keeps each row's results on each keyframe, so that an interrupted run resumes.
@@ -56,7 +56,7 @@ ARRAYS = ("boxes", "scores", "labels")
 
 
 class _Cache:
-    """One file a keyframe: what each row, by its key and the reference's, found on it."""
+    """One file per keyframe with each row's results, by its key and the reference's."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ def run_accuracy(
 
     Args:
         rows: the reference first.
-        cache: folder of what was found before.
+        cache: folder of earlier results.
         keep: called with each keyframe's index and content.
         progress: called with the number of keyframes done.
 
@@ -87,7 +87,7 @@ def run_accuracy(
         each row's boxes and energies; milliseconds that each newly run keyframe's pooling pattern took to compute.
 
     Raises:
-        NotFiniteError: a row gave a value that is not finite.
+        NotFiniteError: a row returned a value that is not finite.
     """
     store = _Cache(cache)
     reference = rows[0]
@@ -96,8 +96,8 @@ def run_accuracy(
     labels = tuple(plan.reported)
     results = [RowAccuracy(labels) for _ in rows]
     rebuilds: list[float] = []
-    walk = Session(flow, keyed=True)  # names the frames; each row carries its own state
-    for row in rows:  # one geometry, computed once for all rows
+    walk = Session(flow, keyed=True)  # identifies the frames; each row has its own state
+    for row in rows:  # the geometry, computed once for all rows
         row.pipeline.flow.share(flow)
         row.pipeline.reset()
     for index in range(len(dataset)):

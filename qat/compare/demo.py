@@ -22,7 +22,7 @@ from qat.export.checkpoint import export_checkpoint
 from qat.export.options import ExportOptions
 from qat.model.opening import Source, read_config
 
-# folder name, precision, flavour: each CPU backend gets the form that it fuses
+# folder name, precision, flavour: each CPU backend gets the flavour that it fuses
 EXPORTS = (
     ("fp32", "fp32", "tensorrt"),
     ("int8", "int8", "tensorrt"),
@@ -31,7 +31,7 @@ EXPORTS = (
 )
 
 
-HISTOGRAMS = 8  # of the most harmful units, as the command's default
+HISTOGRAMS = 8  # number of the most harmful units, the command's default
 SENSITIVITY_FRAMES = 2  # enough to rank the units; each costs a pass through a part of the network for each of them
 
 
@@ -44,7 +44,7 @@ class Demo:
 
 
 def _sensitivity(ptq: Path, data: Path, out: Path) -> None:
-    """Measures the calibrated units and writes out/sensitivity.json; what was measured before is in out/cache."""
+    """Measures the calibrated units and writes out/sensitivity.json; out/cache has earlier measurements."""
     quantized, recipe = load_ptq(ptq)
     dataset = quantized.family.dataset(data, "calib", quantized.config)
     few = np.linspace(0, len(dataset) - 1, min(SENSITIVITY_FRAMES, len(dataset))).round().astype(int)
@@ -64,8 +64,8 @@ def demo(
         model: folder of `config.yaml` and `<its name>.pth`.
         data: nuScenes-format data with the splits calib and eval.
         out: folder for ptq.pth, sensitivity.json, onnx_fp32/, onnx_int8/, results.json and report.html.
-        frames: evaluate on so many keyframes of the split; None for all.
-        say: gets a line as each step begins.
+        frames: number of keyframes of the split to evaluate on; None for all.
+        say: called with a line at the start of each step.
 
     Raises:
         UserError: a file of the model or of the data is missing or damaged.

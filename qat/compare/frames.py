@@ -1,4 +1,4 @@
-"""The keyframes in which two rows agree least, as a report can draw them: pictures and boxes projected into them."""
+"""Data to draw the keyframes in which two rows agree least: pictures, and boxes projected into them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qat.boxes.detections import Detections
 from qat.boxes.geometry import box_corners, box_corners_bev
 from qat.data import Sample
 
-SCORES = 0.1, 0.4  # within these, of boxes that are drawn and compared
+SCORES = 0.1, 0.4  # range of the boxes that are drawn and compared
 NEAR = 2.0  # metres between the centres of one object's boxes
-RANGE = 51.2  # metres, of the bird's-eye view
+RANGE = 51.2  # metres, size of the bird's-eye view
 QUALITY = 80  # JPEG
 _CLOSEST = 0.3  # metres in front of the camera where edges are cut
 _EDGES = (
@@ -40,15 +40,16 @@ def _above(found: Detections, least: float) -> Detections:
 
 
 def drawn_from(detections: Iterable[Detections], annotated: int) -> float:
-    """The score from which boxes are drawn: as many in all as objects are annotated, so that a picture is neither bare
-    nor crowded whatever the detector's scores are worth; two digits, between 0.1 and 0.4."""
+    """The lowest score of boxes that are drawn, chosen so that there are as many boxes as annotated objects: pictures are
+    neither empty nor crowded, whatever the detector's scores mean. Two digits, between 0.1 and 0.4."""
     scores = np.sort(np.concatenate([found.scores for found in detections]))[::-1]
     score = float(scores[annotated - 1]) if 0 < annotated <= len(scores) else 0.0
     return round(min(max(score, SCORES[0]), SCORES[1]), 2)
 
 
 def disagreement(reference: Detections, candidate: Detections, least: float) -> Disagreement:
-    """Matches boxes of one class within 2 m, best score first, and adds up what is left and how scores moved."""
+    """Matches boxes of one class within 2 m, best score first, and sums the scores of unmatched boxes and the differences of
+    score of matched ones."""
     a, b = _above(reference, least), _above(candidate, least)
     free = np.ones(len(b), bool)
     total, unmatched = 0.0, 0
@@ -66,7 +67,7 @@ def disagreement(reference: Detections, candidate: Detections, least: float) -> 
 
 
 def _cut(a: np.ndarray, b: np.ndarray, width: float, height: float) -> list[float] | None:
-    """The piece of a line that lies within the picture (Liang–Barsky), or None."""
+    """The part of a line inside the picture (Liang–Barsky), or None."""
     begin, end = 0.0, 1.0
     step = b - a
     for p, q in ((-step[0], a[0]), (step[0], width - a[0]), (-step[1], a[1]), (step[1], height - a[1])):
@@ -93,7 +94,7 @@ def outlines(
         size: width and height.
 
     Returns:
-        for each box, [x1, y1, x2, y2] of the visible pieces.
+        for each box, [x1, y1, x2, y2] of the visible parts of edges.
     """
     corners = box_corners(boxes) @ lidar2image[:3, :3].T.astype(np.float64) + lidar2image[:3, 3]
     result = []
@@ -115,7 +116,7 @@ def outlines(
 
 
 def picture_size(sample: Any) -> tuple[int, int]:
-    """(width, height) of a sample's pictures, before normalisation; 0 where it has none."""
+    """(width, height) of a sample's pictures, before normalisation; 0 without pictures."""
     return (sample.images.shape[2], sample.images.shape[1]) if len(sample.images) else (0, 0)
 
 
@@ -157,7 +158,7 @@ def describe_frame(
     Args:
         places: the two rows' indices in `rows`.
         classes: names by label.
-        least: score from which boxes are drawn.
+        least: lowest score of boxes that are drawn.
     """
     width, height = picture_size(sample)
     differs = disagreement(reference, candidate, least)

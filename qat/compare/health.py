@@ -1,7 +1,7 @@
 """The first layer with NaN or infinity, and quantizers that saturate.
 
-In PyTorch every module is observed while a detector runs; in exported parts every tensor of every graph is an output of a
-run in ONNX Runtime with its optimizer off, so that what is named is a node of the file.
+In PyTorch, every module is observed while a detector runs. In exported parts, every tensor of every graph becomes an output in
+ONNX Runtime with its optimizer off, so that reports name nodes of the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Trouble:
 
 @dataclass
 class Health:
-    """first: the earliest layer, over all frames, that gave what is not finite; None if all is well. saturation: for each
+    """first: the earliest layer, over all frames, with values that are not finite; None if there is none. saturation: for each
     quantizer that is on, the largest share of values beyond its range in any frame."""
 
     frames: int = 0
@@ -52,12 +52,12 @@ class Health:
 
 
 class _Watch:
-    """Collects in the order of execution."""
+    """Collects findings in the order of execution."""
 
     def __init__(self) -> None:
         self.health = Health()
         self.frame = ""
-        self.spoilt = False  # what follows a tensor that is not finite is its consequence
+        self.spoilt = False  # later tensors are not finite because of this one
 
     def begin(self, frame: str) -> None:
         self.frame, self.spoilt = frame, False
@@ -173,7 +173,7 @@ class _WatchedPart:
         return found
 
     def run(self, feeds: Mapping[str, np.ndarray], /) -> dict[str, np.ndarray]:
-        """Runs it, looking at every tensor in the order of the nodes."""
+        """Runs the graph and checks every tensor in the order of the nodes."""
         names = [output.name for output in self.session.get_outputs()]
         found = dict(zip(names, self.session.run(names, dict(feeds)), strict=True))
         values = {**feeds, **found}

@@ -29,7 +29,7 @@ class Timings:
         }
 
     def stage_medians(self) -> dict[str, float]:
-        """results.json's `stages_ms`, without the pattern, which is cached while the geometry stays."""
+        """results.json's `stages_ms`, without the pattern, which is cached as long as the geometry does not change."""
         return {name: float(np.median(values)) for name, values in self.stages.items() if name != "pattern"}
 
 
@@ -42,9 +42,9 @@ def measure(
 ) -> list[Timings]:
     """Times the whole detector, from preprocessed tensors to boxes.
 
-    In each round every row, in an order that is turned by one place a round, runs one sample `repeats` times, after one
-    run that is not counted (it brings the row's weights back into the caches, as in its own process). Simulated
-    rows are slow and say nothing: they run once in all.
+    In each round every row runs one sample `repeats` times, after one run that is not counted (it brings the row's weights
+    back into the caches, as in a separate process). The order of rows rotates by one place each round. Simulated rows are slow
+    and their times meaningless: they run once in total.
 
     Args:
         progress: called with the number of rounds done.

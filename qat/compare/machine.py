@@ -10,5 +10,5 @@ from qat.core import machine
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
-    """`qat.core.machine.machine_facts`, with the threads that PyTorch takes."""
+    """`qat.core.machine.machine_facts`, with PyTorch's number of threads."""
     return machine.machine_facts(threads) | {"torch_threads": torch.get_num_threads()}

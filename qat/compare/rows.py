@@ -1,4 +1,4 @@
-"""The rows to compare: one for each backend, precision and flavour, each a whole detector behind `Pipeline`."""
+"""The rows to compare: one for each backend, precision and flavour, each a whole detector as a `Pipeline`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Sources:
     """The files that the rows are made of.
 
     ckpt: the float checkpoint. ptq: calibrate's checkpoint, or None for no fake-quant row. fp32, int8: folders of
-    exported parts. config: of a float checkpoint that carries none. ema: its averaged weights.
+    exported parts. config: for a float checkpoint that contains none. ema: use its averaged weights.
     """
 
     ckpt: Path
@@ -74,12 +74,12 @@ def _key(*values: Any) -> str:
 
 
 def _same_weights(sources: Sources, recipe: dict[str, Any], float_hash: str, ptq_hash: str | None) -> None:
-    """A comparison of files from different trainings would blame the quantization for the difference."""
+    """Checks that the files come from one training: otherwise the comparison would attribute the difference to quantization."""
     made_from = recipe.get("float_checkpoint", {}).get("sha256", float_hash)
     if made_from != float_hash:
         raise UserError(
             f"{sources.ptq}: calibrated from a checkpoint with sha256 {made_from[:12]}…, {sources.ckpt} has "
-            f"{float_hash[:12]}…; calibrate again, or name its float checkpoint with --ckpt"
+            f"{float_hash[:12]}…; calibrate again, or give its float checkpoint with --ckpt"
         )
     if recipe.get("float_checkpoint", {}).get("ema", False) != sources.ema and "float_checkpoint" in recipe:
         made = "the averaged weights" if recipe["float_checkpoint"].get("ema") else "weights that were not averaged"
@@ -101,15 +101,15 @@ INSTEAD = "use `bevqat sensitivity` for the loss at a branch's BEV features"
 
 
 def _check_whole(folders: Sequence[Path]) -> None:
-    """A piece of a model has no accuracy: what it was taken out of turns its features into boxes."""
+    """Refuses a part of a model, which has no accuracy: the whole model turns its features into boxes."""
     for folder in folders:
         settings = pipeline_of(folder, load_manifest(folder, check_files=False))
         flow_of(settings, source=str(folder)).need_boxes(str(folder), INSTEAD)
 
 
 def _simulations(detector: QuantizedModel, manifests: Manifests) -> list[tuple[str, tuple[str, ...]]]:
-    """What to simulate: (flavour, parts that calibration left off and the folder has in INT8) of each INT8 folder, each pair
-    once; the default flavour alone where there is no such folder."""
+    """The simulations to run: (flavour, parts that are INT8 in the folder but float in calibration) of each INT8 folder, each
+    pair once; only the default flavour if there is no INT8 folder."""
     found = []
     for folder, precision, manifest in manifests:
         if precision != "int8":
@@ -140,7 +140,7 @@ def _simulated_rows(
     Flavours that round alike (tensorrt and tensorrt-strong; onnxruntime and openvino) share a detector and a key.
 
     Args:
-        known: what goes into the keys besides the rounding.
+        known: other parts of the keys besides the rounding.
     """
     rows: list[Row] = []
     pipelines: dict[str, Pipeline] = {}
@@ -148,7 +148,7 @@ def _simulated_rows(
         with detector.in_flavour(flavour, parts_int8):
             key = _key("pytorch", *known, _rounding(detector))
         if key not in pipelines:
-            own = copy.deepcopy(detector)  # in a fiftieth of the time of `load_ptq`
+            own = copy.deepcopy(detector)  # fifty times as fast as `load_ptq`
             own.use(flavour, parts_int8)
             pipelines[key] = Pipeline(torch_parts(own), settings, threads)
         size = ptq.stat().st_size / 1e6
@@ -157,7 +157,7 @@ def _simulated_rows(
 
 
 def _engine_rows(manifests: Manifests, backends: Sequence[str], options: Options) -> list[Row]:
-    """A row for each folder on each backend that it is for."""
+    """A row for each folder on each backend that can run it."""
     rows = []
     forms = {(precision, manifest["flavour"]) for _, precision, manifest in manifests}
     for backend in backends:
@@ -168,7 +168,7 @@ def _engine_rows(manifests: Manifests, backends: Sequence[str], options: Options
             hashes = {name: part["sha256"] for name, part in manifest["parts"].items()}
             size = sum((folder / part["file"]).stat().st_size for part in manifest["parts"].values())
             version = find_backend(backend).version
-            # What else changes a result.
+            # other settings that change a result
             more: list[Any] = ["bfloat16"] if options.bfloat16 and takes_bfloat16(backend, precision) else []
             more += [options.tensorrt.described()] if backend == "tensorrt" else []
             key = _key(backend, precision, version, hashes, manifest["pipeline"], *more)
@@ -225,7 +225,7 @@ def load_rows(sources: Sources, backends: Sequence[str], options: Options) -> tu
     files += _part_files(manifests)
     torch_version = metadata.version("torch")
     for network in (detector, quantized):
-        if network is not None:  # convolutions on a CPU are a third faster so
+        if network is not None:  # makes convolutions on a CPU a third faster
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     reference = Pipeline(torch_parts(detector), settings, options.threads)
     key = _key("pytorch", torch_version, float_hash, settings, *(["ema"] if sources.ema else []))

@@ -76,7 +76,7 @@ class CompareOptions:
 
 @dataclass
 class Comparison:
-    """results.json's content, where it and the page are, and what the page opens with."""
+    """results.json's content, the paths of results.json and the page, and the page's verdict."""
 
     results: dict[str, Any]
     results_file: Path
@@ -172,7 +172,7 @@ def _pictures(
 def _provenance(
     options: CompareOptions, facts: dict[str, Any], sensitivity: dict[str, Any], tables: dict[str, str]
 ) -> dict[str, Any]:
-    """Commands in the order of the work: each with what it made, and the versions in which it differs from this process."""
+    """Commands in order, each with the file it made, and the versions in which it differs from this process."""
     own = versions()
     recipe = {name: value for name, value in facts["recipe"].items() if name != "made"}
     ptq = options.sources.ptq
@@ -202,7 +202,7 @@ def compare(options: CompareOptions) -> Comparison:
     """Runs every row over the evaluation keyframes and writes results.json and report.html, each whole or not at all.
 
     Raises:
-        UserError: anything wrong with the files, the data or the flags.
+        UserError: the files, the data or the flags are wrong.
     """
     _check(options)
     if options.engines.threads:

@@ -1,4 +1,4 @@
-"""results.json's entry `sensitivity`: what a sensitivity.json says of the checkpoint that is compared."""
+"""results.json's entry `sensitivity`: the content of a sensitivity.json for the compared checkpoint."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def sensitivity_section(file: Path, ptq: Path | None) -> tuple[dict[str, Any], d
     """Reads and checks a sensitivity.json.
 
     Args:
-        file: what `bevqat sensitivity` wrote. ptq: the checkpoint that it must be of.
+        file: the file from `bevqat sensitivity`. ptq: the checkpoint that it must belong to.
 
     Returns:
         the entry; {"command", "versions"} that made it.
 
     Raises:
-        UserError: no checkpoint to compare, a file of another one, or a damaged file.
+        UserError: no checkpoint to compare, a file for another checkpoint, or a damaged file.
     """
     if ptq is None:
         raise UserError("--sensitivity: found no --ptq, expected the checkpoint that it was measured on")

@@ -1,4 +1,4 @@
-"""Conventions that every stage shares: errors, files, geometry, preprocessing, box decoding.
+"""Code that every stage shares: errors, files, geometry, preprocessing, ONNX files.
 
-Nothing here imports torch, so that `qat.engine` and `qat.runtime` run where torch is not installed.
+No file here imports torch, so that `qat.engine` and `qat.runtime` run without it.
 """

@@ -1,7 +1,7 @@
-"""Checks that a section of a JSON file has what its readers need: kinds, lengths and ranges, put together by functions.
+"""Checks of the sections of a JSON file: types, lengths and ranges of values.
 
-`text`, `flag`, `null`, `number(…)`, `listed(…)`, `mapped(…)`, `section(…)` and `either(…)` are checks, or make them; `holds` runs
-one. They need no library, so that a robot's process has them.
+`text`, `flag` and `null` are checks; `number(…)`, `listed(…)`, `mapped(…)`, `section(…)` and `either(…)` return checks; `holds`
+runs one. They need no library, so they run on a robot.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Check = Callable[[Any, str], None]
 
 
 class Wrong(Exception):
-    """where, what was found there, what was expected."""
+    """The message says where, what was found and what was expected."""
 
 
 def fail(where: str, found: Any, expected: str) -> None:
@@ -67,7 +67,7 @@ def mapped(each: Check) -> Check:
 
 
 def section(optional: Mapping[str, Check] | None = None, **keys: Check) -> Check:
-    """A section with these keys, and with those that are optional perhaps; others are free."""
+    """A section that has these keys, and may have the optional ones. Other keys are not checked."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -82,7 +82,7 @@ def section(optional: Mapping[str, Check] | None = None, **keys: Check) -> Check
 
 
 def either(*checks: Check) -> Check:
-    """What the last check takes, or one of those before it."""
+    """A value that one of the checks accepts. If none does, the last one raises."""
 
     def check(value: Any, where: str) -> None:
         for one in checks[:-1]:
@@ -101,7 +101,7 @@ def null(value: Any, where: str) -> None:
 
 
 def holds(path: str | Path, check: Callable[[], None], fix: str) -> None:
-    """Raises `UserError` with what a check found wrong in a file."""
+    """Runs a check; raises `UserError` with the file's name and the check's message."""
     try:
         check()
     except Wrong as wrong:

@@ -21,5 +21,5 @@ def running(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def command_line() -> str:
-    """The verb that runs, as it can be pasted into a shell; "" where a library's user called the function himself."""
+    """The running verb's command line, ready to paste into a shell; "" if the function was called from Python."""
     return _COMMAND.get()

@@ -1,4 +1,4 @@
-"""Tables for people, on a terminal and in a file alike."""
+"""Tables for people, the same on a terminal and in a file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from qat.core.errors import one_line
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """rich's own ends the process with status 1, which means that checks failed; the command line knows better."""
+        """rich's method ends the process with status 1, which would mean that checks failed; the verb sets the status."""
         raise
 
 
 def note(text: str) -> None:
-    """One line on stderr about what was decided for the user: nothing is wrong, and another choice exists."""
+    """Prints one line on stderr about a choice made for the user: nothing is wrong, and another choice exists."""
     print(f"note: {one_line(text)}", file=sys.stderr)
 
 
 def results_console(width: int = 160) -> Console:
-    """Where result tables are printed: stdout. Piped output has no width of its own, and rich's 80 columns would cut names.
+    """The console for result tables: stdout. Piped output has no width, and rich's default of 80 columns would cut names.
 
     width: columns where stdout is not a terminal.
     """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-LONGEST = 600  # characters of a message: what a file holds may be quoted in it, and a file may hold anything
+LONGEST = 600  # characters of a message, which may quote a file's contents of any length
 
 
 class UserError(Exception):
     """Bad input. Its message is one line: where, what was found, what was expected, how to fix it.
 
-    The commands print it after `error:` and leave with exit status 2; no traceback is shown. What it quotes from a file may be
-    of any length and hold line ends or a terminal's control characters: these are escaped, and of a long message the middle is
-    left out, so that where and how to fix it stay.
+    The commands print it after `error:` and end with exit status 2, without a traceback. Text quoted from a file may have any
+    length, and contain line ends or control characters: these are escaped, and the middle of a long message is left out, so
+    that its beginning (where) and end (how to fix it) stay.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -22,8 +22,8 @@ class PictureSizeError(UserError):
 
 
 class NotFiniteError(UserError):
-    """NaN or infinity that came out of a network, not of a file. The commands end its line with the `bevqat health` that finds
-    the first layer that gave it."""
+    """A network computed NaN or infinity. The commands add to its line the `bevqat health` command that finds the first
+    such layer."""
 
 
 def one_line(text: str, longest: int = LONGEST) -> str:

@@ -1,8 +1,8 @@
 """Whole-file writes, hashes and JSON.
 
-Content is written under another name beside the target, synced to disk, and renamed: a process that is killed at
-any moment, or a machine that loses power, leaves the earlier content or the new one under the name, never a part of it. What
-it leaves under the other name is removed by the next process that writes there (`qat.core.locks`).
+Content is written to a temporary name next to the target, synced to disk, and renamed. If the process is killed at any
+moment, or the machine loses power, the target has the earlier content or the new one, never a part. The next process that
+writes there removes the temporary file (`qat.core.locks`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qat.core.locks import clear_leftovers, make_temporary, meant, only_writer
 if TYPE_CHECKING:
     import numpy as np
 
-# Of the place that is written to; others that come out of a block are about something else.
+# Errors of the place that is written to; other errors from a block have other causes.
 _PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _ALMOST_FULL = 1 << 20
 
@@ -37,7 +37,7 @@ def _mode(full: int) -> int:
 
 
 def flush(paths: Iterable[str | os.PathLike[str]]) -> None:
-    """Brings files and folders to the disk, so that a power failure does not undo them."""
+    """Syncs files and folders to disk, so that they survive a power failure."""
     for path in paths:
         if os.name == "nt" and os.path.isdir(path):
             continue
@@ -45,7 +45,10 @@ def flush(paths: Iterable[str | os.PathLike[str]]) -> None:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot, such as of pipes
+            if error.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+            ):  # a file system that cannot sync, such as that of pipes
                 raise
         finally:
             os.close(descriptor)
@@ -56,7 +59,7 @@ def _refusal(target: Path, error: OSError) -> UserError:
 
 
 def leads_down(name: object) -> bool:
-    """Whether a name that stands in a file from elsewhere is a relative one without `..`, as POSIX or Windows writes them."""
+    """Whether a name from an untrusted file is relative and without `..`, in POSIX's and in Windows' notation."""
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     parts = PurePosixPath(name.replace("\\", "/"))
@@ -64,8 +67,8 @@ def leads_down(name: object) -> bool:
 
 
 def data_path(root: str | os.PathLike[str], name: object, table: str) -> Path:
-    """The file of a data set that one of its tables names, with slashes or backslashes. Links are followed: a data set's folders
-    often lie on another disk.
+    """The file that a data set's table names, with slashes or backslashes. Links are followed: a data set's folders are often
+    on another disk.
 
     Raises:
         UserError: the name leads out of the data set.
@@ -75,29 +78,35 @@ def data_path(root: str | os.PathLike[str], name: object, table: str) -> Path:
             f"{Path(root) / table}: found file {name!r}, expected the name of a file in the data set's folder"
         )
     path = Path(root) / str(name)
-    return path if os.path.lexists(path) else Path(root) / str(name).replace("\\", "/")  # as Windows writes them
+    return path if os.path.lexists(path) else Path(root) / str(name).replace("\\", "/")  # in Windows' notation
 
 
 def is_inside(folder: str | os.PathLike[str], name: object) -> bool:
-    """Whether a name `leads_down` and is that of a file in this folder through whatever links there are."""
+    """Whether a name `leads_down` and its file, with all links followed, is in this folder."""
     if not leads_down(name):
         return False
     try:
         return (Path(folder) / str(name)).resolve().is_relative_to(Path(folder).resolve())
-    except (OSError, ValueError, RuntimeError):  # a name too long or of no encoding, a circle of links
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # a name that is too long or has an invalid encoding, or a cycle of links
         return False
 
 
 @contextmanager
 def _told(target: Path) -> Iterator[None]:
-    """Errors of the disk that is written to are the user's to fix."""
+    """Turns errors of the target's disk, which the user can fix, into `UserError`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _PLACE:
             raise
         raise _refusal(target, error) from None
-    except RuntimeError:  # native code that opens the file itself; torch writes through files of Python's instead (qat.checkpoints.reading)
+    except (
+        RuntimeError
+    ):  # native code that opens the file; torch writes through Python's files (qat.checkpoints.reading)
         try:
             full = shutil.disk_usage(target.parent).free < _ALMOST_FULL
         except OSError:
@@ -109,7 +118,7 @@ def _told(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary(target: Path, folder: bool = False) -> Iterator[Path]:
-    """A new empty file, or folder, beside `target`; what of it is still there after the block is removed."""
+    """A new empty file, or folder, next to `target`. After the block, what remains of it is removed."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(target.parent)
@@ -128,12 +137,12 @@ def _temporary(target: Path, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str], durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary path beside `target`; renames it onto `target` when the block succeeds.
+    """Yields a temporary path next to `target`; renames it to `target` when the block succeeds.
 
-    A process killed inside the block leaves the earlier `target` whole. Of several processes the last one wins, whole.
+    A process killed inside the block leaves the earlier `target` whole. If several processes write, the last one wins, whole.
 
     Args:
-        durable: not to be lost or empty after a power failure. False for what is checked when it is read and made again.
+        durable: survive a power failure. False for files that are checked when read and can be made again.
 
     Raises:
         UserError: nothing can be written there, or the disk is full.
@@ -158,7 +167,7 @@ def _aside(target: Path) -> Path:
 
 
 def _put_back(target: Path) -> None:
-    """Of a folder that a killed process had moved aside: brings it back, or removes it where the new one is in its place."""
+    """Restores a folder that a killed process had moved aside, or removes it if the new folder is in its place."""
     if target.exists():
         shutil.rmtree(_aside(target), ignore_errors=True)
     else:
@@ -166,8 +175,8 @@ def _put_back(target: Path) -> None:
 
 
 def restore(folder: str | os.PathLike[str]) -> None:
-    """Brings back a folder that a killed process had moved aside and not replaced."""
-    with suppress(UserError, OSError, ValueError):  # of a place that cannot be written; or it is being replaced
+    """Restores a folder that a killed process had moved aside and not replaced."""
+    with suppress(UserError, OSError, ValueError):  # the place cannot be written, or the folder is being replaced
         target = Path(os.path.realpath(folder))
         if not target.exists() and _aside(target).exists():
             with only_writer(target):
@@ -176,11 +185,11 @@ def restore(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary folder beside `target`; puts it in `target`'s place when the block succeeds.
+    """Yields a temporary folder next to `target`; replaces `target` with it when the block succeeds.
 
-    The name is a whole folder, the earlier or the new one, except between two renames: a process that is
-    killed there leaves the earlier one aside, and the next one that writes or reads there brings it back (`restore`). Inside the
-    block this process is the only writer (`only_writer`). A link is followed: what it leads to is replaced.
+    `target` is always a whole folder, the earlier or the new one, except between two renames: a process killed there leaves
+    the earlier folder aside, and the next process that writes or reads there restores it (`restore`). Inside the block this
+    process is the only writer (`only_writer`). If `target` is a link, the folder it leads to is replaced.
 
     Raises:
         UserError: another process is writing there, or nothing can be written there, or `target` is a file.
@@ -211,14 +220,14 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_set(*targets: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary folder in which to write files of the targets' names, as one group: the first is the result,
-    the others are made from it. When the block succeeds they take the targets' places.
+    """Yields a temporary folder for files with the targets' names, as one group: the first is the result, the others are
+    made from it. When the block succeeds, they replace the targets.
 
-    The others' earlier versions go before the first is replaced, and their new ones come after: whenever the process is killed,
-    no file lies beside a result that it was not made from. An earlier one that is not written again is gone at the end.
+    The earlier versions of the others are removed before the first is replaced, and the new ones follow: whenever the process
+    is killed, no file is next to a result that it was not made from. Earlier files that are not written again are removed.
 
     Args:
-        targets: of one folder.
+        targets: files of one folder.
 
     Raises:
         UserError: nothing can be written there, or the disk is full.
@@ -262,7 +271,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an .npz, whole or not at all; one that a power failure cut short `read_arrays` takes for none."""
+    """Writes an .npz, whole or not at all; if a power failure truncates it, `read_arrays` treats it as missing."""
     import numpy as np  # not above: `bevqat doctor` writes JSON where numpy is missing or broken
 
     with atomic_path(path, durable=False) as temporary, temporary.open("wb") as stream:
@@ -270,7 +279,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads an .npz of a cache: none for a missing file, and none for a damaged one, which is removed."""
+    """Reads an .npz of a cache; None if it is missing or damaged. A damaged file is removed."""
     import numpy as np
 
     path = Path(path)
@@ -280,16 +289,16 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        with suppress(OSError):  # of a folder that cannot be written
+        with suppress(OSError):  # the folder cannot be written
             path.unlink(missing_ok=True)
         return {}
 
 
 def check_same_run(path: str | os.PathLike[str], found: Mapping[str, Any], run: Mapping[str, Any], fix: str) -> None:
-    """Raises `UserError` where what a killed run left is of another run.
+    """Raises `UserError` if the files left by a killed run belong to another run.
 
     Args:
-        path: what it left. found: of which run, by name. run: what goes on. fix: what the message ends with.
+        path: the file left. found: settings of the run that left it, by name. run: those of this run. fix: end of the message.
     """
     for name, value in run.items():
         if found.get(name) != value:
@@ -300,7 +309,7 @@ def check_same_run(path: str | os.PathLike[str], found: Mapping[str, Any], run: 
 
 @contextmanager
 def reading_left(path: str | os.PathLike[str], what: str, fix: str) -> Iterator[None]:
-    """Any failure inside, while a killed run's files are read, is a `UserError`: `path: what (reason); fix`."""
+    """Turns any failure while a killed run's files are read into a `UserError`: `path: what (reason); fix`."""
     try:
         yield
     except UserError:

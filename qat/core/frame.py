@@ -7,8 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-# The order in which BEVFusion's info files list nuScenes' cameras, and so the order of every [N, …] input, unless a config has
-# a `cameras` of its own.
+# The order of nuScenes' cameras in BEVFusion's info files, and so of every [N, …] input, unless a config has `cameras`.
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 
 
@@ -34,7 +33,7 @@ class Frame(SampleTensors, Protocol):
 
 @dataclass
 class FrameArrays:
-    """A `Frame` of arrays that no data set gave."""
+    """A `Frame` of arrays that do not come from a data set."""
 
     token: str
     img: np.ndarray

@@ -14,7 +14,7 @@ def rasterize_depth(
     lidar_aug_matrix: np.ndarray,
     image_size: Sequence[int],
 ) -> np.ndarray:
-    """Sparse depth maps: the depth of the lidar point that falls on each pixel, the last one where several do.
+    """Sparse depth maps: the depth of the lidar point that falls on each pixel; if several do, the last one.
 
     Args:
         points: float32[M,≥3] in the (augmented) lidar frame, metres.
@@ -40,7 +40,7 @@ def rasterize_depth(
 
 
 def camera_ring(count: int, image_size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Made-up cameras at the lidar's place, looking outwards at equal angles.
+    """Synthetic cameras at the lidar's position, looking outwards at equal angles.
 
     Returns:
         camera_intrinsics and camera2lidar, float64[count,4,4].
@@ -56,6 +56,6 @@ def camera_ring(count: int, image_size: Sequence[int]) -> tuple[np.ndarray, np.n
 
 
 def within(points: np.ndarray, bounds: Sequence[float]) -> np.ndarray:
-    """Which points [M,≥3] lie inside [x, y, z, x, y, z] bounds, as BEVFusion's PointsRangeFilter has it: bool[M]."""
+    """Which points [M,≥3] lie inside [x, y, z, x, y, z] bounds, like BEVFusion's PointsRangeFilter: bool[M]."""
     low, high = np.asarray(bounds[:3]), np.asarray(bounds[3:])
     return ((points[:, :3] > low) & (points[:, :3] < high)).all(1)

@@ -25,7 +25,7 @@ _SIGNATURES = {
 
 
 def kind_of_file(path: str | Path) -> str | None:
-    """What the file's first bytes say it is, such as "a JPEG picture"; None where they say nothing, or it cannot be read."""
+    """The kind of a file by its first bytes, such as "a JPEG picture"; None if unknown, or if it cannot be read."""
     try:
         with open(path, "rb") as stream:
             head = stream.read(512)
@@ -43,7 +43,7 @@ def kind_of_file(path: str | Path) -> str | None:
 
 
 def signature_of(head: bytes) -> str | None:
-    """What a file is whose first bytes are these (512 are enough), where they cannot be anything else."""
+    """The kind of a file with these first bytes (512 are enough), if they are unambiguous."""
     for signature, kind in _SIGNATURES.items():
         if head.startswith(signature):
             return kind

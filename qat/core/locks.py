@@ -1,8 +1,8 @@
-"""One writer for an output, and what killed writers leave behind.
+"""Ensures one writer for each output, and removes files that killed writers left.
 
 Both use locks of the `filelock` package, which the kernel releases when their process ends, however it ends: a lock is
-held exactly as long as its process works. Some network file systems refuse them: there nothing is locked. Nothing that was left
-behind is removed there, nor on Windows, which renames nothing that is open.
+held exactly as long as its process runs. Some network file systems refuse locks: there nothing is locked, and left files are
+not removed, nor on Windows, which cannot rename open files.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any, Protocol, TypeVar
 from qat.core.command import command_line
 from qat.core.errors import UserError
 
-# filelock is imported where something is written: what only reads, on a robot, needs only numpy.
+# filelock is imported only for writing: a robot, which only reads, needs only numpy.
 
 INSIDE = ".bevqat.lock"
-# A holder has a lock for some moments more: what ended may have forked a child that has not closed the lock yet.
+# A lock may be held a moment longer than its process runs, by a forked child that has not closed it yet.
 PASSING_SECONDS = 3.0
-# What `tempfile` draws is eight of these characters; an earlier folder that is moved aside has none.
+# `tempfile` draws eight of these characters; an earlier folder that is moved aside has none.
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.bevqat\.tmp")
 _ASIDE = re.compile(r"\.(.+)\.bevqat\.old")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
@@ -41,7 +41,7 @@ _swept: set[tuple[int, str]] = set()
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """Locks an open file or folder until the descriptor is closed; False where another one has it, None where there are no
+    """Locks an open file or folder until the descriptor is closed; False if another process holds it, None if there are no
     locks."""
     from filelock import lock_descriptor
 
@@ -52,7 +52,7 @@ def _try_lock(descriptor: int) -> bool | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the path still names what was opened: between opening and locking another process may have removed it."""
+    """Whether the path still names the opened file: another process may have removed it between opening and locking."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except OSError:
@@ -60,12 +60,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _open_any(path: Path) -> int:
-    """Folders open for reading only. A file opens for both: over NFS only a descriptor that may write can be locked."""
+    """Opens a folder for reading, a file for reading and writing: over NFS only a writable descriptor can be locked."""
     return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
 
 
 def make_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
-    """A new empty file, or folder, beside `target`, and a descriptor that marks it as in use until it is closed.
+    """A new empty file, or folder, next to `target`, and a descriptor that marks it as in use until it is closed.
 
     Raises:
         OSError: it cannot be made there.
@@ -87,11 +87,11 @@ def make_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
             continue
         if _try_lock(descriptor) is not False and _is_at(descriptor, path):
             return path, descriptor
-        os.close(descriptor)  # another process took it for one that was left behind
+        os.close(descriptor)  # another process removed it as a leftover
 
 
 def meant(path: str | os.PathLike[str]) -> Path:
-    """What a path stands for that is `make_temporary`'s or of a folder moved aside, or lies in such a folder: the output that it is made for."""
+    """The output that a path of `make_temporary`, of a folder moved aside, or inside such a folder, was made for."""
     path = Path(path)
     for place in reversed((path, *path.parents)):
         if left := _TEMPORARY.fullmatch(place.name) or _ASIDE.fullmatch(place.name):
@@ -141,7 +141,7 @@ def _sign(path: Path) -> None:
 
 
 def _holder(path: Path) -> str:
-    """Who holds a lock, as its file says."""
+    """The holder of a lock, from its file."""
     try:
         found = json.loads(path.read_text())
         return f"process {found['pid']} on {found['host']} ({found['command']}, since {found['since']})"
@@ -151,17 +151,17 @@ def _holder(path: Path) -> str:
 
 @contextmanager
 def only_writer(target: str | os.PathLike[str], inside: bool = False) -> Iterator[None]:
-    """Inside the block no other process or thread that asks for the same output gets it. The same thread may ask again.
+    """Inside the block no other process or thread can enter for the same output. The same thread may enter again.
 
-    The lock is on a hidden file that is removed at the end, with folders that were made for it and are still empty. What killed
-    processes left there is removed at the beginning.
+    The lock is a hidden file that is removed at the end, with the folders that were made for it and are still empty. Files that
+    killed processes left there are removed at the beginning.
 
     Args:
         target: the file or folder that is written.
-        inside: `target` is a folder in which files are written one by one: the hidden file is in it, not beside it.
+        inside: `target` is a folder in which files are written one by one: the hidden file is in it, not next to it.
 
     Raises:
-        UserError: another process, which the message names, is at it; or nothing can be written there.
+        UserError: another process, which the message names, is writing; or nothing can be written there.
     """
     from filelock import FileLock, Timeout
 
@@ -173,14 +173,14 @@ def only_writer(target: str | os.PathLike[str], inside: bool = False) -> Iterato
         made = [folder for folder in path.parents if not folder.exists()]  # innermost first
         try:
             lock.acquire(timeout=PASSING_SECONDS)
-        except FileNotFoundError:  # another process, which ends, removed the folder again
+        except FileNotFoundError:  # another process that is ending removed the folder
             lock.acquire(timeout=PASSING_SECONDS)
         if lock.lock_counter == 1:
             _sign(path)
     except Timeout:
         raise UserError(f"{target}: {_holder(path)} is writing here; wait until it ends, or write elsewhere") from None
     except OSError as error:
-        if lock.lock_counter == 1:  # it could not be signed
+        if lock.lock_counter == 1:  # the holder's name could not be written
             path.unlink(missing_ok=True)
         lock.release()
         if error.errno not in _NO_LOCKS:
@@ -192,8 +192,8 @@ def only_writer(target: str | os.PathLike[str], inside: bool = False) -> Iterato
             clear_leftovers(path.parent, again=True)
         yield
     finally:
-        if lock.lock_counter == 1:  # not in a forked child that comes here: the lock is its parent's
-            with suppress(OSError):  # Windows removes nothing that is open
+        if lock.lock_counter == 1:  # not in a forked child: the lock belongs to its parent
+            with suppress(OSError):  # Windows cannot remove open files
                 path.unlink()
             lock.release()
             _remove_empty(made)
@@ -218,7 +218,7 @@ def one_writer(where: str, inside: bool = False, lock: _Lock = only_writer) -> C
     """Decorates a function that writes an output: it runs inside `only_writer`.
 
     Args:
-        where: the parameter that names the output, or its attribute: "out", "options.out".
+        where: the parameter, or its attribute, that names the output: "out", "options.out".
         inside: as for `only_writer`.
         lock: another one, for processes that work together.
     """

@@ -12,7 +12,7 @@ INT8_FLAGS = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text without its last line end; "" where it cannot be read, as in /proc on another system."""
+    """A file's text without its last line end; "" if it cannot be read, such as /proc on another system."""
     try:
         return Path(path).read_text().rstrip("\n")
     except OSError:
@@ -20,7 +20,7 @@ def read_text(path: str | Path) -> str:
 
 
 def field(text: str, name: str) -> str:
-    """The value of the first `name: value` line; "" where there is none."""
+    """The value of the first `name: value` line; "" if there is none."""
     for line in text.splitlines():
         key, _, value = line.partition(":")
         if key.strip() == name:
@@ -29,14 +29,14 @@ def field(text: str, name: str) -> str:
 
 
 def cores() -> list[int]:
-    """One processor number for each core that this process may run on; of a core's hyper-threads the first."""
+    """One processor number for each core that this process may run on: the first of its hyper-threads."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return list(_first_of_each(tuple(sorted(allowed))))
 
 
 @cache
 def _first_of_each(processors: tuple[int, ...]) -> tuple[int, ...]:
-    """The first processor of each core: which share one does not change while the machine runs, and asking takes a file each."""
+    """The first processor of each core. Cached: it does not change while the machine runs, and costs one file read each."""
     first: dict[str, int] = {}
     for number in processors:
         siblings = read_text(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
@@ -45,21 +45,21 @@ def _first_of_each(processors: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def threads_of(asked: int) -> int:
-    """How many threads a setting means: 0 is one on each core, for engines, pooling and reports alike."""
+    """The number of threads for a setting: 0 means one on each core, for engines, pooling and reports."""
     return asked or len(cores())
 
 
 def cpu_flags() -> set[str]:
-    """The processor's instruction sets, in Linux's words; none elsewhere."""
+    """The processor's instruction sets, by Linux's names; empty on other systems."""
     cpuinfo = read_text("/proc/cpuinfo")
     return set((field(cpuinfo, "flags") or field(cpuinfo, "Features")).split())
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
-    """The processor, its integer instructions, how much of it may be used.
+    """The processor, its integer instructions, and the number of cores that may be used.
 
     Args:
-        threads: what the backends were told to take; 0 for one on each core.
+        threads: the backends' setting; 0 for one on each core.
     """
     cpuinfo, flags = read_text("/proc/cpuinfo"), cpu_flags()
     memory = field(read_text("/proc/meminfo"), "MemTotal").split()

@@ -1,12 +1,12 @@
-"""A quantized ONNX graph cut at its activations' codes, so that each piece can be run by itself.
+"""Cuts a quantized ONNX graph at its activations' codes, so that each piece can run alone.
 
     before   … ─► Q ─► DQ ─► Conv ─► Relu ─► Q ─► DQ ─► …      after   codes ─► DQ ─► Conv ─► Relu ─► Q ─► codes found
 
-What lies between the codes above a QuantizeLinear and its own is a segment; so is what lies between the last codes and an
-output of the graph. A segment takes whole numbers, so that no error travels from one to the next.
+A segment lies between the codes before a QuantizeLinear and its own codes, or between the last codes and an output of the
+graph. Segments start from integers, so that no error passes from one to the next.
 
-The pieces are cut out of protobuf's wire format, without the onnx package, which `bevqat verify` does without: nodes and
-initializers are copied byte for byte; only a QuantizeLinear's output gets another name.
+The pieces are cut from protobuf's wire format, without the onnx package, which `bevqat verify` does not need: nodes and
+initializers are copied byte for byte; only the output of a QuantizeLinear is renamed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from qat.core.onnx_file import Node, _fields, _integers, _message, _read_node, _
 
 _DTYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}
 _CODES = {"uint8": 2, "int8": 3}
-SCALED = "_input_dq"  # one that multiplies what it reads by a constant too (`qat.export.hard_sigmoid`)
-FOUND = "/found"  # behind the name of a segment's codes
+SCALED = "_input_dq"  # one whose input is also multiplied by a constant (`qat.export.hard_sigmoid`)
+FOUND = "/found"  # suffix of the name of a segment's codes
 
 
 def _varint(value: int) -> bytes:
@@ -39,7 +39,7 @@ def _field(number: int, data: bytes | memoryview) -> bytes:
 
 
 def _array(tensor: memoryview) -> np.ndarray | None:
-    """A small tensor's values; None for a type that no scale and no zero point has."""
+    """A small tensor's values; None for a type that scales and zero points do not have."""
     dims: list[int] = []
     kind, raw = 0, b""
     numbers: list[float] = []
@@ -59,7 +59,7 @@ def _array(tensor: memoryview) -> np.ndarray | None:
     dtype = np.dtype(_DTYPES[kind])
     if raw:
         return np.frombuffer(raw, dtype).reshape(dims)
-    if dtype == np.float16:  # kept as the bits, in whole numbers
+    if dtype == np.float16:  # stored as bits, in integers
         return np.array(numbers, np.uint16).view(dtype).reshape(dims)
     return np.array(numbers).astype(dtype).reshape(dims)
 
@@ -68,7 +68,7 @@ def _array(tensor: memoryview) -> np.ndarray | None:
 class Pair:
     """A QuantizeLinear of an activation. codes: its output's name. node: its own. source: what it rounds.
 
-    scale: float32[] or float32[channels], as the graph has it (FP16 scales widened). zero: int64 of the same shape.
+    scale: float32[] or float32[channels], from the graph (FP16 scales are widened). zero: int64 of the same shape.
     """
 
     codes: str
@@ -80,7 +80,7 @@ class Pair:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The least and the largest code."""
+        """The smallest and the largest code."""
         info = np.iinfo(self.dtype)
         return int(info.min), int(info.max)
 
@@ -96,7 +96,7 @@ class Cut:
         """Reads it.
 
         Raises:
-            UserError: it is no ONNX graph, or the scale of an activation is not written in it as a constant.
+            UserError: it is not an ONNX graph, or the scale of an activation is not a constant in it.
         """
         try:
             self._read(memoryview(graph))
@@ -171,7 +171,7 @@ class Cut:
 
     @property
     def sites(self) -> list[str]:
-        """What can be looked at: codes by their names, then the graph's outputs."""
+        """All sites: codes by their names, then the graph's outputs."""
         return [*self.pairs, *self.outputs]
 
     def takes(self, site: str) -> list[str]:
@@ -203,7 +203,7 @@ class Cut:
         """A graph of these sites' segments.
 
         Returns:
-            its bytes, the names that it takes (codes and graph inputs), and each site's name → that of its output.
+            its bytes, the names of its inputs (codes and graph inputs), and the name of its output for each site.
         """
         nodes, takes = self._closure(sites)
         body: list[bytes] = []

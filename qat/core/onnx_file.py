@@ -1,8 +1,8 @@
-"""What is read of an ONNX file where the onnx package is not installed: types, opset, what is quantized.
+"""Reads an ONNX file without the onnx package: types, opset, quantized nodes.
 
-A Jetson with TensorRT and numpy has no onnx package, and needs none for building: this reads the few fields wanted from
-protobuf's wire format (varint keys: field number · 8 + wire type; https://protobuf.dev/programming-guides/encoding) with the
-field numbers of onnx.proto. Tensor data is skipped, never copied.
+A Jetson with TensorRT and numpy has no onnx package, and needs none for building. This module reads the few required fields
+from protobuf's wire format (varint keys: field number · 8 + wire type; https://protobuf.dev/programming-guides/encoding) with
+the field numbers of onnx.proto. Tensor data is skipped, never copied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FLOAT16, INT8, UINT8 = 10, 3, 2  # of onnx.TensorProto.DataType
 MOST_OPSET = 1000  # any domain's; ONNX 1.23 is at 28
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# Operators that pass their input's values on: the Q/DQ pair of a weight may have them between itself and its consumer.
+# Operators that do not change values: they may lie between a weight's Q/DQ pair and its consumer.
 PASSES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast")
 
 
@@ -40,7 +40,7 @@ class Node:
 
     @property
     def label(self) -> str:
-        """The name that TensorRT's parser gives it: its own, else that of its first output."""
+        """The node's name in TensorRT's parser: its own, or else its first output's."""
         return self.name or f"node_of_{self.outputs[0] if self.outputs else self.kind}"
 
 
@@ -66,13 +66,13 @@ class Outline:
 
     @property
     def has_fp16(self) -> bool:
-        """Whether FP16 is written in the graph: of a weight, an input or output, or a cast."""
+        """Whether the graph has FP16: in a weight, an input or output, or a cast."""
         types = {*self.types.values(), *self.io_types.values(), *(node.cast for node in self.nodes)}
         return FLOAT16 in types
 
     @property
     def stores_int8(self) -> bool:
-        """Whether weights are integers behind a DequantizeLinear, as the `tensorrt-strong` flavour has them."""
+        """Whether weights are integers followed by a DequantizeLinear, as in the `tensorrt-strong` flavour."""
         return any(
             node.kind == "DequantizeLinear" and node.inputs and self.types.get(node.inputs[0]) == INT8
             for node in self.nodes
@@ -90,7 +90,7 @@ class Outline:
 
     @property
     def typed(self) -> bool:
-        """Whether the graph itself says each layer's precision: the `tensorrt-strong` flavour, FP32 apart.
+        """Whether the graph fixes each layer's precision: the `tensorrt-strong` flavour, except FP32.
 
         Its marks: FP16 types; weights stored as integers, which no other flavour for TensorRT has.
         """
@@ -98,12 +98,12 @@ class Outline:
 
     @property
     def quantized(self) -> list[str]:
-        """Labels of the convolutions, transposed ones and matrix products whose two operands come out of Q/DQ."""
+        """Labels of the convolutions, transposed convolutions and matrix products whose two operands come from Q/DQ."""
         made_by = {output: node for node in self.nodes for output in node.outputs}
 
         def dequantized(name: str) -> bool:
             node = made_by.get(name)
-            for _ in self.nodes:  # no way back is longer, unless it is a circle
+            for _ in self.nodes:  # no path back is longer, unless there is a cycle
                 if node is None or node.kind not in PASSES or not node.inputs:
                     break
                 node = made_by.get(node.inputs[0])
@@ -159,7 +159,7 @@ def _messages(data: memoryview, number: int) -> list[memoryview]:
 
 
 def _message(data: memoryview, number: int) -> memoryview:
-    """The field's bytes; empty where it is absent, as protobuf has it."""
+    """The field's bytes; empty if it is absent, as in protobuf."""
     return next(iter(_messages(data, number)), memoryview(b""))
 
 
@@ -168,7 +168,7 @@ def _number(data: memoryview, number: int) -> int:
 
 
 def _read_node(data: memoryview) -> tuple[Node, int]:
-    """The node, and the type of the constant in it, 0 where it has none."""
+    """The node, and the type of its constant; 0 without a constant."""
     node, constant = Node(), 0
     for number, value in _fields(data):
         if number == 1:
@@ -196,11 +196,11 @@ def _value_info(data: memoryview) -> tuple[str, int, bool]:
 
 
 def _opset(imported: memoryview) -> int:
-    """The version that an OperatorSetId asks for. Raises `ValueError` where it is none: OpenVINO 2026.4 counts down from it."""
+    """The version in an OperatorSetId. Raises `ValueError` if it is invalid, because OpenVINO 2026.4 counts down from it."""
     version = 0
     for number, value in _fields(imported):
         if number == 2 and isinstance(value, int):
-            version = value  # the last one counts, for protobuf too
+            version = value  # the last one counts, as in protobuf
             if version > MOST_OPSET:
                 raise ValueError(f"opset {version}")
     return version
@@ -211,14 +211,14 @@ def _read(data: memoryview) -> Outline:
     graph: memoryview | None = None
     for number, value in _fields(data):
         if number == 7 and isinstance(value, memoryview):
-            if graph is not None:  # protobuf would read the two as one
+            if graph is not None:  # protobuf would merge the two
                 raise ValueError("two graphs")
             graph = value
         elif number == 8 and isinstance(value, memoryview):
             version = _opset(value)
             if not len(_message(value, 1)):  # the default domain is unnamed
                 outline.opset = version
-        elif number == 25 and isinstance(value, memoryview):  # a function of the model's own
+        elif number == 25 and isinstance(value, memoryview):  # a function defined in the model
             for imported in _messages(value, 9):
                 _opset(imported)
     if graph is None:
@@ -261,23 +261,23 @@ def read_outline(path: str | Path) -> Outline:
 
 
 def graph_opset(path: Path) -> int | None:
-    """The opset of ONNX's own operators that a file asks for; None where it names none. Raises `UserError` as `read_outline`."""
+    """A file's opset of ONNX operators; None if it has none. Raises `UserError` like `read_outline`."""
     return read_outline(path).opset or None
 
 
 def has_fp16(path: Path) -> bool:
-    """Whether a graph computes in FP16 by its own types: `Outline.has_fp16`. Raises `UserError` as `read_outline`."""
+    """Whether a graph has FP16 types: `Outline.has_fp16`. Raises `UserError` like `read_outline`."""
     return read_outline(path).has_fp16
 
 
 MOST_NESTED = 32  # subgraphs in subgraphs
 MOST_AXES = 64
-# Bytes of an element; types that are stored otherwise (strings, 4 bits) are not looked at.
+# Bytes of an element; types with another storage (strings, 4 bits) are not checked.
 _BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
 
 
 def _integers(value: int | memoryview) -> Iterator[int]:
-    """Signed 64-bit numbers of a repeated field: one by itself, or packed ones."""
+    """Signed 64-bit numbers of a repeated field, single or packed."""
     if isinstance(value, int):
         yield value - (value >> 63 << 64)
         return
@@ -288,13 +288,13 @@ def _integers(value: int | memoryview) -> Iterator[int]:
 
 
 def _tensors(graph: memoryview, outer: set[str] | None, depth: int = 0) -> Iterator[memoryview]:
-    """Every tensor that a graph holds: initializers, sparse ones, attributes, those of subgraphs.
+    """Every tensor in a graph: initializers, also sparse ones, attributes, and those of subgraphs.
 
-    Raises `ValueError` where a node reads what no node before it, no input and no initializer gives (so that there is no circle,
-    over which OpenVINO 2026.4 dies of its stack), or where two tensors have one name.
+    Raises `ValueError` if a node reads a tensor that no earlier node, input or initializer provides (this excludes cycles,
+    which overflow OpenVINO 2026.4's stack), or if two tensors have the same name.
 
     Args:
-        outer: names that the graphs around it give; None where these are not known.
+        outer: names that the enclosing graphs provide; None if these are not known.
     """
     if depth > MOST_NESTED:
         raise ValueError(f"graphs nested more than {MOST_NESTED} deep")
@@ -326,7 +326,7 @@ def _tensors(graph: memoryview, outer: set[str] | None, depth: int = 0) -> Itera
 
 
 def _tensors_of_node(node: memoryview, outer: set[str] | None, depth: int = 0) -> Iterator[memoryview]:
-    """Every tensor in a node's attributes, as `_tensors`."""
+    """Every tensor in a node's attributes, like `_tensors`."""
     for attribute in _messages(node, 5):
         for number, content in _fields(attribute):
             if not isinstance(content, memoryview):
@@ -340,8 +340,8 @@ def _tensors_of_node(node: memoryview, outer: set[str] | None, depth: int = 0) -
 
 
 def _check_tensor(tensor: memoryview) -> int:
-    """The bytes that a tensor's shape says it has. Raises `ValueError` where the shape is none, or the data are of another size:
-    runtimes compute addresses with these numbers, and not all of them look."""
+    """The number of bytes of a tensor by its shape. Raises `ValueError` if the shape is invalid, or the data have another size:
+    runtimes compute addresses with these numbers, and not all of them check."""
     dims: list[int] = []
     kind, raw, outside = 0, None, False
     for number, value in _fields(tensor):
@@ -362,8 +362,8 @@ def _check_tensor(tensor: memoryview) -> int:
 
 
 def _check_place(entries: list[memoryview], size: int, path: Path) -> str:
-    """The file that has a tensor's data, by the name that the graph gives it. Raises `ValueError` where the data are not in it:
-    beyond its end, or fewer than the shape's `size`."""
+    """The name of the file with a tensor's data. Raises `ValueError` if the data are not in it: beyond its end, or fewer than
+    the shape's `size`."""
     place = [(_text(_message(entry, 1)), _text(_message(entry, 2))) for entry in entries]
     names = [value for key, value in place if key == "location"]
     if len(names) != 1:
@@ -384,19 +384,19 @@ def _check_place(entries: list[memoryview], size: int, path: Path) -> str:
 
 
 def check_graph(path: str | Path) -> list[str]:
-    """Looks over a graph from elsewhere before a runtime reads it, some of which compute addresses from whatever they find: the
-    shapes and sizes of tensors, the order of the nodes, and where data lie. (`onnx.checker` looks at most of this too, but a
-    robot has no onnx package.)
+    """Checks an untrusted graph before a runtime reads it, because some runtimes compute addresses from unchecked values: the
+    shapes and sizes of tensors, the order of the nodes, and the places of data. (`onnx.checker` checks most of this too, but
+    a robot has no onnx package.)
 
     Returns:
-        the files beside the graph that hold its tensors' data, by the names that it gives them; most graphs hold all themselves.
+        the names of separate files with tensors' data; most graphs have none.
 
     Raises:
-        UserError: no such file, not a sound ONNX graph, a tensor's data are not there, or lie outside the graph's folder: a graph
-            could otherwise have any file of this machine read as weights.
+        UserError: the file does not exist, is not a valid ONNX graph, or a tensor's data are missing or outside the graph's
+            folder: a graph could otherwise read any file of this machine as weights.
     """
     path = Path(path)
-    read_outline(path)  # words what is wrong with the file as a whole
+    read_outline(path)  # reports errors of the file as a whole
     names: dict[str, None] = {}
     try:
         data = memoryview(path.read_bytes())
@@ -404,7 +404,7 @@ def check_graph(path: str | Path) -> list[str]:
             size = _check_tensor(tensor)
             if entries := _messages(tensor, 13):
                 names[_check_place(entries, size, path)] = None
-        for function in _messages(data, 25):  # of the model's own; its nodes are field 7 there
+        for function in _messages(data, 25):  # a function of the model, whose nodes are field 7
             for node in _messages(function, 7):
                 for tensor in _tensors_of_node(node, None):
                     _check_tensor(tensor)
@@ -419,7 +419,7 @@ def load_graph(path: str | Path) -> onnx.ModelProto:
     """The whole graph, by the onnx package, after `check_graph`.
 
     Raises:
-        UserError: no such file, not a sound ONNX graph, or its data lie outside its folder.
+        UserError: the file does not exist, is not a valid ONNX graph, or its data are outside its folder.
     """
     import onnx
 

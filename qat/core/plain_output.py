@@ -1,4 +1,4 @@
-"""Output on terminals and pipes whose encoding is not Unicode: each character that it lacks becomes the nearest it has."""
+"""Output on terminals and pipes whose encoding is not Unicode: missing characters are replaced by similar ones."""
 
 from __future__ import annotations
 

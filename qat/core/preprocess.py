@@ -17,10 +17,10 @@ MOST_PIXELS = 1 << 27
 EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags
-FEWEST_BITS = 12  # values below these in a picture of 16 bits: a camera of fewer bits wrote them without scaling
+FEWEST_BITS = 12  # largest values of 16-bit pictures from cameras with fewer bits that wrote them without scaling
 
 
-LEAST = 1 / 3  # of a picture's width that a crop keeps, and of the network's image that a picture fills
+LEAST = 1 / 3  # least share of a picture's width that a crop keeps, and of the network's image that a picture fills
 SAME_SHAPE = 0.02
 
 
@@ -28,8 +28,8 @@ SAME_SHAPE = 0.02
 class ResizeCrop:
     """Resize by `resize`, then keep `final_dim` (H, W), lowered from the bottom by `bottom` (a share of the height).
 
-    native: (H, W) of the pictures that `resize` is for, where that is known: pictures of another size and the same shape are
-    resized so that they take the same place. Other pictures are resized by `resize`, as BEVFusion does.
+    native: (H, W) of the pictures that `resize` is for, if known: pictures with another size and the same aspect ratio are
+    resized to the same place. Other pictures are resized by `resize`, as in BEVFusion.
     """
 
     final_dim: tuple[int, int]
@@ -38,11 +38,11 @@ class ResizeCrop:
     native: tuple[int, int] | None = None
 
     def factor(self, width: int, height: int) -> float:
-        """What a picture of width × height is resized by.
+        """The factor by which a picture of width × height is resized.
 
         Raises:
-            PictureSizeError: the crop would keep less than `LEAST` of its width, or it would fill less than that of the network's
-                image: it is of another size than the model was made for.
+            PictureSizeError: the crop would keep less than `LEAST` of its width, or it would fill less than `LEAST` of the
+                network's image: the model was made for another size.
         """
         factor = self.resize
         if self._like_native(width, height):
@@ -60,7 +60,7 @@ class ResizeCrop:
         return factor
 
     def _like_native(self, width: int, height: int) -> bool:
-        """Whether it is a picture of the native size, or one of that shape."""
+        """Whether a picture has the native size or its aspect ratio."""
         if self.native is None:
             return False
         native_height, native_width = self.native
@@ -95,10 +95,10 @@ class ResizeCrop:
 
 
 def _to_rgb(picture: Image.Image) -> np.ndarray:
-    """uint8[h,w,3] of any mode whose largest value is known. Pillow's own conversion cuts 16-bit grey off at 255.
+    """uint8[h,w,3] from any mode whose largest value is known. Pillow's conversion clips 16-bit grey at 255.
 
     Raises:
-        UserError: 32-bit integers or floats, of which nothing says what white is.
+        UserError: 32-bit integers or floats, whose white level is unknown.
     """
     mode, tags = picture.mode, getattr(picture, "tag_v2", {})
     if mode in EIGHT_BIT:
@@ -127,11 +127,11 @@ def load_image(path: str | Path) -> np.ndarray:
     """Reads a picture as uint8[h,w,3] RGB. 16-bit grey is scaled by its depth.
 
     Raises:
-        UserError: missing, truncated, not a picture, or of a mode whose depth nothing says.
+        UserError: missing, truncated, not a picture, or a mode of unknown depth.
     """
     try:
         with Image.open(path) as picture:
-            if picture.width * picture.height > MOST_PIXELS:  # the devkit switches Pillow's own limit off
+            if picture.width * picture.height > MOST_PIXELS:  # the devkit switches Pillow's limit off
                 raise ValueError(f"{picture.width}×{picture.height} pixels, more than any camera's")
             return _to_rgb(picture)
     except UserError as error:

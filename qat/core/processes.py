@@ -15,7 +15,7 @@ _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """For the beginning of a pool's worker: it ends when its parent is killed. It would wait for work for ever otherwise.
+    """Called first in a pool's worker, so that it ends when its parent is killed. Otherwise it would wait for work forever.
 
     On Linux; elsewhere it does nothing.
     """
@@ -26,16 +26,16 @@ def die_with_parent() -> None:
     except (OSError, AttributeError):
         return
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it was killed before
+    if parent is not None and os.getppid() != parent.pid:  # the parent was killed earlier
         os._exit(1)
 
 
 @contextmanager
 def leaving_interrupts_to_us() -> Iterator[None]:
-    """Processes that are started inside the block never get a Ctrl-C, from their first moment on.
+    """Processes started inside the block never receive a Ctrl-C.
 
-    A terminal sends it to all of them: each would print a traceback, most of all while it still imports. One that comes inside
-    the block reaches this process at its end. On Windows it does nothing.
+    A terminal sends it to all processes: each would print a traceback, especially while it still imports. A Ctrl-C inside
+    the block reaches this process at the end of the block. On Windows it does nothing.
     """
     if sys.platform == "win32":
         yield

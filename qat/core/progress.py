@@ -18,14 +18,14 @@ LOG_EVERY = 25  # steps
 
 
 class Done(Protocol):
-    """Called with how much is done in all, and what to say beside the bar."""
+    """Called with the total done so far, and a text to show next to the bar."""
 
     def __call__(self, completed: int, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress_bar(what: str, total: int | None = None, start: int = 0, show: bool = True) -> Iterator[Done]:
-    """A bar with the time passed and an ETA on stderr where that is a terminal, nothing elsewhere or without `show`.
+    """A bar on stderr with the elapsed time and an ETA; nothing if stderr is not a terminal, or without `show`.
 
     total: None if unknown: the bar then moves, without an ETA. start: done before.
     """
@@ -40,7 +40,7 @@ def progress_bar(what: str, total: int | None = None, start: int = 0, show: bool
         console=console,
         disable=not (show and console.is_terminal),
         transient=True,
-        # Lines printed meanwhile go above the bar; but those of a stdout that is piped belong to its reader.
+        # Lines printed meanwhile go above the bar, unless stdout is piped.
         redirect_stdout=sys.stdout.isatty(),
     )
     with progress:
@@ -53,7 +53,7 @@ def progress_bar(what: str, total: int | None = None, start: int = 0, show: bool
 
 
 def counted(what: str, items: Iterable[T], total: int, start: int = 0) -> Iterator[T]:
-    """The items, with a `progress_bar` of how many the caller is done with. start: done before the first of them."""
+    """Yields the items, with a `progress_bar` of how many the caller has finished. start: number done before the first."""
     with progress_bar(what, total, start) as done:
         for number, item in enumerate(items, start):
             yield item
@@ -75,14 +75,14 @@ def drawn_ahead(draw: Callable[[int], T], step: int, stop: int) -> Iterator[T]:
 
 
 class StepLog:
-    """Every LOG_EVERY steps, and at the last: the losses' means since the entry before, into `history` and as a line.
+    """Every LOG_EVERY steps, and at the last, records the losses' means since the previous entry in `history` and as a line.
 
     Args:
         history: gets {"step", "lr", and each loss}.
         log: called with the line.
         step, steps: where the run begins, and how many there are in all.
         digits: of the losses in a line.
-        recent: what the steps since the latest entry had, which a resumed run has from the one before it; grows and is emptied.
+        recent: losses of the steps since the latest entry; a resumed run gets them from the interrupted one. Changed in place.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StepLog:
         self.started = time.monotonic()
 
     def add(self, step: int, lr: float, losses: Mapping[str, float], now: bool = False) -> None:
-        """Adds what a step had; `step` are done with it. now: the run stops here."""
+        """Adds a step's losses; `step` is the number of finished steps. now: the run stops here."""
         self.recent.append(dict(losses))
         if not (step % LOG_EVERY == 0 or step == self.steps or now):
             return

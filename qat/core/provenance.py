@@ -12,7 +12,7 @@ from qat.core.versions import versions
 
 
 def made_by() -> dict[str, Any]:
-    """{"command", "versions"} of what is being made: `command_line` and `versions`."""
+    """{"command", "versions"} to record in a new file: `command_line` and `versions`."""
     return {"command": command_line(), "versions": versions()}
 
 

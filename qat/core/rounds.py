@@ -1,4 +1,4 @@
-"""Interleaved timing, for everything that times rows in turn."""
+"""Interleaved timing of rows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ T = TypeVar("T")
 
 
 def turned(rows: Sequence[T], turn: int) -> list[T]:
-    """The rows in a round's order, which is turned by one place a round: what slows the machine for a while, and what the row
-    before leaves in the caches, is shared by all."""
+    """The rows in a round's order, which rotates by one place each round, so that a slow moment of the machine and the previous
+    row's effect on the caches are shared by all rows."""
     start = turn % len(rows) if rows else 0
     return [*rows[start:], *rows[:start]]
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Inside the block Python's garbage collector does not run: it has run before."""
+    """Inside the block Python's garbage collector does not run; it runs before the block."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

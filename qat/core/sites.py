@@ -1,7 +1,7 @@
-"""Reference values around each quantizer, so that an INT8 graph can be checked site by site without PyTorch.
+"""Reference values around each quantizer, to check an INT8 graph site by site without PyTorch.
 
 A site is an activation's QuantizeLinear, or an output of the graph. Its segment (`qat.core.onnx_cut`) is run on given codes,
-and what comes out is compared with what PyTorch computed from the same codes, in float64:
+and the result is compared with PyTorch's result from the same codes, in float64:
 
 - codes c must lie within half a step, and a slack, of PyTorch's unrounded r = value / scale + zero point, clipped to the
   range of the codes: |c − clip(r)| ≤ 1/2 + slack.
@@ -17,7 +17,7 @@ codes that are another than r's own may be NOISE times what that noise makes, an
 of an output the root mean square, NOISE times that of the noise.
 
 A segment's input codes are a patch of the real tensor's, a few thousand with all of its channels, repeated over
-the whole tensor: real values at a few kilobytes. Of what comes out, PLACES values are kept, one from each of as many equal
+the whole tensor: real values at a few kilobytes. Of the results, PLACES values are kept, one from each of as many equal
 stretches of the tensor, and of CANDIDATES in a stretch the first that is not clipped: a clipped one says little.
 """
 
@@ -35,15 +35,15 @@ from qat.core.onnx_cut import Cut, Pair
 PLACES, CANDIDATES = 4096, 4
 NOISE = 4.0
 LEAST = 2.0**-20
-STEP = 250.0  # 1/STEP: what a code's r is kept to, in u16 from one below the least code
+STEP = 250.0  # 1/STEP is the resolution of a stored r, in u16 from one below the smallest code
 PATCH = 1 << 15  # codes
-SIDE = 8  # of a patch, along what is not channels
+SIDE = 8  # sides of a patch, along axes other than channels
 BUDGET = 256 << 20  # bytes of codes in one session
-_STREAM = 4  # beside those of `qat.core.verification`
+_STREAM = 4  # in addition to those of `qat.core.verification`
 
 
 def places(size: int) -> np.ndarray:
-    """int64[CANDIDATES, n]: in each of n equal stretches of a tensor, some places, the same on every machine."""
+    """int64[CANDIDATES, n]: some places in each of n equal stretches of a tensor, the same on every machine."""
     count = min(size, PLACES)
     edges = np.arange(count + 1, dtype=np.int64) * size // max(count, 1)
     widths = np.diff(edges).astype(np.uint64)
@@ -59,7 +59,7 @@ def tile(patch: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 def cut_patch(codes: np.ndarray, channels: int, side: int = SIDE, most: int = PATCH) -> np.ndarray:
     """A patch of a tensor's codes (or values) with all of its channels (their axis), `side` long along other axes if it then has
-    `most` values or fewer: of 16 places the one whose codes vary most."""
+    `most` values or fewer. Of 16 places, takes the one whose codes vary most."""
     size = [n if axis == channels else min(n, side) for axis, n in enumerate(codes.shape)]
     size[0] = size[0] if channels == 0 else 1
     while np.prod(size) > most:
@@ -79,7 +79,7 @@ def cut_patch(codes: np.ndarray, channels: int, side: int = SIDE, most: int = PA
 
 
 def choose(r: np.ndarray, pair: Pair | None) -> np.ndarray:
-    """uint8[n]: for each stretch which of `places` is kept. r: float64[CANDIDATES, n], what PyTorch has there."""
+    """uint8[n]: the kept candidate of `places` in each stretch. r: float64[CANDIDATES, n], PyTorch's values there."""
     if pair is None:
         return np.zeros(r.shape[1], np.uint8)
     low, high = pair.limits
@@ -88,7 +88,7 @@ def choose(r: np.ndarray, pair: Pair | None) -> np.ndarray:
 
 @dataclass
 class Site:
-    """One site's reference. patch: of its codes, None for an output. choice: uint8[n], values: what PyTorch has at the n
+    """One site's reference. patch: of its codes, None for an output. choice: uint8[n]. values: PyTorch's values at the n
     places, u16 (codes) or float32 (an output). slack: in steps, or in an output's unit."""
 
     name: str
@@ -142,7 +142,7 @@ class Site:
             # A value that moves by d crosses a rounding boundary with probability d.
             expected = NOISE * self.noise * values.size
             typical = int((beyond > 0.5 / STEP).sum()) <= expected + 5 * np.sqrt(expected) + 5
-        bad = ~(beyond <= slack)  # not a number is not within anything
+        bad = ~(beyond <= slack)  # NaN is not within any tolerance
         largest = float(np.where(np.isfinite(beyond), beyond, np.inf).max(initial=0.0))
         return {
             "off": min(max(largest, 0.0), 1e30),
@@ -152,7 +152,7 @@ class Site:
         }
 
     def pack(self) -> dict[str, np.ndarray]:
-        """As verification.npz has it."""
+        """Arrays for verification.npz."""
         arrays = {
             "shape": np.array(self.shape, np.int64),
             "choice": self.choice,
@@ -163,7 +163,7 @@ class Site:
 
     @classmethod
     def unpack(cls, name: str, arrays: Mapping[str, np.ndarray]) -> Site:
-        """Raises `KeyError` where something is missing."""
+        """Raises `KeyError` if something is missing."""
         shape = tuple(int(n) for n in arrays["shape"])
         return cls(name, shape, arrays.get("patch"), arrays["choice"], arrays["values"], *map(float, arrays["slack"]))
 
@@ -215,14 +215,14 @@ def check_sites(
         cut: the graph.
         sites: the reference of each of its sites.
         feeds: the graph's inputs.
-        codes: what the segments take in; None for the sites' patches, repeated.
+        codes: inputs of the segments; None for the sites' patches, repeated.
         runner: `runner_of` these; None for one with the optimizer off.
 
     Returns:
         for each site what `Site.compare` says, in the graph's order.
 
     Raises:
-        UserError: the graph's sites are not the reference's.
+        UserError: the graph's sites differ from the reference's.
     """
     if strange := sorted(set(cut.sites) ^ set(sites)):
         raise UserError(f"found {len(strange)} sites in the graph or in the reference only: {', '.join(strange[:3])}")

@@ -40,7 +40,7 @@ def in_float64(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise) of two energies, EQUAL_DB at most and where there is no noise."""
+    """10·log10(signal / noise) of two energies, at most EQUAL_DB, which also stands for no noise."""
     if noise == 0:
         return EQUAL_DB
     return min(EQUAL_DB, 10 * math.log10(max(signal, sys.float_info.min) / noise))
@@ -50,7 +50,7 @@ def compare_tensors(reference: np.ndarray, candidate: np.ndarray, what: str = "c
     """Compares a candidate with its reference, in double precision.
 
     Args:
-        what: is compared, for messages.
+        what: name of the compared tensor, for messages.
 
     Raises:
         UserError: different shapes. NotFiniteError: a value that is not finite.
@@ -61,7 +61,7 @@ def compare_tensors(reference: np.ndarray, candidate: np.ndarray, what: str = "c
     difference = a - b
     if not np.isfinite(difference).all():
         bad = int((~np.isfinite(difference)).sum())
-        whose = "the reference" if not np.isfinite(a).all() else "what is compared with it"
+        whose = "the reference" if not np.isfinite(a).all() else "the compared tensor"
         raise NotFiniteError(
             f"{what}: found NaN or infinite values in {bad} of {a.size} values of {whose}, expected finite tensors"
         )

@@ -1,8 +1,8 @@
-"""pydantic models of what people write (configs) and stages hand on (manifests, results), with errors of this project's form.
+"""pydantic models for configs, manifests and results, with this project's one-line errors.
 
-An error is one line: file, path of the key, what was found, what was expected, how to fix it. The words of what was expected
-stand beside the type: `Annotated[list[float], Expected("3 numbers", count=3)]`. Nothing is converted: 1 is no true, "3" no number.
-Nothing that a robot runs imports this module.
+An error is one line: file, path of the key, what was found, what was expected, how to fix it. The type carries the words for
+what was expected: `Annotated[list[float], Expected("3 numbers", count=3)]`. Values are not converted: 1 is not true, and "3" is
+not a number. Code that runs on a robot does not import this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qat.core.errors import UserError
 
 T = TypeVar("T")
 
-# Of pydantic's kinds of errors whose words are not beside the type.
+# What was expected, for kinds of pydantic errors whose type has no `Expected`.
 WORDS = {
     "model_type": "a section of keys and values",
     "model_attributes_type": "a section of keys and values",
@@ -30,15 +30,15 @@ WORDS = {
 
 
 class _Absent:
-    """Stands for a required key that is not there, so that the words of what its value must be are found."""
+    """Placeholder for a missing required key, so that the error can say what its value must be."""
 
 
 ABSENT = _Absent()
 
 
 class Expected:
-    """Words for whatever does not fit the type that this is attached to, of `count` or from `least` to `most` items where it is a
-    list, and `test`, which is true of what it takes."""
+    """Says in an error what a type expects. A list must have `count` items, or from `least` to `most`; `test` must return True
+    for a value."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Expected:
         try:
             value = handler(value)
             fits = not isinstance(value, list) or self.least <= len(value) <= self.most
-        except ValueError:  # pydantic's own is one
+        except ValueError:  # pydantic's ValidationError is a ValueError
             fits = False
         if not fits or (self.test is not None and not self.test(value)):
             raise PydanticCustomError("expected", "{words}", {"words": self.words})
@@ -73,25 +73,25 @@ def whole(low: int, high: int) -> Expected:
 
 
 def number(words: str, low: float, high: float, above: float | None = None) -> Expected:
-    """A number from low to high, and above `above`."""
+    """A number from low to high, greater than `above`."""
     return Expected(words, core_schema.float_schema(strict=True, ge=low, le=high, gt=above, allow_inf_nan=False))
 
 
 def only(*values: Any) -> Expected:
-    """One of these sections or lists (of texts, numbers and flags, `Literal` says it)."""
+    """One of these sections or lists. (For texts, numbers and flags use `Literal`.)"""
     words = " or ".join("null" if value is None else repr(value) for value in values)
     return Expected(words, core_schema.any_schema(), test=lambda value: value in values)
 
 
 def wrong(key: str | list[Any], expected: str) -> PydanticCustomError:
-    """What a validator raises: the key, dotted or in a list, from its model on, and what was expected there."""
+    """The error that a validator raises. key: path from the validator's model, dotted or a list."""
     keys = [int(part) if part.isdigit() else part for part in key.split(".")] if isinstance(key, str) and key else key
     return PydanticCustomError("wrong", "{words}", {"words": expected, "keys": keys or []})
 
 
 class Section(BaseModel):
-    """A section of keys and values. Keys that it has no field for are free, or, with `OTHERS`, null: the words say why. A required
-    key that is null is missing."""
+    """A section of keys and values. Keys without a field may have any value; with `OTHERS`, which says why, they must be null.
+    A required key that is null counts as missing."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
     OTHERS: ClassVar[str] = ""
@@ -119,8 +119,8 @@ class Section(BaseModel):
 
 
 class Options(Section):
-    """A section of a `type`, which has no other keys than its fields, and those of `FREE`, with blanks between, whose values
-    change nothing. Null is a value, which most keys refuse."""
+    """A section with a `type` that accepts only the keys of its fields, and those of `FREE` (separated by blanks), which have
+    no effect. Null is a value, which most keys refuse."""
 
     FREE: ClassVar[str] = ""
 
@@ -137,14 +137,14 @@ class Options(Section):
 
 
 def plain(value: Any) -> Any:
-    """The same in dicts and lists, of which models are made."""
+    """Converts mappings to dicts and sequences to lists, as pydantic's strict mode requires."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _locate(document: Any, keys: list[Any]) -> tuple[list[Any], Any]:
-    """The keys that lead to a value, without the names of a union's members that pydantic puts between, and the value."""
+    """The path of keys to a value, and the value. Drops the names of union members that pydantic adds to the path."""
     path, at = [], document
     for n, key in enumerate(keys):
         there = key in at if isinstance(at, dict) else isinstance(at, list) and isinstance(key, int) and key < len(at)
@@ -162,7 +162,7 @@ def _words(kind: str, key: Any, context: Mapping[str, Any], message: str) -> str
     if kind == "union_tag_invalid" or (kind == "literal_error" and key == "type"):
         return (
             f"one of {context.get('expected_tags') or context['expected']}".replace("'", "")
-            + ": others are not known here"
+            + ": other types are not supported"
         )
     if kind == "literal_error":
         return str(context["expected"]).replace("None", "null")
@@ -185,16 +185,16 @@ def validated(
     fix: str = "fix it there",
     longest: int = 120,
 ) -> T:
-    """The document as a `model`.
+    """Returns the document as a `model`.
 
     Args:
         document: mappings, lists, texts, numbers, flags and nulls.
-        source: what to call it in an error. under: the path of the document in it.
-        checks: called with the model; they raise what `wrong` makes.
-        index: how a list's index is written in a path. longest: characters of what was found.
+        source: the document's name in errors. under: the document's path within the source.
+        checks: called with the model; they raise what `wrong` returns.
+        index: format of a list's index in a path. longest: number of characters shown of the value found.
 
     Raises:
-        UserError: the first thing in it that does not fit.
+        UserError: for the first value that does not fit.
     """
     document = plain(document)
     try:
@@ -215,6 +215,6 @@ def validated(
     where = under + "".join(index.format(key) if isinstance(key, int) else f".{key}" for key in path)
     shown = repr(found) if found is not None else "null"
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
-    told = "missing" if absent or found is ABSENT else f"found {shown}"
+    problem = "missing" if absent or found is ABSENT else f"found {shown}"
     expected = _words(kind, keys[-1] if keys else None, context, message)
-    raise UserError(f"{source}: {where.lstrip('.') or 'the document'}: {told}, expected {expected}; {fix}") from None
+    raise UserError(f"{source}: {where.lstrip('.') or 'the document'}: {problem}, expected {expected}; {fix}") from None

@@ -1,8 +1,8 @@
 """Shared by an export and a later `bevqat verify`: frames, tolerances, the figures, and verification.npz.
 
 qat.export compares each graph with PyTorch and keeps, in verification.npz, what repeats the comparison without PyTorch: the
-inputs, exactly; the outputs, in half precision where that is enough (`store`); of INT8 graphs the outputs without rounding
-too, and the reference of each site (`qat.core.sites`).
+inputs, exactly; the outputs, in half precision where that is enough (`store`); for INT8 graphs also the outputs without
+rounding, and the reference of each site (`qat.core.sites`).
 
 Everything random comes from PCG64's raw words, whose stream numpy guarantees; its distributions may change from one
 version to the next.
@@ -29,11 +29,11 @@ from qat.core.tensors import TensorDifference, compare_tensors, digest
 FILE = "verification.npz"
 FP32_DB = 80.0
 FLOAT_MARGIN_DB = -3.0  # an INT8 graph may have twice the noise of its simulation
-INT8_MARGIN_DB = -20 * math.log10(1 + math.sqrt(2))  # the two noises beside each other, at worst: -7.66 dB
+INT8_MARGIN_DB = -20 * math.log10(1 + math.sqrt(2))  # the two noises added, at worst: -7.66 dB
 NOISIER_DB = -20 * math.log10(2)  # a graph may be twice as far from float64 as PyTorch is: -6.02 dB
 VALUES, LEAST_VALUES = 1 << 17, 4096  # kept of a part's outputs together, and of each at least
 SAMPLE_DB = 1.0  # the SQNR of kept values may be this much below that of all
-ENOUGH_DB = 20.0  # what is kept in half precision is this much closer than the tolerance asks
+ENOUGH_DB = 20.0  # values kept in half precision must be this much closer than the tolerance
 INPUT_MOST, INPUT_SIDE = 1 << 20, 64  # values of an inner part's input beyond which a patch is repeated, and its sides
 SIGNIFICANT = 5  # bits of an inner part's input; see `round_input`
 _SPARSE = 0.125  # share of values other than zero up to which they are kept with their places
@@ -41,7 +41,7 @@ _PLACES = 1  # a stream
 
 
 def tolerance_db(quantization_db: float | None = None, pytorch_db: float | None = None) -> float:
-    """The least SQNR of a graph's output beside its reference; docs/verify.md derives it.
+    """The least SQNR of a graph's output against its reference; docs/verify.md derives it.
 
     Args:
         quantization_db: for a graph that rounds, the SQNR of its simulation in PyTorch against the float module.
@@ -90,7 +90,7 @@ def what_is_wrong(row: Mapping[str, Any]) -> str:
 
 
 def made_feeds(flow: Any, seed: int, batch: int) -> dict[str, np.ndarray]:
-    """The parts' share of a plan's inputs for a batch of generated frames at the beginning of a scene."""
+    """The parts' inputs from the plan for a batch of generated frames at the beginning of a scene."""
     feeds = flow.first_feeds([flow.made_frame(seed + n) for n in range(batch)])
     return {name: array for name, array in feeds.items() if name in flow.plan.part_inputs}
 
@@ -98,9 +98,8 @@ def made_feeds(flow: Any, seed: int, batch: int) -> dict[str, np.ndarray]:
 def round_input(array: np.ndarray) -> np.ndarray:
     """float32 rounded to SIGNIFICANT significant bits, half to even.
 
-    What is between the parts is made so before either side computes with it: it is kept exactly in half of its size or
-    less, and what the file lacks is nothing. The input moves by at most 2^-SIGNIFICANT, 3.1 %, of each value. Integers (indices)
-    stay as they are.
+    Tensors between the parts are rounded before either side computes with them, so the file stores them exactly in half the
+    size or less. The input moves by at most 2^-SIGNIFICANT, 3.1 %, of each value. Integers (indices) do not change.
     """
     if not np.issubdtype(array.dtype, np.floating):
         return array
@@ -113,7 +112,7 @@ def round_input(array: np.ndarray) -> np.ndarray:
 def input_patch(array: np.ndarray) -> np.ndarray | None:
     """A patch of a large tensor [N,C,H,W] that replaces it, repeated; None for a tensor that is small enough to be kept.
 
-    As `round_input`, it is done before either side computes with it.
+    Like `round_input`, it is applied before either side computes.
     """
     if array.ndim != 4 or array.size <= INPUT_MOST:
         return None
@@ -121,7 +120,7 @@ def input_patch(array: np.ndarray) -> np.ndarray | None:
 
 
 def _pixels(array: np.ndarray, image: Mapping[str, Any]) -> np.ndarray | None:
-    """The uint8[…,3,H,W] that normalises to this array, bit for bit; None where there is none."""
+    """The uint8[…,3,H,W] that normalises to this array, bit for bit; None if there is none."""
     if array.ndim < 3 or array.shape[-3] != 3:
         return None
     mean, std = (np.asarray(image[name], np.float64)[:, None, None] for name in ("mean", "std"))
@@ -135,7 +134,7 @@ def _normalized(pixels: np.ndarray, image: Mapping[str, Any]) -> np.ndarray:
 
 
 def pack(array: np.ndarray, image: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    """A tensor in the smallest of four exact forms; one of integers in the last.
+    """A tensor in the smallest of four exact forms; integers in the last one.
 
     - `pixels`: uint8, each less its left neighbour; for what `image`'s mean and std make of pixels.
     - `cells`, `high`, `low`: for a [1,C,X,Y] with at most 16 bits a value, which cells have anything, and the two bytes
@@ -163,7 +162,7 @@ def pack(array: np.ndarray, image: Mapping[str, Any] | None) -> dict[str, np.nda
 
 
 def unpack(packed: Mapping[str, np.ndarray], shape: Sequence[int], image: Mapping[str, Any] | None) -> np.ndarray:
-    """The tensor that `pack` took, or with `patch_shape` the patch that it took, repeated to `shape`."""
+    """The tensor that was given to `pack`; with `patch_shape`, its patch, repeated to `shape`."""
     if "patch_shape" in packed:
         rest = {key: value for key, value in packed.items() if key != "patch_shape"}
         return tile(unpack(rest, [int(n) for n in packed["patch_shape"]], image), shape)
@@ -183,17 +182,17 @@ def unpack(packed: Mapping[str, np.ndarray], shape: Sequence[int], image: Mappin
 
 
 def _value_places(size: int, count: int) -> np.ndarray:
-    """int64[count]: a place in each of `count` equal stretches of a tensor."""
+    """int64[count]: one place in each of `count` equal stretches of a tensor."""
     edges = np.arange(count + 1, dtype=np.int64) * size // count
     drawn = words(_PLACES, count)
     return edges[:-1] + (drawn % np.diff(edges).astype(np.uint64)).astype(np.int64)
 
 
 def store(reference: np.ndarray, tolerance: float, outputs: int = 1) -> dict[str, np.ndarray]:
-    """What is kept of one of a part's `outputs`: `whole`, or `some` of its values at places that follow from its size.
+    """The stored form of one of a part's `outputs`: `whole`, or `some` of its values, at places that depend on its size.
 
-    In half precision where that is closer to the reference than `tolerance` (dB) asks by ENOUGH_DB, so that it costs 0.05 dB
-    of it; else in float32.
+    In half precision if that is closer to the reference than `tolerance` (dB) by ENOUGH_DB, so that it costs 0.05 dB of the
+    tolerance; otherwise in float32.
     """
     most = max(LEAST_VALUES, VALUES // outputs)
     whole = reference.size <= most
@@ -208,7 +207,7 @@ def store(reference: np.ndarray, tolerance: float, outputs: int = 1) -> dict[str
 
 
 def compare_stored(stored: Mapping[str, np.ndarray], candidate: np.ndarray) -> tuple[TensorDifference, float]:
-    """Compares a tensor with what `store` kept of its reference.
+    """Compares a tensor with the reference kept by `store`.
 
     Returns:
         the figures, over the kept values, and by how many dB sqnr_db may be too low: 0, or SAMPLE_DB where some are kept.
@@ -245,20 +244,20 @@ class Summary:
         """Opens it. flow: that of the manifest's `pipeline` section.
 
         Raises:
-            UserError: the export wrote none, it is missing, or it was changed.
+            UserError: the export wrote no such file, or it is missing or was changed.
         """
         self.flow = flow
         self.parts: Mapping[str, Any] = manifest["parts"]
         self.about: Mapping[str, Any] = manifest["verification"]
         if "file" not in self.about:
-            raise UserError(f"{folder}: found nothing to verify with, expected {FILE}; export again")
+            raise UserError(f"{folder}: found no reference outputs, expected {FILE}; export again")
         path = folder / self.about["file"]
         if not path.is_file():
-            raise UserError(f"{path}: no such file, expected what the export wrote; copy it with the parts")
+            raise UserError(f"{path}: no such file, expected the one from the export; copy it with the parts")
         if (found := sha256(path)) != self.about["sha256"]:
             raise UserError(
                 f"{path}: found sha256 {found[:12]}…, expected {self.about['sha256'][:12]}… as in the manifest: the file "
-                "was changed after its export; export again"
+                "changed after its export; export again"
             )
         self._path = path
         with np.load(path, allow_pickle=False) as archive:
@@ -294,7 +293,7 @@ class Summary:
         result = {}
         for name in names:
             stored = {k.removeprefix(f"{name}/"): value for k, value in packed.items() if k.startswith(f"{name}/")}
-            varying = stored.pop("shape", None)  # of a tensor with an axis that varies from frame to frame
+            varying = stored.pop("shape", None)  # for a tensor with an axis that varies from frame to frame
             said = [self.about["batch"] if n == "batch" else n for n in specs[name]["shape"]]
             shape = said if varying is None else [int(n) for n in varying]
             result[name] = unpack(stored, shape, self.flow.image)
@@ -305,14 +304,14 @@ class Summary:
         return self._group(f"{frame}/{part}/out/{output}/")
 
     def unquantized(self, part: str, frame: int, output: str) -> dict[str, np.ndarray]:
-        """The same of the float module's output; empty for a graph that does not round."""
+        """The same for the float module's output; empty for a graph that does not round."""
         return self._group(f"{frame}/{part}/float/{output}/")
 
     def sites(self, part: str) -> dict[str, Site]:
         """The reference of an INT8 part's sites.
 
         Raises:
-            UserError: what is kept does not fit the manifest.
+            UserError: the stored data do not fit the manifest.
         """
         about = self.parts[part]["sites"]
         names = [entry["tensor"] for entry in about["pairs"]] + list(about["outputs"])

@@ -1,4 +1,4 @@
-"""nuScenes-format data: reading it, drawing it, generating it, writing your own (`qat.data.writer`)."""
+"""nuScenes-format data: reads, draws and generates it; `qat.data.writer` writes your recordings."""
 
 from qat.core.frame import CAMERAS
 from qat.data.dataset import NuScenesDataset, check_annotated, images_digest, version_in

@@ -30,8 +30,8 @@ FETCH = "fetch the data set's metadata again"
 
 
 def diagnose(folder: Path, error: Exception) -> UserError:
-    """Why the devkit could not open the tables of `folder`, after it raised `error`: they may be gigabytes, so that nothing is
-    read twice where they are right."""
+    """Why the devkit could not open the tables of `folder`. Called only after it raised `error`: tables may be gigabytes, and
+    valid ones should not be read twice."""
     missing = [f"{name}.json" for name in TABLES if not (folder / f"{name}.json").is_file()]
     if missing:
         return UserError(f"{folder}: found no {', '.join(missing)}, expected nuScenes' {len(TABLES)} tables; {FETCH}")
@@ -44,16 +44,18 @@ def diagnose(folder: Path, error: Exception) -> UserError:
         except OSError as fault:
             return UserError(f"{path}: cannot be read: {fault.strerror}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "token" in row for row in rows):
-            return UserError(f"{path}: found something else than records with tokens, expected a list of them; {FETCH}")
+            return UserError(
+                f"{path}: found something other than records with tokens, expected a list of them; {FETCH}"
+            )
     if isinstance(error, KeyError) and error.args:
-        why = f"found nothing for {str(error.args[0])[:80]!r}, which a record refers to or must have"
+        why = f"found nothing for {str(error.args[0])[:80]!r}, which a record refers to or requires"
     else:
         why = f"found {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return UserError(f"{folder}: the tables do not fit each other: {why}; {FETCH}")
 
 
 def check_tokens(tables: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
-    """Raises `UserError` where two records of a table have one token: the devkit would keep the last."""
+    """Raises `UserError` if two records of a table have the same token: the devkit would keep only the last."""
     for name, rows in tables.items():
         seen: set[str] = set()
         for row in rows:
@@ -63,7 +65,7 @@ def check_tokens(tables: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path
 
 
 def check_splits(splits: Any, path: Path) -> None:
-    """Raises `UserError` where splits.json is not the scenes' names by split."""
+    """Raises `UserError` if splits.json does not list scene names by split."""
     good = isinstance(splits, dict) and all(
         isinstance(names, list) and all(isinstance(name, str) for name in names) for names in splits.values()
     )
@@ -97,7 +99,7 @@ def rotation_of(record: Mapping[str, Any], where: str) -> np.ndarray:
     """A record's quaternion w, x, y, z, float64[4].
 
     Raises:
-        UserError: as `numbers_of`, or it is no rotation.
+        UserError: like `numbers_of`, or it is not a rotation.
     """
     found = numbers_of(record, "rotation", (4,), where)
     norm = float(np.linalg.norm(found))
@@ -110,9 +112,9 @@ def rotation_of(record: Mapping[str, Any], where: str) -> np.ndarray:
 
 
 def check_intrinsics(matrix: np.ndarray, width: int, height: int, where: str) -> None:
-    """Raises `UserError` for intrinsics that are no camera's, or not of pictures of this size.
+    """Raises `UserError` for intrinsics that are not valid for a camera, or not for pictures of this size.
 
-    The optical axis need not meet the picture (a crop's may not), but it is not farther from it than the picture's own size.
+    The optical axis may miss the picture (after a crop), but not by more than the picture's size.
     """
     fx, fy, cx, cy = matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]
     if fx <= 0 or fy <= 0 or not np.allclose(matrix[2], [0, 0, 1]):
@@ -123,5 +125,5 @@ def check_intrinsics(matrix: np.ndarray, width: int, height: int, where: str) ->
     if not (-width <= cx <= 2 * width and -height <= cy <= 2 * height):
         raise UserError(
             f"{where}: camera_intrinsic: found the optical axis at ({cx:.0f}, {cy:.0f}), expected it near a picture of "
-            f"{width}×{height} pixels: they are of another size; scale them with the pictures"
+            f"{width}×{height} pixels: they are for another size; scale them with the pictures"
         )

@@ -40,7 +40,7 @@ def transform(record: Mapping[str, Any], where: str = "pose") -> np.ndarray:
     """A nuScenes pose record as a homogeneous matrix, float64[4,4]. where: names it in a message.
 
     Raises:
-        UserError: it has no rotation and translation, or NaN in them, or a rotation that is none.
+        UserError: rotation or translation is missing, has NaN, or is invalid.
     """
     matrix = np.eye(4)
     matrix[:3, :3] = Quaternion(rotation_of(record, where)).rotation_matrix
@@ -49,8 +49,8 @@ def transform(record: Mapping[str, Any], where: str = "pose") -> np.ndarray:
 
 
 class _Tables(NuScenes):
-    """The devkit's, which takes UTF-8 with a byte order mark, file names with Windows' backslashes, and a data set without the
-    pictures of its maps: nothing here draws them."""
+    """The devkit's class, which also accepts UTF-8 with a byte order mark, file names with Windows' backslashes, and a data set
+    without map pictures, which are not used here."""
 
     _maps: list[dict[str, Any]]
 
@@ -62,7 +62,9 @@ class _Tables(NuScenes):
                     row["filename"] = name.replace("\\", "/")
         if table_name == "map":
             self._maps = rows
-            return [row for row in rows if (Path(self.dataroot) / row["filename"]).is_file()]  # the devkit opens each
+            return [
+                row for row in rows if (Path(self.dataroot) / row["filename"]).is_file()
+            ]  # the devkit opens every map
         return rows
 
     def __make_reverse_index__(self, verbose: bool) -> None:
@@ -79,12 +81,12 @@ def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
     root = Path(root)
     if not root.is_dir():
         there = "found a file" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {there}; expected the folder of a nuScenes-format data set; name it with --data")
+        raise UserError(f"{root}: {there}; expected the folder of a nuScenes-format data set; give it with --data")
     found = sorted(path.parent.name for path in root.glob("*/sample_data.json"))
     if version is None:
         if len(found) != 1:
             what = "no version folder with tables" if not found else "versions " + ", ".join(found)
-            raise UserError(f"{root}: found {what}, expected one such as v1.0-mini; name it with --version")
+            raise UserError(f"{root}: found {what}, expected one such as v1.0-mini; choose it with --version")
         version = found[0]
     elif version not in found:
         raise UserError(f"{root}: version {version!r} not found; there is {', '.join(found) or 'none'}")
@@ -100,7 +102,7 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
     """Tokens of the split's keyframes, in the data set's order.
 
     Raises:
-        UserError: there is no such split.
+        UserError: the split does not exist.
     """
     own = Path(nusc.dataroot) / nusc.version / "splits.json"
     known: list[str] = []
@@ -152,7 +154,7 @@ def record_of(nusc: NuScenes, table: str, token: str) -> dict[str, Any]:
 
 
 def _record_name(nusc: NuScenes, table: str, record: Mapping[str, Any]) -> str:
-    """A record, for messages."""
+    """A record's name in messages."""
     return f"{Path(nusc.dataroot) / nusc.version / table}.json: {record.get('token')}"
 
 
@@ -162,7 +164,7 @@ def sensor_of(
     """A sensor's record in a keyframe, sensor2ego, ego2global, float64[4,4], and its intrinsics [3,3] (or an empty array).
 
     Raises:
-        UserError: the keyframe has no such channel, or a table does not say what is needed.
+        UserError: the keyframe has no such channel, or a table lacks a required key.
     """
     if channel not in sample["data"]:
         has = ", ".join(sorted(sample["data"]))
@@ -178,7 +180,7 @@ def sensor_of(
 
 
 def poses_of(nusc: NuScenes, record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """sensor2ego, ego2global and intrinsics of a sensor's record, as `sensor_of`."""
+    """sensor2ego, ego2global and intrinsics of a sensor's record, like `sensor_of`."""
     calibrated = record_of(nusc, "calibrated_sensor", record["calibrated_sensor_token"])
     pose = record_of(nusc, "ego_pose", record["ego_pose_token"])
     where = _record_name(nusc, "calibrated_sensor", calibrated)
@@ -217,7 +219,7 @@ def boxes_of(
 
 
 def check_annotated(dataset: NuScenesDataset) -> None:
-    """Raises `UserError` where no keyframe has an annotated object of a class that the detector knows: nothing could be
+    """Raises `UserError` if no keyframe has an annotated object of the detector's classes: nothing could be
     scored."""
     nusc, others = dataset.nusc, set()
     for token in dataset.tokens:
@@ -234,7 +236,7 @@ def check_annotated(dataset: NuScenesDataset) -> None:
 
 
 def version_in(root: str | Path, version: str | None) -> str | None:
-    """`version` where this root has it, else None: of several roots one may hold a single version of another name."""
+    """`version` if this root has it, else None: one of several roots may hold a single version with another name."""
     return version if version is not None and (Path(root) / version).is_dir() else None
 
 
@@ -243,11 +245,11 @@ class NuScenesDataset(Sequence[Sample]):
 
     Args:
         root: folder that holds `<version>/`, `samples/` and `sweeps/`.
-        split: a split of `<version>/splits.json`, one of nuScenes' own, or "all".
-        config: of a model, whose family says how its frames are read; or that, as a `Reading`.
-        version: needed only where root holds several.
+        split: a split of `<version>/splits.json`, one of nuScenes' splits, or "all".
+        config: of a model, whose family decides how its frames are read; or a `Reading`.
+        version: needed only if root holds several.
         frames: keep only this many keyframes, spread evenly over the split.
-        whole_scenes: of `frames`, keep the first ones and what else is in their scenes, in the order of time, for a model with
+        whole_scenes: with `frames`, keep the first ones and the rest of their scenes, in time order, for a model with
             state.
     """
 
@@ -282,11 +284,11 @@ class NuScenesDataset(Sequence[Sample]):
         return len(self.tokens)
 
     def check_annotated(self) -> None:
-        """As the function."""
+        """See the function `check_annotated`."""
         check_annotated(self)
 
     def share(self, rank: int, processes: int, whole_scenes: bool = False) -> list[str]:
-        """The tokens of one process of several: every so manieth frame, or scene."""
+        """The tokens of one of several processes: every `processes`-th frame, or scene."""
         scenes = list(dict.fromkeys(self.scene_of(token) for token in self.tokens))[rank::processes]
         return [t for t in self.tokens if self.scene_of(t) in scenes] if whole_scenes else self.tokens[rank::processes]
 
@@ -303,7 +305,7 @@ class NuScenesDataset(Sequence[Sample]):
         return (self.load(token) for token in self.tokens)
 
     def load(self, token: str) -> Sample:
-        """One keyframe by its token, as the network takes it."""
+        """One keyframe by its token, as the network's input."""
         return prepare(self.read(token), self.pipeline)
 
     def read(self, token: str) -> Keyframe:
@@ -346,7 +348,7 @@ class NuScenesDataset(Sequence[Sample]):
         return read_points(path, self.pipeline.load_dim)
 
     def _points(self, record: Mapping[str, Any], global2lidar: np.ndarray) -> np.ndarray:
-        """Points of the keyframe and what the pipeline adds and filters, float32[M,5] in the keyframe's lidar frame."""
+        """Points of the keyframe after the pipeline's sweeps and filters, float32[M,5] in the keyframe's lidar frame."""
         points = self._read_points(record)
         points[:, 4] = 0
         for step, argument in self.pipeline.point_steps:
@@ -385,8 +387,8 @@ class NuScenesDataset(Sequence[Sample]):
 
 
 def images_digest(datasets: Sequence[NuScenesDataset]) -> str:
-    """SHA-256 of the names and sizes of all images, in hexadecimal: another data set of the same keyframes, such as one that was
-    generated again in another size, has another. The images are not read."""
+    """SHA-256 of the names and sizes of all images, in hexadecimal. It differs for another data set of the same keyframes,
+    such as one generated again in another size. The images are not read."""
     digest = hashlib.sha256()
     for dataset in datasets:
         root = Path(dataset.nusc.dataroot)
@@ -396,7 +398,7 @@ def images_digest(datasets: Sequence[NuScenesDataset]) -> str:
                 name = dataset.nusc.get("sample_data", channels[camera])["filename"] if camera in channels else ""
                 try:
                     size = (root / name).stat().st_size if name else 0
-                except OSError:  # told when it is read
+                except OSError:  # reported when it is read
                     size = -1
                 digest.update(f"{name} {size}\n".encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""One keyframe from a folder: its images, a lidar sweep and an info.json, as mmdetection3d's demo data has them."""
+"""Reads one keyframe from a folder: its images, a lidar sweep and an info.json, as in mmdetection3d's demo data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def load_frame(folder: str | Path, config: Mapping[str, Any] | Reading) -> Sampl
 
     info.json: `sample.images.<camera>` with img_path, cam2img [3,3] and lidar2cam [4,4]; `sample.lidar_points` with
     lidar_path, lidar2ego [4,4]; `sample.ego2global`; `sample.instances` with bbox_3d (x, y, z of the gravity centre,
-    length, width, height, yaw anticlockwise from x: with the bottom's z the annotators' point counts do not come out) and bbox_label_3d into `categories`.
+    length, width, height, yaw anticlockwise from x; with the bottom's z the annotators' point counts would not match) and
+    bbox_label_3d into `categories`.
 
     Raises:
         UserError: a file or a key is missing.

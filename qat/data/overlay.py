@@ -1,4 +1,4 @@
-"""Boxes and lidar points drawn over the images that the network sees: look at this first when a result is odd."""
+"""Draws boxes and lidar points over the network's input images: check this first if a result looks wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lidar files: raw float32 values, `load_dim` a point, which nothing in the file says. The values are checked."""
+"""Lidar files: raw float32 values, `load_dim` per point. The file does not record that number, so the values are checked."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 from qat.core.errors import UserError
 from qat.core.kinds import signature_of
 
-FARTHEST, NEAREST = 2_000.0, 1e-30  # metres; values beyond or below are no coordinates in a sensor's frame but zero
+FARTHEST, NEAREST = 2_000.0, 1e-30  # metres; other values, except zero, are not coordinates in a sensor's frame
 WRONG_SHARE = 0.01
-WIDTHS = range(3, 11)  # values a point that lidars' files have
-FEWEST, LOOKED_AT = 1_000, 1 << 15  # points that columns are judged by, values that are checked
+WIDTHS = range(3, 11)  # values per point in lidar files
+FEWEST, LOOKED_AT = 1_000, 1 << 15  # number of points used to judge columns, and of values checked
 DIFFERENT, ALIKE, CLEARLY_LESS = 0.1, 0.98, 0.75
 ZIP = b"PK\x03\x04"
 
 
 def _columns_differ(values: np.ndarray, width: int) -> float:
-    """How much the columns of values taken `width` at a time differ in mean and spread, in units of the whole's variance: of the
-    right width the most, of others near 0, for there each column is a mixture of all."""
+    """How much the columns of values, `width` in a row, differ in mean and spread, in units of the total variance. The right
+    width has the largest difference; for others it is near 0, because each column is a mixture of all."""
     columns = values[: len(values) // width * width].reshape(-1, width)
     spread = columns.std(0)
     return float((columns.mean(0).var() + spread.var()) / max(float(values.var()), 1e-12))
 
 
 def likelier_width(values: np.ndarray, width: int) -> int | None:
-    """Another number of values a point than `width`, where the columns say that it is that."""
+    """The number of values per point according to the columns, if it is not `width`."""
     if len(values) < FEWEST * width:
         return None
     some = values[:LOOKED_AT].astype(np.float64)
@@ -34,7 +34,7 @@ def likelier_width(values: np.ndarray, width: int) -> int | None:
     own = _columns_differ(some, width)
     found = {w: _columns_differ(some, w) for w in WIDTHS if w != width}
     most = max(found.values())
-    # Columns of a mixture cannot differ more than those that are mixed, so no other width has more than the right one.
+    # Mixed columns cannot differ more than their sources, so no other width exceeds the right one.
     if most > DIFFERENT and own < CLEARLY_LESS * most:
         return next(w for w in found if found[w] > ALIKE * most)
     # Two points at a time, or three: the columns repeat themselves.
@@ -46,9 +46,9 @@ def read_points(path: Path, load_dim: int) -> np.ndarray:
     """A lidar file, float32[M,5].
 
     Raises:
-        UserError: no such file; another format, by its first bytes; not a whole number of points; values that are no coordinates (of
-            another type, or of another number a point); mostly NaN or infinity. (Single points that are, which lidars give
-            where nothing came back, are left out.)
+        UserError: no such file; another format, by its first bytes; not a whole number of points; values that are not
+            coordinates (another type, or another number per point); mostly NaN or infinity. (Single points with NaN, which
+            lidars return without an echo, are left out.)
     """
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""How the keyframes of a data set are read: which cameras and classes, and what is done to pictures and points."""
+"""How the keyframes of a data set are read: cameras, classes, and the processing of pictures and points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sweeps:
 
 @dataclass
 class Pipeline:
-    """Processing of pictures and points. `point_steps` keeps the order of what is done to points."""
+    """Processing of pictures and points. `point_steps` keeps the order of the steps on points."""
 
     resize_crop: ResizeCrop
     mean: list[float]
@@ -41,7 +41,7 @@ class Reading:
 
 
 def reading_for(config: Mapping[str, Any] | Reading) -> Reading:
-    """That of a config, by its family."""
+    """The `Reading` of a config, by its family."""
     if isinstance(config, Reading):
         return config
     from qat.families import family_of

@@ -1,4 +1,4 @@
-"""One keyframe: as it is read, and as the network takes it."""
+"""One keyframe: as it is read, and as the network's input."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ ATTRIBUTES = (
     "pedestrian.moving",
 )
 VISIBILITIES = ("v0-40", "v40-60", "v60-80", "v80-100")
-# The ten classes of nuScenes' detection task, and one of the categories that the devkit counts into each.
+# The ten classes of nuScenes' detection task, each with a category that the devkit assigns to it.
 CATEGORIES = {
     "car": "vehicle.car",
     "truck": "vehicle.truck",
@@ -58,17 +58,17 @@ CATEGORIES = {
 
 
 def token(*parts: object) -> str:
-    """A 32-digit token, the same for the same parts."""
+    """A 32-digit token; equal parts give equal tokens."""
     return hashlib.md5("/".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
 
 
 def rotation_to_list(rotation: np.ndarray) -> list[float]:
-    """A rotation matrix as nuScenes' [w, x, y, z]."""
+    """Converts a rotation matrix to nuScenes' [w, x, y, z]."""
     return [float(v) for v in Quaternion(matrix=rotation, rtol=1e-4, atol=1e-5).elements]
 
 
 def vocabulary(cameras: Iterable[str]) -> dict[str, list[Record]]:
-    """The tables that do not depend on any scene: of one lidar and these cameras."""
+    """The tables that do not depend on any scene, for one lidar and these cameras."""
     sensors = {LIDAR: "lidar", **dict.fromkeys(cameras, "camera")}
     return {
         "attribute": [{"token": token("attribute", n), "name": n, "description": ""} for n in ATTRIBUTES],
@@ -89,7 +89,7 @@ def link(records: list[Record]) -> None:
 
 
 class SceneTables:
-    """One scene's records, collected keyframe by keyframe in the order of time.
+    """One scene's records, collected keyframe by keyframe in time order.
 
     Args:
         key: unique among the data set's scenes; tokens are made of it, so the same scene has the
@@ -107,7 +107,7 @@ class SceneTables:
         self.calibrated = {channel: token("calibrated", *self.key, channel) for channel in self.data}
 
     def sample_token(self, frame: int) -> str:
-        """The token of the keyframe with this number, whether it is there yet or not."""
+        """The token of the keyframe with this number, which need not exist yet."""
         return token("sample", *self.key, frame)
 
     def add_sample(self, frame: int, timestamp: int) -> None:
@@ -125,7 +125,7 @@ class SceneTables:
         size: tuple[int, int] = (0, 0),
         is_key: bool = True,
     ) -> None:
-        """One sensor's reading for keyframe `frame`, or for a sweep on the way to it.
+        """One sensor's reading for keyframe `frame`, or for a sweep before it.
 
         Args:
             timestamp: microseconds.
@@ -207,7 +207,7 @@ class SceneTables:
         Args:
             log: vehicle, date_captured, location.
             map_file: a mask below the data set's root.
-            classes: of each instance that has boxes, one of `CATEGORIES`.
+            classes: for each instance with boxes, one of `CATEGORIES`.
             calibration: channel, sensor2ego float[4,4], and the intrinsic matrix or an empty list.
         """
         link(self.samples)
@@ -275,7 +275,7 @@ def write_tables(
     """Writes the 13 tables and splits.json into `folder` (root / version), whole or not at all.
 
     Args:
-        scenes: what `SceneTables.finish` gave, in the data set's order.
+        scenes: results of `SceneTables.finish`, in the data set's order.
         splits: names of each split's scenes.
         recipe: how the data was made; recipe.json.
     """

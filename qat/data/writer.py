@@ -30,9 +30,9 @@ from qat.core.preprocess import load_image
 from qat.data.tables import ATTRIBUTES, CATEGORIES, LIDAR, SceneTables, write_tables
 
 JPEG_QUALITY = 95
-APART = 500_000  # microseconds, at most, between a keyframe and one of its images: nuScenes' own are within 50 ms
-LATEST = 10**16  # microseconds: the year 2286; nanoseconds since 1970 are beyond it
-MAP = "maps/blank.png"  # the devkit opens a map for every log; detection does not look at it
+APART = 500_000  # most microseconds between a keyframe and one of its images; in nuScenes they are within 50 ms
+LATEST = 10**16  # microseconds: the year 2286; nanoseconds since 1970 exceed it
+MAP = "maps/blank.png"  # the devkit opens a map for every log; detection does not use it
 NEAR = 0.1  # metres in front of a camera
 
 
@@ -40,7 +40,7 @@ NEAR = 0.1  # metres in front of a camera
 class Calibration:
     """One camera of a scene.
 
-    intrinsic: [3,3] in pixels of the image as it is stored; there is no lens distortion in this format, so rectify first.
+    intrinsic: [3,3] in pixels of the stored image; this format has no lens distortion, so rectify first.
     camera2ego or camera2lidar: [4,4], one of them.
     """
 
@@ -93,7 +93,7 @@ def _array(value: Any, shape: tuple[int, ...], where: str, what: str = "finite n
 
 
 def _pose(value: Any, where: str) -> np.ndarray:
-    """A checked rigid transform, float64[4,4]; what rounding did to its rotation is taken back."""
+    """A checked rigid transform, float64[4,4], with its rotation made exactly orthonormal."""
     matrix = _array(value, (4, 4), where)
     if not np.allclose(matrix[3], [0, 0, 0, 1]):
         raise UserError(f"{where}: found last row {matrix[3].tolist()}, expected 0 0 0 1; is it transposed?")
@@ -116,7 +116,7 @@ def _timestamp(value: Any, where: str) -> int:
 
 
 def _points(value: Any, where: str) -> np.ndarray:
-    """float32[M,5]: x, y, z, intensity, ring; what is not given is 0."""
+    """float32[M,5]: x, y, z, intensity, ring; missing columns are 0."""
     try:
         points = np.asarray(value, np.float32)
     except (TypeError, ValueError):
@@ -196,10 +196,10 @@ class SceneWriter:
     def add_sweep(self, timestamp: int, points: Any, ego2global: Any) -> None:
         """A lidar revolution between two keyframes, for networks that take several (LoadPointsFromMultiSweeps).
 
-        Args: as in `add_keyframe`. Those after the last keyframe are of no use and are not written.
+        Args: as in `add_keyframe`. Sweeps after the last keyframe are not used and not written.
 
         Raises:
-            UserError: as in `add_keyframe`.
+            UserError: like `add_keyframe`.
         """
         where = f"{self.name}: sweep {timestamp}"
         time = _timestamp(timestamp, where)
@@ -217,7 +217,7 @@ class SceneWriter:
         """One annotated moment.
 
         Args:
-            timestamp: the lidar's, whole microseconds, later than the keyframe's before.
+            timestamp: the lidar's, whole microseconds, later than the previous keyframe's.
             images: of every camera, a path (copied as it is), uint8[h,w,3] RGB (written as JPEG), or a `Picture`, which has a
                 time and ego pose.
             points: float32[M,3 to 5] in the lidar's frame: x, y, z, intensity (0 to 255), ring.
@@ -225,7 +225,7 @@ class SceneWriter:
             boxes: what was annotated.
 
         Raises:
-            UserError: what is wrong with which of these.
+            UserError: one of these is invalid.
         """
         where = f"{self.name}: keyframe {timestamp}"
         time = _timestamp(timestamp, where)
@@ -254,7 +254,7 @@ class SceneWriter:
 
     def _add_points(self, time: int, points: np.ndarray, pose: np.ndarray, frame: int, key: bool) -> None:
         name, path = self._file(LIDAR, time, key, ".pcd.bin")
-        path.write_bytes(points.tobytes())  # tofile's error on a full disk does not say what the system said
+        path.write_bytes(points.tobytes())  # tofile's error on a full disk lacks the system's message
         self._tables.add_data(LIDAR, time, frame, name, pose, is_key=key)
 
     def _add_image(
@@ -265,7 +265,7 @@ class SceneWriter:
             if abs(at - keyframe) > APART:
                 raise UserError(
                     f"{where}: found an image {abs(at - keyframe) / 1e6:.2f} s from its keyframe, expected {APART / 1e6} s at "
-                    "most; are both clocks the same, and is it the nearest image?"
+                    "most; check that both clocks agree and that it is the nearest image"
                 )
             time, pose, given = at, _pose(given.ego2global, f"{where}: ego2global"), given.image
         self._in_order(camera, time, where)
@@ -293,7 +293,7 @@ class SceneWriter:
         if not (0 <= cx <= width and 0 <= cy <= height):
             raise UserError(
                 f"{where}: found an image of {width}×{height} with its principal point at ({cx:.0f}, {cy:.0f}), expected one "
-                "inside; is the intrinsic matrix of another resolution?"
+                "inside; the intrinsic matrix may be for another resolution"
             )
         self._tables.add_data(camera, time, frame, name, pose, (height, width))
         ego2camera = np.linalg.inv(calibrated.camera2ego)
@@ -360,18 +360,18 @@ class SceneWriter:
 
 
 class NuScenesWriter:
-    """A data set in the making: the folder appears, whole, when the `with` block ends without an error.
+    """Writes a data set: the complete folder appears when the `with` block ends without an error.
 
     Args:
-        root: the folder; it must not be there, or be empty.
+        root: the folder; it must not exist, or be empty.
         version: the folder of tables in it.
         cameras: the channels' names, any number of them; the config's `cameras` lists the same (docs/own-data.md).
         classes: your names → nuScenes' ten detection classes, or None for boxes to leave out. None: the ten.
         boxes_in: the frame of the boxes' centres and yaws, "global", "ego" or "lidar" (the last two at the keyframe).
-        check_overlap: refuse a camera into whose images not one lidar point falls.
+        check_overlap: refuse a camera if no lidar point falls into its images.
 
     Raises:
-        UserError: a name that cannot be one, or a folder that is there.
+        UserError: an invalid name, or a folder that exists.
     """
 
     def __init__(
@@ -400,7 +400,9 @@ class NuScenesWriter:
         if boxes_in not in ("global", "ego", "lidar"):
             raise UserError(f"boxes_in: found {boxes_in!r}, expected global, ego or lidar")
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise UserError(f"{self.root}: found something there, expected no such folder; remove it or choose another")
+            raise UserError(
+                f"{self.root}: found an existing folder or file, expected none; remove it or choose another"
+            )
         self.boxes_in, self.check_overlap = boxes_in, check_overlap
         self._scenes: list[tuple[SceneWriter, str]] = []
         self._stack = ExitStack()
@@ -437,23 +439,22 @@ class NuScenesWriter:
 
         Args:
             name: no other scene's.
-            split: the split that it belongs to, such as calib or eval; keep scenes that you calibrate or train on apart from
-                those that you evaluate on.
+            split: the scene's split, such as calib or eval. Use separate scenes to calibrate or train on and to evaluate on.
             calibration: of every camera.
             lidar2ego: float[4,4].
 
         Raises:
-            UserError: a name or matrix that cannot be one.
+            UserError: an invalid name or matrix.
         """
         from nuscenes.utils.splits import is_predefined_split
 
         if self._folder is None:
             raise UserError("NuScenesWriter: expected `with NuScenesWriter(…) as writer:` around its use")
         if _check_name(name, "scene") in [scene.name for scene, _ in self._scenes]:
-            raise UserError(f"{name}: found a scene of that name already, expected another")
+            raise UserError(f"{name}: found an earlier scene with this name, expected another name")
         if is_predefined_split(_check_name(split, f"{name}: split")):
             raise UserError(
-                f"{name}: split: found {split!r}, one of nuScenes' own, which the devkit ties to its own scenes; expected another "
+                f"{name}: split: found {split!r}, one of nuScenes' splits, tied to its scenes by the devkit; expected another "
                 "name"
             )
         log = {"vehicle": vehicle, "date_captured": date, "location": location}

@@ -1,13 +1,13 @@
-"""What this machine can run, and what to install for the rest: `bevqat doctor`.
+"""`bevqat doctor`: reports what this machine can run, and what to install for the rest.
 
-Nothing here needs any package but Python's own: it must report missing or broken ones. Anything that could crash or hang (a
-package's native libraries, a driver) runs in its own process.
+This package needs only Python's standard library, because it must report missing or broken packages. Anything that could
+crash or hang (a package's native libraries, a driver) runs in a separate process.
 
 finding   one line of the answer
 system    Python, processor, memory, disk
 packages  installed versions and setup.py's requirements
 probes    imports, backends and the GPU, each in its own process
-examine   all of it
+examine   all checks
 """
 
 from qat.doctor.examine import Report, examine

@@ -18,14 +18,14 @@ Ask = Callable[[Sequence[str]], Mapping[str, probes.Answer]]
 
 @dataclass
 class Report:
-    """findings: for people, in their order. facts: the same for scripts, docs/commands.md has the keys."""
+    """findings: for people, in order. facts: the same for scripts; docs/commands.md lists the keys."""
 
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether the main job can be done here, from calibrate to compare on the CPU."""
+        """Whether the main job, from calibrate to compare on the CPU, works here."""
         return all(found.state == OK for found in self.findings if found.needed)
 
     def to_json(self) -> dict[str, Any]:
@@ -34,13 +34,13 @@ class Report:
 
 
 def cache_folder() -> Path:
-    """Where engines are cached, as `qat.engine.Options` has it, which needs numpy."""
+    """The folder of cached engines, as in `qat.engine.Options`, which needs numpy."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("BEVQAT_CACHE") or Path(base) / "bevqat")
 
 
 def _backend_names() -> tuple[Sequence[str], Sequence[str], str]:
-    """(all, those that the main job needs, why they are unknown)."""
+    """(all, those that the main job needs, reason if they are unknown)."""
     try:
         from qat.engine import BACKENDS, CPU_BACKENDS
     except Exception as error:  # numpy is missing or broken, in whatever way
@@ -58,7 +58,7 @@ def _backend_finding(name: str, told: Mapping[str, Any], needed: bool, gpu: bool
         (extra for extra, wanted in want.extras.items() if package in (packages.name_of(each) for each in wanted)), ""
     )
     if extra:
-        # Not so for ONNX Runtime's: beside the CPU's build, which has the same modules, the extra would not do.
+        # Except for ONNX Runtime: the extra does not work next to the CPU build, which has the same modules.
         if package not in packages.STANDS_FOR.values():
             fix = packages.pip_line(extra=extra)
         if not gpu:
@@ -69,7 +69,7 @@ def _backend_finding(name: str, told: Mapping[str, Any], needed: bool, gpu: bool
 
 
 def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
-    """Looks at this machine. Nothing that is missing or broken raises.
+    """Examines this machine. Missing or broken packages never raise.
 
     Args:
         out: where results will go.
@@ -115,7 +115,7 @@ def examine(out: Path = Path("runs"), ask: Ask = probes.ask) -> Report:
     for name in names:
         findings.append(_backend_finding(name, told[f"backend:{name}"], name in needed, has_gpu, want))
     tensorrt = told["tensorrt"]
-    if tensorrt["state"] != MISSING:  # else the backend's line says it
+    if tensorrt["state"] != MISSING:  # otherwise the backend's line reports it
         findings.append(Finding("backends", "TensorRT", tensorrt["state"], tensorrt["found"], tensorrt.get("fix", "")))
     return Report(
         findings,

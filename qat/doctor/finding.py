@@ -11,7 +11,7 @@ OK, MISSING, PROBLEM = "ok", "missing", "problem"
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one thing.
+    """The result of one check.
 
     state: OK; MISSING, a problem only if it is needed; PROBLEM: present but not usable.
     found: in words. fix: what to do, a command where there is one; "" for nothing. needed: whether the main job, from

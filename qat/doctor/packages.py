@@ -18,20 +18,20 @@ import qat
 from qat.doctor.finding import MISSING, OK, PROBLEM, Finding
 
 ROOT = Path(qat.__file__).resolve().parents[1]
-STANDS_FOR = {"onnxruntime": "onnxruntime-gpu"}  # another build of the same modules, which makes up for the first
+STANDS_FOR = {"onnxruntime": "onnxruntime-gpu"}  # another build of the same modules, which replaces the first
 GROUP, EXTRAS = "packages", "extras"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """core: requirements of all. extras: of each extra. In pip's words, such as "numpy<2"."""
+    """core: requirements of every installation. extras: of each extra. In pip's notation, such as "numpy<2"."""
 
     core: Sequence[str]
     extras: Mapping[str, Sequence[str]]
 
 
 def wanted(root: Path = ROOT) -> Wanted:
-    """From the checkout's setup.py, else from what was installed. Nothing of either where neither can be read."""
+    """Read from the checkout's setup.py, or else from the installed metadata; empty if neither can be read."""
     try:
         tree = ast.parse((root / "setup.py").read_text(encoding="utf-8"))
         words: dict[str, Any] = {
@@ -64,17 +64,17 @@ def name_of(requirement: str) -> str:
 
 
 def installed(name: str) -> str | None:
-    """The version, None where the package is not installed, "" where its metadata do not say."""
+    """The version; None if the package is not installed, "" if its metadata lack it."""
     try:
         return str(metadata.version(name) or "")
     except metadata.PackageNotFoundError:
         return None
-    except Exception:  # of truncated metadata: whatever the parser raises
+    except Exception:  # truncated metadata: the parser may raise anything
         return ""
 
 
 def fits(requirement: str, version: str) -> bool | None:
-    """Whether a version is one that the requirement allows; None if unknown."""
+    """Whether the requirement allows a version; None if unknown."""
     for module in ("packaging", "pip._vendor.packaging"):
         try:
             requirements = importlib.import_module(f"{module}.requirements")
@@ -87,7 +87,7 @@ def fits(requirement: str, version: str) -> bool | None:
 
 
 def pip_line(*requirements: str, extra: str = "") -> str:
-    """The command that installs: in a checkout with its constraints, elsewhere from the package."""
+    """The installation command: in a checkout with its constraints, elsewhere from the package."""
     checkout = (ROOT / "setup.py").is_file() and (ROOT / "constraints.txt").is_file()
     here = os.path.relpath(ROOT) if checkout else ""
     words = ["pip", "install"]
@@ -147,18 +147,16 @@ def package_findings(want: Wanted) -> list[Finding]:
 
 
 def _mmdet3d() -> Finding:
-    """mmdet3d itself, which no extra brings (its own requirements are a gigabyte), and whose operators its models run on."""
+    """mmdet3d, which is in no extra (its requirements are a gigabyte), and the operators that its models use."""
     version = installed("mmdet3d")
     if version is None:
         fix = pip_line("--no-deps", "mmdet3d==1.4.0")
         return Finding(EXTRAS, "mmdet3d", MISSING, "not installed (export-mmdet3d, pointpillars, centerpoint)", fix)
     try:
         compiled = importlib.util.find_spec("mmcv._ext") is not None
-    except ImportError:  # no mmcv: the extra's line says so
+    except ImportError:  # no mmcv: the extra's line reports it
         compiled = False
     operators = (
-        "mmcv's compiled operators"
-        if compiled
-        else "operators in numba and torch, in the place of mmcv's compiled ones"
+        "mmcv's compiled operators" if compiled else "operators in numba and torch instead of mmcv's compiled ones"
     )
     return Finding(EXTRAS, "mmdet3d", OK, f"{version}, {operators}", "")

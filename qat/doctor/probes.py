@@ -1,7 +1,7 @@
 """Checks that could crash or hang their process: imports of native libraries, backends, drivers.
 
-`ask` runs them in their own processes, one after the other in each; if a process dies, the check that it
-was running fails, and the others run again in a new process.
+`ask` runs them one after the other in separate processes; if a process dies, the check that it was running fails, and
+the others run in a new process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _import(name: str) -> Answer:
 
 
 def _backend(name: str) -> Answer:
-    """Whether a backend of `qat.engine` runs here, on what, and why not."""
+    """Whether a backend of `qat.engine` runs here, on which device, or why not."""
     from qat.core.errors import UserError
     from qat.engine import BACKENDS, identify
 
@@ -57,7 +57,7 @@ def _backend(name: str) -> Answer:
 
 
 def _tensorrt(_: str) -> Answer:
-    """Which TensorRT, and which export flavours it takes."""
+    """TensorRT's version, and the export flavours that it accepts."""
     from qat.core.errors import UserError
     from qat.engine.tensorrt_capabilities import Capabilities, tensorrt_module
 
@@ -72,7 +72,7 @@ def _tensorrt(_: str) -> Answer:
     ]
     return {
         "state": OK if flavours else PROBLEM,
-        "found": f"{has.version} takes the flavours {', '.join(flavours) or 'none'}",
+        "found": f"{has.version} accepts the flavours {', '.join(flavours) or 'none'}",
         "version": has.version,
         "flavours": flavours,
     }
@@ -131,7 +131,7 @@ KINDS: dict[str, Callable[[str], Answer]] = {
 
 
 def answer(question: str) -> Answer:
-    """Asks in this process. question: a key of KINDS, with ":" and a name where it needs one. Never raises an `Exception`."""
+    """Runs a check in this process. question: a key of KINDS, with ":" and a name if required. Never raises an `Exception`."""
     kind, _, name = question.partition(":")
     try:
         return KINDS[kind](name)
@@ -140,7 +140,7 @@ def answer(question: str) -> Answer:
 
 
 def main(questions: Sequence[str]) -> None:
-    """The child's side: an answer a line on what was stdout; what libraries print there goes to stderr."""
+    """The child's side: writes one answer per line to the original stdout; output of libraries goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for question in questions:
@@ -148,7 +148,7 @@ def main(questions: Sequence[str]) -> None:
         answers.write("\n")
         answers.flush()
     answers.close()
-    os._exit(0)  # a library that crashes while it is torn down has answered all the same
+    os._exit(0)  # a library that crashes during shutdown has already answered
 
 
 def _died(code: int, words: str) -> str:

@@ -16,7 +16,7 @@ from qat.doctor.finding import MISSING, OK, PROBLEM, Finding, one_line
 GROUP = "machine"
 OLDEST_PYTHON = (3, 10)
 LITTLE_DISK = 2 * 2**30  # bytes; a full-size model's checkpoint, exports and engines take about as much
-UNLIMITED = 2**60  # bytes; version 1 of control groups has no word for "no limit"
+UNLIMITED = 2**60  # bytes; version 1 of control groups has no value for "no limit"
 SUMS_IN_32_BITS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 SPOKEN = {"asimddp": "neon dotprod"}
 
@@ -26,7 +26,7 @@ def _numbers(path: Path) -> list[int]:
 
 
 def limits(root: Path = Path("/sys/fs/cgroup"), membership: str | None = None) -> tuple[float | None, int | None]:
-    """What the process's control group, and those around it, allow: processors (in all their time) and bytes of memory.
+    """The limits of the process's control group and its parents: processors (all of their time) and bytes of memory.
 
     None for no limit. root: where control groups are mounted. membership: the lines of /proc/self/cgroup.
     """
@@ -55,7 +55,7 @@ def limits(root: Path = Path("/sys/fs/cgroup"), membership: str | None = None) -
 
 
 def _physical_cores() -> int:
-    """Of the whole machine; as many as processors where the kernel does not say."""
+    """The whole machine's cores; the number of processors if the kernel does not say."""
     count = os.cpu_count() or 1
     siblings = {
         read_text(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") or f"processor {number}"
@@ -65,7 +65,7 @@ def _physical_cores() -> int:
 
 
 def system_facts() -> dict[str, Any]:
-    """Figures for scripts: of `machine_facts`, and what may be used of the machine. Memory in bytes, None where unknown."""
+    """Figures for scripts: `machine_facts`, and the share of the machine that may be used. Memory in bytes, None if unknown."""
     memory = read_text("/proc/meminfo")
     sizes = {
         key: int(words[0]) * 1024 if (words := field(memory, name).split()) else None
@@ -140,11 +140,11 @@ def system_findings(facts: dict[str, Any]) -> list[Finding]:
 
 
 def disk_finding(name: str, folder: Path) -> Finding:
-    """Whether a folder, which need not exist yet, can be written, and how much fits in."""
+    """Whether a folder, which need not exist yet, can be written, and its free space."""
     place = folder.absolute()
-    while not os.path.exists(place) and place != place.parent:  # Path.exists raises where it may not look
+    while not os.path.exists(place) and place != place.parent:  # Path.exists raises without permission
         place = place.parent
-    fix = "name another with --out" if name == "runs" else "name another: export BEVQAT_CACHE=DIR"
+    fix = "choose another with --out" if name == "runs" else "choose another: export BEVQAT_CACHE=DIR"
     try:
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(b"bevqat")

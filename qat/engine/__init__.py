@@ -4,7 +4,7 @@
     outputs = engine.run({"img": img, "depth": depth})
 
 A backend is a line of `BACKENDS`: one file of this folder, on one kind of device. Its package is imported on first
-use. Nothing here imports torch.
+use. No file here imports torch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Backend:
 
     @property
     def version(self) -> str:
-        """Of the installed package; "" where it is not installed."""
+        """Version of the installed package; "" if it is not installed."""
         for name in (self.install, self.package):
             try:
                 return metadata.version(name)
@@ -91,13 +91,13 @@ BACKENDS = {
     "onnxruntime-cuda": Backend(*_ONNXRUNTIME, "onnxruntime-gpu", "CUDAExecutionProvider", "tensorrt"),
     "onnxruntime-tensorrt": Backend(*_ONNXRUNTIME, "onnxruntime-gpu", "TensorrtExecutionProvider", "tensorrt"),
 }
-CPU_BACKENDS = ("openvino", "onnxruntime")  # those that every machine has
+CPU_BACKENDS = ("openvino", "onnxruntime")  # the backends of every machine
 CPU_FLAVOURS = ("onnxruntime", "openvino")  # export flavours with u8 activations, each named after its one backend
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
 def find_backend(name: str) -> Backend:
-    """The backend by its name. Raises `UserError` where there is none."""
+    """The backend of this name. Raises `UserError` if there is none."""
     if name not in BACKENDS:
         raise UserError(f"backend: found {name!r}, expected one of {', '.join(BACKENDS)}")
     return BACKENDS[name]
@@ -145,7 +145,7 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
         onnx_path: the graph; for OpenVINO also a model in its own format (.xml), as NNCF's are saved.
         backend: a key of `BACKENDS`.
         precision: what the graph was exported for: "fp32", "fp16" or "int8" (QDQ in the graph).
-        options: threads, cache folder and what single backends take.
+        options: threads, cache folder and options of single backends.
 
     Raises:
         UserError: no such file, not a graph that the backend reads, an unknown backend or precision, a precision
@@ -155,7 +155,7 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
     _check_precision(precision)
     if not path.is_file():
         raise UserError(f"{path}: no such file; write it with export-camera")
-    if path.suffix != ".xml" or find_backend(backend).package != "openvino":  # else a model of OpenVINO's own
+    if path.suffix != ".xml" or find_backend(backend).package != "openvino":  # otherwise a model in OpenVINO's format
         check_graph(path)
     engine: Engine = _module(backend).build(path, precision, options or Options(), BACKENDS[backend].device)
     return engine
@@ -164,11 +164,11 @@ def build(onnx_path: str | Path, backend: str, precision: str, options: Options 
 def load(built_file: str | Path, backend: str, precision: str, options: Options | None = None) -> Engine:
     """Loads an engine that `Engine.save` wrote, on the same kind of device and with the same version of the backend.
 
-    Whether they are the same is not checked here: only its writer's notes describe a built file
+    This function does not check that they are the same: only the notes of the file's writer describe a built file
     (`qat.runtime.load_engines` reads them). The engine cache is neither read nor written.
 
     Args:
-        built_file: what `Engine.save` wrote.
+        built_file: written by `Engine.save`.
         backend: a key of `BACKENDS`.
         precision: as it was built for.
         options: threads, pinning and spinning, which belong to the process and not to the file; bfloat16 as it was built

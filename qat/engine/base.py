@@ -63,7 +63,7 @@ class LayerProfile(_Layer, total=False):
 
 
 def layers_by_device(layers: Iterable[LayerProfile]) -> dict[str, int]:
-    """How many layers of a profile ran on each device: shows what a GPU session left to the CPU."""
+    """Number of layers of a profile that ran on each device: shows what a GPU session left to the CPU."""
     return dict(Counter(layer.get("device", "") for layer in layers))
 
 
@@ -93,7 +93,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.threads < 0:
-            raise UserError(f"threads: found {self.threads}, expected 0 (one on each core) or more")
+            raise UserError(f"threads: found {self.threads}, expected 0 (one thread per core) or more")
 
 
 def takes_bfloat16(backend: str, precision: str) -> bool:
@@ -102,7 +102,7 @@ def takes_bfloat16(backend: str, precision: str) -> bool:
 
 
 def described(options: Options, backends: Collection[str], precisions: Collection[str] = ("int8",)) -> dict[str, Any]:
-    """Options as JSON values, for what is written beside results: those that affect these backends and precisions.
+    """Options as JSON values, to record with results: those that affect these backends and precisions.
     The cache is left out: it depends on the machine."""
     values = {name: value for name, value in asdict(options).items() if name not in ("cache", "tensorrt", "bfloat16")}
     if any(takes_bfloat16(backend, precision) for backend in backends for precision in precisions):
@@ -139,8 +139,8 @@ def _cpu_features() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-# Fields of `Options` that enter what a backend's `cached` writes. Of ONNX Runtime none does: threads, where they stay and how
-# they wait are its session's, and the file is the graph that they run.
+# Fields of `Options` that change what a backend's `cached` writes. For ONNX Runtime none does: threads, pinning and spinning
+# belong to the session, and the file is the graph that they run.
 KEY_FIELDS = {"openvino": ("threads", "pinning", "bfloat16"), "onnxruntime": ()}
 
 
@@ -151,8 +151,8 @@ def cache_path(
 
     Args:
         suffix: file name ending of the built file.
-        key: what the file depends on beside the graph: backend, its version, precision, device.
-        fields: names of the options that it depends on; a file is not rebuilt for the others.
+        key: what the file depends on besides the graph: backend, its version, precision, device.
+        fields: names of the options that the file depends on; other options do not rebuild it.
     """
     assert options.cache is not None
     described = {**key, **{name: getattr(options, name) for name in fields}, "onnx": sha256(onnx_path)}
@@ -163,7 +163,7 @@ def cache_path(
 def cached(
     onnx_path: Path, suffix: str, options: Options, key: Mapping[str, str], make: Callable[[Path], None]
 ) -> Path:
-    """The file at `cache_path`, of the key's backend with its `KEY_FIELDS`; `make(path)` writes it where there is none.
+    """The file at `cache_path` for the key's backend and its `KEY_FIELDS`; if it does not exist, `make(path)` writes it.
 
     Raises:
         UserError: the cache folder cannot be written.
@@ -231,11 +231,11 @@ class Engine(ABC):
 
     @abstractmethod
     def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`run` after the checks: contiguous arrays in the order of `inputs`."""
+        """Does `run`'s work after the checks. arrays: contiguous, in the order of `inputs`."""
 
     @abstractmethod
     def save(self, path: Path) -> None:
-        """Writes the built engine, which the backend's `load` takes.
+        """Writes the built engine, which the backend's `load` reads.
 
         Raises:
             UserError: the backend cannot write engines for this device.
@@ -243,7 +243,7 @@ class Engine(ABC):
 
     @cached_property
     def size_bytes(self) -> int | None:
-        """Of the built engine as `save` writes it; None where the backend cannot write it."""
+        """Size of the built engine as `save` writes it; None if the backend cannot write it."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self.save(Path(folder) / "engine")
@@ -255,7 +255,7 @@ class Engine(ABC):
     def profile(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerProfile]:
         """Time and precision of each layer as executed: the mean of `runs` runs after one warm-up, in order.
 
-        Builds a second, instrumented copy of the engine: counters in the first one would slow it down.
+        Builds a second, instrumented copy of the engine: counters in the first would slow it down.
 
         Args:
             feeds: as for `run`; None for seeded random numbers.

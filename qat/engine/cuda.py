@@ -19,7 +19,7 @@ import numpy as np
 
 from qat.core.errors import UserError
 
-# By the beginning of their functions' names: cuda-bindings 12 and 13; cuda-python 11 and early 12.
+# By the prefix of their functions' names: cuda-bindings 12 and 13; cuda-python 11 and early 12.
 MODULES = {
     "cuda": ("cuda.bindings.runtime", "cuda.cudart"),
     "nvrtc": ("cuda.bindings.nvrtc", "cuda.nvrtc"),
@@ -30,7 +30,7 @@ UNUSABLE = "; this needs an NVIDIA GPU with its driver"
 
 
 class CudaError(RuntimeError):
-    """A CUDA call failed. call: the function. name: CUDA's own of the error, such as "cudaErrorMemoryAllocation"."""
+    """A CUDA call failed. call: the function. name: CUDA's name of the error, such as "cudaErrorMemoryAllocation"."""
 
     def __init__(self, call: str, name: str, meaning: str) -> None:
         super().__init__(f"{call}: {meaning} ({name})")
@@ -63,11 +63,11 @@ def call(name: str, *arguments: Any) -> Any:
     """Calls a function of the runtime API (cuda…), the driver's (cu…) or NVRTC's (nvrtc…).
 
     Returns:
-        what it returns beside the status: None, a value, or a tuple.
+        what the function returns besides the status: None, a value, or a tuple.
 
     Raises:
         CudaError: another status than success.
-        RuntimeError: cuda-bindings' own, where the library behind the function is not there.
+        RuntimeError: from cuda-bindings, if the library behind the function is missing.
     """
     prefix = next(prefix for prefix in MODULES if name.startswith(prefix))  # "cuda" before "cu"
     api = module(prefix)
@@ -79,7 +79,7 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def parse_device(device: str) -> int:
-    """ "cuda:1" → 1. Raises `UserError` where it is of another form."""
+    """ "cuda:1" → 1. Raises `UserError` for any other form."""
     kind, _, index = device.partition(":")
     if kind != "cuda" or not (index or "0").isdigit():
         raise UserError(f"device: found {device!r}, expected cuda:0 or another number")
@@ -97,15 +97,15 @@ class Device:
 
 
 def use_device(device: str | int = 0) -> Device:
-    """Makes a GPU the current one and says what it is.
+    """Makes a GPU the current one and returns its description.
 
     Raises:
-        UserError: no driver, no GPU, or none of that number.
+        UserError: no driver, no GPU, or no GPU with that number.
     """
     index = device if isinstance(device, int) else parse_device(device)
     try:
         count = call("cudaGetDeviceCount")
-    except RuntimeError as error:  # cuda-python 11 has its own where there is no driver at all
+    except RuntimeError as error:  # cuda-python 11 raises its own error if there is no driver
         raise UserError(f"cuda:{index}: {getattr(error, 'meaning', error)}{UNUSABLE}") from None
     if index >= count:
         raise UserError(f"cuda:{index}: no such GPU, found {count}{UNUSABLE if not count else ''}")
@@ -128,7 +128,7 @@ def _out_of_memory(what: str, size: int, error: CudaError) -> UserError | CudaEr
     if error.name != "cudaErrorMemoryAllocation":
         return error
     return UserError(
-        f"{what} of {size / 2**20:.0f} MiB: out of memory; close other programs on the GPU or make batches smaller"
+        f"{what} of {size / 2**20:.0f} MiB: out of memory; close other programs on the GPU or reduce the batch size"
     )
 
 
@@ -207,14 +207,14 @@ class Event:
 
 
 class Graph:
-    """What was enqueued on a stream during `capture`, to be launched as one.
+    """The work enqueued on a stream during `capture`, launched as one.
 
     Raises:
         CudaError: something that was enqueued cannot be part of a graph.
     """
 
     def __init__(self, stream: Stream, enqueue: Callable[[], None]) -> None:
-        # Thread-local: what other threads do (the builder of another engine) is not of this capture.
+        # Thread-local: work of other threads (such as building another engine) is not captured.
         call("cudaStreamBeginCapture", stream.native, runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         failed = None
         try:
@@ -229,7 +229,7 @@ class Graph:
             call("cudaGraphDestroy", graph)
             raise failed
         try:
-            # The plain name took other arguments before CUDA 12.
+            # The function without a version had other arguments before CUDA 12.
             name = "cudaGraphInstantiateWithFlags"
             self.native = call(name if hasattr(runtime(), name) else "cudaGraphInstantiate", graph, 0)
         finally:
@@ -244,7 +244,7 @@ class Graph:
 
 
 def _release(function: str, holder: Any, attribute: str) -> None:
-    """Frees what a constructor got, once; silent when the interpreter or the driver is already going down."""
+    """Frees what a constructor allocated, once; silent while the interpreter or the driver shuts down."""
     handle = holder.__dict__.pop(attribute, None)
     if handle is None:
         return
@@ -265,19 +265,19 @@ def download(target: int, buffer: int, size: int, stream: int) -> None:
 
 
 def wait(stream: int, event: Event) -> None:
-    """Makes a stream (an integer handle) go on only after the point that the event marked last."""
+    """Makes a stream (an integer handle) wait for the point that the event marked last."""
     call("cudaStreamWaitEvent", stream, event.native, 0)
 
 
 def wait_for(stream: int, other: int) -> None:
-    """Makes `stream` go on only after what is enqueued on `other` now. Both are integer handles."""
+    """Makes `stream` wait for the work that is enqueued on `other` now. Both are integer handles."""
     event = Event(timed=False)
     event.record(other)
     wait(stream, event)
 
 
 def capturing(stream: int) -> bool:
-    """Whether what is enqueued on a stream (an integer handle) goes into a CUDA graph; the default stream cannot."""
+    """Whether a stream (an integer handle) is capturing into a CUDA graph; the default stream cannot."""
     if stream in (0, LEGACY):
         return False
     status = call("cudaStreamIsCapturing", stream)
@@ -285,10 +285,10 @@ def capturing(stream: int) -> bool:
 
 
 def device_of(pointer: int) -> int | None:
-    """The number of the GPU that an address is memory of; None for the host's, page-locked or not.
+    """The number of the GPU whose memory holds an address; None for host memory, page-locked or not.
 
     Raises:
-        CudaError: CUDA cannot say.
+        CudaError: CUDA does not know the address.
     """
     attributes = call("cudaPointerGetAttributes", pointer)
     kinds = runtime().cudaMemoryType

@@ -103,7 +103,7 @@ def _from_capsule(capsule: Any) -> tuple[DeviceArray, bool, int]:
 
 
 def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = False) -> DeviceArray:
-    """The memory behind an array of another library, without a copy and without a question to CUDA.
+    """The memory of another library's array, without a copy and without a CUDA call.
 
     Args:
         where: named in errors, such as "camera.plan: input img".
@@ -112,7 +112,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
         device: number of the GPU. writable: whether it is to be written.
 
     Raises:
-        UserError: neither protocol, on the host or another GPU by DLPack's word, not contiguous, or read-only where written.
+        UserError: neither protocol, on the host or another GPU by DLPack, not contiguous, or read-only but to be written.
     """
     try:
         interface = getattr(value, "__cuda_array_interface__", None)
@@ -120,7 +120,7 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
         RuntimeError,
         TypeError,
         KeyError,
-    ) as error:  # torch, of a tensor that requires grad or of its own type
+    ) as error:  # torch, for a tensor that requires grad or has a special type
         raise UserError(f"{where}: found a {type(value).__name__} that cannot be shared: {error}") from None
     fix = "copy it to the GPU first"
     if interface is not None:
@@ -145,13 +145,13 @@ def read(value: Any, where: str, stream: int, device: int = 0, writable: bool = 
         )
     if not contiguous:
         raise UserError(
-            f"{where}: found strides of another order than C's, expected a contiguous array; make it contiguous"
+            f"{where}: found strides that are not in C order, expected a contiguous array; make it contiguous"
         )
     return array
 
 
 def check_place(array: DeviceArray, where: str, device: int) -> None:
-    """Raises `UserError` where CUDA knows an array's address as the host's or another GPU's: its interface does not say."""
+    """Raises `UserError` if an array is on the host or another GPU, which `__cuda_array_interface__` does not tell."""
     if 0 in array.shape:
         return
     try:
@@ -178,12 +178,12 @@ def take(
     """`read`, and checks dtype, shape and place.
 
     Args:
-        spec: what it has to be.
-        where, stream, device, writable: as `read`.
+        spec: the expected dtype and shape.
+        where, stream, device, writable: as in `read`.
         alignment: of its address, in bytes.
 
     Raises:
-        UserError: as `read` and `check_place`; or of another dtype or shape, or at another address.
+        UserError: like `read` and `check_place`; or another dtype, shape or alignment.
     """
     array = read(value, where, stream, device, writable)
     if not spec.accepts_shape(array.dtype, array.shape):
@@ -192,7 +192,7 @@ def take(
     if array.pointer % alignment:
         raise UserError(
             f"{where}: found an array at {array.pointer:#x}, expected an address that is a multiple of {alignment}; "
-            "copy it into memory of its own"
+            "copy it into separate memory"
         )
     return array
 
@@ -206,7 +206,7 @@ def wait_for_arrays(arrays: Iterable[DeviceArray], stream: int) -> None:
 
 def stream_handle(stream: Any) -> int:
     """The CUDA stream behind an integer, a torch.cuda.Stream, a cupy.cuda.Stream, an engine's `stream`, a CUstream of
-    cuda-bindings, or what has `__cuda_stream__`.
+    cuda-bindings, or any object with `__cuda_stream__`.
 
     Raises:
         UserError: something else.

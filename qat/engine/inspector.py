@@ -108,7 +108,7 @@ def _nodes_of(name: str, metadata: str) -> tuple[str, ...]:
 
 
 def _precision_of(layer: Mapping[str, Any], kind: str, inputs: Sequence[str], outputs: Sequence[str]) -> str:
-    """What it computes in: of a layer with weights their type and its input's; else its output's.
+    """The type a layer computes in: with weights, their type and the input's; otherwise the output's.
 
     A weighted kernel whose input is INT8 multiplies integers, whatever it writes; an FP32 one may round to TF32, which only
     the kernel's name tells.
@@ -235,7 +235,7 @@ def find(layers: Sequence[LayerInfo], quantized: Collection[str] = ()) -> Findin
     """Reformats, and what became of the quantized ONNX nodes (`qat.core.onnx_file.Outline.quantized`)."""
     int8, fallbacks, hidden = [], [], []
     for node in quantized:
-        # A node can be named by the copies around it as well: the layer with weights is the one that computes it.
+        # Copies around a node may name it too: the layer with weights is the one that computes it.
         holders = sorted(
             (layer for layer in layers if node in layer.nodes and not layer.reformats), key=lambda one: not one.weighted
         )

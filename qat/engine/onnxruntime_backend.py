@@ -1,7 +1,7 @@
 """ONNX Runtime: the CPU, CUDA and TensorRT execution providers.
 
-The built file is, on the CPU, the graph as ONNX Runtime's optimizer left it; for TensorRT a graph with the engines in it (an
-"EP context" model); for CUDA the graph as it is, which the provider prepares when it is loaded.
+The built file is the optimized graph on the CPU, a graph with the engines in it (an "EP context" model) for TensorRT, and the
+unchanged graph for CUDA, whose provider optimizes it when it is loaded.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ DTYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
-# Operators whose type in the optimized graph says that they compute in integers.
+# Operators of the optimized graph that compute in integers.
 INTEGER_PREFIXES = ("QLinear", "ConvInteger", "MatMulInteger", "QGemm", "DynamicQuantize")
 
 
 def _specs(arguments: Any, source: object) -> dict[str, TensorSpec]:
-    """Raises `UserError` where an input or output is of a type that no part has: a sequence, a string."""
+    """Raises `UserError` if an input or output has a type that no part has, such as a sequence or a string."""
     if unknown := [a for a in arguments if a.type not in DTYPES]:
         raise UserError(
             f"{source}: {unknown[0].name}: found an input or output of type {unknown[0].type}, expected one of "
@@ -67,13 +67,13 @@ def session_options(options: Options) -> ort.SessionOptions:
     """Session options: threads, pinning and waiting. Memory is ONNX Runtime's default: an arena, with
     patterns.
 
-    The number of threads is always told: with 0, ONNX Runtime takes all cores and pins the threads to them unasked. A thread
-    that calls `run` is the first of them; it belongs to the caller and is not pinned.
+    The number of threads is always set: with 0, ONNX Runtime takes all cores and pins its threads to them. The thread
+    that calls `run` counts as the first; it belongs to the caller and is not pinned.
     """
     places, threads = cores(), threads_of(options.threads)
     settings = _plain_options(threads)
     settings.add_session_config_entry("session.intra_op.allow_spinning", str(int(options.spinning)))
-    # Between two runs its threads sleep: what comes next (pooling, another part's own threads) needs the cores.
+    # Threads sleep between two runs: the next step (pooling, another part's threads) needs the cores.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.pinning and threads > 1:
         if threads > len(places):
@@ -88,17 +88,17 @@ def session_options(options: Options) -> ort.SessionOptions:
 def provider_options(
     device: str, precision: str, cache: Path | None, quantized: bool = True
 ) -> list[tuple[str, dict[str, str]]]:
-    """The execution providers of a session in their order, each with its settings; what one cannot run goes to the next.
+    """A session's execution providers in order, with their settings; operators that one cannot run go to the next.
 
     TensorFloat-32 is off in the CUDA provider, so FP32 is FP32 there. The TensorRT provider has no setting for it,
-    and TensorRT's own default is to take it: what it builds as FP32 may round the inputs of products to TF32 unless the
+    and TensorRT uses it by default: engines built as FP32 may round the inputs of products to TF32 unless the
     process was started with NVIDIA_TF32_OVERRIDE=0 in its environment, which CUDA's libraries read when they are loaded.
 
     Args:
         cache: the folder of built engines, where TensorRT's timing cache lies too: it spares a second build most of the
-            measurements. None for none.
+            measurements. None for no cache.
         quantized: whether the graph has Q/DQ. A part of an int8 folder that stays float has none, and TensorRT's INT8 flag
-            would want a calibration of it.
+            would require calibrating it.
     """
     cuda = (CUDA, {"device_id": "0", "use_tf32": "0"})
     if device == CPU:
@@ -107,7 +107,7 @@ def provider_options(
         return [cuda, (CPU, {})]
     flags = {
         "device_id": "0",
-        # Beside INT8 as the reference's build script has it.
+        # FP16 in addition to INT8, as in the reference's build script.
         "trt_fp16_enable": str(int(precision in ("fp16", "int8"))),
         "trt_int8_enable": str(int(precision == "int8" and quantized)),
         "trt_timing_cache_enable": str(int(cache is not None)),
@@ -118,7 +118,7 @@ def provider_options(
 
 
 def _missing_library(device: str) -> str:
-    """The first shared library that a provider needs and does not find; "" where none is missing."""
+    """The first shared library that a provider needs and cannot find; "" if all are found."""
     name = "cuda" if device == CUDA else "tensorrt"
     provider = Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
     try:
@@ -140,7 +140,7 @@ def check_available(device: str) -> None:
 
 
 def check_used(session: ort.InferenceSession, device: str) -> None:
-    """Raises `UserError` where ONNX Runtime made a session without the requested provider, or gave it no operator.
+    """Raises `UserError` if ONNX Runtime made a session without the requested provider, or assigned it no operator.
 
     ONNX Runtime itself then computes on the CPU and only logs it.
     """
@@ -176,7 +176,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
     device = providers[0][0]
     if device != CPU:
         check_available(device)
-        if hasattr(ort, "preload_dlls"):  # of the nvidia-* packages, which lie where no loader looks
+        if hasattr(ort, "preload_dlls"):  # of the nvidia-* packages, which are outside the loader's search path
             with contextlib.redirect_stdout(io.StringIO()):
                 ort.preload_dlls()
         ort.set_default_logger_severity(4)  # a provider that does not start is reported below, in one line
@@ -199,7 +199,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: Sequence[tuple[str
 
 
 class PlainGraph:
-    """A graph as it is in its file, ONNX Runtime's optimizer off: what is run is the file, not one backend's fusions.
+    """Runs a graph exactly as it is in its file, with ONNX Runtime's optimizer off.
 
     inputs, outputs: tensor name to `TensorSpec`, in the graph's order.
     """
@@ -210,7 +210,7 @@ class PlainGraph:
         Args:
             graph: the file's bytes or its path.
             optimized: with the optimizer on, all of its rewrites but the one into integer kernels, whose sums saturate on
-                CPUs without VNNI: what is looked for is a rewrite that computes something else.
+                CPUs without VNNI. This finds rewrites that change the result.
 
         Raises:
             UserError: ONNX Runtime cannot read it.
@@ -230,12 +230,12 @@ class PlainGraph:
         self.outputs = _specs(self._session.get_outputs(), name)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays by input name → arrays by output name."""
+        """Runs the graph on arrays by input name; returns arrays by output name."""
         return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
 
 
 class DeviceRun:
-    """Runs a session with its inputs and outputs in the memory of a device.
+    """Runs a session with its inputs and outputs in a device's memory.
 
     Buffers of shapes that do not vary are allocated once and keep their address.
     transfer_ms: of the latest run, copies to the device and back.
@@ -251,7 +251,7 @@ class DeviceRun:
     ) -> None:
         """
         Args:
-            device: in ONNX Runtime's words, "cuda" or "cpu".
+            device: ONNX Runtime's name, "cuda" or "cpu".
             pin: returns an array in page-locked memory for an input's shape and dtype, or None where it cannot; None for
                 `pinned_array` on a GPU.
         """
@@ -272,7 +272,7 @@ class DeviceRun:
 
     @property
     def pinned(self) -> bool:
-        """Whether all inputs of the latest run went through page-locked host memory, which a GPU fetches by itself at full
+        """Whether all inputs of the latest run went through page-locked host memory, which a GPU reads directly at full
         speed; it needs the package cuda-bindings."""
         return bool(self._host) and all(host is not None for host in self._host.values())
 
@@ -294,7 +294,7 @@ class DeviceRun:
         for name, array in feeds.items():
             self._send(name, array)
         self.transfer_ms = (time.perf_counter() - begin) * 1e3
-        for name in self._varying:  # again each time: a run leaves its own buffer bound, of the shape it had
+        for name in self._varying:  # bound again for each run: a run leaves its buffer bound, with the shape it had
             self._binding.bind_output(name, self._device, 0)
         self._session.run_with_iobinding(self._binding)  # returns when the device is done
         return dict(zip(self._names, self._binding.get_outputs(), strict=True))
@@ -313,7 +313,7 @@ def pinned_array(shape: Sequence[int], dtype: np.dtype) -> np.ndarray | None:
     """An array in page-locked host memory, freed with the array; None without cuda-bindings, a GPU or memory left."""
     try:
         return cuda.PinnedBuffer(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize).view(dtype, tuple(shape))
-    except (UserError, RuntimeError):  # plain memory does it too; RuntimeError: no CUDA runtime beside the package
+    except (UserError, RuntimeError):  # plain memory works too; RuntimeError: the package has no CUDA runtime
         return None
 
 
@@ -327,7 +327,7 @@ class OnnxRuntimeEngine(Engine):
         the cache."""
         self._options = options
         self._device = device
-        # Of a built file the engines are there: nothing is read of the flags.
+        # A built file has its engines: the flags are not read.
         quantized = device != TENSORRT or built is not None or read_outline(source).has_qdq
         self._providers = provider_options(device, precision, None if built else options.cache, quantized)
         self._built = built
@@ -343,7 +343,7 @@ class OnnxRuntimeEngine(Engine):
         self._bound = None if device == CPU else DeviceRun(self._session, self.inputs, self.outputs)
 
     def _settings(self) -> ort.SessionOptions:
-        """For a session over the built file, or over the source where there is none."""
+        """Arguments of a session over the built file, or over the source if there is none."""
         settings = session_options(self._options)
         if self._built is not None and self._device == CPU:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -360,7 +360,7 @@ class OnnxRuntimeEngine(Engine):
                 context = {
                     "trt_dump_ep_context_model": "1",
                     "trt_ep_context_file_path": str(Path(folder) / "context.onnx"),
-                    "trt_ep_context_embed_mode": "1",  # the engines in the file, not beside it
+                    "trt_ep_context_embed_mode": "1",  # the engines inside the file, not in a separate one
                 }
                 providers = [(name, {**flags, **context} if name == TENSORRT else flags) for name, flags in providers]
                 _open(source, settings, providers)
@@ -410,7 +410,7 @@ class OnnxRuntimeEngine(Engine):
         overwrites them.
 
         Raises:
-            UserError: as `run`, or the engine runs on the CPU.
+            UserError: like `run`; or the engine runs on the CPU.
         """
         if self._bound is None:
             raise UserError(f"{self.source}: found an engine on the CPU, expected one on a GPU")
@@ -488,7 +488,7 @@ def identify(device: str) -> Device:
 
 
 def _gpu_name() -> str:
-    """The first GPU's, by the driver's own library: ONNX Runtime needs no cuda-bindings, so they may not be there."""
+    """The first GPU, by the driver's library: ONNX Runtime does not need cuda-bindings, so they may not be installed."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

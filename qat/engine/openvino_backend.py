@@ -1,4 +1,4 @@
-"""OpenVINO on a CPU, GPU or NPU. The built file is what OpenVINO exports: the graph as its plugin transformed it."""
+"""OpenVINO on a CPU, GPU or NPU. OpenVINO exports the built file: the graph as its plugin transformed it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from qat.engine.base import Device, Engine, LayerProfile, Options, TensorSpec, c
 from qat.engine.openvino_shift import shift_concatenated
 
 ENDING = ".openvino"
-# The type that layers outside the QDQ run in. Left to itself OpenVINO takes bfloat16 where a CPU has it and FP16 on a GPU,
-# and FP32 rows would then not be FP32. An NPU has no FP32.
+# The type of layers outside the QDQ. By default OpenVINO uses bfloat16 on CPUs that have it and FP16 on GPUs, so that FP32
+# rows would not be FP32. An NPU has no FP32.
 FLOAT_TYPE = {
     "CPU": {"fp32": "f32", "int8": "f32", "fp16": "f16"},
     "GPU": {"fp32": "f32", "int8": "f16", "fp16": "f16"},
@@ -29,7 +29,7 @@ FLOAT_TYPE = {
 
 _making_core = threading.Lock()
 
-PASSES_VERSION = "1"  # of what is done to a graph before it is compiled; engines built otherwise are not reused
+PASSES_VERSION = "1"  # of the changes to a graph before it is compiled; engines of another version are not reused
 
 
 @functools.cache
@@ -40,17 +40,17 @@ def _only_core() -> ov.Core:
 def _core() -> ov.Core:
     """The process's one `ov.Core`, which lives as long as the process.
 
-    Where a processor has AMX, the CPU plugin of each Core gives the calling thread its own stack for signals. A Core that goes
-    unmaps its stack; when a later one goes, it sets the thread back to that one's. The next signal with a Python handler, such as
-    Ctrl-C, then ends the process with a segmentation fault (seen with OpenVINO 2026.4.1).
+    On a processor with AMX, each Core's CPU plugin sets its own signal stack for the calling thread. A Core unmaps its stack
+    when it is destroyed; a later Core restores that unmapped stack when it is destroyed in turn. The next signal with a
+    Python handler, such as Ctrl-C, then ends the process with a segmentation fault (seen with OpenVINO 2026.4.1).
     """
     with _making_core:  # the cache alone lets two threads make one each
         return _only_core()
 
 
 def _name(port: Any) -> str:
-    """The name that the graph gives a port. An output has those of other tensors too where the plugin dropped what stood between
-    (a cast to its own type), and `get_any_name` may take one of these."""
+    """The graph's name of a port. An output also has the names of other tensors if the plugin removed an operation between
+    them (a cast to the same type), and `get_any_name` may return one of these."""
     own: str = port.get_node().get_friendly_name().removesuffix("/sink_port_0")
     return own if own in port.get_names() else port.get_any_name()
 
@@ -66,14 +66,14 @@ def _specs(ports: Any) -> dict[str, TensorSpec]:
 
 
 def _last_line(error: RuntimeError) -> str:
-    """The cause; the lines above it are OpenVINO's own source files."""
+    """The last line, which has the cause; the lines above it name OpenVINO's source files."""
     return str(error).strip().splitlines()[-1].strip()
 
 
 def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
     """OpenVINO's properties for compiling or loading a graph.
 
-    One picture at a time and no second stream: LATENCY. On a CPU also the threads, and whether each stays on its core.
+    LATENCY: one picture at a time and no second stream. On a CPU also the number of threads, and whether they are pinned.
     """
     told: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -87,12 +87,12 @@ def settings(precision: str, options: Options, device: str) -> dict[str, Any]:
 
 
 def _bfloat16(precision: str, options: Options, device: str) -> bool:
-    """Whether the option applies to this engine: an FP32 row stays FP32, and a GPU has FP16 there already."""
+    """Whether the option applies to this engine: an FP32 row stays FP32, and a GPU already uses FP16."""
     return options.bfloat16 and precision == "int8" and device == "CPU"
 
 
 def _check(core: ov.Core, source: Path, precision: str, options: Options, device: str) -> None:
-    """Raises `UserError` where the device is not there, or has no arithmetic of this precision."""
+    """Raises `UserError` if the device is missing, or has no arithmetic of this precision."""
     _check_device(core, device)
     if precision not in FLOAT_TYPE[device]:
         raise UserError(f"{source}: precision {precision}: OpenVINO's {device} computes in FP16; use fp16 or int8")
@@ -132,13 +132,13 @@ class OpenVinoEngine(Engine):
 
     @property
     def compiled(self) -> ov.CompiledModel:
-        """OpenVINO's own object, which has its properties."""
+        """OpenVINO's compiled model, which has its properties."""
         return self._compiled
 
     def _compile(self, source: Path, **more: Any) -> ov.CompiledModel:
         try:
             model = self._core.read_model(source)
-            shift_concatenated(model)  # it asks nodes for shapes, which those of a graph that is none may not have
+            shift_concatenated(model)  # it reads the shapes of nodes, which an invalid graph may lack
         except RuntimeError as error:
             raise UserError(f"{source}: OpenVINO cannot read it as ONNX: {_last_line(error)}") from None
         try:
@@ -180,10 +180,10 @@ class OpenVinoEngine(Engine):
             found = self._import(blob)
             self._cached = (
                 blob.read_bytes()
-            )  # what OpenVINO 2026.4.1 exports of an imported model cannot always be imported again
+            )  # OpenVINO 2026.4.1 cannot always import what it exported from an imported model
             return found
         except (UserError, FileNotFoundError):
-            blob.unlink(missing_ok=True)  # cut short or from another build, or another process has just removed it so
+            blob.unlink(missing_ok=True)  # truncated or from another build, or another process has just removed it
             return self._load(source, precision, options)
 
     def _infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,8 +4,8 @@
     after    x ─► Q(u8, zero 128) ─► DQ ─► Concat ─► …        …─► Concat ─► Q(u8, zero 128) ─► DQ ─► Conv
 
 Both compute the same numbers: round(x/s) clipped to [−128, 127], times s. OpenVINO (seen in 2026.4.1, CPU) makes that
-shift itself when it brings a concatenation to INT8, and then computes a convolution behind it wrongly (2 dB SQNR in
-tests/engine/test_engines.py's graph); written out in the graph, it comes out right, and at the same speed.
+shift itself when it computes a concatenation in INT8, and then computes a convolution behind it wrongly (2 dB SQNR in
+tests/engine/test_engines.py's graph). With the shift written in the graph, the result is right, at the same speed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-# What a value passes through without being computed with: the pair beyond counts as around the concatenation too.
+# Operations that do not change values: a pair beyond them also counts as around the concatenation.
 PASSES = ("Concat", "MaxPool", "Interpolate", "Relu", "Reshape", "Transpose")
 
 

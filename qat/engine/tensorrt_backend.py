@@ -48,7 +48,7 @@ DTYPES = {
 }
 
 
-ALIGNMENT = 256  # of every address that TensorRT is given, in bytes
+ALIGNMENT = 256  # of every address passed to TensorRT, in bytes
 
 
 class PlanError(UserError):
@@ -62,12 +62,12 @@ def _shape(dims: Any) -> tuple[int | None, ...]:
 class TensorRtEngine(Engine):
     """A plan with one execution context, its buffers on the GPU and in pinned memory, and its own stream.
 
-    Runs share the context's memory: a run on one stream waits on the GPU for the one before it on another. Runs that the caller
-    captures in a CUDA graph are the caller's to order.
+    Runs share the context's memory: a run on one stream waits on the GPU for an earlier one on another stream. The caller must
+    order runs that it captures in a CUDA graph.
 
     transfer_ms: of the latest `run`, both copies, from CUDA events.
     compute_ms: of the latest `run`, between them.
-    graph_refused: why runs are enqueued layer by layer although a CUDA graph was requested; "" where they are not.
+    graph_refused: why runs are enqueued layer by layer although a CUDA graph was requested; "" if they are not.
     device: the GPU. facts: how the plan was built, None without a sidecar.
     """
 
@@ -80,7 +80,7 @@ class TensorRtEngine(Engine):
         device: cuda.Device,
         facts: PlanFacts | None,
     ) -> None:
-        """plan: TensorRT's file, checked against `facts` already.
+        """plan: TensorRT's file, already checked against `facts`.
 
         Raises:
             PlanError: TensorRT cannot take the plan.
@@ -115,13 +115,13 @@ class TensorRtEngine(Engine):
         self._graph: tuple[tuple[Any, ...], cuda.Graph] | None = None
         self._shapes: tuple[Any, ...] | None = None
         self._own_end, self._foreign_end = cuda.Event(timed=False), cuda.Event(timed=False)
-        self._foreign = False  # whether a caller's stream may still be at work in the context's memory
+        self._foreign = False  # whether a caller's stream may still use the context's memory
         self._select_profile()
         self._allocate()
 
     def _deserialize(self, source: Path) -> Any:
         try:
-            # Kept: an engine does not keep its runtime alive in every version.
+            # Kept, because in some versions an engine does not keep its runtime alive.
             self._runtime = self._trt.Runtime(self._logger)
         except (TypeError, RuntimeError):
             raise UserError(f"TensorRT {self._capabilities.version} cannot start: {self._messages()}") from None
@@ -161,11 +161,11 @@ class TensorRtEngine(Engine):
     def _renew_context(self) -> None:
         """Replaces the context by a new one with the same shapes.
 
-        Never two at once: in TensorRT 8.5 and 8.6 a second one may not have the plan's only profile.
+        There are never two at once: in TensorRT 8.5 and 8.6 a second context cannot use the plan's only profile.
         """
         self._follow(self.stream.handle)
         self._wait()
-        earlier, self._shapes, self._graph = self._shapes, None, None  # a graph goes on with its context's memory
+        earlier, self._shapes, self._graph = self._shapes, None, None  # a graph keeps using its context's memory
         self._context = None
         self._context = self._new_context(self.source)
         self._select_profile()
@@ -179,14 +179,14 @@ class TensorRtEngine(Engine):
         return TensorSpec(DTYPES[kind], _shape(self._engine.get_tensor_shape(name)))
 
     def _profile_shapes(self, name: str) -> list[tuple[int, ...]]:
-        """min, opt and max of an input; its one shape thrice where no axis varies."""
+        """min, opt and max shape of an input; the same shape three times if no axis varies."""
         spec = self.inputs[name]
         if None not in spec.shape:
             return [tuple(n or 0 for n in spec.shape)] * 3
         return [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, 0)]
 
     def _bytes(self, name: str, shape: tuple[int, ...]) -> int:
-        """Of a tensor's memory on the GPU, the padding of vectorized layouts included."""
+        """Bytes of a tensor on the GPU, including the padding of vectorized layouts."""
         spec = {**self.inputs, **self.outputs}[name]
         sizes = list(shape)
         vector = self._engine.get_tensor_vectorized_dim(name) if name in self._vectorized else -1
@@ -196,7 +196,7 @@ class TensorRtEngine(Engine):
         return int(np.prod(sizes, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
 
     def _allocate(self) -> None:
-        """Buffers for the largest shapes, once."""
+        """Allocates buffers for the largest shapes, once."""
         largest = {name: self._profile_shapes(name)[2] for name in self.inputs}
         self._set_shapes(largest)
         sizes = {name: self._bytes(name, shape) for name, shape in largest.items()}
@@ -215,7 +215,9 @@ class TensorRtEngine(Engine):
             return
         for name in self.inputs:
             self._check_profile(name, shapes[name])
-        self._shapes = None  # where one of several is refused, the context has neither the old nor the new
+        self._shapes = (
+            None  # if one of several shapes is refused, the context has neither the old shapes nor the new ones
+        )
         for name, spec in self.inputs.items():
             if None in spec.shape and not self._context.set_input_shape(name, shapes[name]):
                 raise UserError(
@@ -249,13 +251,13 @@ class TensorRtEngine(Engine):
         if self._foreign:
             cuda.wait(stream, self._foreign_end)
         if stream == own:
-            self._foreign = False  # who waits for the own stream from now on waits for that run too
+            self._foreign = False  # from now on, waiting for the engine's stream includes waiting for that run
         else:
             self._own_end.record(own)
             cuda.wait(stream, self._own_end)
 
     def _enqueue_after(self, stream: int) -> None:
-        """`_enqueue` on any stream, behind earlier runs; not where the caller captures: nothing runs then."""
+        """`_enqueue` on any stream, after earlier runs; does not wait if the caller captures, because nothing runs then."""
         if stream != self.stream.handle and cuda.capturing(stream):
             self._enqueue(stream)
             return
@@ -280,10 +282,10 @@ class TensorRtEngine(Engine):
         self._enqueue(self.stream.handle)
 
     def _capture(self) -> tuple[tuple[Any, ...], cuda.Graph] | None:
-        """A graph for the present shapes; None, and why in `graph_refused`, where capture is refused."""
+        """A CUDA graph for the current shapes; None if capture is refused, with the reason in `graph_refused`."""
         assert self._shapes is not None
         self._bind(self._own())
-        # TensorRT sets itself up in the first run after a change of shapes, which a capture must not hold.
+        # The first run after a change of shapes sets TensorRT up; that must not be captured.
         self._enqueue(self.stream.handle)
         self.stream.synchronize()
         try:
@@ -304,7 +306,7 @@ class TensorRtEngine(Engine):
         handle = self.stream.handle
         self._follow(handle)
         if not self.graph_refused and (self._graph is None or self._graph[0] != self._shapes):
-            self._graph = self._capture()  # its own run must not count as this one's
+            self._graph = self._capture()  # its run must not count as this engine's
         points = [cuda.Event() for _ in range(4)]
         points[0].record(handle)
         for name, array in feeds.items():
@@ -336,13 +338,13 @@ class TensorRtEngine(Engine):
 
         Args:
             inputs: for each input an array with `__cuda_array_interface__` or DLPack, contiguous, of its dtype and shape, at
-                an address that is a multiple of 256, as TensorRT wants it (the start of an allocation is).
-            outputs: where to write, likewise; None for the engine's own buffers, which the next run overwrites.
+                an address that is a multiple of 256, as TensorRT requires (the start of an allocation is).
+            outputs: arrays to write to, with the same rules; None for the engine's buffers, which the next run overwrites.
             stream: the caller's: an integer handle, or a torch or CuPy stream. The run is only enqueued there, so the
                 arrays must live until it is done. None for the engine's own: this call then waits.
 
         Returns:
-            the arrays of `outputs`; or, of its own buffers, objects with `__cuda_array_interface__`.
+            the arrays of `outputs`; or, for the engine's buffers, objects with `__cuda_array_interface__`.
 
         Raises:
             UserError: an array is missing, unknown, on the host or another GPU, not contiguous, of another dtype or shape,
@@ -395,15 +397,15 @@ class TensorRtEngine(Engine):
         return read_layers(self.inspector_json())
 
     def inspector_json(self) -> str:
-        """The inspector's own text for the whole plan."""
+        """The inspector's text for the whole plan."""
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def layers(self, feeds: Mapping[str, np.ndarray] | None = None, runs: int = 3) -> list[LayerInfo]:
         """`inspect` with the mean milliseconds of `runs` runs after one warm-up, without a graph.
 
-        They run in a context of their own, which the engine's one makes room for: a CUDA graph in which the caller captured
-        a run is not to be launched after this.
+        They run in a separate context, which replaces the engine's: a CUDA graph in which the caller captured a run must not
+        be launched after this.
         """
         trt = self._trt
         total: dict[str, float] = {}
@@ -464,7 +466,7 @@ class TensorRtEngine(Engine):
 
 
 def plan_path(onnx_path: Path, precision: str, options: Options, device: cuda.Device, version: str) -> Path:
-    """Where the cache has the plan: found by what enters it. CPU options and options for running a plan do not enter it."""
+    """Path of the plan in the cache, from everything that affects it. CPU options and options for running do not."""
     key = {
         "backend": "tensorrt",
         "build": BUILD_VERSION,
@@ -492,7 +494,7 @@ def build(onnx_path: Path, precision: str, options: Options, device: str) -> Ten
             try:
                 return TensorRtEngine(path.read_bytes(), onnx_path, precision, options.tensorrt, gpu, _kept_facts(path))
             except PlanError:
-                pass  # a damaged file of the cache: built afresh and written over
+                pass  # a damaged file in the cache: rebuilt and overwritten
     plan, facts = build_plan(onnx_path, precision, options.tensorrt, gpu.name, gpu.capability)
     if path is not None:
         write_plan(path, plan, facts)
@@ -500,7 +502,7 @@ def build(onnx_path: Path, precision: str, options: Options, device: str) -> Ten
 
 
 def _kept_facts(plan: Path) -> PlanFacts | None:
-    """Of a plan of the cache. Raises `PlanError` where its sidecar is damaged."""
+    """Facts of a plan in the cache. Raises `PlanError` if its sidecar is damaged."""
     try:
         return read_facts(plan)
     except UserError as error:
@@ -511,7 +513,7 @@ def load(built_file: Path, precision: str, options: Options, device: str) -> Ten
     """A plan from a file: of `TensorRtEngine.save`, or of trtexec.
 
     Args:
-        precision: what it was built for; the sidecar's word counts where there is one.
+        precision: what it was built for; a sidecar overrides it.
 
     Raises:
         UserError: no such file, no GPU, no TensorRT, or a plan of another TensorRT version or for another GPU: known from

@@ -1,7 +1,7 @@
 """ONNX → TensorRT plan, with TensorRT 8.5, 8.6, 10 and 11.
 
-A plan is TensorRT's own file, which trtexec and CUDA-BEVFusion load as it is. Beside it, `NAME.plan.json` (the sidecar) says what
-it was built with and for: a plan for another version or GPU is refused by name, before TensorRT sees it.
+A plan is TensorRT's file format, which trtexec and CUDA-BEVFusion load unchanged. Next to it, `NAME.plan.json` (the sidecar)
+records what it was built with and for: a plan for another version or GPU is refused before TensorRT loads it.
 
 How a graph is built:
 
@@ -36,12 +36,12 @@ ENDING = ".plan"
 LAST_WEAK_OPSET = 17  # of the parsers of 8.5 and 8.6
 REEXPORT = "export with --flavour tensorrt"
 FLOAT_EXPORT = "export with --fp32"
-BUILD_VERSION = "1"  # of how a graph is made into a plan here; cached plans that were built otherwise are not reused
+BUILD_VERSION = "1"  # version of how plans are built here; cached plans built with another version are not reused
 
 
 @dataclass(frozen=True)
 class Typing:
-    """How a network is typed. strong: by its graph. flags: members of BuilderFlag, for a weakly typed one."""
+    """How a network is typed. strong: types come from its graph. flags: members of BuilderFlag, for a weakly typed one."""
 
     strong: bool
     flags: tuple[str, ...]
@@ -78,7 +78,7 @@ def choose_typing(
             )
     flags: tuple[str, ...] = ()
     if precision == "int8":
-        # A part that stays float in an INT8 export, as a part may: the flag by itself would require a calibrator.
+        # A part that stays float in an INT8 export: for it, the INT8 flag would require a calibrator.
         flags = (*(("INT8",) if outline.has_qdq else ()), *(("FP16",) if options.fp16 else ()))
     elif precision == "fp16":
         flags = ("FP16",)
@@ -121,7 +121,7 @@ def _cause(logger: Any, otherwise: str) -> str:
 
 
 def last_message(logger: Any) -> str:
-    """The latest error of a logger of `make_logger`, where it has none the latest warning."""
+    """The latest error of a logger from `make_logger`, or the latest warning if it has no error."""
     found = [*logger.warnings, *logger.errors]
     return one_line(found[-1]) if found else "no cause given"
 
@@ -155,7 +155,7 @@ class Tools:
 
 
 def load_plugins(trt: Any, logger: Any, options: TensorRtOptions) -> None:
-    """Registers TensorRT's own plugins and those of the options' libraries."""
+    """Registers TensorRT's plugins and those of the options' libraries."""
     trt.init_libnvinfer_plugins(logger, "")
     for plugin in options.plugins:
         try:
@@ -302,7 +302,7 @@ def _add_profile(tools: Tools, network: Any, config: Any, path: Path, options: T
 
 @contextmanager
 def timing_cache(config: Any, path: Path | None, logger: Any) -> Iterator[None]:
-    """Reads the file before the block, if there is one, and writes what was measured after it, whole.
+    """Reads the file before the block, if it exists, and writes the measurements after it, whole.
 
     A cache of another version or GPU, or damaged, is not used: TensorRT measures again and the file is replaced.
     """
@@ -316,11 +316,11 @@ def timing_cache(config: Any, path: Path | None, logger: Any) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     cache = config.create_timing_cache(content) or config.create_timing_cache(b"")
-    # False: entries of another device are not taken, they would be wrong here.
+    # False: entries of another device are ignored, they would be wrong here.
     if not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
-    logger.errors.clear()  # a cache that does not fit is no error of the build
+    logger.errors.clear()  # a cache that does not fit is not an error of the build
     yield
     used = config.get_timing_cache()
     if used is not None:
@@ -329,9 +329,9 @@ def timing_cache(config: Any, path: Path | None, logger: Any) -> Iterator[None]:
 
 
 class Interrupt:
-    """Ctrl-C during a build. TensorRT 10 and later stop at the next step; before, the build ends first. A second Ctrl-C ends the
-    process at once: nothing has been written by then. A process that ignores Ctrl-C, as a worker does whose parent ends it, goes
-    on ignoring it.
+    """Handles Ctrl-C during a build. TensorRT 10 and later stop at the next step; earlier versions finish the build first. A
+    second Ctrl-C ends the process at once: nothing has been written by then. A process that ignores Ctrl-C, such as a worker
+    that its parent ends, keeps ignoring it.
     """
 
     def __init__(self, stops: bool) -> None:
@@ -345,7 +345,7 @@ class Interrupt:
         print(f"\ninterrupted: stopping {when}; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Interrupt:
-        # Python's own handler raises inside TensorRT's callbacks, from where no exception comes back whole.
+        # Python's handler would raise inside TensorRT's callbacks, which do not pass exceptions on.
         self._handles = (
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
@@ -387,7 +387,7 @@ def _monitor(trt: Any, interrupt: Interrupt, report: Callable[[str], None]) -> A
 class Ticker:
     """One line on stderr during long work: the seconds so far, and TensorRT's phases where it reports them.
 
-    Silent where stderr is no terminal, and for the first two seconds.
+    Silent if stderr is not a terminal, and for the first two seconds.
     """
 
     def __init__(self, what: str) -> None:
@@ -425,9 +425,9 @@ class Ticker:
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """Facts about a plan, written beside it.
+    """Facts about a plan, written next to it.
 
-    tensorrt: version that built it. gpu, capability: that it was built for. quantized: ONNX nodes between Q/DQ, that INT8
+    tensorrt: version that built it. gpu, capability: what it was built for. quantized: ONNX nodes between Q/DQ, for which INT8
     kernels are expected for. options: as `TensorRtOptions.described`.
     """
 
@@ -454,7 +454,7 @@ def sidecar_path(plan: Path) -> Path:
 
 
 def read_facts(plan: Path, sha: str | None = None) -> PlanFacts | None:
-    """The sidecar of a plan; None where there is none, or where it is of other bytes (a plan of that name built elsewhere).
+    """The sidecar of a plan; None if there is none, or if it belongs to another plan (one of that name built elsewhere).
 
     Raises:
         UserError: a damaged sidecar.
@@ -484,7 +484,7 @@ def check_facts(plan: Path, facts: PlanFacts, version: str, gpu: str, capability
         )
     if facts.gpu != gpu:
         raise UserError(
-            f"{plan}: built for {facts.gpu}, found {gpu} here, whose best kernels may be others; {fix}, or remove "
+            f"{plan}: built for {facts.gpu}, found {gpu} here, whose best kernels may differ; {fix}, or remove "
             f"{sidecar_path(plan).name} to use it anyway"
         )
 
@@ -502,7 +502,7 @@ def build_plan(
         the plan's bytes, and what is known of it.
 
     Raises:
-        UserError: see `choose_typing`, `parse` and `configure`; or TensorRT finds no way to build the graph.
+        UserError: see `choose_typing`, `parse` and `configure`; or TensorRT cannot build the graph.
         KeyboardInterrupt: Ctrl-C; nothing was written.
     """
     outline = read_outline(onnx_path)
@@ -545,7 +545,7 @@ def build_plan(
 
 
 def write_plan(path: Path, plan: bytes, facts: PlanFacts) -> None:
-    """Writes a plan and its sidecar. Killed between the two, it leaves a sidecar of other bytes, which counts as none."""
+    """Writes a plan and its sidecar. If killed between the two, it leaves a sidecar of another plan, which is ignored."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(plan)
     facts.write(path)

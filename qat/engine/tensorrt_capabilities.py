@@ -45,10 +45,10 @@ class Capabilities:
     version: for messages, and for matching a plan with its runtime.
     weak_typing: precision by builder flags (8.5 to 10; gone in 11).
     strong_typing: networks whose types are the graph's can be made (10 and 11).
-    explicit_batch_flag: networks must be told that the batch is a dimension (8.5 and 8.6, which had another kind).
+    explicit_batch_flag: networks need the explicit-batch flag (8.5 and 8.6).
     version_compatible: plans for later versions can be built (8.6 on).
-    optimization_level: a builder can be told how long to search (8.6 on).
-    progress: a build says how far it is, and stops when asked (10 on).
+    optimization_level: a builder has an option for how long to search (8.6 on).
+    progress: a build reports its progress and can be stopped (10 on).
     node_names: parser errors name the ONNX node (10 on).
     tactic_sources: names that a builder knows (11 has no cuBLAS and cuDNN).
     memory_attribute: of an engine, bytes of its scratch memory.

@@ -74,10 +74,10 @@ class Profile:
 class TensorRtOptions:
     """How TensorRT builds a plan and runs it.
 
-    fp16: beside INT8, layers without Q/DQ may take FP16 (precision "int8"; "fp16" always does, "fp32" never).
-        Has no meaning for a strongly typed network, whose graph says it.
-    tf32: FP32 layers may round their inputs to TF32's ten bits of mantissa. Off, against TensorRT's own default: what is called
-        FP32 is FP32, here as in every backend.
+    fp16: layers without Q/DQ in an INT8 plan may use FP16 (precision "int8"; "fp16" always does, "fp32" never).
+        Has no effect on a strongly typed network, whose graph fixes the types.
+    tf32: FP32 layers may round their inputs to TF32's ten bits of mantissa. Off, unlike TensorRT's default, so that FP32 means
+        FP32 in every backend.
     workspace: bytes that a layer's scratch memory may take; None for TensorRT's own limit (the device's memory).
     timing_cache: file of measured tactics, read before a build and written after it; builds on one GPU and version share it.
     tactic_sources: libraries and kinds of kernels to choose from, of `TACTIC_SOURCES`; None for TensorRT's own choice.
@@ -87,10 +87,10 @@ class TensorRtOptions:
     input_formats, output_formats: type and layout of inputs and outputs in the graph's order, as trtexec takes them, such
         as ("fp16:chw",) (one for all); empty: as the graph has them.
     cuda_graph: replay a captured CUDA graph instead of enqueuing layer by layer. Does not enter the plan.
-    optimization_level: 0 (build fast) to 5 (search longest), from 8.6 on; None for TensorRT's own.
+    optimization_level: 0 (build fast) to 5 (search longest), from 8.6 on; None for TensorRT's default.
 
     Raises:
-        UserError: a value outside what is listed here, or a plugin that is no file.
+        UserError: a value outside what is listed here, or a plugin that is not a file.
     """
 
     fp16: bool = True
@@ -128,7 +128,7 @@ class TensorRtOptions:
             raise UserError(f"{self.timing_cache}: found a folder, expected the name of a timing cache file")
 
     def described(self) -> dict[str, Any]:
-        """The options that the plan depends on, as JSON values: all but how it is run and where timings are kept."""
+        """The options that the plan depends on, as JSON values: all except how it is run and where timings are kept."""
         values = asdict(self)
         del values["timing_cache"], values["cuda_graph"]
         values["plugins"] = [f"{Path(plugin).name} {sha256(plugin)}" for plugin in self.plugins]
@@ -150,7 +150,7 @@ def split_format(text: str) -> tuple[str, str]:
 
 
 def spread_formats(formats: tuple[str, ...], names: list[str], what: str) -> dict[str, str]:
-    """Each tensor's format: one is for all, else one for each in order. what: "input" or "output", for the error."""
+    """Each tensor's format: a single one for all, or one for each in order. what: "input" or "output", for errors."""
     if not formats:
         return {}
     if len(formats) not in (1, len(names)):

@@ -20,10 +20,10 @@ from qat.core.errors import UserError
 from qat.evaluate.detection import SampleEval, sample_eval
 
 RECALLS = np.linspace(0, 1, 101)
-# What has no meaning for a class, as the devkit's DetectionEval.evaluate has it.
+# Errors that are undefined for a class, as in the devkit's DetectionEval.evaluate.
 WITHOUT = {"traffic_cone": ("attr_err", "vel_err", "orient_err"), "barrier": ("attr_err", "vel_err")}
 METRICS = ("map", "nds")
-MIN_SCENES = 2  # a draw of one scene is that scene: its bounds would claim to be sure
+MIN_SCENES = 2  # with one scene every draw is that scene, so the bounds would claim certainty
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ClassMatches:
 
 @dataclass
 class Matches:
-    """All that mAP and NDS of any draw of the scenes depend on."""
+    """Everything that mAP and NDS of any draw of the scenes depend on."""
 
     classes: dict[str, ClassMatches]
     scenes: int
@@ -69,7 +69,7 @@ class Matches:
 
 
 def _hits(predicted: np.ndarray, objects: np.ndarray, distances: Sequence[float]) -> np.ndarray:
-    """Index of the object that each prediction takes at each distance, −1 for none: int[distances, n].
+    """Index of the object that each prediction matches at each distance, −1 for none: int[distances, n].
 
     predicted: float[n,2], best score first; each takes the nearest object that is left, if that is near enough
     (nuscenes.eval.detection.algo.accumulate).
@@ -100,12 +100,12 @@ def _errors(name: str, truth: Any, found: Any) -> dict[str, float]:
 
 
 def _as_the_devkit_sorts(scores: Sequence[float]) -> list[int]:
-    """Places of the scores, best first; of equal ones the last first."""
+    """Indices of the scores, best first; for equal scores the last first."""
     return [i for _, i in sorted(((score, i) for i, score in enumerate(scores)), reverse=True)]
 
 
 def match(evaluation: SampleEval, scene_of: Mapping[str, int]) -> Matches:
-    """Which prediction matches which object, for every class and distance.
+    """Matches predictions with objects, for every class and distance.
 
     Args:
         evaluation: the devkit's, with its boxes loaded and filtered.
@@ -174,7 +174,7 @@ def _class_metrics(own: ClassMatches, times: np.ndarray, matches: Matches, skip:
 
 
 def metrics_of(matches: Matches, times: np.ndarray) -> tuple[float, float]:
-    """mAP and NDS with each scene taken times[scene] times, as the devkit has them of a data set of so many copies."""
+    """mAP and NDS with each scene taken times[scene] times, like the devkit's for a data set with these copies."""
     results = [_class_metrics(own, times, matches, WITHOUT.get(name, ())) for name, own in matches.classes.items()]
     mean_ap = float(np.mean([ap for ap, _ in results]))
     scores = [1 - min(1.0, float(np.nanmean([errors[key] for _, errors in results]))) for key in TP_METRICS]
@@ -188,16 +188,16 @@ def resample(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, np.ndarray]:
-    """mAP and NDS of each detector on the set as it is, then on each draw, with replacement, of as many scenes as there
+    """mAP and NDS of each detector on the whole set, then on each draw, with replacement, of as many scenes as there
     are; the same draws for all: {detector: float[1 + resamples, 2]}.
 
     Args:
         dataset: a `qat.data.NuScenesDataset`.
-        detectors: boxes by sample token of each, over the same samples.
+        detectors: each one's boxes by sample token, over the same samples.
         progress: called with the number of detectors done.
 
     Raises:
-        ValueError: a detector has other samples than the first. UserError: fewer than two scenes, or no resamples.
+        ValueError: a detector's samples differ from the first's. UserError: fewer than two scenes, or no resamples.
     """
     if resamples < 1:
         raise UserError(f"--resamples: found {resamples}, expected at least 1")
@@ -242,7 +242,7 @@ def paired_bootstrap(
 ) -> dict[str, dict[str, Interval]]:
     """{candidate: {"map": interval, "nds": interval}} of each candidate's metrics minus the reference's.
 
-    Arguments and errors as `resample` has them; `progress` counts the reference too.
+    Arguments and errors as in `resample`; `progress` counts the reference too.
     """
     tables = resample(dataset, {"": reference, **candidates}, resamples, seed, progress)
     return {name: difference(tables[name], tables[""], confidence) for name in candidates}

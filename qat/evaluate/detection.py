@@ -18,7 +18,7 @@ from qat.boxes.detections import Detections
 from qat.boxes.geometry import box_heading
 from qat.core.errors import UserError
 
-# The devkit draws a progress bar on stderr even when told not to be verbose, and even when stderr is no terminal.
+# The devkit draws a progress bar on stderr even with verbose=False, and even if stderr is not a terminal.
 loaders.tqdm = SimpleNamespace(tqdm=lambda items, **_: items)
 
 MOVING = 0.2  # m/s: the speed above which mmdet3d's evaluation calls an object moving
@@ -54,8 +54,8 @@ def attribute_of(name: str, speed: float) -> str:
 class SampleEval(DetectionEval):
     """The devkit's DetectionEval over any set of samples.
 
-    The devkit's own constructor demands one of its splits and a result file; this one takes samples and boxes and
-    goes through the same loading and filtering functions. `evaluate` is inherited.
+    The devkit's constructor requires one of its splits and a result file; this one accepts samples and boxes and uses the
+    same loading and filtering functions. `evaluate` is inherited.
     """
 
     def __init__(self, nusc: Any, predictions: EvalBoxes, tokens: list[str]) -> None:
@@ -64,7 +64,7 @@ class SampleEval(DetectionEval):
         self.verbose = False
         truth = load_gt_of_sample_tokens(nusc, tokens, DetectionBox, verbose=False)
         predictions = add_center_dist(nusc, predictions)
-        # The devkit reads the boxes' kind off the first one; where there is none, there is nothing to filter.
+        # The devkit reads the boxes' type from the first box; without boxes there is nothing to filter.
         self.pred_boxes = filter_eval_boxes(nusc, predictions, self.cfg.class_range) if predictions.all else predictions
         if not truth.all:
             raise UserError(

@@ -1,4 +1,4 @@
-"""From a detector to ONNX parts with their manifest, each verified against PyTorch."""
+"""Exports a detector as ONNX parts with a manifest, each verified against PyTorch."""
 
 from qat.export.module import export_module
 from qat.export.options import ExportOptions, Origin

@@ -1,8 +1,8 @@
-"""The first layer at which a graph and its PyTorch module part.
+"""Finds the first layer at which a graph and its PyTorch module diverge.
 
 Tensors inside a graph are matched with module calls by the scopes in node names. torch's TorchScript exporter names a node
-after the calls that it was traced in, `/backbone/layer1/layer1.0/conv1/Conv`: of each module, the end of its path from
-the last component that is no number on. Calls whose scopes come out the same are numbered in their order (`relu`,
+after the calls that it was traced in, `/backbone/layer1/layer1.0/conv1/Conv`: for each module, the end of its path from
+the last component that is not a number. Calls with the same scope are numbered in order (`relu`,
 `relu_1`, …). The same names are made here from a run of the module (`_Calls`), and matched where an operator and a shape
 agree; functional operations between modules, and what onnxsim renamed, stay without a match.
 
@@ -10,8 +10,8 @@ A matched tensor has diverged when its SQNR is below the tolerance that its part
 one from the SQNR of the fake-quantized module against the float one at this very tensor. Along a chain of layers that is
 monotone but for accidents, so a search over the ancestors of the failing output in topological order, POINTS tensors a
 pass, finds a diverged tensor. Branches are not a chain: the nearest matched ancestors of what was found are looked at
-too, and while one of them has diverged, the search goes on among its ancestors. What is named in the end has diverged,
-and nothing that it is computed from has.
+too, and while one of them has diverged, the search continues among its ancestors. The reported tensor has diverged, and
+none of its inputs has.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from qat.lean.modes import quantizers_off
 from qat.lean.quantizer import Quantizer
 from qat.model.runners import TorchPart
 
-POINTS = 7  # tensors looked at in one pass
-BYTES = 512 << 20  # of their values, in one pass
+POINTS = 7  # tensors examined in one pass
+BYTES = 512 << 20  # bytes of their values in one pass
 
-# What a module's call ends in. Others are matched by their scope's last node.
+# Operators that a module's call ends in. Other modules are matched by their scope's last node.
 _OPERATORS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (Quantizer, ("DequantizeLinear",)),
     (nn.ConvTranspose2d, ("ConvTranspose",)),
-    # A transpose ends what `qat.export.conv_as_matmul` makes of one; where `qat.export.sunk_transpose` took it away, the
+    # A convolution rewritten by `qat.export.conv_as_matmul` ends in a transpose; if `qat.export.sunk_transpose` moved it, the
     # result stays channels-last and has no match.
     (nn.Conv1d, ("Conv", "Transpose")),
     (nn.Conv2d, ("Conv", "Transpose")),
@@ -56,12 +56,12 @@ _OPERATORS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Divergence:
-    """A layer. what: "output" where its result differs, "scale" where its quantizer is missing or another. (A third kind,
-    "site", is `qat.export.sites`' own.)
+    """A layer. what: "output" if its result differs, "scale" if its quantizer is missing or different. (`qat.export.sites` adds
+    a third kind, "site".)
 
     node, operator: of the ONNX graph; module: its path in the detector. sqnr_db, tolerance_db: of the layer's result
-    beside PyTorch's, None where the graph has no such tensor. before_db: the lowest SQNR among the nearest matched
-    tensors that it is computed from, None where these are the part's inputs. note: for a scale, what was found.
+    against PyTorch's, None if the graph has no such tensor. before_db: the lowest SQNR among the nearest matched tensors
+    that it is computed from, None if these are the part's inputs. note: for a scale, the difference.
     """
 
     what: str
@@ -74,7 +74,7 @@ class Divergence:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """The layer as an entry of the manifest."""
         values = asdict(self)
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items() if v not in (None, "")}
 
@@ -96,7 +96,7 @@ def describe(layer: Mapping[str, Any]) -> str:
 
 
 def _label(path: str) -> str:
-    """The end of a module's path that its scope is named by: `layer1.0` of `backbone.layer1.0`."""
+    """The end of a module's path that names its scope: `layer1.0` of `backbone.layer1.0`."""
     parts = path.split(".")
     at = len(parts) - 1
     while at > 0 and parts[at].isdigit():
@@ -106,14 +106,14 @@ def _label(path: str) -> str:
 
 @dataclass
 class _Call:
-    """One call of a module without children (but quantizers). scope: as in the exporter's names, without a number."""
+    """One call of a module without children (except quantizers). scope: as in the exporter's names, without a number."""
 
     path: str
     module: nn.Module
     scope: str
     shape: tuple[int, ...]
-    folded: bool = False  # a batch norm whose convolution gives its result
-    consumer: str = ""  # path of the first module that takes the result
+    folded: bool = False  # a batch norm whose result is its convolution's
+    consumer: str = ""  # path of the first module that reads the result
 
 
 Visit = Callable[[int, torch.Tensor], None]
@@ -126,7 +126,7 @@ class _Calls:
         self.part, self.feeds = part, feeds
         self.calls: list[_Call] = []
         self.outputs: dict[str, np.ndarray] = {}
-        # By a tensor's id, which is its own only while it lives: nothing is kept alive for this.
+        # Keyed by a tensor's id, which is unique only during its lifetime: nothing is kept alive for this.
         producers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._stack: list[str] = []
         self._listed: dict[int, list[tuple[str, nn.Module, bool]]] = {}
@@ -147,7 +147,7 @@ class _Calls:
 
         with self._watched(record):
             part.run(feeds)
-        # A folded convolution's result is its batch norm's, the next call that takes it.
+        # A folded convolution's result is that of its batch norm, the next call that reads it.
         self.results = list(range(len(self.calls)))
         for at, call in enumerate(self.calls):
             if call.folded:
@@ -156,14 +156,14 @@ class _Calls:
                 )
 
     def _modules(self, root: nn.Module) -> list[tuple[str, nn.Module, bool]]:
-        """Path, module, and whether it calls no others but quantizers, of every module but the root."""
+        """Path, module, and whether it calls only quantizers, for every module except the root."""
         if id(root) not in self._listed:
             found = []
             for path, module in root.named_modules():
                 if path:
                     leaf = not any(not isinstance(child, Quantizer) for child in module.children())
                     leaf = leaf or isinstance(module, ScaleShift)  # timm's have their activation function inside
-                    # Weight quantizers are called too, but are looked at beside their layer.
+                    # Weight quantizers are called too, but are examined together with their layer.
                     found.append((path, module, leaf and not path.endswith("weight_quantizer")))
             self._listed[id(root)] = found
         return self._listed[id(root)]
@@ -172,8 +172,8 @@ class _Calls:
     def _watched(
         self, record: Callable[[str, nn.Module, Any, torch.Tensor], torch.Tensor | None], root: nn.Module | None = None
     ) -> Iterator[None]:
-        """Hooks on every module of the part (or of `root`, a copy of it); `record(path, module, inputs, result)` for those
-        without children, whose result is what `record` returns, if it returns something."""
+        """Sets hooks on every module of the part (or of `root`, a copy of it). Calls `record(path, module, inputs, result)` for
+        those without children; if it returns something, that replaces the result."""
         root = self.part.wrapper if root is None else root
         self._stack = []
         handles = []
@@ -201,7 +201,7 @@ class _Calls:
                 handle.remove()
 
     def visit(self, wanted: Sequence[int], look: Visit) -> dict[str, np.ndarray]:
-        """Runs the part; `look(call, result)` at the result of each wanted call, before anything can overwrite it."""
+        """Runs the part and calls `look(call, result)` for each wanted call, before anything can overwrite the result."""
         results = defaultdict(list)
         for call in wanted:
             results[self.results[call]].append(call)
@@ -216,7 +216,7 @@ class _Calls:
 
 
 class _Matches:
-    """Which tensor of a graph is which call's result."""
+    """Matches a graph's tensors with the results of calls."""
 
     def __init__(self, model: onnx.ModelProto, calls: _Calls) -> None:
         self.model, self.calls = model, calls
@@ -229,7 +229,7 @@ class _Matches:
         self.names = {call: name for name, call in self.call_of.items()}
 
     def _nodes_of(self, module: nn.Module, scope: list[onnx.NodeProto]) -> onnx.NodeProto | None:
-        """The node of a scope that gives the module's result."""
+        """The node of a scope that computes the module's result."""
         for kind, operators in _OPERATORS:
             if isinstance(module, kind):
                 fitting = [node for node in scope if node.op_type in operators]
@@ -241,8 +241,8 @@ class _Matches:
         for node in self.nodes:
             if node.name.startswith("/") and node.op_type != "Constant" and node.output:
                 scopes[node.name.rpartition("/")[0]].append(node)
-        # The third call of "quant_x" is written "quant_x_2", as the first of a quantizer of that name: these are told apart by
-        # their order.
+        # The third call of "quant_x" is written "quant_x_2", like the first call of a quantizer with that name: their order
+        # distinguishes them.
         counts: dict[str, int] = defaultdict(int)
         calls: dict[str, list[int]] = defaultdict(list)
         for at, call in enumerate(self.calls.calls):
@@ -278,7 +278,7 @@ class _Matches:
         return sorted((n for n in seen if n in self.call_of or n == name), key=lambda n: self.order.get(n, -1))
 
     def nearest(self, name: str) -> list[str]:
-        """The matched tensors that lie next before `name`."""
+        """The nearest matched tensors before `name`."""
         found, seen = [], {name}
         stack = list(self.producer[name].input) if name in self.producer else []
         while stack:
@@ -302,7 +302,7 @@ class _Search:
         self.known: dict[str, tuple[float, float] | None] = dict(known)
 
     def look(self, names: Sequence[str]) -> None:
-        """Makes the figures of these tensors known: one run of the graph and one or two of the module."""
+        """Computes the figures of these tensors: one run of the graph and one or two of the module."""
         wanted = [name for name in names if name not in self.known]
         while wanted:
             some: list[str] = []
@@ -338,18 +338,18 @@ class _Search:
             with quantizers_off(self.calls.part.wrapper):
                 self.calls.visit(list(calls), limit)
         for name in names:
-            if candidates[name].shape != references[name].shape:  # not the tensor that its name says
+            if candidates[name].shape != references[name].shape:  # its name matches, but it is another tensor
                 self.known[name] = None
                 continue
             self.known[name] = (compare_tensors(references[name], candidates[name])["sqnr_db"], limits[name])
 
     def diverged(self, name: str) -> bool | None:
-        """Whether it has; None where it turned out to be no match."""
+        """Whether the tensor has diverged; None if it is not a match."""
         figures = self.known[name]
         return None if figures is None else figures[0] < figures[1]
 
     def first_in(self, chain: list[str]) -> str:
-        """A diverged tensor of a list in topological order whose last one has diverged."""
+        """A diverged tensor from a list in topological order whose last tensor has diverged."""
         low, high = -1, len(chain) - 1
         while high - low > 1:
             count = min(POINTS, high - low - 1)
@@ -411,7 +411,7 @@ def _scale(quantizer: Any) -> np.ndarray:
 
 
 def _scale_of(matches: _Matches, tensor: str) -> np.ndarray | None:
-    """The scale of the Q/DQ pair that gives a tensor."""
+    """The scale of the Q/DQ pair that computes a tensor."""
     node = matches.producer.get(tensor)
     if node is None or node.op_type != "DequantizeLinear":
         return None
@@ -419,7 +419,7 @@ def _scale_of(matches: _Matches, tensor: str) -> np.ndarray | None:
 
 
 def _differs(found: np.ndarray | None, expected: np.ndarray) -> str:
-    """What is wrong with a scale, or nothing."""
+    """The difference of a scale, or ""."""
     if found is None:
         return "its quantizer's Q/DQ pair is missing"
     if found.shape != expected.shape:
@@ -470,7 +470,7 @@ def diagnose(
     feeds: Mapping[str, np.ndarray],
     output: str,
 ) -> list[Divergence]:
-    """Names the first layers at which a graph that failed its verification differs from its module.
+    """Finds the first layers at which a graph that failed its verification differs from its module.
 
     Args:
         graph: what the file holds.

@@ -16,7 +16,7 @@ from qat.model.opening import Model, Source, open_model, random_model
 
 @dataclass(frozen=True)
 class Opened:
-    """A network in the state in which it is exported. folder: where its exports go by themselves."""
+    """A network ready for export. folder: the default place of its exports."""
 
     model: Model
     network: Any
@@ -25,13 +25,13 @@ class Opened:
 
     @property
     def origin(self) -> Origin:
-        """Where it came from, for the manifest."""
+        """Its origin, for the manifest."""
         recipe = self.model.recipe if self.precision == "int8" else None
         return Origin(self.model.path, recipe, self.model.ema)
 
 
 def open_source(source: Source, precision: str | None = None) -> Opened:
-    """The network of a source, in the state in which it is exported.
+    """The network of a source, ready for export.
 
     Args:
         precision: "int8", "fp16" or "fp32"; None for INT8 of a quantized checkpoint and FP32 of a float one.
@@ -42,10 +42,10 @@ def open_source(source: Source, precision: str | None = None) -> Opened:
     if source.checkpoint is None:
         config = source.checked_config()
         if precision == "int8":
-            raise UserError("--init random: found no scales for INT8; fix by bevqat calibrate --init random first")
+            raise UserError("--init random: found no scales for INT8; run bevqat calibrate --init random first")
         model = random_model(config, source.seed, source.prefix)
         return Opened(model, model.network, precision or "fp32", Path("runs") / Path(config).resolve().parent.name)
-    # FP32 and FP16 parts are of the float network: weights that were trained for rounding are not it without rounding.
+    # FP32 and FP16 parts come from the float network: weights that were trained with rounding differ from it.
     path, as_float = Path(source.checkpoint), precision not in (None, "int8")
     model = open_model(path, source.config, source.prefix, source.ema, as_float=as_float)
     if model.quantized is None and precision == "int8":
@@ -62,15 +62,15 @@ def export_checkpoint(
     """Writes a checkpoint's ONNX parts and manifest.
 
     Args:
-        out: the folder; None for onnx_{precision} beside the checkpoint (onnx_int8_onnxruntime for that flavour), for random
-            weights under runs/.
-        frames: the model → real frames to verify on too, as for `export_parts`.
+        out: the folder; None for onnx_{precision} next to the checkpoint (onnx_int8_onnxruntime for that flavour), or for
+            random weights under runs/.
+        frames: returns the model's real frames to verify on too, as in `export_parts`.
 
     Returns:
         the folder and its manifest.
 
     Raises:
-        UserError: as `open_source` and `export_parts`.
+        UserError: like `open_source` and `export_parts`.
     """
     options = options or ExportOptions()
     opened = open_source(source, options.precision)
@@ -84,7 +84,7 @@ def export_checkpoint(
 def export_programs(
     source: Source, options: ExportOptions | None = None, out: str | Path | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Writes a checkpoint's parts as programs of torch.export (`qat.export.pt2`); the folder and its manifest.
+    """Writes a checkpoint's parts as torch.export programs (`qat.export.pt2`); returns the folder and its manifest.
 
     Args, Raises: as `export_checkpoint` and `export_pt2`; the folder is pt2_{precision}.
     """

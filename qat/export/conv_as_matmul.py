@@ -4,13 +4,13 @@
              w ─► DQ ─┼─► Conv ─► y                    wᵀ ──────► DQ ───┴─► MatMul ─► Add ─► NCHW ─► y
              b ─► DQ ─┘                                                     b (FP32) ──┘
 
-ONNX Runtime's CPU has no convolution from integers to float: without Q behind it, DQ ─► Conv is computed in float. It has
-such a matrix product (MatMulIntegerToFloat), so depth logits and context come from INT8 without being rounded
-themselves. The transpose before it cancels with the one behind the integer convolution that comes before.
+ONNX Runtime's CPU has no convolution from integers to float: without a Q after it, DQ ─► Conv is computed in float. It has
+such a matrix product (MatMulIntegerToFloat), so depth logits and context are computed from INT8 without being rounded.
+The transpose before it cancels with the one after the preceding integer convolution.
 
-Only where nothing behind it is rounded: in the middle of a network (Conv ─► SiLU ─► Q) both backends get slower with
-it. ONNX Runtime wants Q behind the convolution there, and OpenVINO, which has convolutions from integers to float, lays
-out again what a matrix product gives: EfficientNet-B0 takes 1.6 times as long.
+Applied only if nothing after it is rounded: in the middle of a network (Conv ─► SiLU ─► Q) it makes both backends slower.
+There ONNX Runtime needs a Q after the convolution, and OpenVINO, which has convolutions from integers to float, reorders
+the matrix product's result: EfficientNet-B0 takes 1.6 times as long.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def convs_to_matmuls(model: onnx.ModelProto) -> int:
                 "Transpose",
                 [node.input[0]],
                 [f"{stem}_nhwc"],
-                # Not in the layer's scope: by the last transpose there `qat.export.bisect` knows the layer's result.
+                # Outside the layer's scope: `qat.export.bisect` finds the layer's result by the last transpose there.
                 name=f"{node.name.replace('/', '_')}_nhwc",
                 perm=[0, *range(2, dims + 2), 1],
             ),

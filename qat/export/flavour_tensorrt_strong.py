@@ -9,13 +9,13 @@ ONNX gives it, and builder flags for precision are gone.
 
 - FP16 types as `qat.export.fp16` decides them.
 - From opset 19 on QuantizeLinear and DequantizeLinear take FP16 scales and a DequantizeLinear then returns FP16, so that an
-  INT8 convolution is s8·s8 → FP16 for TensorRT to fuse. Before opset 19 they are FP32 only: casts stand around them, and
+  INT8 convolution is s8·s8 → FP16 for TensorRT to fuse. Before opset 19 they are FP32 only: casts surround them, and
   TensorRT may or may not fuse a convolution through them. Hence opset 19 by default.
 - Weights are s8 initializers behind a DequantizeLinear. NVIDIA's documentation of explicit quantization allows these and
   float weights behind Q and DQ. Here integers are better: they are those of the checkpoint, found with the FP32 scale;
   FP16 weights divided by an FP16 scale would round some of them to a neighbour. The files are smaller, too.
 - A channel whose scale is below 2⁻¹⁷, where FP16 holds it to 2⁻⁸ and no better, is nearly dead. All zero, it takes 2⁻¹⁴
-  (TensorRT wants scales above 0, and a tiny one would be flushed to it). Else it is rounded again with step 2⁻¹⁷, as long as
+  (TensorRT requires scales above 0, and a tiny one would be flushed to 0). Otherwise it is rounded again with step 2⁻¹⁷, if
   another channel of the tensor has at least that step: the layer's output is then no noisier than that channel makes it.
   A tensor that has only such channels, or an activation, keeps FP32 scales and a cast.
 - A convolution's bias becomes FP16; one that does not fit keeps its convolution in FP32.
@@ -25,7 +25,7 @@ Tolerance (`tolerance_db`), as the SQNR against the FP32-typed graph or the PyTo
 - A rounding to FP16 of x in [2ᵉ, 2ᵉ⁺¹) errs by up to 2ᵉ⁻¹¹, evenly spread: noise 2²ᵉ⁻²²/3. Mantissas are about log-uniform,
   so x² is 2²ᵉ·(3/2)/ln 2 on average: 3·2²²·1.5/ln 2 between them, 74.3 dB. A value passes through R roundings at most (one
   for each operator, constant and cast, counted in the graph), whose errors add in power: 10·log10(R) less. The allowance for
-  folded batch norms and cancellation is that for FP32 graphs, 15 dB (95 derived, 80 asked: `qat.export.verify`), for they
+  folded batch norms and cancellation is that for FP32 graphs, 15 dB (95 derived, 80 required: `qat.export.verify`), for they
   magnify any format's errors alike. Forty layers of operator, weight and bias: 74.3 − 20.8 − 15 = 38.5 dB.
 - INT8: FP16's errors carry values over quantization thresholds, and as with FP32's the graph's noise may be twice that of the
   simulation and opposed to it: 7.7 dB below the SQNR of the quantization itself. FP16's own noise, as above, adds to it.
@@ -53,7 +53,7 @@ from qat.export.intermediates import tensor_types
 from qat.export.lookups import constants, opset_of
 
 PRECISIONS = ("fp32", "fp16", "int8")
-QDQ_OPSET = 19  # the first in which Q/DQ take FP16
+QDQ_OPSET = 19  # the first opset whose Q/DQ accept FP16
 ROUNDING_DB = 10 * math.log10(3 * 2**22 * 1.5 / math.log(2))
 ALLOWANCE_DB = 15.0
 
@@ -76,7 +76,7 @@ def tolerance_db(precision: str, roundings: int = 0, quantization_db: float | No
 
 
 def _store_weights(model: onnx.ModelProto, opset: int) -> list[dict[str, Any]]:
-    """w ─► Q ─► DQ becomes an s8 initializer ─► DQ; returns whose channels got another scale."""
+    """w ─► Q ─► DQ becomes an s8 initializer ─► DQ; returns the weights with channels whose scale changed."""
     graph = model.graph
     known = constants(graph)
     raised = []
@@ -87,7 +87,7 @@ def _store_weights(model: onnx.ModelProto, opset: int) -> list[dict[str, Any]]:
         scale = known.get(quantize.input[1])
         if zero is None or scale is None or zero.dtype != np.int8 or zero.any():
             raise UserError(
-                f"{node_name(quantize)}: found another zero point than 0 in s8 or a computed scale, "
+                f"{node_name(quantize)}: found a zero point other than 0 in s8 or a computed scale, "
                 "expected the tensorrt flavour"
             )
         weight = known.get(quantize.input[0])
@@ -150,13 +150,13 @@ def to_tensorrt_strong(
     keep_io: bool = True,
     geometry: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The `tensorrt-strong` flavour of a `tensorrt`-flavoured graph; the argument is left as it is.
+    """The `tensorrt-strong` flavour of a `tensorrt`-flavoured graph; the argument is not changed.
 
     Args:
         model: FP32-typed; for "int8" with symmetric s8 Q/DQ or, as a part that stays float, without; else without.
         precision: "fp32" writes no other types than there are; "fp16"; "int8" FP16 outside the Q/DQ pairs.
-        feeds: for each frame the graph's inputs in FP32, on which it is seen what FP16 does not hold.
-        opset: None leaves the graph's own, for "int8" 19.
+        feeds: for each frame the graph's inputs in FP32, used to find values that FP16 does not hold.
+        opset: None keeps the graph's, or 19 for "int8".
         keep_io: whether inputs and outputs stay FP32 in an FP16 or INT8 graph.
         geometry: as in `qat.export.fp16.to_fp16`.
 
@@ -166,7 +166,7 @@ def to_tensorrt_strong(
         `coarsened`, and the `largest` scale of these before.
 
     Raises:
-        UserError: an unknown precision, Q/DQ in a graph that is to be without, another flavour, an opset out of reach.
+        UserError: an unknown precision, Q/DQ in a graph that must have none, another flavour, an opset out of range.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
@@ -259,7 +259,7 @@ def verify_strong(
     """Compares a strongly typed graph with the outputs of its module or FP32-typed graph, as `qat.export.verify.verify_part` does.
 
     Args:
-        model, report: what `to_tensorrt_strong` returned.
+        model, report: results of `to_tensorrt_strong`.
         reference: the outputs to compare with, fake-quantized for a graph with Q/DQ.
         feeds: the inputs of both, in FP32.
         unquantized: for a graph with Q/DQ, the outputs without it.

@@ -16,12 +16,12 @@ A node is either FP16 or FP32. A node stays FP32
   tensor's energy. Below 2⁻¹⁴ the error is absolute, up to 2⁻²⁵, and up to there all is flushed to zero. A tensor underflows
   when those small values lose more than 2⁻²² of its energy, that is, more than rounding may cost a tensor without them:
       Σ_{|x|<2⁻¹⁴} (x − fp16(x))² > 2⁻²² Σ x².
-  So a tensor whose values are mostly flushed underflows, and the tail of a softmax beside its peak does not;
+  So a tensor whose values are mostly flushed underflows, and the tail of a softmax next to its peak does not;
 - for its constants, by the same two rules;
 - for the scale of a Q/DQ pair: below 2⁻¹⁷ half of FP16's spacing (2⁻²⁵) is more than 2⁻⁸ of the scale, half an INT8 step on
   the largest value; above 65504/128 what it dequantizes may overflow, and what reads that stays FP32 too.
 
-What overflows inside an operator (a sum) is not seen here; TensorRT sums in FP32 in its convolutions and products.
+Overflows inside an operator (a sum) are not detected; TensorRT sums in FP32 in its convolutions and products.
 
 Why not `onnxruntime.transformers.float16.convert_float_to_float16`, which is well kept and does the types (1.31.1): between
 two nodes on its block list the tensor goes through FP16, so an overflow kept in FP32 overflows in the cast after it; a
@@ -46,7 +46,7 @@ from qat.export.intermediates import each_tensor, tensor_types
 from qat.export.lookups import opset_of
 
 LARGEST = 65504.0
-NORMAL = 2.0**-14  # the least number with all 11 bits
+NORMAL = 2.0**-14  # the smallest number with all 11 bits
 UNIT = 2.0**-11  # unit roundoff
 LEAST_SCALE = 2.0**-17
 LARGEST_SCALE = LARGEST / 128
@@ -88,7 +88,7 @@ EXACT = (
     "Where",
     "QuantizeLinear",
 )  # FP16 in, no rounding
-ANY_INPUT = ("Cast", "Shape", "Size")  # they take a float of any type as it is
+ANY_INPUT = ("Cast", "Shape", "Size")  # they accept floats of any type
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -98,7 +98,7 @@ class _Range:
     def __init__(self) -> None:
         self.max_abs = 0.0  # of the finite values
         self.energy = 0.0
-        self.lost = 0.0  # energy of what the values below 2^-14 lose in FP16
+        self.lost = 0.0  # energy of the errors of values below 2^-14 in FP16
 
     def add(self, value: np.ndarray) -> None:
         magnitude = np.abs(value).ravel()
@@ -129,12 +129,12 @@ def fits(value: np.ndarray) -> bool:
 
 
 def node_name(node: onnx.NodeProto) -> str:
-    """A node's name, or that of its first output where it has none."""
+    """A node's name, or that of its first output if it has none."""
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
 def store_constants(graph: onnx.GraphProto) -> None:
-    """Makes initializers of the float Constant nodes, so that a constant has one form."""
+    """Turns float Constant nodes into initializers, so that constants have one form."""
     kept = []
     for node in graph.node:
         value = helper.get_attribute_value(node.attribute[0]) if node.op_type == "Constant" else None
@@ -151,7 +151,7 @@ def store_constants(graph: onnx.GraphProto) -> None:
 
 
 class _Plan:
-    """Which nodes stay FP32, and why."""
+    """Chooses the nodes that stay FP32, with reasons."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
@@ -180,7 +180,7 @@ class _Plan:
             self.reasons.setdefault(k, (reason, tensor))
 
     def _formal_types(self, k: int, node: onnx.NodeProto) -> None:
-        """Reads in the operator's schema which of its inputs can be FP16."""
+        """Reads from the operator's schema which of its inputs can be FP16."""
         floats = [name for name in (*node.input, *node.output) if self.is_float(name)]
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             raise UserError(
@@ -214,7 +214,7 @@ class _Plan:
     def softmax(self) -> None:
         """The sums between the last product and a softmax."""
 
-        sums: dict[int, bool] = {}  # node → whether it is such a sum or moves what one gives
+        sums: dict[int, bool] = {}  # node → whether it is such a sum or moves the result of one
 
         def above(name: str) -> bool:
             k = self.producer.get(name)
@@ -270,7 +270,7 @@ class _Plan:
                 self.keep(member, "layer norm")
 
     def _affine(self, k: int) -> list[int]:
-        """The product with a constant and the sum with one behind a node, where they are all that reads it."""
+        """The product with a constant and the sum with one after a node, if nothing else reads it."""
         found = []
         for operator in ("Mul", "Add"):
             users = [
@@ -284,8 +284,8 @@ class _Plan:
         return found
 
     def guarded_divisions(self) -> None:
-        """A division by what a constant holds above zero, where FP16 has that constant as zero: x / max(‖x‖, 1e-12) is 0/0 there
-        for a row of zeros. The norm in front stays FP32 too: what it squares may be flushed to zero. After `stored_values`."""
+        """A division whose divisor a constant keeps above zero, if that constant is zero in FP16: x / max(‖x‖, 1e-12) would be
+        0/0 for a row of zeros. The norm before it stays FP32 too: its squares may be flushed to zero. After `stored_values`."""
         nodes = self.graph.node
         for k, node in enumerate(nodes):
             if node.op_type != "Div":
@@ -302,8 +302,8 @@ class _Plan:
                 norm = self._made_by(nodes[norm].input[0], "ReduceSum", "ReduceMean", "Pow", "Mul")
 
     def from_geometry(self, geometry: Collection[str]) -> None:
-        """What is computed only from geometry. Where it meets features it has become weights or a mask; a convolution of it
-        is features."""
+        """Nodes computed only from geometry. Where geometry is combined with features it has become weights or a mask; a
+        convolution of it gives features."""
         derived = set(geometry)
         for k, node in enumerate(self.graph.node):
             sources = [name for name in node.input if self.is_float(name) and name not in self.constants]
@@ -334,8 +334,8 @@ class _Plan:
                     self.keep(k, reason, name)
 
     def full_codes(self) -> None:
-        """Nodes that read, or pass on, the largest code of a DequantizeLinear whose scale lets that overflow: other frames than those
-        that were seen may have it."""
+        """Nodes that read, or pass on, the largest code of a DequantizeLinear whose scale makes it overflow: it may occur in
+        frames other than the given ones."""
         bounds: dict[str, float] = {}
         for k, node in enumerate(self.graph.node):
             if node.op_type == "DequantizeLinear":
@@ -385,7 +385,7 @@ class _Rewriter:
         self.full = set(full)  # inputs and outputs that stay FP32
         self.taken = set(plan.types)
         self.kind: dict[str, int] = {}  # tensor → FLOAT or FLOAT16
-        self.actual: dict[str, str] = {}  # output → the name under which its node gives it, where a cast follows
+        self.actual: dict[str, str] = {}  # output → its name at its node, if a cast follows
         self.casts: dict[tuple[str, int], str] = {}
         self.nodes: list[onnx.NodeProto] = []
         self.stored: dict[tuple[str, int], str] = {}
@@ -405,7 +405,7 @@ class _Rewriter:
         self.cast_count += 1
 
     def _read(self, name: str, kind: int) -> str:
-        """The name under which a tensor is found as FLOAT or FLOAT16."""
+        """The name of a tensor as FLOAT or FLOAT16."""
         if name in self.plan.constants:
             return self.stored.setdefault((name, kind), name)  # the two forms are distinguished at the end
         if self.kind[name] == kind:
@@ -508,7 +508,7 @@ def rounding_count(model: onnx.ModelProto) -> int:
     """
     types = {name: kind.elem_type for name, kind in tensor_types(model).items()}
     constants = {value.name for value in model.graph.initializer}
-    # A weight behind its DequantizeLinear is a constant too, with the roundings of its own.
+    # A weight after its DequantizeLinear is a constant too, with its own roundings.
     depth = {name: int(types[name] == TensorProto.FLOAT16) for name in constants}
     for node in model.graph.node:
         fixed = [name for name in node.input if name in constants]
@@ -529,12 +529,12 @@ def to_fp16(
     keep_io: bool = True,
     geometry: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """A graph with FP16 types wherever they hold its values; the argument is left as it is. Same input, same bytes.
+    """A graph with FP16 types wherever they hold its values; the argument is not changed. Same input, same bytes.
 
     Args:
         model: an FP32-typed graph.
         feeds: for each frame, the graph's inputs. Without frames only constants and operators decide.
-        keep_io: whether inputs and outputs stay FP32; else they become FP16, but for those that do not fit.
+        keep_io: whether inputs and outputs stay FP32; otherwise they become FP16, except those that do not fit.
         geometry: inputs (or tensors) that hold matrices or coordinates: they and what is computed only from them stay FP32.
 
     Returns:
@@ -544,7 +544,7 @@ def to_fp16(
         `largest_fp16`, the largest magnitude of a tensor in FP16, with its name; `roundings` as `rounding_count` has it.
 
     Raises:
-        UserError: an operator that is not ONNX's, a graph in a graph, an unknown geometry name, an input missing in a frame.
+        UserError: an operator that is not ONNX's, a nested graph, an unknown geometry name, an input missing in a frame.
     """
     model = onnx.ModelProto.FromString(model.SerializeToString())
     del model.graph.value_info[:]

@@ -2,8 +2,8 @@
 
     before   x ─► DQ ─► ReduceMean over H, W ─► Q ─►        after   x ─► DQ ─► GlobalAveragePool ─► Q ─►
 
-The two are the same. ONNX Runtime has the second in integers, channels last, and computes the first in float, over
-axes that lie apart in memory: 0.03 ns for each element against 0.53, an eighth of EfficientNet-B0's time.
+Both compute the same. ONNX Runtime computes the second in integers, channels last, and the first in float, over axes that
+are not adjacent in memory: 0.03 ns for each element against 0.53, an eighth of EfficientNet-B0's time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def means_to_pools(model: onnx.ModelProto) -> int:
     if not any(node.op_type == "ReduceMean" for node in graph.node):
         return 0
     ranks = _ranks(model)
-    newest = opset_of(model) >= 18  # where the axes are an input
+    newest = opset_of(model) >= 18  # axes given as an input
     changed = 0
     for node in graph.node:
         if node.op_type != "ReduceMean" or attribute(node, "keepdims", 1) != 1:
@@ -32,7 +32,7 @@ def means_to_pools(model: onnx.ModelProto) -> int:
             and before.op_type == "DequantizeLinear"
             and [reader.op_type for reader in readers[node.output[0]]] == ["QuantizeLinear"]
             and axes is not None
-            # Of four dimensions: with -1 and -2 among fewer it would not be height and width that are meant.
+            # Only for four dimensions: with fewer, -1 and -2 would not be height and width.
             and ranks.get(node.input[0]) == 4
             and sorted(int(axis) % 4 for axis in axes) == [2, 3]
         ):

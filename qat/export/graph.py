@@ -1,4 +1,4 @@
-"""From a traced module to a checked ONNX graph."""
+"""Exports a traced module as a checked ONNX graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qat.export.linear_norm import fold_linear_norms
 MOST_BYTES = 2**31
 # LpNormalization over channels takes ONNX Runtime 11 ms where a norm and a quotient take under one (256 × 1024 values).
 NOT_FUSED = ["fuse_lp_normalization"]
-# What torch's exporter raises about a network that it does not know how to write.
+# Exceptions of torch's exporter for a network that it cannot export.
 UNEXPORTABLE = (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
@@ -41,7 +41,7 @@ def trace(
     first input's, "views" (the cameras of all samples). varying: other dimensions that may, by input or output: {place: name}.
 
     Raises:
-        UserError: the exporter does not know an operator, or the graph is beyond the 2 GB that an ONNX file may have.
+        UserError: the exporter does not support an operator, or the graph exceeds the 2 GB limit of an ONNX file.
     """
     buffer = io.BytesIO()
     axes: dict[str, dict[int, str]] = {name: dict(places) for name, places in (varying or {}).items()}
@@ -83,8 +83,8 @@ def trace(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside the block nothing is printed: onnxsim's progress, and the operators that its C++ tries to compute ahead and
-    cannot yet (paddings of a size that is itself computed), which come to nothing in the end. Exceptions come through."""
+    """Inside the block nothing is printed: neither onnxsim's progress nor its harmless messages about operators that it cannot
+    compute ahead yet (paddings of a computed size). Exceptions are raised as usual."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -100,14 +100,14 @@ def _quiet() -> Iterator[None]:
 def simplify(
     model: onnx.ModelProto, name: str, folded: str | None = None, norms: bool = False, compared: bool = True
 ) -> onnx.ModelProto:
-    """onnxsim with its own comparison of both graphs on random input, then the full ONNX check.
+    """Runs onnxsim, with its comparison of both graphs on random input, then the full ONNX check.
 
     Args:
         folded: the largest constant to compute ahead, such as "1MB"; None for any. norms: batch norms may be left.
-        compared: False where random inputs mean nothing (indices), and the caller compares on real ones.
+        compared: False if random inputs are meaningless (indices) and the caller compares on real ones.
 
     Raises:
-        UserError: the simplified graph computes something else, or batch norms are left over.
+        UserError: the simplified graph computes something else, or batch norms remain.
     """
     np.random.seed(0)  # onnxsim draws its inputs from numpy's global generator
     try:
@@ -129,7 +129,7 @@ def simplify(
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drops what differs between runs or machines and does not matter to a runtime."""
+    """Removes fields that differ between runs or machines and do not matter to a runtime."""
     model.doc_string = model.graph.doc_string = ""
     del model.metadata_props[:]
     for node in model.graph.node:
@@ -143,7 +143,7 @@ def op_counts(model: onnx.ModelProto) -> Counter[str]:
 
 
 def tensor_specs(model: onnx.ModelProto) -> tuple[dict[str, dict[str, object]], dict[str, dict[str, object]]]:
-    """Inputs and outputs, each name → {"dtype": numpy name, "shape": [...]}; a dimension that may vary by its name."""
+    """Inputs and outputs, each name → {"dtype": numpy name, "shape": [...]}; a dimension that varies is given by its name."""
 
     def specs(values: Sequence[onnx.ValueInfoProto]) -> dict[str, dict[str, object]]:
         return {

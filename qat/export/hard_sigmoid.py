@@ -3,10 +3,10 @@
     onnxruntime   x ─► DQ(s) ─► HardSigmoid ─► Q ─►   becomes   x ─► DQ(s · alpha) ─► Add beta ─► Q ─►
     openvino      x ─► HardSigmoid ─►                 becomes   x ─► · alpha ─► + beta ─► Clip 0 … 1 ─►
 
-- ONNX Runtime has no HardSigmoid in integers, but sums. Where Q ends at 0 and at no more than 1 it saturates where
-  HardSigmoid does, so the clipping is its own: 0.06 ns for each element against 0.26. Reading x on a scale that is alpha times as
+- ONNX Runtime has no HardSigmoid in integers, but sums. A Q whose range ends at 0 and at most at 1 saturates where HardSigmoid
+  does, so it does the clipping: 0.06 ns for each element against 0.26. Reading x on a scale that is alpha times as
   large multiplies it by alpha.
-- OpenVINO's HardSigmoid takes one layout only, so everything around it is reordered: MobileNetV3-Large takes a third
+- OpenVINO's HardSigmoid accepts one layout only, so everything around it is reordered: MobileNetV3-Large takes a third
   longer, with 61 reorderings for 5.
 """
 
@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 from qat.export.lookups import attribute, constants, consumers, producers
 
-Rewritten = tuple[list[onnx.NodeProto], dict[str, np.ndarray]]  # the nodes in its place, and their constants
+Rewritten = tuple[list[onnx.NodeProto], dict[str, np.ndarray]]  # the replacing nodes, and their constants
 OVER = 1e-6  # 255 · float32(1 / 255) is more than 1 by less than that
 
 

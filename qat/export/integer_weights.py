@@ -23,7 +23,7 @@ def _store_weight(
     shape = [1] * weight.ndim
     if scale.size > 1:
         shape[attribute(quantize, "axis", 1)] = scale.size
-    # float32 throughout, and rounding half to even: what QuantizeLinear does
+    # like QuantizeLinear: float32 throughout, and rounding half to even
     rounded = np.rint(weight / scale.astype(np.float32).reshape(shape))
     stored = f"{quantize.input[0]}_s8"
     known[stored] = np.clip(rounded, -128, 127).astype(np.int8)
@@ -56,7 +56,7 @@ def _store_bias(
 
 
 def store_integers(model: onnx.ModelProto) -> int:
-    """Stores every weight that is rounded in s8, and the biases beside them, in place; returns how many weights."""
+    """Stores every weight that is rounded in s8, and its layer's bias, in place; returns the number of weights."""
     graph = model.graph
     producer, readers, known = producers(graph), consumers(graph), constants(graph)
     own = set(known)
@@ -76,7 +76,7 @@ def store_integers(model: onnx.ModelProto) -> int:
     initializers = [value for value in graph.initializer if value.name in used]
     initializers += [numpy_helper.from_array(known[name], name) for name in known if name not in own and name in used]
     del graph.node[:], graph.initializer[:]
-    del graph.value_info[:]  # inferred again where needed
+    del graph.value_info[:]  # inferred again if needed
     graph.node.extend(kept)
     graph.initializer.extend(initializers)
     return stored

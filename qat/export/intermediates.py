@@ -1,4 +1,4 @@
-"""Every tensor inside a graph, on given inputs, each node run once and never all tensors in memory."""
+"""Computes every tensor inside a graph on given inputs; runs each node once and never holds all tensors in memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
 
 
 def _standard(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, with another operator of the same types and shapes for ONNX Runtime's own (`qat.export.silu`)."""
+    """The model with ONNX Runtime's operators (`qat.export.silu`) replaced by ones with the same types and shapes."""
     if all(node.domain in ("", "ai.onnx") for node in model.graph.node):
         return model
     plain = onnx.ModelProto.FromString(model.SerializeToString())
@@ -50,10 +50,10 @@ def _standard(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fixed_inputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    """A copy whose inputs have the shapes of `feeds`, and nothing recorded of what lies between.
+    """A copy whose inputs have the shapes of `feeds`, without recorded shapes of intermediate tensors.
 
     Raises:
-        UserError: an input that `feeds` lacks.
+        UserError: `feeds` lacks an input.
     """
     fixed = onnx.ModelProto.FromString(model.SerializeToString())
     del fixed.graph.value_info[:]
@@ -71,7 +71,7 @@ def fixed_inputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onn
 
 
 class _Segment:
-    """Some nodes in a row, as a session with their inputs and all of their outputs."""
+    """A session of consecutive nodes, with their inputs and all of their outputs."""
 
     def __init__(
         self, model: onnx.ModelProto, nodes: list[onnx.NodeProto], types: Mapping[str, onnx.TypeProto.Tensor]

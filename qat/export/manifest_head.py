@@ -1,4 +1,4 @@
-"""What every manifest says, whatever the format of its parts."""
+"""The fields that every manifest has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat.manifest import FORMAT, SCHEMA
 
 
 def manifest_head(settings: Mapping[str, Any], precision: str, origin: Origin) -> dict[str, Any]:
-    """What every manifest says, whatever the format of the parts; `parts` is empty.
+    """Returns the fields that every manifest has, whatever the format of its parts; `parts` is empty.
 
     Args:
         settings: the manifest's `pipeline` section (`Family.settings`).

@@ -1,4 +1,4 @@
-"""The export of any quantized module: `qat.lean.quantize` in, one verified ONNX file out."""
+"""Exports any module quantized by `qat.lean.quantize` as one verified ONNX file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qat.model.runners import TorchPart
 
 
 class _Flat(nn.Module):
-    """A module whose outputs are a plain tuple of tensors, whatever it nests them in. inputs, outputs: their names.
+    """A module whose outputs are a plain tuple of tensors, whatever their nesting. inputs, outputs: their names.
 
     Changed for tracing: nothing else.
     """

@@ -1,4 +1,4 @@
-"""What an export is asked for."""
+"""Options of an export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.lean.modes import quantizers
 
 PROGRAM_PRECISIONS = ("fp32", "int8")
 IO = ("fp32", "fp16")
-OPSETS = range(13, 21)  # per-channel Q/DQ begins with 13; torch's TorchScript exporter ends with 20
+OPSETS = range(13, 21)  # per-channel Q/DQ exists from 13 on; torch's TorchScript exporter supports up to 20
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class ExportOptions:
     """Export options; flags of `bevqat export` have the same names.
 
     precision: "int8" writes Q/DQ pairs at the network's quantizers; "fp32" none; "fp16" the same graph as "fp32", for a builder
-        that is told by a flag to run it in FP16. None for INT8 of a quantized network and FP32 of a float one.
+        with an FP16 flag. None for INT8 of a quantized network and FP32 of a float one.
     flavour: "tensorrt" for symmetric s8 Q/DQ on float weights; "tensorrt-strong" for strongly typed networks, with precision in
         the graph's types (`qat.export.flavour_tensorrt_strong`); "onnxruntime" and "openvino" for what these fuse on a CPU, INT8
         only (`qat.lean.flavours`).
     opset: 13 to 20; None for 13, and for INT8 of tensorrt-strong 19, the first with FP16 scales.
     batch: samples (of all cameras) in an input. dynamic_batch: any number of them; `batch` and one more are verified.
     parts: names of the parts to write; None for all.
-    parts_int8: parts that the calibration left off, to quantize all the same.
+    parts_int8: parts that calibration left float, to quantize anyway.
     reduce_range: weights to seven bits, for CPUs without VNNI, whose u8·s8 sums of two products saturate at 16 bits.
     io: "fp16" for FP16 inputs and outputs of tensorrt-strong.
     layout: the form of another runtime, of those that the family has (`Family.in_layout`); None for the family's own.
 
-    Programs of torch.export (`qat.export.pt2`) have a precision and parts alone.
+    For torch.export programs (`qat.export.pt2`) only precision and parts apply.
     """
 
     precision: str | None = None
@@ -50,26 +50,26 @@ class ExportOptions:
 
     @property
     def strong(self) -> bool:
-        """Whether precision is written in the graph's types."""
+        """Whether the graph's types fix the precision."""
         return self.flavour == "tensorrt-strong"
 
     def settled(self, network: Any) -> ExportOptions:
         """The options with a precision, for this network.
 
         Raises:
-            UserError: a combination that no graph of this network can have, by the name of the flag.
+            UserError: a combination that is impossible for this network, by the name of the flag.
         """
         found = self._with_precision(network, PRECISIONS, "")
         found._check_graph(network)
         return found
 
     def settled_for_programs(self, network: Any) -> ExportOptions:
-        """`settled`, for programs of torch.export; raises also for an option that is for ONNX graphs alone."""
+        """`settled` for torch.export programs; also raises for an option that only applies to ONNX graphs."""
         self.check_programs()
         return self._with_precision(network, PROGRAM_PRECISIONS, " for the pt2 format")
 
     def check_programs(self) -> None:
-        """Raises `UserError` for an option that programs of torch.export do not have."""
+        """Raises `UserError` for an option that does not apply to torch.export programs."""
         for field in fields(self):
             if field.name not in ("precision", "parts") and getattr(self, field.name) not in (field.default, []):
                 raise only_for_graphs(f"--{field.name.replace('_', '-')}")
@@ -120,18 +120,18 @@ class ExportOptions:
         if self.precision == "int8" and fixed is not None and (self.batch > 1 or self.dynamic_batch):
             raise UserError(
                 f"batch: found a backbone that fixes the number of images when it is traced, at {fixed}, expected one that "
-                "takes any; export it for one sample"
+                "accepts any; export it for one sample"
             )
 
 
 def only_for_graphs(flag: str) -> UserError:
-    """The error of a flag that programs of torch.export do not have."""
+    """The error for a flag that does not apply to torch.export programs."""
     return UserError(f"{flag}: only applies to ONNX graphs; omit it with --format pt2")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an exported network came from, for the manifest.
+    """The origin of an exported network, for the manifest.
 
     checkpoint: its file, whose name and sha256 are noted; None for random weights. recipe: how its quantizers were calibrated.
     ema: whether the weights are a float checkpoint's averaged ones.

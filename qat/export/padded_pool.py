@@ -1,4 +1,4 @@
-"""A pass of every flavour: zeros around a MaxPool's input become the MaxPool's own padding and a bound from below.
+"""A pass of every flavour: zeros around a MaxPool's input become the MaxPool's padding and a lower bound.
 
     before   x ─► Pad(0) ─► MaxPool ─►          after   x ─► MaxPool(pads) ─► Max(·, floor) ─►
 
@@ -51,7 +51,7 @@ def pads_into_pools(model: onnx.ModelProto) -> int:
             and set(attribute(pool, "dilations", [1])) == {1}
             and len(pool.output) == 1
         )
-        # ONNX asks for a padding smaller than the kernel, and then every window holds a value of the input.
+        # ONNX requires a padding smaller than the kernel, so every window contains a value of the input.
         if (
             pads is None
             or not plain

@@ -1,4 +1,4 @@
-"""The export: a detector in, a folder of ONNX parts with their manifest out."""
+"""Exports a detector as a folder of ONNX parts with their manifest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qat.plan import BATCH, Plan
 from qat.runtime.axes import note_axes
 
 OPSET = OPSETS[0]
-SEED = 0  # of the made-up frame that every part is verified on
+SEED = 0  # seed of the generated frame that every part is verified on
 
 
 def export_parts(
@@ -48,15 +48,15 @@ def export_parts(
     Args:
         detector: a family's float network, or for INT8 a `qat.model.quantized.QuantizedModel`, on the CPU.
         out: the folder.
-        frames: real ones to verify on beside a made-up one, preprocessed for this model.
+        frames: real ones to verify on in addition to a generated one, preprocessed for this model.
         origin: of the weights, for the manifest.
 
     Returns:
         the manifest. `manifest["verification"]["passed"]` is False when a part is out of tolerance; the files are
-        written all the same, to be looked at.
+        written anyway, for inspection.
 
     Raises:
-        UserError: options that the detector cannot have, a frame of other cameras or another size, onnxsim's or ONNX's
+        UserError: options that do not fit the detector, a frame with other cameras or another size, onnxsim's or ONNX's
             check failed.
     """
     options = (options or ExportOptions()).settled(detector)
@@ -86,7 +86,7 @@ def in_layout(detector: Any, options: ExportOptions) -> Iterator[None]:
 
 @contextmanager
 def quantizers_set(detector: Any, options: ExportOptions) -> Iterator[None]:
-    """Inside the block the detector's quantizers are on and off, and as fine, as settled options ask for."""
+    """Inside the block the detector's quantizers have the states and resolution of the settled options."""
     with ExitStack() as stack:
         if options.precision != "int8":
             stack.enter_context(quantizers_off(detector))
@@ -138,7 +138,7 @@ def _export(
     with atomic_directory(out) as folder, progress_bar("export", total) as done:
         for name, part in parts.items():
             if not left:
-                break  # behind the last requested part
+                break  # after the last requested part
             done(total - len(left), name)
             if name not in left:
                 verification.skip(name)
@@ -189,7 +189,7 @@ def _export(
 
 
 def varying_axes(plan: Plan, name: str) -> dict[str, dict[int, str]]:
-    """The axes of a part's inputs and outputs that vary from frame to frame (not the batch), by its names for them."""
+    """The axes of a part's inputs and outputs that vary from frame to frame (not the batch), by the part's names."""
     part = plan.parts[name]
     tensors = {**part.inputs, **{output: output for output in part.outputs}}
     found = {
@@ -210,7 +210,7 @@ def _graph(
     wrapper = part.wrapper
     tensors = [torch.from_numpy(feeds[tensor]) for tensor in wrapper.inputs]
     with qdq_tracing():
-        # tensorrt-strong raises the opset itself, where the types ask for it
+        # tensorrt-strong raises the opset itself if the types require it
         opset = OPSET if options.strong or options.opset is None else options.opset
         model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, opset, options.dynamic_batch, varying)
     model = simplify(model, name)

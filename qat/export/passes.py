@@ -32,12 +32,12 @@ PASSES: dict[str, Callable[[onnx.ModelProto], int]] = {
     "global_pool": means_to_pools,
     "hard_sigmoid_as_sum": hard_sigmoids_to_sums,
     "hard_sigmoid_as_clip": hard_sigmoids_to_clips,
-    "silu": silus_to_one,  # the last one: shapes cannot be inferred behind what it adds
+    "silu": silus_to_one,  # the last pass: shapes cannot be inferred after its operator
 }
 
 
 def in_flavour(model: onnx.ModelProto, flavour: Flavour) -> onnx.ModelProto:
-    """A graph that was traced in a flavour, in its final form; the argument is left as it is."""
+    """The final form of a graph that was traced in a flavour; the argument is not changed."""
     if not flavour.passes:
         return model
     model = onnx.ModelProto.FromString(model.SerializeToString())

@@ -1,8 +1,8 @@
-"""The parts as programs of torch.export: NAME.pt2 files, for use in PyTorch.
+"""Exports the parts as torch.export programs: NAME.pt2 files, for use in PyTorch.
 
 A program holds its own weights and runs without this package: `torch.export.load(file).module()(*inputs)`. An INT8 one
 has torch's own fake-quantize operators, with the ranges as buffers named `…_amax`: what calibration chose can be read
-from it, and torch's compilers find the operators that they know.
+from it, and torch's compilers find operators that they support.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from qat.manifest_schema import Manifest, write_manifest
 from qat.model.runners import flow_for, torch_parts
 from qat.runtime import Pipeline
 
-SEED = 0  # of the random frame that the parts are run on
-# What a trace records about where an operator came from: paths of this machine and classes of this package.
+SEED = 0  # seed of the random frame that the parts are run on
+# A trace's records of an operator's origin: paths of this machine and classes of this package.
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 def _fake_quantize(quantizer: Quantizer, x: torch.Tensor) -> torch.Tensor:
-    """What `qat.lean.quantizer.Quantizer` computes, bit for bit, with its range a tensor of the graph."""
+    """Computes the same as `qat.lean.quantizer.Quantizer`, bit for bit, with the range as a tensor of the graph."""
     amax, spec = quantizer.range, quantizer.spec
     if amax.numel() > 1 and not spec.per_channel:
         amax = amax.max()
@@ -72,7 +72,7 @@ def _ranges_as_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def _drop_unused_weights(program: ExportedProgram) -> None:
-    """Takes out what the program never reads. (A wrapper holds the whole detector, and torch.export keeps all of it.)"""
+    """Removes what the program never reads. (A wrapper holds the whole detector, and torch.export keeps all of it.)"""
     specs = program.graph_signature.input_specs
     for node in [node for node in program.graph.nodes if node.op == "placeholder" and not node.users]:
         spec = next(spec for spec in specs if spec.arg.name == node.name)
@@ -84,7 +84,7 @@ def _drop_unused_weights(program: ExportedProgram) -> None:
 
 
 def strip_provenance(program: ExportedProgram) -> None:
-    """Takes out where a trace's operators came from, and the inputs that it was made with, which would be written with the weights."""
+    """Removes the origins of a trace's operators, and its example inputs, which would be written with the weights."""
     for node in program.graph.nodes:
         for key in PROVENANCE:
             node.meta.pop(key, None)
@@ -95,7 +95,7 @@ def trace_program(wrapper: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Expor
     """One part as a program for inputs of these shapes, quantizers as torch's fake-quantize operators.
 
     Traced without dynamo (strict=False): the wrappers' shape arithmetic and fx parts are plain Python, which needs no
-    bytecode analysis, and TensorQuantizer's forward has branches that it stumbles over.
+    bytecode analysis, and dynamo fails on branches in TensorQuantizer's forward.
     """
     with torch.no_grad(), _ranges_as_tensors(wrapper):
         program = torch.export.export(wrapper, inputs, strict=False)
@@ -121,7 +121,7 @@ def export_pt2(
 ) -> dict[str, Any]:
     """Writes a detector's parts as .pt2 files with manifest.json into `out`, whole or not at all.
 
-    Every file is loaded again and run beside the module that it came from: on the CPU, in one process, the same operators
+    Every file is loaded again and compared with its module: on the CPU, in one process, the same operators
     on the same number of threads have the same bits, and anything else fails. The same detector has the same bytes
     with torch 2.13; torch does not promise it. An earlier `out` is replaced.
 
@@ -133,12 +133,12 @@ def export_pt2(
         origin: of the weights, for the manifest.
 
     Returns:
-        the manifest, with format_of_parts "pt2" (`qat.manifest.load_manifest` reads it when told so). Its
-        `verification["passed"]` is False when a reloaded program computes something else; the files are written all
-        the same; check it.
+        the manifest, with format_of_parts "pt2" (an argument of `qat.manifest.load_manifest`). Its
+        `verification["passed"]` is False if a reloaded program computes something else; the files are written anyway,
+        so check it.
 
     Raises:
-        UserError: an unknown precision or part, INT8 asked of a float detector, or an option that is for ONNX graphs.
+        UserError: an unknown precision or part, INT8 requested for a float detector, or an option that is for ONNX graphs.
     """
     options = (options or ExportOptions()).settled_for_programs(detector)
     precision = str(options.precision)

@@ -2,9 +2,9 @@
 
     before   x ─► DQ ─► · a ─► + b ─► Relu ─► Q ─►          after   x ─► DQ ─► Conv(a ─► Q ─► DQ, b) ─► Relu ─► Q ─►
 
-That is a batch norm with no layer in front of it (DenseNet, RepVGG): one integer kernel for it, where ONNX Runtime has a product and a
-sum, in integers or, as here, in float. (`qat.export.integer_weights` stores a in s8 and b in s32 after this.) Nothing more is rounded than a convolution's bias: with one scale a channel the weight is
-exactly ±127 steps.
+This is a batch norm without a layer before it (DenseNet, RepVGG). It becomes one integer kernel instead of a product and a
+sum, in integers or, as here, in float. (`qat.export.integer_weights` stores a in s8 and b in s32 after this.) Only the bias is
+rounded, like a convolution's: with one scale per channel the weight is exactly ±127 steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _channels(value: np.ndarray | None) -> np.ndarray | None:
 
 
 def weight_steps(scale: np.ndarray, shift: np.ndarray, step: float) -> np.ndarray:
-    """float32[C]: each channel's step, in which its shift fits an s32 bias too. step: of the input."""
+    """float32[C]: each channel's step, chosen so that its shift fits an s32 bias too. step: of the input."""
     least = np.abs(shift.astype(np.float64)) / (step * LARGEST_BIAS)
     steps = np.maximum(np.abs(scale.astype(np.float64)) / MOST, least)
     return np.where(steps > 0, steps, 1.0).astype(np.float32)
@@ -38,8 +38,8 @@ def scales_to_depthwise(model: onnx.ModelProto) -> int:
     graph = model.graph
     known, readers, producer = constants(graph), consumers(graph), producers(graph)
     outputs = {value.name for value in graph.output}
-    removed: set[str] = set()  # outputs of the sums that go
-    made: dict[str, list[onnx.NodeProto]] = {}  # by the output of the product in whose place they are
+    removed: set[str] = set()  # outputs of the removed sums
+    made: dict[str, list[onnx.NodeProto]] = {}  # by the output of the product that they replace
     added: dict[str, np.ndarray] = {}
 
     def alone(node: onnx.NodeProto, kind: str) -> onnx.NodeProto | None:

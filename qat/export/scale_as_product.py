@@ -3,8 +3,8 @@
     before   x ─► Conv 1×1 ─► Relu ─► Q ─► DQ ─►          after   x ─► NHWC ─► · w ─► + b ─► Relu ─► Q ─► DQ ─► NCHW ─►
 
 The first convolution over a depth map has one input channel and stays float. OpenVINO computes it as a matrix product with a
-depth of one, and lays its result out again in memory for the INT8 convolution behind it: 9 ms of 94 for the full-size camera part,
-where the product, with the rounding in it, takes 2 (ONNX Runtime takes as long as before). Layers that follow read channels last.
+depth of one, and reorders its result in memory for the INT8 convolution after it: 9 ms of 94 for the full-size camera part. The
+product, including the rounding, takes 2 ms (ONNX Runtime takes as long as before). Following layers read channels last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHAIN = ("Relu", "QuantizeLinear", "DequantizeLinear")
 
 
 def scales_to_products(model: onnx.ModelProto) -> int:
-    """Rewrites 1×1 convolutions of one channel with constant float weights, in place, where nothing but Relu, Q and DQ follows;
+    """Rewrites 1×1 convolutions of one channel with constant float weights, in place, if only Relu, Q and DQ follow;
     returns how many."""
     graph = model.graph
     known, readers = constants(graph), consumers(graph)
@@ -53,7 +53,7 @@ def scales_to_products(model: onnx.ModelProto) -> int:
 
 def _rewrite(graph: onnx.GraphProto, conv: onnx.NodeProto, last: onnx.NodeProto, parameters: list[np.ndarray]) -> None:
     stem = conv.output[0]
-    # Not in the layer's scope: `qat.export.bisect` would take a tensor with channels last for the layer's result.
+    # Outside the layer's scope: otherwise `qat.export.bisect` would match a channels-last tensor with the layer's result.
     scope = conv.name.replace("/", "_")
     nodes = [helper.make_node("Transpose", [conv.input[0]], [f"{stem}_nhwc"], name=f"{scope}_nhwc", perm=TO_NHWC)]
     for kind, value in zip(("Mul", "Add"), parameters, strict=False):

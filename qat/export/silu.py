@@ -3,9 +3,9 @@
     before   x ─► Q ─► DQ ─┬─► Sigmoid ─► Mul ─► Q ─►        after   x ─► Q ─► DQ ─► QuickGelu ─► Q ─►
                            └───────────────┘
 
-QuickGelu (of ONNX Runtime's own domain) is x · sigmoid(alpha · x), here with alpha 1. ONNX Runtime fuses to it by itself
-where x is float; behind a DQ it cannot, for it gives each reader its own DQ first. For each element 0.14 ns against 0.42
-(Sigmoid, Mul and a second DQ), and against 0.45 for both in integers (QLinearSigmoid, QLinearMul), which round twice more.
+QuickGelu (in ONNX Runtime's domain) is x · sigmoid(alpha · x), here with alpha 1. ONNX Runtime fuses float x to it, but not
+after a DQ, because it first gives each reader a separate DQ. It takes 0.14 ns for each element, against 0.42 (Sigmoid, Mul
+and a second DQ), and against 0.45 for both in integers (QLinearSigmoid, QLinearMul), which round twice more.
 """
 
 from __future__ import annotations

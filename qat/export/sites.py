@@ -1,11 +1,11 @@
-"""The reference of an INT8 graph's sites (`qat.core.sites`): what PyTorch computes in each, on the same codes.
+"""The reference of an INT8 graph's sites (`qat.core.sites`): PyTorch's results in each, from the same codes.
 
 A part runs with hooks on its quantizers. Each hook gets the unrounded value and returns codes: those of its rounding, or
-given ones. In one run with given codes every segment between two quantizers is computed by itself, because the output of a
-segment is checked but not used.
+given ones. In one run with given codes every segment between two quantizers is computed independently, because the output
+of a segment is checked but not used.
 
-What the graph's flavour rounds beside activations is rounded in PyTorch too (`prepared`, `_Hooks`): weights, always; biases
-to the scale of the products (s32) in the CPU flavours; weights, biases, scales and every layer's result to FP16 in
+Everything that the graph's flavour rounds is rounded in PyTorch too (`prepared`, `_Hooks`): weights, always; biases to the
+scale of the products (s32) in the CPU flavours; weights, biases, scales and every layer's result to FP16 in
 `tensorrt-strong`, sums and products between layers too.
 """
 
@@ -63,8 +63,8 @@ def _is_one_of(pair: Pair, grids: Sequence[tuple[np.ndarray, int, str]]) -> bool
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:
-    """x with FP16's 11 bits; what is beyond its range is rounded as if it were not: the graph has it in FP32 (`qat.export.fp16`),
-    and where it does not, its infinity must not become the reference."""
+    """x with FP16's 11 bits. Values beyond FP16's range are rounded as if they were within it: the graph keeps them in FP32
+    (`qat.export.fp16`), and if it does not, its infinity must not become the reference."""
     rounded = x.half().to(x.dtype)
     if not bool(rounded.isinf().any()):
         return rounded
@@ -94,13 +94,13 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
             continue
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        # Divided by the scale, as ONNX defines it: times the scale's inverse, as PyTorch has it, some fall on the other side
+        # Divided by the scale, as in ONNX's definition: multiplied by its inverse, as in PyTorch, some fall on the other side
         # of a half.
         amax, spec = quantizer.range.detach(), quantizer.spec
         steps = (amax if spec.per_channel else amax.max().reshape([1] * weight.ndim)) / spec.levels
         rounded = (weight / steps).round().clamp(spec.low, spec.high) * steps
         if half:
-            # As `qat.export.flavour_tensorrt_strong`: FP16 scales, a tiny one rounded again with the least that FP16 holds.
+            # Like `qat.export.flavour_tensorrt_strong`: FP16 scales; a tiny one is rounded again with the smallest in FP16.
             coarse = (steps < LEAST_SCALE) & (steps.max() >= LEAST_SCALE)
             stepped = torch.where(coarse, torch.full_like(steps, LEAST_SCALE), steps)
             codes = torch.where(coarse, (weight / stepped).round(), (rounded / steps).round()).clamp(-128, 127)
@@ -123,7 +123,7 @@ def _prepare(modules: Sequence[nn.Module], half: bool) -> None:
 
 @dataclass
 class _Place:
-    """What the graph rounds in PyTorch, and its pair. perm: from PyTorch's layout to the graph's, None for the same."""
+    """A rounded tensor in PyTorch, and its pair in the graph. perm: from PyTorch's layout to the graph's, None for the same."""
 
     pair: Pair
     perm: tuple[int, ...] | None = None
@@ -136,7 +136,7 @@ class _Place:
 
 
 def _codes(value: torch.Tensor, scale: torch.Tensor, zero: Any, limits: tuple[int, int]) -> torch.Tensor:
-    """As QuantizeLinear has them, in the value's own type."""
+    """Codes like QuantizeLinear's, in the value's type."""
     return (value / scale).round_().add_(zero).clamp_(*limits)
 
 
@@ -156,7 +156,7 @@ Look = Callable[[str, torch.Tensor], None]
 
 
 def _constant_quantizers(wrapper: nn.Module) -> set[nn.Module]:
-    """Quantizers of what depends on no input, but on sizes: the graph has their results as constants."""
+    """Quantizers of tensors that depend only on sizes, not on inputs: their results are constants in the graph."""
     found: set[nn.Module] = set()
     for graph in wrapper.modules():
         if not isinstance(graph, fx.GraphModule):
@@ -179,15 +179,15 @@ def _whole_products(bias: torch.Tensor, step: float, steps: torch.Tensor) -> tor
 
 
 class _Hooks:
-    """A run of one prepared part with codes of its own or given ones."""
+    """A run of one prepared part with its own codes or given ones."""
 
     def __init__(
         self, owner: SiteReference, wrapper: nn.Module, given: Mapping[str, np.ndarray] | None, look: Look
     ) -> None:
         self.owner, self.wrapper, self.given, self.look = owner, wrapper, given, look
         self.count = 0
-        self.rounded: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # by id of what was rounded
-        self.made: dict[int, tuple[weakref.ref[torch.Tensor], Pair]] = {}  # by id of what came out
+        self.rounded: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # by id of the rounded tensor
+        self.made: dict[int, tuple[weakref.ref[torch.Tensor], Pair]] = {}  # by id of the result
 
     def record(self, path: str, module: nn.Module, inputs: Any, result: torch.Tensor) -> torch.Tensor | None:
         with _disable_current_modes():
@@ -241,7 +241,7 @@ class _Hooks:
         return result
 
     def _input_step(self, inputs: Any) -> float | None:
-        """The step of what a layer takes in, if one quantizer's, with one step, gave it."""
+        """The step of a layer's input, if one quantizer with a single step computed it."""
         alive, pair = self.made.get(id(inputs[0]), (None, None))
         if alive is None or alive() is not inputs[0] or pair is None or pair.scale.size > 1:
             return None
@@ -256,7 +256,7 @@ class _Hooks:
 
     @torch.no_grad()
     def before_scale(self, layer: Any, inputs: Any) -> None:
-        """Rounds a batch norm's scale and shift as the convolution that the graph has for it (`qat.export.scale_as_depthwise`)."""
+        """Rounds a batch norm's scale and shift like the convolution that replaces it (`qat.export.scale_as_depthwise`)."""
         step = self._input_step(inputs)
         if step is not None:
             scale, shift = layer.floats
@@ -294,9 +294,9 @@ class _Hooks:
 
 
 class SiteReference:
-    """One INT8 part in PyTorch beside its graph's sites.
+    """One INT8 part in PyTorch, matched with its graph's sites.
 
-    cut: the graph's pieces. modules: each site's name → the quantizer's path in the detector. problems: what does not match:
+    cut: the graph's pieces. modules: each site's name → the quantizer's path in the detector. problems: mismatches:
     a quantizer without a pair, a pair without a quantizer, a scale or zero point that is not the quantizer's.
     """
 
@@ -313,9 +313,9 @@ class SiteReference:
 
         Args:
             part: in the state of the export.
-            base: its copy out of `prepared`. exact: returns that in float64.
+            base: its copy from `prepared`. exact: returns that in float64.
             graph: the file's bytes.
-            feeds: some inputs, to find the order of the calls with.
+            feeds: some inputs, to find the order of the calls.
             half: whether the graph is typed FP16.
         """
         self.half, self._base, self._exact = half, base, exact
@@ -343,7 +343,7 @@ class SiteReference:
                 back.setdefault(node.input[0], []).append(node.output[0])
         for name, pair in self.cut.pairs.items():
             found = [matches.call_of[o] for o in back.get(name, ()) if o in matches.call_of]
-            if not found:  # a pass may have replaced its DequantizeLinear: by the name of its QuantizeLinear
+            if not found:  # a pass may have replaced its DequantizeLinear: match by the name of its QuantizeLinear
                 scope = pair.node.split("/")[-2:-1]
                 found = [
                     at
@@ -383,7 +383,7 @@ class SiteReference:
         self._shapes(model, feeds)
 
     def _shapes(self, model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> None:
-        """Which sites have another layout in the graph: a pass may have left their channels last."""
+        """The sites with another layout in the graph: a pass may have left their channels last."""
         types = tensor_types(fixed_inputs(model, feeds))
         for at, place in self.places.items():
             here = tuple(d.dim_value for d in types[place.pair.codes].shape.dim)
@@ -408,7 +408,7 @@ class SiteReference:
         codes: Mapping[str, np.ndarray],
         patches: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, Site]:
-        """The reference of every site on these inputs and codes. patches: what the codes repeat, to be kept with it."""
+        """The reference of every site on these inputs and codes. patches: the repeated patches of codes, to store with it."""
         shapes: dict[str, tuple[int, ...]] = {}
 
         def run(wrapper: nn.Module) -> dict[str, np.ndarray]:
@@ -471,7 +471,7 @@ class SiteReference:
         }
 
     def failures(self, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Those of `check_sites`' entries that did not pass, as the manifest's `divergence` has them."""
+        """The failed entries of `check_sites`, in the form of the manifest's `divergence`."""
         rows = []
         for name, entry in found.items():
             if not entry["passed"]:

@@ -3,9 +3,9 @@
     before   ─► NCHW ─┬─► Slice(1) ─► Softmax(1) ─►          after   ─┬─► Slice(3) ─► Softmax(3) ─► NCHW ─►
                       └─► Slice(1) ─► NHWC ─►                         └─► Slice(3) ─►
 
-A matrix product (`qat.export.conv_as_matmul`) leaves its channels last, where a softmax over them reads memory in order; that over
-the second of four dimensions takes ONNX Runtime 20 ms of 310 for the depth weights of the full-size camera part
-(benchmarks/flavours.py). The context goes out channels-last and is not transposed at all.
+A matrix product (`qat.export.conv_as_matmul`) leaves its channels last, so a softmax over them reads memory in order. A softmax
+over the second of four dimensions takes ONNX Runtime 20 ms of 310 for the depth weights of the full-size camera part
+(benchmarks/flavours.py). The context stays channels-last and is not transposed at all.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PLACE = {0: 0, 1: 3, 2: 1, 3: 2}  # of a dimension of NCHW in NHWC
 
 
 def sink_transposes(model: onnx.ModelProto) -> int:
-    """Moves transposes to NCHW behind what follows them, in place, where all of that is Slice, Softmax and transposes back;
-    returns how many were moved."""
+    """Pushes transposes to NCHW down behind the nodes that follow them, in place, if all of these are Slice, Softmax and
+    transposes back; returns how many were moved."""
     graph = model.graph
     outputs = {value.name for value in graph.output}
     known = constants(graph)
@@ -93,7 +93,7 @@ def _rename(graph: onnx.GraphProto, old: str, new: str, outputs: set[str]) -> No
 
 
 def _drop_identities(graph: onnx.GraphProto, outputs: set[str]) -> None:
-    """An Identity to a graph output gives its name to the node before it, where no other node reads that one's result."""
+    """Removes an Identity before a graph output: the node before it gets the output's name, unless others read its result."""
     for node in [n for n in graph.node if n.op_type == "Identity" and n.output[0] in outputs]:
         source = node.input[0]
         producer = next((n for n in graph.node if source in n.output), None)

@@ -1,7 +1,7 @@
-"""Each exported graph beside the PyTorch module it came from, on the same inputs: a generated frame and real ones.
+"""Compares each exported graph with its PyTorch module on the same inputs: a generated frame and real ones.
 
-ONNX Runtime runs the graph as it is in the file (its optimizer off), so that what is checked is the file; then once with the
-optimizer on, whose rewrites may compute something else (onnxruntime#24737). An INT8 graph is also checked site by site
+ONNX Runtime runs the graph with its optimizer off, to check the file itself; then once with the optimizer on, whose
+rewrites may compute something else (onnxruntime#24737). An INT8 graph is also checked site by site
 (`qat.export.sites`). docs/verify.md derives the tolerances, and says what verification.npz holds for `bevqat verify`.
 """
 
@@ -78,10 +78,10 @@ def verify_part(
         feeds: the inputs of both.
         unquantized: for an INT8 graph, the module's outputs with its quantizers off; None for a graph without QDQ.
         where: the frame and the part, for messages.
-        pytorch: where `reference` is in float64, PyTorch's own float32 result.
+        pytorch: if `reference` is in float64, PyTorch's float32 result.
 
     Returns:
-        for each output what `judge` says.
+        for each output the result of `judge`.
     """
     opened = graph if isinstance(graph, PlainGraph) else PlainGraph(graph)
     candidate = opened.run({name: feeds[name].astype(spec.dtype, copy=False) for name, spec in opened.inputs.items()})
@@ -98,7 +98,7 @@ def verify_part(
 
 
 def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry as the manifest holds it."""
+    """An entry in the manifest's form."""
     digits = {"cosine": 9}
     return {
         name: value
@@ -111,7 +111,7 @@ def _rounded(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reserve(entry: Mapping[str, Any]) -> float:
-    """By how many dB an entry is within its tolerances, at the nearest of them."""
+    """An entry's smallest margin to its tolerances, in dB."""
     found = min(entry[key] for key in ("sqnr_db", "runtime_db", "optimized_db") if key in entry)
     reserves = [found - entry["tolerance_db"]]
     if "float_db" in entry:
@@ -142,7 +142,7 @@ def _doubled(wrappers: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Modu
 
 @dataclass
 class _Running:
-    """A batch of frames on its way through the plan. tensors: those that later steps take. patches: what some of them repeat."""
+    """A batch of frames on its way through the plan. tensors: those that later steps read. patches: of repeated tensors."""
 
     token: str
     tensors: dict[str, Any]
@@ -159,8 +159,8 @@ class Verification:
             manifest["parts"][name] |= verification.check(name, graph, model)
         manifest["verification"] = verification.write(folder)
 
-    Each frame keeps only what later steps read. Parts pass PyTorch's tensors on, rounded (`round_input`), so
-    that one part's error is not charged to the next.
+    Each frame keeps only the tensors that later steps read. PyTorch's tensors, rounded (`round_input`), are passed from part to
+    part, so that one part's error does not count against the next.
     """
 
     def __init__(
@@ -174,15 +174,15 @@ class Verification:
         """Runs the frames.
 
         Args:
-            detector: float, or quantized and in the state in which it is exported.
+            detector: float, or quantized and ready for export.
             parts: its parts, in their order.
-            frames: real ones; beside these, a generated one.
+            frames: real ones; a generated one is added.
             seed: of the generated frame; of a batch of them, of the first.
             batches: samples in an input: that of the file, or one that a graph for any number is traced with, and others
-                that it is verified with too, on generated frames. A real frame fills its batch by itself.
+                that it is verified with too, on generated frames. A real frame fills its batch alone.
 
         Raises:
-            UserError: a frame is not what the parts take.
+            UserError: a frame does not fit the parts.
         """
         self.detector, self.parts, self.seed = detector, dict(parts), seed
         self.flow = flow_for(detector)
@@ -211,7 +211,7 @@ class Verification:
         self.varying = {
             n for n, t in self.plan.tensors.items() if any(isinstance(d, str) and d != BATCH for d in t.shape)
         }
-        self._settled: set[str] = set(self.plan.inputs)  # tensors that are as the parts take them
+        self._settled: set[str] = set(self.plan.inputs)  # tensors in the form that the parts accept
         self._ops_until(next(iter(self.parts)))
 
     def feeds(self, name: str) -> dict[str, np.ndarray]:
@@ -239,7 +239,7 @@ class Verification:
         Returns:
             the part's `verification` (each output's figures), `scales` (see `compare_scales`), of an INT8 graph `sites`, and
             where something is out of tolerance, `divergence`: the sites that are, and the first diverging layers. (These not
-            of a strongly typed graph, where every layer rounds: look at the same detector's `tensorrt` flavour.)
+            of a strongly typed graph, where every layer rounds: check the same detector's `tensorrt` flavour.)
         """
         part = self.parts[name]
         opened, optimized = PlainGraph(graph), PlainGraph(graph, optimized=True)
@@ -340,7 +340,7 @@ class Verification:
         return exact.run(in_float64(feeds))
 
     def _check_sites(self, name: str, reference: SiteReference) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The part's `sites` and what of them diverges: on the codes of a real frame, and on patches of these, which are kept,
+        """The part's `sites` and those that diverge: on the codes of a real frame, and on patches of these, which are kept,
         with the optimizer on too."""
         feeds = self._feeds(name, self.running[self.whole])
         codes = reference.codes(feeds)
@@ -425,7 +425,7 @@ class Verification:
                     self.arrays[f"{stem}/{kind}/{output}/{key}"] = value
 
     def _advance(self, name: str, outputs: Sequence[Mapping[str, np.ndarray]]) -> None:
-        """Advances every frame past a part and the ops behind it."""
+        """Advances every frame past a part and the ops after it."""
         for running, output in zip(self.running, outputs, strict=True):
             running.tensors.update(output)
         names = list(self.parts)
@@ -439,7 +439,7 @@ class Verification:
             running.tensors = {tensor: x for tensor, x in running.tensors.items() if tensor in needed}
             for tensor in sorted(taken - self._settled):
                 value = round_input(running.tensors[tensor])
-                # Of the frame that is kept, a large tensor is replaced by a patch, repeated.
+                # In the stored frame, a large tensor is replaced by a repeated patch.
                 patch = input_patch(value) if running is self.running[self.whole] else None
                 running.tensors[tensor] = value if patch is None else tile(patch, value.shape)
                 if patch is not None:
@@ -447,7 +447,7 @@ class Verification:
         self._settled |= taken
 
     def _ops_until(self, name: str, after: str | None = None) -> None:
-        """Runs the ops before a part, from the part before it on, in torch."""
+        """Runs the ops between the previous part and this one, in torch."""
         for step in self.plan.between(after, name):
             if not isinstance(step, Op):
                 continue

@@ -1,11 +1,11 @@
-"""Families of models, one folder each. This package knows their names; stages get families from it.
+"""Families of models, one folder each. This package is the registry; stages get families from it.
 
 A family is a package with two modules:
 
     flow.py      FLOW, a `qat.families.flow.Flow`: the plan, the host's ops, raw input and boxes. No torch.
     family.py    FAMILY, a `qat.families.family.Family`: config, networks, parts, recipe, training. Imported by PyTorch stages.
 
-Other packages add theirs by an entry point of the group `bevqat.families`: `toy = "my_package.toy"`.
+Other packages add families by an entry point of the group `bevqat.families`: `toy = "my_package.toy"`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from qat.families.flow import Flow
 
 GROUP = "bevqat.families"
-DEFAULT = "bevfusion"  # of manifests, checkpoints and configs that name none
+DEFAULT = "bevfusion"  # the family of manifests, checkpoints and configs that name none
 KEY = "family"
 _OWN = {name: f"qat.families.{name}" for name in (DEFAULT, "pointpillars", "centerpoint", "votenet")}
-# Configs in Python: the function that says which family has one.
+# Configs in Python: the functions that return a config's family.
 _PYTHON_CONFIGS = "qat.families.mmdet3d.config"
-# Verbs that one family has: the module that has its flags, and what it does.
+# Verbs of a single family: the module with the flags, and the help text.
 VERBS = {
     "export-mmdet3d": ("qat.families.mmdet3d.verb", "write mmdet3d models as model.pt2, model.onnx and metadata.json"),
 }
@@ -45,7 +45,7 @@ def named_in(values: Mapping[str, Any], source: str) -> str:
     """The family that a config, a checkpoint or a manifest's section names.
 
     Raises:
-        UserError: there is no such family here.
+        UserError: the family does not exist here.
     """
     name = values.get(KEY, DEFAULT)
     if not isinstance(name, str) or name not in packages():
@@ -63,12 +63,12 @@ def flow_class(name: str) -> type[Flow]:
 
 @cache
 def state_names() -> tuple[str, ...]:
-    """How names of a state dict of any family begin."""
+    """Prefixes of the names in a state dict of any family."""
     return tuple(dict.fromkeys(name for family in packages() for name in flow_class(family).state_names))
 
 
 def flow_of(settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> Flow:
-    """The flow that a manifest's `pipeline` section describes. threads, source: as for `Flow`."""
+    """The flow that a manifest's `pipeline` section describes. threads, source: as in `Flow`."""
     return flow_class(named_in(settings, source))(settings, threads, source)
 
 
@@ -79,15 +79,15 @@ def family_named(name: str) -> Family:
 
 
 def of_python_config(path: Path) -> str:
-    """The name of the family of a config that is written in Python, as mmengine's are; it is run.
+    """The name of the family of a config in Python (mmengine's). The config is executed.
 
     Raises:
-        UserError: it cannot be read, or describes a model that no family here has.
+        UserError: it cannot be read, or no family here has its model.
     """
     name: str = import_module(_PYTHON_CONFIGS).family_in(path)
     return name
 
 
 def family_of(values: Mapping[str, Any], source: str) -> Family:
-    """The family that a config or a checkpoint names; raises as `named_in`."""
+    """The family that a config or a checkpoint names; raises like `named_in`."""
     return family_named(named_in(values, source))

@@ -1,4 +1,4 @@
-"""The interface of a family for stages that run PyTorch, and its parts."""
+"""The interface of a family for stages that run PyTorch."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Core = nn.Module | Callable[..., Any]  # a graph, or a method of the network
 
 
 class PartModule(nn.Module):
-    """A part as a module with fixed tensor names, for tracing and as a runner; a subclass says what it changes for tracing.
+    """A part as a module with fixed tensor names, for tracing and as a runner; subclasses say what they change for tracing.
 
-    core: what of it is traced and quantized: the float network's own method, or its quantized graph. inputs, outputs: names.
+    core: the piece that is traced and quantized: the float network's method, or its quantized graph. inputs, outputs: names.
     direct: core's inputs are the part's. whole: its outputs are too, so forward is only core.
     """
 
@@ -37,7 +37,7 @@ class PartModule(nn.Module):
 
     def __init__(self, core: Core, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None) -> None:
         super().__init__()
-        # The names of an ONNX graph's nodes begin with that of the module that is called: a graph's with its scope.
+        # The names of an ONNX graph's nodes start with that of the called module; for a graph, with its scope.
         self._method = None if isinstance(core, nn.Module) else str(core.__name__)
         self._own = "detector" if self._method is not None else str(getattr(core, "scope", "graph"))
         self.add_module(self._own, core if isinstance(core, nn.Module) else core.__self__)  # type: ignore[attr-defined]
@@ -46,12 +46,12 @@ class PartModule(nn.Module):
 
     @property
     def core(self) -> Any:
-        """As the class says; called with the part's inputs, or what forward makes of them."""
+        """See the class; called with the part's inputs, or with what forward computes from them."""
         found = self._modules[self._own]
         return found if self._method is None else getattr(found, self._method)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
-        """The inputs in their order → the outputs in theirs."""
+        """Computes the outputs from the inputs, both in order."""
         return self.core(*inputs)
 
 
@@ -62,7 +62,7 @@ def outputs_of(module: Any, result: Any) -> dict[str, Any]:
 
 
 def kept_flow(model: Any, family: Family) -> Flow:
-    """The host's side of a model, rebuilt only when its config changed."""
+    """The flow (host side) of a model, rebuilt only if its config changed."""
     kept = model.__dict__.get("_flow")
     if kept is None or kept[0] is not model.config:
         kept = model.__dict__["_flow"] = (model.config, family.flow(model.config))
@@ -78,7 +78,7 @@ def own_path(path: str) -> str:
 def relative_error(
     student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], names: Sequence[str]
 ) -> torch.Tensor:
-    """The mean over these tensors of the student's squared error by the teacher's mean square."""
+    """The mean over these tensors of the student's squared error divided by the teacher's mean square."""
     lost = [
         (student[name] - teacher[name]).square().mean() / teacher[name].square().mean().clamp(min=1e-6)
         for name in names
@@ -88,12 +88,12 @@ def relative_error(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a family's networks are quantized unless the user says otherwise.
+    """A family's default quantization.
 
-    keep_float: layers that stay float, with reasons. parts_off: scopes of parts that are float as a whole → in which flavours;
-    off_reason: why. method, by_layer: how ranges are chosen: a method of `qat.lean.METHODS`, and (pattern, method) pairs that go
-    before it. equalize: whether channels of a part's input may be divided by their magnitudes. round_outputs: whether what only goes
-    out of a part may be rounded too where that makes the layer before it an integer one (`qat.lean.rules.integer_chain`).
+    keep_float: layers that stay float, with reasons. parts_off: scopes of parts that are float as a whole → their flavours;
+    off_reason: why. method, by_layer: how ranges are chosen: a method of `qat.lean.METHODS`, and (pattern, method) pairs that
+    override it. equalize: whether channels of a part's input may be divided by their magnitudes. round_outputs: whether a
+    part's outputs may be rounded if that lets the preceding layer run in integers (`qat.lean.rules.integer_chain`).
     """
 
     keep_float: tuple[FloatRule, ...] = ()
@@ -106,26 +106,26 @@ class Recipe:
 
 
 class Family(ABC):
-    """Everything about one kind of model. A network that it builds has `config` and `family`, this family's name."""
+    """Everything about one kind of model. Networks that it builds have `config` and `family`, this family's name."""
 
     name: str
     loss_weights: Mapping[str, float] = {}
 
     def flow(self, config: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> Flow:
-        """The host's side of a model of this config."""
+        """The flow (host side) of a model of this config."""
         return flow_class(self.name)(self.settings(config), threads, source)
 
     @abstractmethod
     def load_config(self, path: str | Path, prefix: str | None = None) -> dict[str, Any]:
-        """Reads and checks a config. prefix: not None for the piece of a larger model that lies under it in a checkpoint.
+        """Reads and checks a config. prefix: not None for the part of a larger model under this prefix in a checkpoint.
 
         Raises:
-            UserError: it cannot be read, or describes what cannot be built, by name.
+            UserError: it cannot be read, or describes something that cannot be built, by name.
         """
 
     @abstractmethod
     def check_config(self, config: object, source: str, prefix: str | None = None) -> dict[str, Any]:
-        """The same of a config that a checkpoint holds; returns it, or what of it `prefix` asks for."""
+        """The same for a config inside a checkpoint; returns the config, or its part for `prefix`."""
 
     def trained_with(self, config: Mapping[str, Any], meta: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         """The config with what only a float checkpoint's `meta` tells."""
@@ -147,7 +147,7 @@ class Family(ABC):
 
     @abstractmethod
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """The float network, randomly initialised; raises `UserError` as `load_config`."""
+        """The float network, randomly initialised; raises `UserError` like `load_config`."""
 
     @abstractmethod
     def random(self, config: Mapping[str, Any], seed: int) -> nn.Module:
@@ -157,22 +157,22 @@ class Family(ABC):
     def load_state(
         self, network: Any, state: Mapping[str, Any], source: str, prefix: str | None = None, finite: bool = True
     ) -> int:
-        """Loads a checkpoint's weights into a network; returns how many names were left out.
+        """Loads a checkpoint's weights into a network; returns the number of names that were left out.
 
         Args:
-            prefix: where the network lies in the checkpoint. finite: False accepts NaN and infinity, to examine their effect.
+            prefix: the network's place in the checkpoint. finite: False accepts NaN and infinity, to examine their effect.
 
         Raises:
             UserError: they do not fit.
         """
 
     def take_piece(self, checkpoint: Mapping[str, Any], prefix: str, source: str) -> tuple[dict[str, Any], int]:
-        """ "state_dict" and "quantizers" of a checkpoint's piece under a prefix, by the network's names, and how many others."""
+        """ "state_dict" and "quantizers" under a checkpoint's prefix, by the network's names, and the number of other names."""
         raise UserError(f"{source}: --prefix: the family {self.name} does not support it; omit it")
 
     @abstractmethod
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The manifest's `pipeline` section: plain JSON values, of which `Flow` is made; `family` is this family's name."""
+        """The manifest's `pipeline` section: plain JSON values from which `Flow` is made; `family` is this family's name."""
 
     @abstractmethod
     def traced(self, network: Any) -> dict[str, str]:
@@ -184,14 +184,14 @@ class Family(ABC):
 
     @abstractmethod
     def ops(self, network: Any) -> Mapping[str, Any]:
-        """A runner for each of the plan's ops on batches of torch tensors, differentiable. Inputs that no part takes are numpy."""
+        """A differentiable runner for each of the plan's ops on batches of torch tensors. Inputs of ops alone are numpy."""
 
     @abstractmethod
     def recipe(self, config: Mapping[str, Any]) -> Recipe:
-        """How its networks are quantized."""
+        """The default quantization of its networks."""
 
     def reading(self, config: Mapping[str, Any]) -> Reading:
-        """How keyframes of nuScenes-format data are read, of a family that reads those."""
+        """How keyframes of nuScenes-format data are read, for a family that reads them."""
         raise UserError(f"config: the family {self.name} reads no nuScenes-format data; expected a family that does")
 
     @abstractmethod
@@ -207,21 +207,23 @@ class Family(ABC):
 
     def frame(self, folder: Path, config: Mapping[str, Any]) -> Any:
         """The preprocessed frame of a folder with one keyframe and its info.json."""
-        raise UserError(f"{folder}: found one keyframe, expected a data set: the family {self.name} reads nothing else")
+        raise UserError(
+            f"{folder}: found one keyframe, expected a data set: the family {self.name} reads only data sets"
+        )
 
     def note_pictures(self, config: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
         """The config with the (height, width) of the pictures that it was calibrated on, if the family needs it."""
         return config
 
     def augmented(self, dataset: Any, config: Mapping[str, Any]) -> Any:
-        """The same with `draw(index, rng)`, frames as training sees them."""
+        """The same with `draw(index, rng)`, which returns frames as in training."""
         raise UserError("--augment: this family has no augmentation, expected --no-augment")
 
     def _no_training(self, source: str) -> UserError:
         return UserError(f"{source}: the family {self.name} cannot be trained here; use its own tools")
 
     def check_training(self, config: Mapping[str, Any], source: str) -> None:
-        """Raises `UserError` where a config lacks what training reads."""
+        """Raises `UserError` if a config lacks keys that training reads."""
         raise self._no_training(source)
 
     def train(

@@ -1,4 +1,4 @@
-"""The torch-free interface of a family: its plan, what the host computes, raw input to tensors, tensors to boxes."""
+"""The torch-free interface of a family: its plan, the host's ops, preparing raw input, decoding boxes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from qat.plan import Plan, Runner, next_state
 
 
 class Flow(ABC):
-    """One model's host side, made of a manifest's `pipeline` section.
+    """One model's host side, made from a manifest's `pipeline` section.
 
-    plan: its course. classes: names, in the order of `Detections.labels`. image: {"mean", "std"} by which pictures were
-    normalised, None where there are none. keep_buffers: ops may write into the buffers that they returned before, which no caller keeps.
-    words: of `reported` labels, for the report. state_names: how names of a state dict of the family begin, by which prefixes that
-    others put before them are found. geometry_step: the op that is cheap until the sensors move, for the benchmark; rebuilds: how often it had to compute.
+    plan: the model's plan. classes: names, in the order of `Detections.labels`. image: {"mean", "std"} of the pictures'
+    normalisation, None without pictures. keep_buffers: ops may reuse the buffers that they returned before, because no caller
+    keeps them. words: for `reported` labels, in the report. state_names: prefixes of the names in a state dict of the family,
+    to find prefixes that wrappers added. geometry_step: the op that is cheap until the sensors move, for the benchmark;
+    rebuilds: how often it was computed.
     """
 
     plan: Plan
@@ -35,14 +36,14 @@ class Flow(ABC):
     prepare_ms: dict[str, float]
 
     def __init__(self, settings: Mapping[str, Any], threads: int = 0, source: str = "pipeline") -> None:
-        """threads: of the host's ops, 0 for one on each core. source: where the settings came from, for messages."""
+        """threads: of the host's ops, 0 for one on each core. source: the settings' origin, for messages."""
         self.settings, self.threads, self.source = dict(settings), threads, source
         self.keep_buffers = False
 
     @classmethod
     @abstractmethod
     def check(cls, path: str | Path, settings: object, fix: str) -> None:
-        """Raises `UserError` where a manifest's `pipeline` section is not what this class needs, for the file `path`."""
+        """Raises `UserError`, for the file `path`, if a manifest's `pipeline` section does not fit this class."""
 
     @abstractmethod
     def ops(self) -> Mapping[str, Runner]:
@@ -62,28 +63,28 @@ class Flow(ABC):
         """A preprocessed frame from sensor data: the arguments of `Pipeline.__call__`.
 
         Raises:
-            UserError: they are not what the model was made for.
+            UserError: they do not fit the model.
         """
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
-        """Boxes from the plan's outputs of one sample, which are finite."""
+        """Boxes from the plan's outputs (finite values) of one sample."""
 
     @abstractmethod
     def check_frame(self, frame: Any, token: str) -> None:
-        """Raises `UserError` where a frame's arrays are not what the parts take."""
+        """Raises `UserError` if a frame's arrays do not fit the parts."""
 
     @abstractmethod
     def made_frame(self, seed: int, noise: bool = False) -> Any:
-        """A generated frame that is shaped as real ones are (or of plain noise); the same bits on every machine."""
+        """A generated frame with the statistics of real ones (or plain noise); the same bits on every machine."""
 
     @abstractmethod
     def raw_frames(self, count: int, seed: int = 0) -> list[Any]:
         """Generated inputs of a benchmark, as expensive as real ones: objects with `name`, `raw` (the arguments of `prepare`)
-        and `moved(place)`, the same with the sensors `place` millimetres elsewhere."""
+        and `moved(place)`, the same with the sensors moved by `place` millimetres."""
 
     def recorded(self, root: Path, split: str, version: str | None, count: int | None) -> list[Any]:
-        """The same of a data set's frames."""
+        """The same for a data set's frames."""
         raise UserError("--data: this family only supports generated frames here; omit --data")
 
     def initial_state(self) -> dict[str, np.ndarray]:
@@ -108,7 +109,7 @@ class Flow(ABC):
 class Session:
     """Frames in order, with the state that each passes to the next one of its scene.
 
-    keyed: `begin` names what a frame's tensors depend on, for a cache; it reads every byte of the inputs.
+    keyed: `begin` returns a cache key of everything that a frame's tensors depend on; it reads every byte of the inputs.
     """
 
     def __init__(self, flow: Flow, keyed: bool = False) -> None:
@@ -116,14 +117,14 @@ class Session:
         self.reset()
 
     def reset(self) -> None:
-        """The next frame begins a scene."""
+        """Starts a new scene with the next frame."""
         self._scene: object = None
         self._state: dict[str, Any] | None = None
         self._key = ""
 
     def begin(self, frame: Any) -> tuple[dict[str, Any], str]:
-        """The plan's inputs for a frame, and a key of everything that they depend on ("" unless `keyed`): of a plan with state,
-        of all frames of the scene so far. A frame whose `scene` is another than the last one's begins a scene."""
+        """The plan's inputs for a frame, and a key of everything that they depend on ("" unless `keyed`); for a plan with
+        state, of all frames of the scene so far. A frame whose `scene` differs from the last one's begins a scene."""
         plan = self.flow.plan
         feeds = self.flow.feeds([frame])
         name = digest(feeds) if self.keyed else ""
@@ -146,7 +147,7 @@ class Session:
         return {f"state.{name}": np.asarray(value) for name, value in (self._state or {}).items()}
 
     def restore(self, arrays: Mapping[str, Any]) -> bool:
-        """Takes the state from a cache; False where it holds none of this plan's."""
+        """Takes the state from a cache; False if the cache holds no state of this plan."""
         names = list(self.flow.plan.state.values())
         if any(f"state.{name}" not in arrays for name in names):
             return False

@@ -1,10 +1,10 @@
 """Quantized networks: traced, BN folded, TensorQuantizers placed by rules, calibrated.
 
-module       `quantize`: any module in, its calibrated simulation out
-trace        a network as a graph that keeps the module paths; `canonical` writes each operation in one form
+module       `quantize`: turns any module into its calibrated simulation
+trace        a network as a graph with its module paths; `canonical` writes each operation in one form
 fold         batch norm into the layer before it
 rules/       where quantizers go, one rule a file; `placement` is their interface
-flavours/    what each backend wants rounded, and how; one flavour a file
+flavours/    what is rounded for each backend, and how; one flavour a file
 insert       quantizers into the graph, weights' quantizers into the layers
 calibrators  histograms and the searches for a range
 """

@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
-BLOCK = 4096  # values whose bins are computed before they are counted: the buffer stays in the first-level cache
-LANES = 8  # counters of each bin that take turns, so that like values in a row (a long tail) do not wait for one
+BLOCK = (
+    4096  # number of values whose bins are computed before they are counted: the buffer stays in the first-level cache
+)
+LANES = 8  # number of counters per bin, used in turn, so that equal values in a row (a long tail) do not wait for one
 WORTH_A_THREAD = 100_000  # values
 
 
@@ -17,8 +19,8 @@ def count_bits(bits: np.ndarray, log2_range: int, log2_bins: int) -> tuple[np.nd
     """Counts float32 values by magnitude.
 
     Three short loops for each block, the first two of which the compiler turns into vector instructions: bins, largest
-    magnitude and zeros, counting. A bin is the magnitude times a power of two, cut off: exact. NaN and infinity lie
-    beyond the range, and in the largest magnitude's bits, which grow with the magnitude, they come last.
+    magnitude and zeros, counting. A bin is the magnitude times a power of two, truncated: exact. NaN and infinity are beyond
+    the range; their bits, which grow with the magnitude, are the largest.
 
     Args:
         bits: uint32[n], the values' bits.
@@ -26,7 +28,7 @@ def count_bits(bits: np.ndarray, log2_range: int, log2_bins: int) -> tuple[np.nd
         log2_bins: of the number of bins.
 
     Returns:
-        Counts int64[bins], without zeros and without what lies beyond the range; the largest magnitude's bits.
+        Counts int64[bins], without zeros and values beyond the range; the largest magnitude's bits.
     """
     bins = 1 << log2_bins
     beyond = np.float32(bins)
@@ -65,8 +67,8 @@ def count_bits(bits: np.ndarray, log2_range: int, log2_bins: int) -> tuple[np.nd
 def count_magnitudes(values: np.ndarray, log2_range: int, log2_bins: int, threads: int) -> tuple[np.ndarray, float]:
     """`count_bits` of float32[n] in up to `threads` parts at once: counts int64[bins], largest magnitude.
 
-    Counts are whole numbers, so the result does not depend on the parts. (Plain threads, not numba's own: those wait
-    for work by spinning, as torch's do, and where there are as many of both as cores each takes the other's time.)
+    Counts are integers, so the result does not depend on the parts. (Plain threads, not numba's: those spin while they wait,
+    like torch's, and if there are as many of both as cores, each takes the other's time.)
     """
     parts = np.array_split(values.view(np.uint32), max(1, min(threads, len(values) // WORTH_A_THREAD)))
     if len(parts) == 1:

@@ -1,8 +1,8 @@
-"""Lets torchvision (and so timm) import beside a CPU build of torch.
+"""Makes torchvision (and so timm) importable with a CPU build of torch.
 
-torchvision's wheel on the package registry is built for CUDA; beside CPU torch its own library does not load and
-its import fails on `operator torchvision::nms does not exist`. Declaring those operators first is enough: nothing
-here calls them.
+torchvision's wheel on the package registry is built for CUDA; with CPU torch its library does not load and its import
+fails with `operator torchvision::nms does not exist`. Declaring those operators first is enough, because nothing here
+calls them.
 """
 
 import torch
@@ -11,7 +11,7 @@ _LIBRARY = None
 
 
 def declare_operators() -> None:
-    """Declares torchvision's operators where torch has no CUDA and torchvision did not declare them."""
+    """Declares torchvision's operators if torch has no CUDA and torchvision did not declare them."""
     global _LIBRARY
     if _LIBRARY is not None or torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
         return

@@ -1,4 +1,4 @@
-"""The value that the tensors of a depth map, or of a grid of pillars, hold nearly everywhere, kept exact under rounding.
+"""Keeps the constant that fills most of a depth map's, or a pillar grid's, tensors exact under rounding.
 
 A depth map is zero except at pixels with a lidar point (a grid of pillars except at cells with one), so every tensor computed from it alone holds one constant
 for each channel nearly everywhere: its background. Rounding moves that constant by up to half a step, the same way at
@@ -30,7 +30,7 @@ DEPTH = "depth"
 SOURCES = (
     DEPTH,
     "spatial_features",
-)  # inputs that are zero nearly everywhere: a depth map, a grid of scattered pillars
+)  # inputs that are zero almost everywhere: a depth map, a grid of scattered pillars
 ELEMENTWISE = (
     nn.ReLU,
     nn.ReLU6,
@@ -45,11 +45,11 @@ ELEMENTWISE = (
 
 
 def _through(layer: nn.Module | None, value: torch.Tensor) -> torch.Tensor | None:
-    """What a module makes of a map that holds `value`, float64[C], everywhere; None where that is not known."""
+    """A module's result for a map filled with `value`, float64[C]; None if unknown."""
     if isinstance(layer, Quantizer):
         return value
     if isinstance(layer, ELEMENTWISE):
-        norm = isinstance(layer, ScaleShift)  # which computes in its own type
+        norm = isinstance(layer, ScaleShift)  # the module computes in its own type
         found = layer((value.float() if norm else value).reshape(1, -1, 1, 1))
         return found.double().flatten()
     if isinstance(layer, nn.Conv2d):
@@ -61,15 +61,15 @@ def _through(layer: nn.Module | None, value: torch.Tensor) -> torch.Tensor | Non
 def _summed(layer: nn.Conv2d, weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Away from the border: Σ over input channels and taps of weight · value, float64[out channels]."""
     taps = weight.double().sum((2, 3), keepdim=True)
-    if value.numel() == 1:  # an input's zero, of as many channels as there are
+    if value.numel() == 1:  # zero for each of the input's channels
         value = value.expand(weight.shape[1] * layer.groups)
     return F.conv2d(value.reshape(1, -1, 1, 1), taps, groups=layer.groups).flatten()
 
 
 @dataclass
 class BackgroundInput:
-    """What a convolution takes. value: its background in the float network, float64[C]. quantizer: that rounds it, if any.
-    rectified: it comes out of a ReLU."""
+    """A convolution's input. value: its background in the float network, float64[C]. quantizer: rounds it, if any. rectified:
+    whether it is the output of a ReLU."""
 
     value: torch.Tensor
     quantizer: Quantizer | None
@@ -77,7 +77,7 @@ class BackgroundInput:
 
 
 def backgrounds(graph: fx.GraphModule, sources: Collection[str] = SOURCES) -> dict[str, BackgroundInput]:
-    """Convolutions with INT8 weights that take what is computed only from an input of `sources`, by path."""
+    """Convolutions with INT8 weights whose input is computed only from an input of `sources`, by path."""
     values: dict[fx.Node, torch.Tensor | None] = {}
     found = {}
     for node in graph.graph.nodes:
@@ -115,10 +115,10 @@ def _device(layer: nn.Module | None) -> torch.device:
 
 @torch.no_grad()
 def correct_backgrounds(graph: fx.GraphModule, absorbed: Collection[str] = ()) -> list[str]:
-    """Sets the `background_shift` of every layer that `backgrounds` lists from weights, ranges and steps as they are now.
+    """Sets the `background_shift` of every layer that `backgrounds` lists, from the current weights, ranges and steps.
 
     Args:
-        absorbed: paths of layers whose bias holds its correction.
+        absorbed: paths of layers whose bias includes its correction.
 
     Returns:
         the layers' paths.
@@ -138,7 +138,7 @@ def correct_backgrounds(graph: fx.GraphModule, absorbed: Collection[str] = ()) -
 
 @torch.no_grad()
 def absorb_backgrounds(graph: fx.GraphModule) -> list[str]:
-    """Adds the `background_shift` of every layer that is INT8 now to its bias, to train from there; returns those layers."""
+    """Adds the `background_shift` of every layer that is INT8 now to its bias, for training; returns those layers."""
     found = []
     for path, layer in graph.named_modules():
         if not isinstance(layer, QuantizedConv2d) or layer.background_shift is None or layer.weight_quantizer._disabled:

@@ -1,9 +1,9 @@
-"""Choosing the range of a tensor from a histogram of its magnitudes.
+"""Chooses the range of a tensor from a histogram of its magnitudes.
 
-The histogram's range is a power of two, doubled by merging pairs of bins when a larger value comes. So its bins do
-not depend on the order of the frames, histograms of two processes merge exactly, and memory does not grow with the
-number of frames. It lives on the tensor's own device. On the CPU a compiled kernel counts (`_histogram_kernel`),
-elsewhere torch; both return the same counts, on any number of threads.
+The histogram's range is a power of two, doubled by merging pairs of bins if a larger value occurs. So its bins do not
+depend on the order of the frames, histograms of two processes merge exactly, and memory does not grow with the number of
+frames. It is on the tensor's device. On the CPU a compiled kernel counts (`_histogram_kernel`), elsewhere torch; both
+return the same counts, on any number of threads.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ LOG2_BINS = 12
 BINS = 2**LOG2_BINS
 LEVELS = 128  # distinct magnitudes of s8
 METHODS = ("max", "percentile", "mse", "entropy")
-SMALLEST_LOG2 = -24  # of the range that a histogram starts with
+SMALLEST_LOG2 = -24  # log2 of a histogram's first range
 
 
 class HistogramCalibrator:
     """Collects |x| of one tensor over the calibration frames.
 
-    Exact zeros are left out: every scale represents them exactly, and in a sparse tensor (a ReLU's output, a pooled
-    BEV grid, a depth map) they would drown the values that the range is for.
+    Exact zeros are left out: every scale represents them exactly, and in a sparse tensor (a ReLU's output, a pooled BEV
+    grid, a depth map) they would outnumber the values that matter for the range.
 
     Args:
         name: of the tensor, for messages.
-        by_channel: also note each channel's largest magnitude and its energy (dimension 1).
+        by_channel: also record each channel's largest magnitude and its energy (dimension 1).
     """
 
     def __init__(self, name: str, by_channel: bool = False) -> None:
@@ -38,10 +38,10 @@ class HistogramCalibrator:
         self.channels: torch.Tensor | None = None  # [C], largest magnitudes
         self.squares: torch.Tensor | None = None  # float64[C], Σ x²
         self.values = 0  # of each channel
-        self.counts: torch.Tensor | None = None  # float64[BINS], whole numbers
-        self.log2_range = SMALLEST_LOG2  # of a power of two greater than every magnitude seen
+        self.counts: torch.Tensor | None = None  # float64[BINS], integers
+        self.log2_range = SMALLEST_LOG2  # log2 of a power of two above every observed magnitude
         self.largest = 0.0
-        self.least, self.most = 0.0, 0.0  # the smallest and the largest value, zero included
+        self.least, self.most = 0.0, 0.0  # the smallest and the largest value, including zero
 
     def collect(self, x: torch.Tensor) -> None:
         """Adds a tensor of any shape, layout and floating type.
@@ -52,7 +52,9 @@ class HistogramCalibrator:
         values = _flat(x.detach().float())
         if self.counts is None and len(values):
             low, high = (float(end) for end in torch.aminmax(values))
-            if math.isfinite(low) and math.isfinite(high):  # a first guess: the first frame need not be counted twice
+            if math.isfinite(low) and math.isfinite(
+                high
+            ):  # a first guess, so that the first frame need not be counted twice
                 self.log2_range = max(SMALLEST_LOG2, math.frexp(max(-low, high))[1])
         count = count_on_cpu if x.device.type == "cpu" else count_with_torch
         counts, largest = count(values, self.log2_range)
@@ -92,7 +94,7 @@ class HistogramCalibrator:
             other._widen(self.log2_range)
             self._widen(other.log2_range)
             assert other.counts is not None
-            self.counts = self.counts + other.counts  # collected in inference mode: not to be changed in place
+            self.counts = self.counts + other.counts  # collected in inference mode: cannot be changed in place
         self.largest = max(self.largest, other.largest)
         self.least, self.most = min(self.least, other.least), max(self.most, other.most)
         if other.channels is not None and other.squares is not None:
@@ -107,10 +109,10 @@ class HistogramCalibrator:
             self.squares = self.squares + squares.to(self.squares.device)
 
     def compute_amax(self, method: str, percentile: float = 99.99) -> float:
-        """The magnitude that 127 stands for; 0 for a tensor that was always zero.
+        """The magnitude of code 127; 0 for a tensor that was always zero.
 
         Raises:
-            ValueError: nothing was collected, or there is no such method.
+            ValueError: nothing was collected, or the method does not exist.
         """
         if self.counts is None:
             raise ValueError(f"{self.name}: nothing was collected")
@@ -137,7 +139,7 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 def count_on_cpu(values: torch.Tensor, log2_range: int) -> tuple[torch.Tensor, float]:
     """Counts of the magnitudes of float32[n] in bins that divide [0, 2**log2_range) evenly, zeros left out, int64[BINS];
-    and the largest magnitude, NaN or infinity where there is one. Counts are for use only if it lies in the range."""
+    and the largest magnitude, NaN or infinity if there is one. Counts are valid only if it is within the range."""
     from qat.lean._histogram_kernel import count_magnitudes
 
     counts, largest = count_magnitudes(values.numpy(), log2_range, LOG2_BINS, torch.get_num_threads())
@@ -145,7 +147,7 @@ def count_on_cpu(values: torch.Tensor, log2_range: int) -> tuple[torch.Tensor, f
 
 
 def count_with_torch(values: torch.Tensor, log2_range: int) -> tuple[torch.Tensor, float]:
-    """As `count_on_cpu`, on any device.
+    """Like `count_on_cpu`, on any device.
 
     (Not torch.histc, whose counts are float32: above 2²⁴ values in a bin it loses some.)
     """
@@ -153,18 +155,18 @@ def count_with_torch(values: torch.Tensor, log2_range: int) -> tuple[torch.Tenso
     largest = float(magnitude.max()) if len(values) else 0.0
     if not largest < 2.0**log2_range:
         return torch.zeros(BINS, dtype=torch.int64, device=values.device), largest
-    index = (magnitude * 2.0 ** (LOG2_BINS - log2_range)).int()  # exact but for the truncation: a power of two
+    index = (magnitude * 2.0 ** (LOG2_BINS - log2_range)).int()  # exact except for the truncation: a power of two
     index.masked_fill_(magnitude == 0, BINS)
     return torch.bincount(index, minlength=BINS + 1)[:BINS], largest
 
 
 def best_mse_bin(counts: torch.Tensor) -> int:
-    """The number of bins to keep so that rounding costs the least squared error.
+    """The number of bins to keep for the least squared error of rounding.
 
-    Values are taken as spread evenly over their bin. (At the bins' centres, a step of a whole number of bins would seem
-    better than it is.) Rounding to multiples of s = amax/127 that saturates at amax then costs
+    Values are assumed to be spread evenly over their bin. (With values at the bins' centres, a step of a whole number of bins
+    would seem better than it is.) Rounding to multiples of s = amax/127 that saturates at amax then costs
     ∫ v²f(v) dv − 2s·Σ_k G((k − ½)·s), k = 1…127, with G(e) = ∫_e (v − e)·f(v) dv: each boundary between two levels
-    that a value lies beyond takes from its error. 127 terms for a candidate, instead of one for each bin.
+    below a value reduces its error. This has 127 terms for a candidate, instead of one for each bin.
     """
     last = int(counts.nonzero().max()) + 1
     kept = counts[:last]
@@ -195,7 +197,7 @@ def _candidates(last: int) -> torch.Tensor:
 def best_entropy_bin(counts: torch.Tensor) -> int:
     """The number of bins to keep so that the quantized distribution is nearest the true one.
 
-    Least Kullback-Leibler divergence between the clipped histogram P (what lies beyond is added to its last bin) and
+    Least Kullback-Leibler divergence between the clipped histogram P (values beyond it are added to its last bin) and
     Q, its 128 levels spread back evenly over the bins that were not empty (Migacz, "8-bit inference with TensorRT",
     GTC 2017), for every candidate at once.
     """

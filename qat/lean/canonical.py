@@ -1,12 +1,12 @@
-"""One spelling for each operation of a traced network.
+"""Rewrites a traced network so that each operation has one form.
 
     traced     conv2d(x, w, b) ─► batch_norm ─► relu_ ─► view(·, [s·4, 8]) ─► matmul(·, kᵀ)
     canonical  conv1 ─► bn1 (ScaleShift) ─► act1 (ReLU) ─► reshape(·, [−1, 8]) ─► attn.matmul (Product)
 
 Layers with constant weights, batch norms, activation functions and products of two tensors become modules at the paths of the
-network's own modules; functions that a module calls itself come under its path with the operation's name. Weights that are
-computed from parameters (weight normalisation, standardised weights) are computed once. What is constant otherwise is computed
-too, unless a parameter is in it, which training may change.
+network's modules; a function that a module calls itself is placed under its path with the operation's name. Weights that are
+computed from parameters (weight normalisation, standardised weights) are computed once. Other constants are computed too,
+unless they depend on a parameter, which training may change.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ ACTIVATIONS: dict[Any, Callable[[Mapping[str, Any]], nn.Module]] = {
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """A function node's arguments by the names of ATen's schema, defaults filled in."""
+    """A function node's arguments by the names of ATen's schema, with defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]
     found = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     found.update(zip([a.name for a in schema.arguments], node.args, strict=False))
@@ -117,7 +117,7 @@ def out_of_place(graph: fx.Graph) -> None:
     """Functions that change their first argument return a new tensor instead.
 
     Raises:
-        UserError: one changes a part of another tensor in memory, which the graph does not show.
+        UserError: a function changes part of another tensor in memory, which the graph does not show.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -144,7 +144,7 @@ class _Canonical:
 
     def __init__(self, graph: fx.Graph, values: Mapping[str, Any]) -> None:
         self.graph, self.tensors = graph, dict(values)
-        self.made: dict[tuple[Any, ...], str] = {}  # what a module was made from → its path
+        self.made: dict[tuple[Any, ...], str] = {}  # a module's source → its path
         self.placed: dict[str, nn.Module] = {}
         self.taken: set[str] = set()
         self.leaves = self._leaves()
@@ -159,7 +159,7 @@ class _Canonical:
         return ""
 
     def _leaves(self) -> set[str]:
-        """Paths of modules that call a single kind of function themselves, and no other module."""
+        """Paths of modules that call a single kind of function directly, and no other module."""
         kinds: dict[str, set[str]] = {}
         for node in self.graph.nodes:
             if node.op == "call_function" and "nn_module_stack" in node.meta:
@@ -173,7 +173,7 @@ class _Canonical:
         }
 
     def path(self, node: fx.Node, name: str) -> str:
-        """Where the operation of a function node belongs: the module that calls it, and `name` where that calls others too."""
+        """The path of a function node's operation: the module that calls it, followed by `name` if that calls others too."""
         if PATH in node.meta:
             return str(node.meta[PATH])
         stack = self._stack(node)
@@ -182,7 +182,7 @@ class _Canonical:
         return f"{stack}.{name}" if stack else name
 
     def _free(self, path: str) -> str:
-        """`path`, numbered where something else has it."""
+        """`path`, with a number if it is taken."""
         found, count = path, 0
         while found in self.taken:
             count += 1
@@ -193,7 +193,7 @@ class _Canonical:
     def place(
         self, node: fx.Node, path: str, module: nn.Module, sources: tuple[fx.Node, ...], key: tuple[Any, ...]
     ) -> None:
-        """Puts a call of `module` in a node's place; one that was made from the same `key` is called again."""
+        """Replaces a node by a call of `module`; a module made from the same `key` is called again."""
         key = (path, type(module), *key)
         if key not in self.made:
             self.made[key] = self._free(path)
@@ -207,7 +207,7 @@ class _Canonical:
     # Constants
 
     def constant(self, node: object) -> Any:
-        """The value of a node that depends on nothing but parameters, buffers and numbers; None of another."""
+        """The value of a node that depends only on parameters, buffers and numbers; None for any other."""
         if not isinstance(node, fx.Node):
             return None
         if node.op == "get_attr":
@@ -278,7 +278,7 @@ class _Canonical:
                 self.graph.erase_node(node)
 
     def fix_sizes(self) -> None:
-        """Reshapes take numbers, with −1 for the batch; sizes that are still read are read from the tensor."""
+        """Gives reshapes numbers, with −1 for the batch; sizes that are still needed are read from the tensor."""
         for node in list(self.graph.nodes):
             if node.op != "call_function":
                 continue
@@ -344,7 +344,7 @@ class _Canonical:
             self.graph.erase_node(node)
 
     def unfuse_gates(self) -> None:
-        """x · gate(x) for HardSwish, as opset 13 writes it: what is between may be rounded."""
+        """Writes HardSwish as x · gate(x), as in opset 13: the value between may be rounded."""
         gates = {aten.hardswish.default: aten.hardsigmoid.default}
         for node in list(self.graph.nodes):
             if node.target not in gates:
@@ -391,7 +391,7 @@ class _Canonical:
         return nn.Parameter(value.detach().clone(), requires_grad=value.is_floating_point())
 
     def _owner(self, node: fx.Node, weight: object, name: str) -> str:
-        """The path of a layer: that of the module whose `weight` this is, else of the caller."""
+        """The path of a layer: the module with this `weight`, or else the caller."""
         if isinstance(weight, fx.Node) and weight.op == "get_attr":
             path = str(weight.target)
             if path.endswith(".weight"):
@@ -461,13 +461,13 @@ class _Canonical:
         self.place(node, self._owner(node, given["weight"], "conv"), layer, (source,), key)
 
     def _identity(self, node: object, caller: fx.Node) -> object:
-        """The identity of a constant: a parameter's path, or of one that is computed the node."""
+        """The identity of a constant: a parameter's path, or the node for a computed constant."""
         if isinstance(node, fx.Node):
             return node.target if node.op == "get_attr" else node.name
         return None
 
     def _zero_pad(self, node: object, dims: int) -> tuple[int, ...] | None:
-        """The widths of a Pad with zeros around the sites, None for another node."""
+        """The widths of a Pad with zeros around the spatial dimensions; None for another node."""
         if not isinstance(node, fx.Node) or node.target not in (aten.constant_pad_nd.default, aten.pad.default):
             return None
         given = arguments(node)
@@ -527,7 +527,7 @@ class _Canonical:
                 node.meta[PATH] = str(node.target)
 
     def finish(self) -> fx.GraphModule:
-        """The graph over a tree of what it calls and reads."""
+        """The graph module, with the modules and tensors that it uses."""
         used = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
         values: dict[str, Any] = {path: layer for path, layer in self.placed.items() if path in used}
         for node in self.graph.nodes:
@@ -536,7 +536,7 @@ class _Canonical:
             path, value = str(node.target), self.tensors[str(node.target)]
             owner, _, name = path.rpartition(".")
             if owner in values and getattr(values[owner], name, value) is not value:
-                node.target = path = f"constants.{path}"  # a layer has another tensor of this name
+                node.target = path = f"constants.{path}"  # a layer has another tensor with this name
             values[path] = value
         copied = fx.Graph()  # whose nodes are renamed
         twins: dict[fx.Node, fx.Node] = {}
@@ -550,7 +550,7 @@ class _Canonical:
 
 
 def merge_equal(graph: fx.Graph) -> None:
-    """What is computed twice from the same tensors is computed once: one tensor has one quantizer."""
+    """Merges operations that are computed twice from the same tensors, so that one tensor has one quantizer."""
     first: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_module", "get_attr") or "rand" in str(node.target):
@@ -563,7 +563,7 @@ def merge_equal(graph: fx.Graph) -> None:
 
 
 def drop_dead(graph: fx.Graph) -> None:
-    """Takes out what no output needs."""
+    """Removes nodes that no output needs."""
     for node in reversed(list(graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users:
             graph.erase_node(node)
@@ -575,13 +575,13 @@ def size(x: torch.Tensor, dim: int) -> Any:
 
 
 def canonicalize(graph: fx.Graph, values: Mapping[str, Any]) -> fx.GraphModule:
-    """The canonical graph of a traced one, which is used up.
+    """The canonical graph of a traced one, which is consumed.
 
     Args:
         values: what the graph's get_attr nodes read, by path.
 
     Raises:
-        UserError: an operation that no form here has: a batch norm without statistics, a tensor that is changed in part.
+        UserError: an unsupported operation: a batch norm without statistics, a tensor that is changed in part.
     """
     out_of_place(graph)
     passes = _Canonical(graph, values)

@@ -1,24 +1,24 @@
-"""Equalizing the channels of a part's input, so that one scale serves them all.
+"""Equalizes the channels of a part's input, so that one scale suits them all.
 
     before   x ─► Q ─┬─► conv(W₁)           after   x ─► · 1/s ─► Q ─┬─► conv(W₁ · s)
                      └─► conv(W₂)                                    └─► conv(W₂ · s)
 
 An activation has one scale for all channels, so a channel that stays small is rounded as coarsely as the largest one. In a
 pooled BEV grid the channels' largest magnitudes differ by a factor of 25 and more (camera-tiny), and the INT8 decoder loses
-more by that than by all the rest. Divided by s, its own magnitude over the largest channel's, every channel uses the whole
-of INT8; the consumers' weights take s back, so that the function stays what it was. (Nagel et al., "Data-Free Quantization
-Through Weight Equalization and Bias Correction", ICCV 2019, do so between two layers. At a part's input there is no layer
-before to take 1/s, and the tensor's meaning is a contract with other files, so the division is written out: one product for
-each value, which runtimes join with the rounding.)
+more by that than by everything else. Divided by s, its magnitude over the largest channel's, every channel uses the whole
+range of INT8; the consumers' weights are multiplied by s, so that the function does not change. (Nagel et al., "Data-Free
+Quantization Through Weight Equalization and Bias Correction", ICCV 2019, do this between two layers. At a part's input there is
+no preceding layer for 1/s, and other files rely on the tensor's meaning, so the division is explicit: one product for each
+value, which runtimes fuse with the rounding.)
 
     before   conv(W₀, b₀) ─► ReLU ─► Q ─► conv(W₁)      after   conv(W₀/s, b₀/s) ─► ReLU ─► Q ─► conv(W₁ · s)
 
-What is computed only from the depth map (`qat.lean.background`) is equalized too, for the same reason: its large values are
-few and in few channels. There a convolution before takes 1/s, and it costs nothing. (Between all other convolutions it gains next
-to nothing: docs/calibrate.md.)
+Tensors computed only from the depth map (`qat.lean.background`) are equalized too, for the same reason: their large values are
+few and in few channels. There the preceding convolution absorbs 1/s at no cost. (Between all other convolutions it gains almost
+nothing: docs/calibrate.md.)
 
-It is done where it pays: where the noise that is expected at the consumers' outputs, of rounded inputs and of rounded
-weights together, falls to a half or less. (Scaled weights are rounded more coarsely, so dense inputs of nearly one size may
+It is done if it pays: if the expected noise at the consumers' outputs, from rounded inputs and rounded weights together, falls
+to a half or less. (Scaled weights are rounded more coarsely, so dense inputs of nearly one size may
 gain nothing.)
 """
 
@@ -36,8 +36,8 @@ from qat.lean.insert import Inventory
 from qat.lean.quantizer import BOUND, QuantizedConv2d, weight_range
 from qat.lean.trace import replace_module, submodule
 
-GAIN = 2.0  # of the noise's power
-FLOOR = 2.0**-5  # the smallest s: calibration has seen only some frames, and what exceeds a channel's range is cut off
+GAIN = 2.0  # share of the noise's power
+FLOOR = 2.0**-5  # the smallest s: calibration uses only some frames, and values beyond a channel's range are clipped
 
 
 class ChannelScale(nn.Module):
@@ -55,8 +55,8 @@ class ChannelScale(nn.Module):
 
 @dataclass
 class _Place:
-    """Where channels can be equalized. call: the quantizer's only one. takers: the convolutions after it. before: path of the
-    convolution whose outputs these are behind a ReLU; None for a part's input."""
+    """A place where channels can be equalized. call: the quantizer's only call. takers: the convolutions after it. before: path
+    of the convolution that computes these channels, followed by a ReLU; None for a part's input."""
 
     call: fx.Node
     takers: list[fx.Node]
@@ -73,7 +73,7 @@ def _convolution_before(graph: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def _place(graph: fx.GraphModule, name: str) -> _Place | None:
-    """None where the quantizer's channels cannot be equalized."""
+    """The place for a quantizer; None if its channels cannot be equalized."""
     calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == name]
     if len(calls) != 1 or not isinstance(calls[0].args[0], fx.Node):
         return None
@@ -93,7 +93,7 @@ def _place(graph: fx.GraphModule, name: str) -> _Place | None:
 
 
 def equalizable(graph: fx.GraphModule, inventory: Inventory) -> dict[str, list[str]]:
-    """Quantizers whose channels can be equalized, with the paths of the convolutions that would take the scales."""
+    """Quantizers whose channels can be equalized, with the paths of the convolutions that would be scaled."""
     found = {}
     for name in inventory.quantizers:
         place = _place(graph, name)
@@ -105,13 +105,13 @@ def equalizable(graph: fx.GraphModule, inventory: Inventory) -> dict[str, list[s
 def output_noise(
     steps: torch.Tensor, scales: torch.Tensor, energy: torch.Tensor, weights: Sequence[torch.Tensor]
 ) -> float:
-    """Expected square of what rounding adds to all output channels of convolutions, for one position of each.
+    """Expected square of the rounding noise in all output channels of convolutions, for one position of each.
 
     A step of width q adds q²/12 (uniform noise): the inputs' through the weights, the weights' through the inputs.
 
     Args:
-        steps: of the input's channels, back in the input's own units, [C].
-        scales: what each channel is divided by, [C].
+        steps: of the input's channels, in the input's original units, [C].
+        scales: divisor of each channel, [C].
         energy: mean square of each channel, [C].
         weights: [O,C,kh,kw] each.
     """
@@ -127,9 +127,9 @@ def output_noise(
 
 
 def channel_scales(largest: torch.Tensor, energy: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """What to divide each channel by, float32[C], 1 for the largest; None where it does not pay.
+    """The divisor of each channel, float32[C], 1 for the largest; None if equalizing does not pay.
 
-    A channel that was zero on every frame says nothing of its range: it keeps the tensor's.
+    The range of a channel that was zero on every frame is unknown: it keeps the tensor's.
 
     Args:
         largest: magnitude of each channel, [C].
@@ -149,7 +149,7 @@ def channel_scales(largest: torch.Tensor, energy: torch.Tensor, weights: Sequenc
 
 
 def _divide_outputs(graph: fx.GraphModule, path: str, scales: torch.Tensor) -> None:
-    """A copy of the convolution at `path` takes its place, its output channels divided."""
+    """Replaces the convolution at `path` by a copy whose output channels are divided."""
     layer = copy.copy(graph.get_submodule(path))
     assert isinstance(layer, nn.Conv2d)
     layer._parameters = dict(layer._parameters)
@@ -164,13 +164,13 @@ def _divide_outputs(graph: fx.GraphModule, path: str, scales: torch.Tensor) -> N
 
 
 def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
-    """Divides what quantizer `name` takes by `scales` and multiplies its consumers' weights by them, in place.
+    """Divides the input of quantizer `name` by `scales` and multiplies its consumers' weights by them, in place.
 
-    The layers get their own weights (they share the float network's until then), with their ranges. The quantizer's
-    own range is for the caller to set: the largest magnitude of all channels, as `channel_scales` has them.
+    The layers get their own weights (until then they share the float network's), with their ranges. The caller must set the
+    quantizer's range: the largest magnitude of all channels, as in `channel_scales`.
 
     Raises:
-        ValueError: the quantizer is none that `equalizable` lists, or has another number of channels.
+        ValueError: `equalizable` does not list the quantizer, or it has another number of channels.
     """
     place = _place(graph, name)
     if place is None:

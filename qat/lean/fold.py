@@ -2,9 +2,9 @@
 
     before  x ─► conv ─► bn ─► y          after  x ─► conv' ─► y
 
-w' = w·γ/√(σ² + ε), b' = (b − μ)·γ/√(σ² + ε) + β for each output channel (Jacob et al., CVPR 2018, §3.2). It comes
-before calibration: a quantizer must see the weights that the engine will round. It works on calls: a convolution that is called
-twice, with two norms behind it, becomes two; one that feeds something else too keeps its norm beside it, as a scale and shift.
+w' = w·γ/√(σ² + ε), b' = (b − μ)·γ/√(σ² + ε) + β for each output channel (Jacob et al., CVPR 2018, §3.2). Folding is done
+before calibration, because a quantizer must see the weights that the engine will round. It works on calls: a convolution that
+is called twice, followed by two norms, becomes two; one that also feeds something else keeps its norm, as a scale and shift.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qat.lean.trace import replace_module, submodule
 def fold_batch_norm(graph: fx.GraphModule) -> int:
     """Folds every batch norm whose only input is a layer that feeds nothing else. Returns how many calls.
 
-    The modules that it changes are copies: the network that was traced keeps its own.
+    It changes copies of the modules: those of the traced network do not change.
     """
-    calls: dict[str, list[tuple[fx.Node, fx.Node | None]]] = {}  # a layer's path → its calls, and the norms behind them
+    calls: dict[str, list[tuple[fx.Node, fx.Node | None]]] = {}  # a layer's path → its calls, and the norms after them
     for node in graph.graph.nodes:
         layer = submodule(graph, node)
         if isinstance(layer, WEIGHTED):
@@ -52,7 +52,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> int:
                 folded += 1
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     for path, norm in list(graph.named_modules()):
-        if isinstance(norm, ScaleShift) and path not in called:  # timm's norms have their activation function inside
+        if isinstance(norm, ScaleShift) and path not in called:  # timm's norms contain their activation function
             holder = nn.Module()
             holder._modules.update(norm._modules)
             replace_module(graph, path, holder)
@@ -63,7 +63,7 @@ def fold_batch_norm(graph: fx.GraphModule) -> int:
 
 
 def _channels(layer: nn.Module, node: fx.Node) -> bool:
-    """Whether the layer's output channels are on dimension 1, where a batch norm has its own."""
+    """Whether the layer's output channels are on dimension 1, like a batch norm's."""
     value = node.meta.get("val")
     return not isinstance(layer, nn.Linear) or (isinstance(value, torch.Tensor) and value.ndim == 2)
 

@@ -1,4 +1,4 @@
-"""Puts quantizers into a traced graph where the rules request them."""
+"""Inserts quantizers into a traced graph where the rules request them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Inventory:
 def tensor_names(graph: fx.GraphModule) -> dict[fx.Node, str]:
     """A quantizer's name for each node's tensor: the path of the operation, and from its second call on the call's number.
 
-    (A block's only ReLU that is called again makes another tensor, whose quantizer is another: `…_1`.)
+    (A second call of a block's only ReLU computes another tensor, with another quantizer: `…_1`.)
     """
     found: dict[fx.Node, str] = {}
     calls: dict[str, int] = {}
@@ -62,8 +62,8 @@ def quantize_graph(
     `…weight_quantizer` inside their layers.
 
     Args:
-        inputs: what the graph's inputs never go below, by name.
-        round_outputs: what only goes out of the graph may be rounded too, in flavours whose backend is faster so.
+        inputs: lower bounds of the graph's inputs, by name.
+        round_outputs: outputs of the graph may be rounded too, in flavours whose backend is then faster.
     """
     placement = Placement(graph, keep_float, round_outputs)
     for rule in RULES.values():
@@ -75,7 +75,7 @@ def quantize_graph(
     firsts: dict[fx.Node, Quantizer] = {}  # of a group without a main quantizer
     own = {node: placement.flavours(node) for node in placement.weighted}
     asked = list(placement.requests.items())
-    # Those in the roles that all flavours know first: they are the quantizer that goes by the tensor's own name.
+    # Roles of all flavours come first: their quantizer has the tensor's own name.
     for tensor, consumers in asked:
         group = placement.group(tensor)
         edges: dict[tuple[frozenset[str], str], list[fx.Node]] = {}
@@ -85,7 +85,7 @@ def quantize_graph(
                 on &= own.get(tensor, on)
             everywhere = all(role in flavour.roles for flavour in FLAVOURS.values())
             edges.setdefault((on, "" if everywhere else role), []).append(consumer)
-        last = tensor  # quantizers of one tensor stand in a row, the main one first
+        last = tensor  # quantizers of one tensor are adjacent, the main one first
         for (on, role), takers in sorted(edges.items(), key=lambda item: (item[0][1] != "", -len(item[0][0]))):
             if not on:
                 continue
@@ -130,7 +130,7 @@ def quantize_graph(
 
 
 def use_flavour(graph: fx.GraphModule, name: str) -> None:
-    """Switches a graph's quantizers on, off and to their specs as a flavour has them."""
+    """Switches a graph's quantizers on or off and sets their specs, for a flavour."""
     flavour = flavour_of(name)
     for module in graph.modules():
         quantizer = getattr(module, "weight_quantizer", None)
@@ -144,7 +144,7 @@ def use_flavour(graph: fx.GraphModule, name: str) -> None:
 
 
 def _only_behind_integers(graph: fx.GraphModule) -> None:
-    """A convolution that is left float has no quantizer on its output."""
+    """Removes the quantizer on the output of a convolution that stays float."""
     for node in graph.graph.nodes:
         quantizer = submodule(graph, node)
         if isinstance(quantizer, Quantizer) and quantizer.role in ("output", "integer"):

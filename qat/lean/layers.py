@@ -1,4 +1,4 @@
-"""The layers of a canonical graph: torch's own, with what a traced network needs beside them."""
+"""The layers of a canonical graph: torch's, and the others that a traced network needs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 
 class _Padded:
-    """pad: zeros around the sites before the convolution, as `F.pad` takes them; None for those of `padding` alone.
+    """pad: zeros added before the convolution, as in `F.pad`; None for only those of `padding`.
 
-    (Padding that differs from side to side, SAME's among them, is the layer's own: a Pad of the graph would stand between the
-    quantizer and the convolution, where no engine fuses them.)
+    (Asymmetric padding, such as SAME's, belongs to the layer: a Pad in the graph would be between the quantizer and the
+    convolution, and engines could not fuse them.)
     """
 
     pad: tuple[int, ...] | None = None
@@ -90,7 +90,7 @@ class Einsum(nn.Module):
 class DynamicConvolution(nn.Module):
     """A convolution or linear layer whose weight is computed from the input.
 
-    function: of torch.ops.aten. options: its arguments but input, weight and bias.
+    function: of torch.ops.aten. options: its arguments except input, weight and bias.
     """
 
     def __init__(self, function: Any, options: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ class DynamicConvolution(nn.Module):
 class ScaleShift(nn.Module):
     """A batch norm at inference: y = x·scale + shift, one of each for every channel (dimension 1).
 
-    It keeps the statistics that it was made from, for folding them into a convolution (`qat.lean.fold`).
+    It keeps the original statistics, for folding into a convolution (`qat.lean.fold`).
     """
 
     scale: torch.Tensor

@@ -1,4 +1,4 @@
-"""Training of a quantized network: weights' scales that follow the weights, and scales that are learned.
+"""Training of a quantized network: weights' scales that follow the weights, and learned scales.
 
 Rounding passes its gradient on unchanged inside the range and stops it outside (the straight-through estimator, Bengio
 et al. 2013, arXiv 1308.3432): torch's own fake-quantize operators do so.
@@ -20,7 +20,7 @@ _LAYERS = tuple(quantized for _, quantized in QUANTIZED)
 
 
 def refresh_weight_ranges(model: QuantizedModel) -> None:
-    """Sets every weight's scales from the weights as they are now, so that the two never disagree.
+    """Sets every weight's scales from the current weights, so that the two always agree.
 
     The weights of a layer whose quantizer is off have their ranges refreshed too: another flavour may switch it on.
     """
@@ -32,9 +32,9 @@ def refresh_weight_ranges(model: QuantizedModel) -> None:
 
 
 def learn_ranges(model: QuantizedModel) -> dict[str, nn.Parameter]:
-    """Makes the ranges of the activation quantizers that are on parameters: log2 of the magnitude, by quantizer path.
+    """Turns the ranges of active activation quantizers into parameters: log2 of the magnitude, by quantizer path.
 
-    In the logarithm a step of Adam is a relative change, whatever the tensor's magnitude, and a range stays positive
+    With the logarithm, a step of Adam is a relative change, whatever the tensor's magnitude, and ranges stay positive
     (TQT, Jain et al., MLSys 2020, arXiv 1903.08066).
     """
     learned = {}
@@ -46,16 +46,16 @@ def learn_ranges(model: QuantizedModel) -> dict[str, nn.Parameter]:
 
 
 def settle_ranges(model: QuantizedModel) -> None:
-    """Ranges that were learned become plain ranges again, with the values that they have."""
+    """Turns learned ranges back into plain ranges, with their current values."""
     for quantizer in quantizers(model.parts).values():
         assert isinstance(quantizer, Quantizer)
         quantizer.settle_range()
 
 
 def trained_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
-    """All weights and biases of the parts by path, those of layers that stay float too; not ranges that are learned.
+    """All weights and biases of the parts by path, including those of layers that stay float, but not learned ranges.
 
-    From here on they want gradients: a bias that folding a batch norm made does not by itself.
+    Enables their gradients, which a bias made by folding a batch norm lacks.
     """
     found = {name: p for name, p in model.parts.named_parameters() if not name.endswith(f".{Quantizer.LEARNED}")}
     for parameter in found.values():

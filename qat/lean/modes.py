@@ -16,7 +16,7 @@ SEVEN_BIT_BOUND = 63
 
 
 def quantizers(module: nn.Module) -> dict[str, Quantizer]:
-    """The module's quantizers by their path, those switched off too."""
+    """The module's quantizers by path, including those that are off."""
     return {name: child for name, child in module.named_modules() if isinstance(child, Quantizer)}
 
 
@@ -35,7 +35,7 @@ def quantizers_off(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def qdq_tracing() -> Iterator[None]:
-    """Inside the block TensorQuantizers call torch's own fake-quantize operators, which the ONNX exporter knows.
+    """Inside the block TensorQuantizers call torch's fake-quantize operators, which the ONNX exporter supports.
 
     The switch is global to pytorch-quantization (a class attribute), hence the block.
     """
@@ -61,7 +61,7 @@ def seven_bit_weights(module: nn.Module) -> Iterator[None]:
         amax = quantizer._amax
         before.append((quantizer, amax))
         others = [d for d in range(weight.ndim) if amax.shape[d] == 1]
-        largest = weight.detach().abs().amax(others, keepdim=True)  # training may have left it above the range
+        largest = weight.detach().abs().amax(others, keepdim=True)  # training may have moved it above the range
         quantizer.set_range(torch.maximum(amax, largest) * (BOUND / SEVEN_BIT_BOUND))
     try:
         yield

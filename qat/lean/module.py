@@ -1,4 +1,4 @@
-"""`quantize`: any module in, its calibrated INT8 simulation out."""
+"""`quantize` turns any module into its calibrated INT8 simulation."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def float_rules(given: Iterable[str | tuple[str, str] | FloatRule]) -> list[Floa
 
 
 def check_rules(rules: Sequence[FloatRule], kept: Iterable[str], layers: Iterable[str]) -> None:
-    """Raises `UserError` for a rule that no layer fits."""
+    """Raises `UserError` for a rule that matches no layer."""
     kept, layers = list(kept), list(layers)
     for rule in rules:
         if not fnmatch.filter(kept, rule.pattern):
             some = ", ".join(layers[:3]) or "none"
             raise UserError(
-                f"keep-float {rule.pattern}: no layer has such a path; `bevqat inspect` lists them, such as {some}"
+                f"keep-float {rule.pattern}: matches no layer's path; `bevqat inspect` lists them, such as {some}"
             )
 
 
@@ -70,9 +70,9 @@ class Summary:
 
 
 class QuantizedModule(nn.Module):
-    """A module with TensorQuantizers, which computes what its export in `flavour` does; `use` changes the flavour.
+    """A module with TensorQuantizers, which computes the same as its export in `flavour`; `use` changes the flavour.
 
-    It trains, and takes any batch if the module does.
+    It can be trained, and accepts any batch if the module does.
     """
 
     def __init__(self, graph: fx.GraphModule, inventory: Inventory, example_inputs: Sequence[object]) -> None:
@@ -84,14 +84,14 @@ class QuantizedModule(nn.Module):
         self.all_zero: list[str] = []
 
     def forward(self, *inputs: Any) -> Any:
-        """As the module's."""
+        """See the original module's forward."""
         return self.graph(*inputs)
 
     def use(self, flavour: str) -> QuantizedModule:
-        """From here on the module computes what this flavour's export does; returns itself.
+        """From now on the module computes the same as this flavour's export; returns itself.
 
         Raises:
-            UserError: there is no such flavour.
+            UserError: the flavour does not exist.
         """
         self.flavour = flavour_of(flavour).name
         use_flavour(self.graph, flavour)
@@ -108,7 +108,7 @@ class QuantizedModule(nn.Module):
             self.use(before)
 
     def summary(self) -> Summary:
-        """What is INT8 and what is not, in the current flavour."""
+        """INT8 layers and float operations in the current flavour."""
         own = quantizers(self.graph)
         on = [path for path in self.inventory.quantized if not own[f"{path}.weight_quantizer"]._disabled]
         floats = {
@@ -134,22 +134,22 @@ def quantize(
         quantized = quantize(model, (images,), data=loader, flavour="onnxruntime", keep_float=["head.*"])
 
     Args:
-        module: any; it is put into eval mode and otherwise left as it was.
-        example_inputs: the arguments of its forward. The first dimension of the tensors may be another afterwards, if it is the
-            same for all of them, and 2 or more here.
-        data: batches to calibrate with: a tensor, or a sequence of arguments, each; None for only `example_inputs`.
-        flavour: of `qat.lean.flavours`; another can be chosen later (`QuantizedModule.use`).
+        module: any; it is set to eval mode and otherwise not changed.
+        example_inputs: the arguments of its forward. Later inputs may have another first dimension, if it is the same for all
+            tensors, and 2 or more here.
+        data: batches to calibrate with, each a tensor or a sequence of arguments; None for only `example_inputs`.
+        flavour: of `qat.lean.flavours`; it can be changed later (`QuantizedModule.use`).
         keep_float: layers that stay float, as patterns of their paths (shell style), `PATTERN=reason` or (pattern, reason).
         method: max, percentile, mse or entropy, for activations; weights take each channel's largest magnitude.
         percentile: share of magnitudes inside the range, in percent, for `percentile`.
-        round_outputs: the outputs may be rounded too where that makes the layer before them an integer one (ONNX Runtime).
+        round_outputs: outputs may be rounded too if that lets the layer before them run in integers (ONNX Runtime).
 
     Returns:
-        the simulation; `summary()` lists what is INT8 and what is not, `qat.export.export_module` writes the ONNX file.
+        the simulation; `summary()` lists INT8 layers and float operations, `qat.export.export_module` writes the ONNX file.
 
     Raises:
-        UserError: the module cannot be traced, an unknown flavour or method, a pattern that no layer fits, no batches, values
-            that are not finite.
+        UserError: the module cannot be traced, an unknown flavour or method, a pattern that matches no layer, no batches,
+            values that are not finite.
     """
     if method not in METHODS:
         raise UserError(f"method: found {method!r}, expected one of {', '.join(METHODS)}")

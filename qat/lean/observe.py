@@ -1,4 +1,4 @@
-"""Observations of a calibration: every quantizer's tensor in the float network, and how much each layer multiplies."""
+"""Observes a calibration: every quantizer's tensor in the float network, and each layer's multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from qat.lean.layers import MULTIPLIES, TRANSPOSED, WEIGHTED
 from qat.lean.modes import quantizers
 from qat.lean.quantizer import Quantizer
 
-ALL_ZERO = 1e-6  # amax of a tensor that was zero on every frame: any positive scale serves
+ALL_ZERO = 1e-6  # amax of a tensor that was zero on every frame: any positive scale works
 
 
 @contextmanager
 def observing(
     module: nn.Module, by_channel: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, HistogramCalibrator]]:
-    """Inside the block the network computes in float and every activation quantizer records, those of other flavours too.
+    """Inside the block the network computes in float and every activation quantizer records, in all flavours.
 
-    by_channel: paths of quantizers that note each channel's largest magnitude and energy.
+    by_channel: paths of quantizers that record each channel's largest magnitude and energy.
     """
     own = quantizers(module)
     before = {name: quantizer._disabled for name, quantizer in own.items()}
@@ -73,10 +73,10 @@ def layer_macs(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torc
 
 @contextmanager
 def counting_macs(root: nn.Module, macs: dict[str, int]) -> Iterator[None]:
-    """Inside the block, notes the multiply-accumulates of everything under `root` that multiplies, by its path: of all calls in
-    one pass (the last) of the child of `root` that it is in.
+    """Inside the block, records the multiply-accumulates of everything under `root` that multiplies, by path: the sum over all
+    calls in the last pass of its child of `root`.
 
-    Layers with weights and products of two activations alike.
+    Counts layers with weights and products of two activations.
     """
     passes: dict[str, int] = {}
     seen: dict[str, int] = {}

@@ -13,7 +13,7 @@ ADDS = (aten.add.Tensor,)
 MULTIPLICATIONS = (aten.mul.Tensor,)
 CONCATS = (aten.cat.default, aten.concat.default)
 RESHAPES = (torch.reshape, aten.flatten.using_ints, aten.permute.default, aten.transpose.int, aten.contiguous.default)
-# Beside these, what moves values without changing them, or leaves some out.
+# The functions above, and functions that move values without changing them, or leave some out.
 MOVES = (
     aten.unsqueeze.default,
     aten.squeeze.dim,
@@ -56,7 +56,7 @@ ACTIVATIONS = (*LEAST, *NEVER_NEGATIVE, nn.LeakyReLU, nn.Hardtanh)
 
 
 def two_tensors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Both arguments of an elementwise function where both are computed tensors."""
+    """Both arguments of an elementwise function if both are computed tensors."""
     found = [source for source in node.args[:2] if isinstance(source, fx.Node) and source.op != "get_attr"]
     return (found[0], found[1]) if len(found) == 2 else None
 
@@ -77,7 +77,7 @@ def is_concat(node: fx.Node) -> bool:
 
 
 def concatenated(node: fx.Node) -> list[fx.Node]:
-    """What a concatenation takes, however it was written."""
+    """The inputs of a concatenation, in any form."""
     tensors = arguments(node)["tensors"]
     return [source for source in tensors if isinstance(source, fx.Node)]
 
@@ -117,10 +117,10 @@ def source_of(node: fx.Node) -> fx.Node | None:
 
 
 def least_values(graph: fx.GraphModule, inputs: dict[str, float] | None = None) -> dict[fx.Node, float]:
-    """For each node a number that its values never go below, −∞ where it is unknown.
+    """A lower bound of each node's values, −∞ if unknown.
 
     Args:
-        inputs: the same of the graph's inputs, by name.
+        inputs: the same for the graph's inputs, by name.
     """
     infinite = float("inf")
     found: dict[fx.Node, float] = {}
@@ -174,7 +174,7 @@ def least_values(graph: fx.GraphModule, inputs: dict[str, float] | None = None) 
 
 
 def gated(graph: fx.GraphModule, node: fx.Node) -> float:
-    """What x · sigmoid(x) and x · hardsigmoid(x) never go below; −∞ of another product."""
+    """The lower bound of x · sigmoid(x) and x · hardsigmoid(x); −∞ for other products."""
 
     def unrounded(value: object) -> object:
         while isinstance(value, fx.Node) and isinstance(submodule(graph, value), Quantizer):

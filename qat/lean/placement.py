@@ -29,7 +29,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class FloatRule:
-    """Layers that stay float: a pattern of module paths (shell style), the reason, and the flavours in which they do; none for
+    """Layers that stay float: a pattern of module paths (shell style), the reason, and the flavours in which they do; empty for
     all of them."""
 
     pattern: str
@@ -39,7 +39,7 @@ class FloatRule:
 
 @dataclass(frozen=True)
 class Kept:
-    """Something that stays float: the rule that says so, why, and in which flavours; none for all."""
+    """Something that stays float: the rule, the reason, and the flavours; empty for all."""
 
     rule: str
     reason: str
@@ -52,8 +52,8 @@ class Placement:
 
     graph: fx.GraphModule
     keep_float: Sequence[FloatRule] = ()
-    round_outputs: bool = False  # whether what only goes out of the graph may be rounded
-    # producer → consumer → the role in which it takes the tensor
+    round_outputs: bool = False  # whether outputs of the graph may be rounded
+    # producer → consumer → the role in which it reads the tensor
     requests: dict[fx.Node, dict[fx.Node, str]] = field(default_factory=dict)
     weighted: list[fx.Node] = field(default_factory=list)
     only: dict[fx.Node, frozenset[str]] = field(
@@ -71,7 +71,7 @@ class Placement:
         return submodule(self.graph, node)
 
     def float_rules(self, path: str) -> list[FloatRule]:
-        """The rules that keep the layer at `path` float, in some flavour."""
+        """The rules that keep the layer at `path` float in any flavour."""
         return [rule for rule in self.keep_float if fnmatch.fnmatchcase(path, rule.pattern)]
 
     def flavours(self, node: fx.Node) -> frozenset[str]:
@@ -82,11 +82,11 @@ class Placement:
         return self.only.get(node, frozenset(FLAVOURS)) - kept
 
     def quantize(self, producer: fx.Node, consumer: fx.Node, role: str) -> None:
-        """`consumer` takes `producer`'s tensor quantized. The first requested role stays."""
+        """Requests `producer`'s tensor quantized for `consumer`. The first requested role counts."""
         self.requests.setdefault(producer, {}).setdefault(consumer, role)
 
     def keep(self, name: str, rule: str, reason: str, flavours: tuple[str, ...] = ()) -> None:
-        """The layer or operation of this name stays float."""
+        """Keeps the layer or operation with this name float."""
         self.kept[name] = Kept(rule, reason, flavours)
 
     def group(self, node: fx.Node) -> fx.Node:
@@ -97,7 +97,7 @@ class Placement:
         return root
 
     def tie(self, a: fx.Node, b: fx.Node) -> None:
-        """The two nodes' tensors share one scale."""
+        """Makes the two nodes' tensors share one scale."""
         order = {node: i for i, node in enumerate(self.graph.graph.nodes)}
         first, second = sorted((self.group(a), self.group(b)), key=order.__getitem__)
         self._parent[second] = first

@@ -1,4 +1,4 @@
-"""TensorQuantizers that compute what a QDQ pair computes."""
+"""TensorQuantizers that compute the same as a QDQ pair."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BOUND = 127
 class Spec:
     """How a tensor is rounded to integers.
 
-    low, high: the integers. levels: how many steps from zero the range's magnitude (amax) is. zero_point: the integer that 0
-    becomes; None for one that makes the most of [least, most], the values seen. per_channel: of a weight, one scale for
-    each output channel instead of one for all.
+    low, high: the integers. levels: number of steps from zero to the range's magnitude (amax). zero_point: the integer for 0;
+    None to fit the observed range [least, most]. per_channel: for a weight, one scale for each output channel instead of one
+    for all.
     """
 
     low: int = -128
@@ -41,20 +41,20 @@ U8_AFFINE = Spec(0, 255, 255, None)  # from the smallest value to the largest
 
 
 def _round(x: torch.Tensor, scale: float, spec: Spec) -> torch.Tensor:
-    """`torch.fake_quantize_per_tensor_affine` with zero point 0 bit for bit, without the mask that it makes for gradients: a
-    quarter of its time."""
+    """`torch.fake_quantize_per_tensor_affine` with zero point 0, bit for bit, without its mask for gradients: four times as
+    fast."""
     step = np.float32(scale)
     return x.mul(float(np.float32(1) / step)).round_().clamp_(spec.low, spec.high).mul_(float(step))
 
 
 class Quantizer(TensorQuantizer):
-    """A TensorQuantizer that rounds as ONNX's QuantizeLinear and DequantizeLinear do, to the integers of `spec`.
+    """A TensorQuantizer that rounds like ONNX's QuantizeLinear and DequantizeLinear, to the integers of `spec`.
 
-    (pytorch-quantization's own simulation saturates at −127, its export at −128; a simulation must equal its export.)
+    (pytorch-quantization's simulation saturates at −127, its export at −128; a simulation must equal its export.)
 
-    spec: how it rounds now; a flavour sets it. flavours: names of those in which it rounds. role: what the tensor is for
-    (`qat.lean.placement.ROLES`). least: what the tensor never goes below, whatever the input. off: left float in every flavour.
-    shares: another quantizer of the same tensor, whose range it has. weights: it rounds a layer's weights.
+    spec: how it rounds now; a flavour sets it. flavours: names of those in which it rounds. role: the tensor's purpose
+    (`qat.lean.placement.ROLES`). least: lower bound of the tensor for any input. off: float in every flavour.
+    shares: another quantizer of the same tensor, whose range it uses. weights: it rounds a layer's weights.
     ends: the smallest and the largest value seen, None if not observed.
     """
 
@@ -69,14 +69,14 @@ class Quantizer(TensorQuantizer):
     shares: Quantizer | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "shares":  # no child: its state is another module's
+        if name == "shares":  # not a child: its state belongs to another module
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     @property
     def amax(self) -> torch.Tensor | None:
-        """As `range`; None where none was set."""
+        """Like `range`; None if none was set."""
         return getattr(self if self.shares is None else self.shares, "_amax", None)
 
     @amax.setter
@@ -123,20 +123,20 @@ class Quantizer(TensorQuantizer):
         self.register_buffer("_amax", amax.detach().clone())
 
     def learn_range(self) -> nn.Parameter:
-        """Makes the range, one value, a parameter: log2 of the magnitude. Until `settle_range` it counts."""
+        """Turns the range, one value, into a parameter: log2 of the magnitude. It is in use until `settle_range`."""
         learned = nn.Parameter(self._amax.detach().log2())
         self.register_parameter(self.LEARNED, learned)
         return learned
 
     def settle_range(self) -> None:
-        """The range is a plain one again, with the value that it has."""
+        """Turns the learned range back into a plain one, with its current value."""
         learned = self._parameters.pop(self.LEARNED, None)
         if learned is not None:
             self.set_range(learned.detach().exp2())
 
     def _quant_forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.dtype in (torch.bfloat16, torch.float16):
-            inputs = inputs.float()  # under autocast: in half precision neighbouring steps of a scale fall together
+            inputs = inputs.float()  # under autocast: in half precision, adjacent steps of a scale would be equal
         spec = self.spec
         learned = self._parameters.get(self.LEARNED)
         if learned is not None:
@@ -181,7 +181,7 @@ def weight_range(module: nn.Module) -> torch.Tensor:
     assert isinstance(weight, torch.Tensor)
     other = [d for d in range(weight.ndim) if d != weight_axis(module)]
     amax = weight.detach().abs().amax(dim=other, keepdim=True)
-    # A channel of zeros has no range of its own: the floor keeps its scale above zero and its weights at zero.
+    # A channel of zeros has no range: the floor keeps its scale above zero and its weights at zero.
     return torch.maximum(amax, amax.max().clamp(min=1e-6) * 2.0**-16)
 
 
@@ -195,7 +195,7 @@ def weight_quantizer(module: nn.Module) -> Quantizer:
 
 
 class _Rounded:
-    """A convolution whose weight passes `weight_quantizer`.
+    """A convolution whose weight goes through `weight_quantizer`.
 
     background_shift: added to the bias while the weight is rounded (`qat.lean.background`), float32[out channels].
     """

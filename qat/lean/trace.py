@@ -1,12 +1,12 @@
-"""Tracing a network into a graph in which each operation has one spelling.
+"""Traces a network into a graph in which each operation has one form.
 
-torch.export follows the network (keywords, functions, methods, subclasses and SAME padding all come out as the same ATen
-operators); `qat.lean.canonical` then turns what has weights, an activation function or a product of two tensors into modules at
-the network's own paths:
+torch.export traces the network (keywords, functions, methods, subclasses and SAME padding all become the same ATen operators);
+`qat.lean.canonical` then turns layers with weights, activation functions and products of two tensors into modules at the
+network's own paths:
 
     network   x ─► self.conv1 ─► F.relu ─► …            graph   x ─► conv1 (Conv2d) ─► relu (ReLU) ─► …
 
-The graph trains, takes any batch, and is exported by torch's TorchScript exporter at opset 13.
+The graph can be trained, accepts any batch, and is exported by torch's TorchScript exporter at opset 13.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from qat.core.errors import UserError
 
 aten = torch.ops.aten
 NET = "net"  # the traced module's name inside `_Method`
-FIXED_BATCH = "fixed_batch"  # in a graph's meta: the batch that it is for, where it takes no other
-# What tracing and its decompositions may raise about a network that they do not take.
+FIXED_BATCH = "fixed_batch"  # in a graph's meta: the batch that it requires, if it accepts no other
+# Exceptions of tracing and its decompositions for unsupported networks.
 UNTRACEABLE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError, AssertionError)
 # Checks that torch.export leaves in the graph; they compute nothing.
 ASSERTIONS = (
@@ -44,7 +44,7 @@ ASSERTIONS = (
 
 
 class _Method(nn.Module):
-    """Calls one method of a module, with the arguments that are no tensors filled in."""
+    """Calls one method of a module, with fixed values for arguments that are not tensors."""
 
     def __init__(self, module: nn.Module, method: str, arguments: Sequence[object]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _Method(nn.Module):
 
 @contextmanager
 def _tracing() -> Any:
-    """Inside the block attention modules take the path that they train on, and torch.export's warnings are off."""
+    """Inside the block attention modules use their training path, and torch.export's warnings are off."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -73,8 +73,8 @@ def _tracing() -> Any:
 
 @dataclass(frozen=True)
 class _Program:
-    """What torch.export found. graph: of ATen's functions; nothing may change it. constants: what its get_attr nodes read that is
-    no tensor of the network's own, by path."""
+    """torch.export's result. graph: of ATen's functions; it must not be changed. constants: tensors read by its get_attr nodes
+    that are not the network's, by path."""
 
     graph: fx.Graph
     out_spec: Any
@@ -92,15 +92,15 @@ def trace(
 
     Args:
         example_inputs: the method's arguments: tensors, whose first dimension (if it is the same everywhere and above 1) may
-            be another in the graph, and values that are no tensors, which are fixed. Their contents do not matter.
-        keep: in this process, the next network that differs from this one in its weights alone takes torch.export's result
-            from this one (a command that opens several checkpoints of a model traces it once).
+            vary in the graph, and other values, which are fixed. The tensors' contents do not matter.
+        keep: in this process, the next network that differs only in its weights reuses torch.export's result (a command that
+            opens several checkpoints of a model traces it once).
 
     Returns:
-        the graph, with each layer at its path in `module`. Where the network fixes the batch, `graph.meta["fixed_batch"]` has it.
+        the graph, with each layer at its path in `module`. `graph.meta["fixed_batch"]` has the batch if the network fixes it.
 
     Raises:
-        UserError: torch.export cannot follow the network: what it computes depends on the values of its inputs, say.
+        UserError: torch.export cannot trace the network, for example because its operations depend on the values of its inputs.
     """
     from qat.lean.canonical import canonicalize
 
@@ -147,11 +147,11 @@ def _export(module: nn.Module, arguments: Sequence[object], method: str, dynamic
 
 
 class _Fingerprint(pickle.Pickler):
-    """Pickles a network without the contents of its parameters and buffers, which no trace depends on."""
+    """Pickles a network without the contents of its parameters and buffers, which do not affect a trace."""
 
     def __init__(self, file: io.BytesIO, network: nn.Module) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.fast = True  # no notes of which attributes are one object: torch.export copies some
+        self.fast = True  # does not record which attributes are the same object: torch.export copies some
         named = [*network.named_parameters(), *network.named_buffers()]
         self.own = {id(tensor): (name, tensor) for name, tensor in named}
 
@@ -164,20 +164,20 @@ class _Fingerprint(pickle.Pickler):
 
 
 def _key(module: nn.Module, arguments: Sequence[object], method: str) -> Hashable:
-    """What a trace depends on: the network but for its weights, its classes' code, and the inputs' shapes. None where the
-    network holds what cannot be written down (a hook, a lambda)."""
+    """The key of a trace: the network without its weights, its classes' code, and the inputs' shapes. None if the network has
+    something that cannot be pickled (a hook, a lambda)."""
     file = io.BytesIO()
     inputs = [(str(v.dtype), tuple(v.shape), str(v.device)) if isinstance(v, torch.Tensor) else v for v in arguments]
     try:
         _Fingerprint(file, module).dump((module, inputs))
     except (pickle.PicklingError, TypeError, ValueError, AttributeError, RuntimeError):
         return None
-    code = tuple((type(m), type(m).forward) for m in module.modules())  # a class of the same name may be another
+    code = tuple((type(m), type(m).forward) for m in module.modules())  # another class may have the same name
     return hashlib.sha256(file.getbuffer()).digest(), code, getattr(type(module), method), torch.get_default_dtype()
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters."""
+    """An exception's message, on one line of at most 200 characters."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text if len(text) <= 200 else text[:197] + "…"
 
@@ -185,8 +185,8 @@ def first_line(error: BaseException) -> str:
 def _plain(
     program: _Program, module: nn.Module, method: str, arguments: Sequence[object]
 ) -> tuple[fx.Graph, dict[str, Any]]:
-    """The traced graph over `module`'s own paths, with the method's arguments and its nested output, without guards; and what its
-    get_attr nodes read, by path."""
+    """The traced graph over `module`'s paths, with the method's arguments and its nested output, without guards; and the
+    tensors that its get_attr nodes read, by path."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     root: dict[str, Any] = {}
@@ -199,7 +199,7 @@ def _plain(
             path, target = _inner(str(node.target)), str(node.target)
             value = program.constants[target] if target in program.constants else _attribute(module, path)
             if path == target and not isinstance(value, nn.Module):
-                path = f"constants.{path}"  # the trace's own: no name of the network may be taken
+                path = f"constants.{path}"  # constants of the trace: must not take a name of the network
             root[path] = value
             values[node] = graph.get_attr(path)
             values[node].meta = dict(node.meta)
@@ -219,7 +219,7 @@ def _inner(path: str) -> str:
 
 
 def _arguments(graph: fx.Graph, module: nn.Module, method: str, arguments: Sequence[object]) -> Any:
-    """Placeholders named as the method's arguments are; yields those of tensors."""
+    """Names placeholders like the method's arguments; yields those of tensors."""
     parameters = list(inspect.signature(getattr(module, method)).parameters.values())
     plain = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names = [plain[i] if i < len(plain) else f"input_{i}" for i in range(len(arguments))]
@@ -245,7 +245,7 @@ def tree(values: Mapping[str, Any]) -> nn.Module:
 
 
 def put(module: nn.Module, name: str, value: Any) -> None:
-    """Sets an attribute of a module: a parameter, a module, or a tensor as a buffer that no state dict has."""
+    """Sets an attribute of a module: a parameter, a module, or a tensor as a buffer outside the state dict."""
     if isinstance(value, nn.Parameter | nn.Module) or not isinstance(value, torch.Tensor):
         setattr(module, name, value)
     else:
@@ -260,7 +260,7 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def attribute(graph: fx.GraphModule, node: object) -> Any:
-    """The value of a get_attr node; None for another."""
+    """The value of a get_attr node; None for other nodes."""
     return _attribute(graph, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
@@ -272,7 +272,7 @@ def submodule(graph: fx.GraphModule, node: object) -> nn.Module | None:
 
 
 def replace_module(graph: fx.GraphModule, path: str, module: nn.Module) -> None:
-    """Puts `module` at `path`."""
+    """Sets `module` at `path`."""
     parent, _, name = path.rpartition(".")
     at: nn.Module = graph
     for step in parent.split(".") if parent else ():

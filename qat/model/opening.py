@@ -1,4 +1,4 @@
-"""A checkpoint file → a `Model`, read once and passed on."""
+"""Opens a checkpoint file as a `Model`, which is read once and passed on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Which network a stage opens.
+    """The network that a stage opens.
 
-    checkpoint: its file; None for random weights of `config`, drawn with `seed`. config: of a checkpoint that is not ours; None
-    for the one inside it, else config.yaml beside it. prefix: takes the piece of a larger model that lies under it (of BEVFusion
-    the camera branch: "encoders.camera" in a whole model, "" in a state dict of the branch alone); of the config only that piece
-    is read. ema: the averaged weights that a float checkpoint keeps beside the others.
+    checkpoint: its file; None for random weights of `config`, drawn with `seed`. config: for a checkpoint that is not ours;
+    None for the one inside it, or else config.yaml next to it. prefix: opens the part of a larger model under this name (for
+    BEVFusion the camera branch: "encoders.camera" in a whole model, "" in a state dict of the branch alone), and reads only
+    that part of the config. ema: use the averaged weights of a float checkpoint that has two sets.
     """
 
     checkpoint: str | Path | None = None
@@ -38,7 +38,7 @@ class Source:
         """The config of random weights.
 
         Raises:
-            UserError: there is none, or averaged weights are asked for.
+            UserError: there is no config, or averaged weights are requested.
         """
         if self.config is None:
             raise UserError("--init random: found no --config, expected the network's")
@@ -51,8 +51,9 @@ class Source:
 class Model:
     """The content of a checkpoint.
 
-    network: the float network. quantized: of a PTQ checkpoint, and of one that another tool quantized; None of a float one.
-    recipe: how it was quantized. path: None for random weights. left_out: names of the file that are no weights of this network.
+    network: the float network. quantized: for a PTQ checkpoint, or one that another tool quantized; None for a float one.
+    recipe: how it was quantized. path: None for random weights. left_out: names in the file that are not weights of this
+    network.
     """
 
     family: Family
@@ -70,17 +71,18 @@ class Model:
 
     @property
     def best(self) -> Any:
-        """The quantized network where there is one, else the float one."""
+        """The quantized network if there is one, else the float one."""
         return self.network if self.quantized is None else self.quantized
 
 
 def find_config(
     path: Path, checkpoint: Mapping[str, Any], given: str | Path | None, prefix: str | None
 ) -> tuple[Family, dict[str, Any]]:
-    """The config of a float checkpoint: the named one, else the one inside it, else config.yaml beside it; and its family.
+    """The config of a float checkpoint and its family. Uses the given config, or the one inside the checkpoint, or config.yaml
+    next to it.
 
     Raises:
-        UserError: there is none, or it describes what cannot be built.
+        UserError: there is no config, or it describes a network that cannot be built.
     """
     beside = path.parent / "config.yaml"
     if given is None and isinstance(config := checkpoint.get("config"), dict):
@@ -88,7 +90,7 @@ def find_config(
         return family, family.check_config(config, f"{path}: config", prefix)
     if given is None and not beside.is_file():
         raise UserError(
-            f"{path}: holds no config and {beside} does not exist; name the run's configs.yaml with --config"
+            f"{path}: holds no config and {beside} does not exist; give the run's configs.yaml with --config"
         )
     return read_config(beside if given is None else given, prefix)
 
@@ -106,7 +108,7 @@ def _family_in(path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return DEFAULT  # whose reader says what is wrong with the file
+        return DEFAULT  # the family's reader reports errors of the file
     found = [line.split(":", 1)[1].strip().strip("\"'") for line in lines if line.startswith(f"{KEY}:")]
     return family_of({KEY: found[0]}, str(path)).name if found else DEFAULT
 
@@ -131,12 +133,12 @@ def open_model(
     Args:
         path: a checkpoint of calibrate (PTQ); one that another tool quantized (`qat.calibrate.foreign`); or a float one:
             {"state_dict": …}, a bare state dict, a pickled network.
-        config: of a checkpoint that is not ours; None for the one inside it, else config.yaml beside it.
-        prefix: of such a checkpoint, takes the piece of a larger model that lies under it (of BEVFusion the camera branch).
-        ema: of a float checkpoint, the averaged weights that it keeps beside the others.
-        finite: False takes weights that are NaN or infinite, to look at what they do.
+        config: for a checkpoint that is not ours; None for the one inside it, or else config.yaml next to it.
+        prefix: for such a checkpoint, opens the part of a larger model under this name (for BEVFusion the camera branch).
+        ema: for a float checkpoint with two sets of weights, use the averaged ones.
+        finite: False accepts weights that are NaN or infinite, to examine their effect.
         as_float: return the float network: from a PTQ checkpoint its float weights, with all quantizers off.
-        read: what `load_checkpoint` read from `path`, where that was done already.
+        read: the result of `load_checkpoint(path)`, if available.
 
     Raises:
         UserError: the checkpoint does not load or does not fit its config.
@@ -184,7 +186,7 @@ def load_float(
     ema: bool = False,
     finite: bool = True,
 ) -> Model:
-    """The network of a checked config with a float checkpoint's weights; args as `open_model`, raises as `open_float`."""
+    """The network of a checked config with a float checkpoint's weights; args as in `open_model`, raises like `open_float`."""
     return _float(family, config, _read_float(path, ema), Path(path), prefix, ema, finite)
 
 
@@ -192,7 +194,7 @@ def _read_float(path: str | Path, ema: bool) -> dict[str, Any]:
     checkpoint = load_checkpoint(path, ema)
     if checkpoint.get("format") == PTQ_FORMAT:
         raise UserError(
-            f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; name that"
+            f"{path}: found a quantized checkpoint, expected the float one that it was calibrated from; use that"
         )
     return checkpoint
 
@@ -201,7 +203,7 @@ def open_float(source: Source) -> Model:
     """Opens a float network: a checkpoint's, or one with random weights.
 
     Raises:
-        UserError: as `open_model`; it is a quantized checkpoint.
+        UserError: like `open_model`; or it is a quantized checkpoint.
     """
     if source.checkpoint is None:
         return random_model(source.checked_config(), source.seed, source.prefix)

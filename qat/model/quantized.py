@@ -26,7 +26,9 @@ from qat.lean.quantizer import U8_COARSE, Quantizer
 from qat.lean.trace import FIXED_BATCH, trace
 from qat.plan import Part, Plan, axes_at
 
-Background = Literal["corrected", "absorbed"]  # the depth map's, in corrections of biases or in the biases themselves
+Background = Literal[
+    "corrected", "absorbed"
+]  # the depth map's background, in corrections of biases or absorbed in the biases
 
 
 class _Taken(Exception):
@@ -39,7 +41,7 @@ class _Stop(nn.Module):
 
 
 class _Given(nn.Module):
-    """Replaces a graph: returns tensors without content in its result's shapes."""
+    """Replaces a graph: returns empty tensors with its result's shapes."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class _Given(nn.Module):
 
 
 class _Tracer:
-    """Traces the parts of a network one after the other; each takes inputs in the shapes of the outputs before it."""
+    """Traces the parts of a network one after the other; inputs have the shapes of the preceding outputs."""
 
     def __init__(self, family: Any, network: nn.Module, plan: Plan) -> None:
         self.family, self.network, self.plan = family, network, plan
@@ -88,10 +90,10 @@ class _Tracer:
         raise ValueError(f"part {part.name}: its forward never calls its core")
 
     def trace(self, part: Part) -> fx.GraphModule:
-        """The canonical graph of a part's core, for any batch where torch.export can."""
+        """The canonical graph of a part's core, for any batch if torch.export supports it."""
         method = self.methods[part.name]
         graph = trace(self.network, self._core_inputs(part, 2), method, keep=True)
-        if FIXED_BATCH in graph.meta:  # for one sample, then
+        if FIXED_BATCH in graph.meta:  # otherwise for one sample
             examples = self._core_inputs(part, 1)
             graph = trace(self.network, examples, method, keep=True)
             graph.meta[FIXED_BATCH] = len(next(x for x in examples if isinstance(x, torch.Tensor)))
@@ -102,7 +104,7 @@ class _Tracer:
         return graph
 
     def least(self, part: Part, earlier: Mapping[str, fx.GraphModule]) -> dict[str, float]:
-        """Lower bounds of a part's core's inputs, by the core's names, where the graph before it shows them."""
+        """Lower bounds of a part's core's inputs, by the core's names, if the preceding graph shows them."""
         module = self._module(part.name, _Stop())
         if not module.direct:
             return {}
@@ -132,10 +134,10 @@ def traced_parts(network: Any) -> dict[str, fx.GraphModule]:
 
 
 class QuantizedModel(nn.Module):
-    """A family's network with TensorQuantizers. It holds the quantizers of every flavour, and computes in one of them: `flavour`,
-    which `use` changes. `qat.model.runners` runs it.
+    """A family's network with TensorQuantizers. It holds the quantizers of every flavour and computes in one of them,
+    `flavour`, which `use` changes. `qat.model.runners` runs it.
 
-    parts: the graph of each part, by its scope. network: the float one, which it leaves as it was (unchanged layers are shared).
+    parts: the graph of each part, by its scope. network: the float one, which is not changed (unchanged layers are shared).
 
     Args:
         keep_float: layers that stay float; None for the family's. parts_off: scopes of parts that do as a whole, in the flavours
@@ -156,16 +158,16 @@ class QuantizedModel(nn.Module):
         self.family = family_named(network.family)
         self.config = network.config
         recipe = self.family.recipe(self.config)
-        self._network = [network]  # no module of this one: its weights are not this model's
+        self._network = [network]  # not a submodule: its weights are not this model's
         self.keep_float = tuple(recipe.keep_float if keep_float is None else keep_float)
         off = recipe.parts_off if parts_off is None else parts_off
         self.off_in = {name: tuple(flavours) for name, flavours in off.items()}
         self.flavour = DEFAULT
         self.parts = nn.ModuleDict()
         self.inventory: dict[str, Inventory] = {}
-        self.equalized: dict[str, torch.Tensor] = {}  # `part.quantizer` → what its channels are divided by
+        self.equalized: dict[str, torch.Tensor] = {}  # `part.quantizer` → the divisors of its channels
         self.background: Background | None = None
-        self.absorbed: frozenset[str] = frozenset()  # `part.path` of layers whose bias has its correction in it
+        self.absorbed: frozenset[str] = frozenset()  # `part.path` of layers whose bias includes its correction
         self.fixed_views: int | None = None
         tracer = _Tracer(self.family, network, self.plan)
         graphs: dict[str, fx.GraphModule] = {}
@@ -197,10 +199,10 @@ class QuantizedModel(nn.Module):
         return self.flow.plan
 
     def use(self, flavour: str, parts_int8: Sequence[str] = ()) -> None:
-        """From here on the detector computes what this flavour's exports do.
+        """From now on the detector computes the same as this flavour's exports.
 
         Args:
-            parts_int8: parts that are off in this flavour, to quantize all the same.
+            parts_int8: parts that are off in this flavour, to quantize anyway.
 
         Raises:
             UserError: an unknown flavour; a part that is not off, or that has quantizers without a range.
@@ -239,7 +241,7 @@ class QuantizedModel(nn.Module):
         return [name for name, flavours in self.off_in.items() if flavour in flavours and name in self.parts]
 
     def _coarse(self) -> None:
-        """Inputs of layers whose biases hold corrections for s8's step keep that step where they are rounded from zero up."""
+        """Inputs of layers whose biases hold corrections for s8's step keep that step if they are rounded from zero up."""
         for part, graph in self.parts.items():
             assert isinstance(graph, fx.GraphModule)
             for path, taken in backgrounds(graph).items() if self.absorbed else ():
@@ -251,7 +253,7 @@ class QuantizedModel(nn.Module):
                     taken.quantizer.spec = U8_COARSE
 
     def activation_quantizers(self) -> dict[str, TensorQuantizer]:
-        """Quantizers of activations that have their own ranges by `part.name`, those switched off too."""
+        """Quantizers of activations with their own ranges by `part.name`, including those that are off."""
         return {name: q for name, q in quantizers(self.parts).items() if not q.weights and q.shares is None}
 
     def equalizable(self) -> dict[str, list[str]]:
@@ -260,7 +262,7 @@ class QuantizedModel(nn.Module):
         for part, inventory in self.inventory.items():
             graph = self.parts[part]
             assert isinstance(graph, fx.GraphModule)
-            if part in self.parts_off:  # its float form would have one more product
+            if part in self.parts_off:  # the float form would have one more product
                 continue
             for name, layers in equalizable(graph, inventory).items():
                 found[f"{part}.{name}"] = [f"{part}.{path}" for path in layers]
@@ -270,26 +272,26 @@ class QuantizedModel(nn.Module):
         """Divides the channels of the tensor that quantizer `part.name` rounds by `scales`, float32[C].
 
         Raises:
-            ValueError: they cannot be.
+            ValueError: they cannot be divided.
         """
         part, _, quantizer = name.partition(".")
         if part not in self.parts:
-            raise ValueError(f"{name}: there is no such quantizer")
+            raise ValueError(f"{name}: no such quantizer")
         graph = self.parts[part]
         assert isinstance(graph, fx.GraphModule)
         equalize(graph, quantizer, scales)
         self.equalized[name] = scales
 
     def keep_background(self) -> None:
-        """Keeps the constant that the depth map's tensors hold nearly everywhere exact (`qat.lean.background`).
+        """Keeps the constant that fills most of the depth map's tensors exact (`qat.lean.background`).
 
-        From here on `background` is "corrected". The corrections depend on weights and ranges: call again when those changed.
+        Sets `background` to "corrected". The corrections depend on weights and ranges: call again after those change.
         """
         self.background = "corrected"
         self.correct_background()
 
     def correct_background(self) -> None:
-        """Computes the corrections again, where there are any, for weights, ranges and steps as they are now."""
+        """Computes existing corrections again, for the current weights, ranges and steps."""
         if self.background is None:
             return
         for part, graph in self.parts.items():
@@ -298,8 +300,8 @@ class QuantizedModel(nn.Module):
             correct_backgrounds(graph, own)
 
     def absorb_background(self) -> None:
-        """Makes the corrections of the layers that are INT8 now part of their biases, which may then be trained; `background`
-        is "absorbed" if there were any."""
+        """Adds the corrections of layers that are INT8 now to their biases, which may then be trained. Sets `background` to
+        "absorbed" if there were any."""
         if self.background is None:
             return
         self.background = "absorbed"
@@ -310,7 +312,7 @@ class QuantizedModel(nn.Module):
         self.absorbed = frozenset(found)
 
     def amax(self) -> dict[str, torch.Tensor]:
-        """Every quantizer's range by its path; for quantizers with their own range."""
+        """The range of each quantizer that has its own, by its path."""
         own = quantizers(self.parts)
         return {name: q.amax.detach().clone() for name, q in own.items() if q.shares is None and q.amax is not None}
 
@@ -325,19 +327,19 @@ class QuantizedModel(nn.Module):
         return [name for name, quantizer in quantizers(self.parts).items() if quantizer.off]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The parts' parameters by path, as the parts compute with them (batch norm folded), without the quantizers'.
+        """The parts' parameters by path (batch norm folded), without the quantizers'.
 
-        (No buffers: those are the network's own, or constants of the trace, which torch names as it likes.)
+        (No buffers: those belong to the network, or are constants of the trace, whose names torch chooses.)
         """
         own = quantizers(self.parts)
         named = self.parts.named_parameters(remove_duplicate=False)
         return {name: x.detach() for name, x in named if name.rpartition(".")[0] not in own}
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Sets what `weights` returned; ranges do not change.
+        """Sets weights from `weights`; ranges do not change.
 
         Raises:
-            KeyError: the names are not this detector's. ValueError: a shape is not.
+            KeyError: the names differ from this detector's. ValueError: a shape does.
         """
         own = self.weights()
         if strange := set(weights) ^ set(own):
@@ -353,11 +355,11 @@ class QuantizedModel(nn.Module):
         disabled: Sequence[str],
         ends: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Sets ranges, and what is off in every flavour, as saved. One that is off needs no range (another tool's checkpoint
-        has none for it).
+        """Sets saved ranges, and the quantizers that are off in every flavour. Those that are off need no range (another tool's
+        checkpoint has none for them).
 
         Raises:
-            KeyError: the names are not this detector's, or one that is on has no range. ValueError: a range is not positive
+            KeyError: the names differ from this detector's, or one that is on has no range. ValueError: a range is not positive
                 and finite, or has another shape.
         """
         own = quantizers(self.parts)
@@ -367,7 +369,7 @@ class QuantizedModel(nn.Module):
         if without := sorted(needed - set(amax) - set(disabled)):
             raise KeyError(f"found no range (amax) for {len(without)} of {len(needed)} quantizers: {_few(without)}")
         for name, tensor in amax.items():
-            before = own[name].amax  # of weights, already that of the weights themselves; others have none yet
+            before = own[name].amax  # quantizers of weights already have their weights' range; others have none yet
             shape = [] if before is None else list(before.shape)
             if tensor.numel() != 1 and list(tensor.shape) != shape:
                 raise ValueError(f"{name}: found a range of shape {list(tensor.shape)}, expected {shape}")

@@ -1,4 +1,4 @@
-"""PyTorch runners of a plan: in float, with fake quantization, or recording, as the model's quantizers are set."""
+"""PyTorch runners of a plan: float, fake-quantized or recording, depending on the model's quantizers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def whose(model: Model) -> tuple[Family, Any]:
 
 
 def flow_for(model: Model) -> Flow:
-    """The host's side of a model, made once for its config."""
+    """The flow (host side) of a model, made once for its config."""
     return kept_flow(model, whose(model)[0])
 
 
@@ -69,7 +69,7 @@ def torch_runners(
 
 
 def torch_feeds(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A plan's inputs as torch tensors on the model's device; what no part takes stays numpy, for the ops."""
+    """A plan's inputs as torch tensors on the model's device; inputs that only ops read stay numpy arrays."""
     device = next(model.parameters()).device
     taken = flow_for(model).plan.part_inputs
     return {
@@ -79,7 +79,7 @@ def torch_feeds(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]
 
 
 def run_frame(model: Model, frame: Any) -> dict[str, Any]:
-    """Runs one frame, the first of a scene, through a model's whole plan: every tensor, in torch."""
+    """Runs the first frame of a scene through a model's whole plan; returns every tensor, in torch."""
     flow = flow_for(model)
     return run(flow.plan, torch_runners(model), torch_feeds(model, flow.first_feeds([frame])))
 
@@ -112,7 +112,7 @@ class TorchPart:
         self.wrapper = wrapper
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays by input name → arrays by output name."""
+        """Runs the part on arrays by input name; returns arrays by output name."""
         device = next(self.wrapper.parameters()).device
         with torch.inference_mode():
             result = self.wrapper(*(torch.from_numpy(feeds[name]).to(device) for name in self.wrapper.inputs))

@@ -1,8 +1,8 @@
-"""The pieces of a quantized detector that can be INT8 or float by themselves.
+"""The units of a quantized detector, each of which can be INT8 or float independently.
 
 A unit is one activation quantizer with the weights of every layer that it feeds: a layer is INT8 only when both its
 input and its weights are, and consumers of one tensor share its quantizer. Units do not overlap, and together they are
-all that is quantized.
+everything that is quantized.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNIT_ROLES = ("input", "identity", "add", "concat")
 @dataclass(frozen=True)
 class Unit:
     """name: `part.quantizer`. quantizers: their paths under the detector's `parts`. layers: `part.path` of the INT8
-    layers that it feeds; none for a unit that only serves an add."""
+    layers that it feeds; empty for a unit that only feeds an add."""
 
     name: str
     part: str

@@ -1,4 +1,4 @@
-"""What a report's drawings show, and where: templates/drawings.html draws it, page.css colours it."""
+"""Content and layout of a report's drawings; templates/drawings.html draws them, page.css colours them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def longest(rows: Sequence[Row]) -> float:
-    """The longest latency of any row, in ms: what its bars are drawn against."""
+    """The longest latency of any row, in ms: the scale of the bars."""
     return max(max(row["latency_ms"]["p99"], row["latency_ms"]["median"]) for row in rows)
 
 
 def class_pairs(names: Iterable[str], first: Row, second: Row) -> list[tuple[str, float, float]]:
-    """Each class's AP in two rows, 0 where a row has none; by the first row's AP."""
+    """Each class's AP in two rows, 0 if a row has none; sorted by the first row's AP."""
     aps = [(name, first["per_class_ap"].get(name) or 0.0, second["per_class_ap"].get(name) or 0.0) for name in names]
     return sorted(aps, key=lambda own: (-own[1], own[0]))
 
@@ -50,7 +50,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def _place_labels(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[tuple[float, float]]:
-    """Where each label begins (left end, baseline) so that labels cover neither each other nor the marks."""
+    """The start of each label (left end, baseline), so that labels cover neither each other nor the marks."""
     taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in points]
     placed = []
     for (x, y), name in zip(points, names, strict=True):
@@ -118,7 +118,7 @@ def scatter(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def about_box(box: Results) -> str:
-    """A box's class, and its score where it has one."""
+    """A box's class, and its score if it has one."""
     score = box.get("score")
     return str(box["label"]) + (f" {score:.2f}" if isinstance(score, int | float) else "")
 

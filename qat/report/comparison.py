@@ -1,4 +1,4 @@
-"""Two results.json → one page that sets the runs side by side: what templates/comparison.html shows."""
+"""Content of the page that compares two results.json, for templates/comparison.html."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qat.report.words import about, in_words
 
 
 def _matched(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row | None, Row | None]]:
-    """Rows of one backend, precision and flavour; in A's order, then those that only B has."""
+    """Pairs of rows with the same backend, precision and flavour, in A's order; then rows that only B has."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return row["backend"], row["precision"], row.get("flavour")
@@ -38,7 +38,7 @@ def _flat(value: Any, path: str, into: dict[str, str]) -> None:
 
 
 def _origin(results: Results) -> dict[str, str]:
-    """Everything that a run's figures come from, by name."""
+    """Everything that a run's figures depend on, by name."""
     found: dict[str, str] = {}
     provenance = results.get("provenance", {})
     for name in ("dataset", "machine", "measurement"):
@@ -73,7 +73,7 @@ def _run(letter: str, name: str, results: Results) -> dict[str, Any]:
 
 
 def _shown(a: Results, b: Results, names: tuple[str, str], found: RunsVerdict) -> dict[str, Any]:
-    """What the template shows of two checked results."""
+    """The template's values for two checked results."""
     runs = [_run(letter, name, own) for letter, name, own in zip("AB", names, (a, b), strict=True)]
     pairs = _matched(a["rows"], b["rows"])
     first, second = (run["compared"] for run in runs)
@@ -100,7 +100,7 @@ def _shown(a: Results, b: Results, names: tuple[str, str], found: RunsVerdict) -
 
 
 def run_names(a: str | Path, b: str | Path) -> tuple[str, str]:
-    """What to call two results: their folders where these differ, else their files, else the paths from where they part."""
+    """Names for two results: their folders if these differ, else their files, else the paths from where they differ."""
     paths = Path(a), Path(b)
     for pick in (lambda path: path.resolve().parent.name, lambda path: path.stem):
         names = pick(paths[0]), pick(paths[1])
@@ -121,10 +121,10 @@ def write_comparison(
     """Writes the page of two runs (results.json, or their content) to `out`, whole or not at all.
 
     Args:
-        names: what to call them; None for their folders' names, or "A" and "B" of contents.
+        names: their names; None for their folders' names, or "A" and "B" for contents.
 
     Returns:
-        what the page opens with.
+        the page's verdict.
 
     Raises:
         UserError: a run's results fail `qat.report.schema.check_results`, or `out` cannot be written.

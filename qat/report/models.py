@@ -1,4 +1,4 @@
-"""results.json as pydantic models: what a page is made of. Other keys are free."""
+"""pydantic models of results.json, from which a page is made. Other keys are not checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qat.core.validation import Expected, Section, number, whole, wrong
 from qat.report.schema import EXACT_DB, SCHEMA
 
 MOST_BINS = 512  # of a histogram
-MOST = 1e15  # far above any figure; Python's own whole numbers have no end, and drawings compute with floats
+MOST = 1e15  # far above any figure; Python's integers are unbounded, but drawings compute with floats
 MOST_METRES = 10_000  # around the car: a ring is drawn every ten
 
 Text = Annotated[str, Expected("text", test=bool)]
@@ -157,7 +157,7 @@ class Results(Section):
 
 
 def check_rows(results: Results) -> None:
-    """Frames are of rows that are there, and as many units are counted as are shown."""
+    """Checks that frames refer to existing rows, and that at least as many units are counted as shown."""
     for n, frame in enumerate(results.frames):
         for key in ("reference", "candidate"):
             if getattr(frame, key) >= len(results.rows):

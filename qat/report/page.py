@@ -1,4 +1,4 @@
-"""results.json → one HTML page that needs nothing else: what templates/report.html shows."""
+"""Content of the self-contained HTML page of a results.json, for templates/report.html."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _TP_NAMES = {
 
 
 def _headline_figures(ship: Row | None, rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The shipped row's latency, speed-up, mAP and NDS, each with what it is."""
+    """The shipped row's latency, speed-up, mAP and NDS, each with a description."""
     if ship is None:
         return []
     own, reference = baseline_of(ship, rows), reference_of(rows)
@@ -63,9 +63,9 @@ def _spread(rows: Sequence[Row]) -> str:
 
 
 def _commands(provenance: Results) -> dict[tuple[str, str], list[str]]:
-    """The commands that made the files and these results, with the versions they ran in: each once, with what it made."""
+    """The commands that made the files and these results, each once, with its result and the versions that it ran with."""
     listed = provenance.get("commands") or []
-    if not listed and provenance.get("command"):  # written before every file told its own
+    if not listed and provenance.get("command"):  # written before every file recorded its command
         listed = [{"what": "these results", "command": str(provenance["command"])}]
     made: dict[tuple[str, str], list[str]] = {}
     for entry in listed:
@@ -74,11 +74,11 @@ def _commands(provenance: Results) -> dict[tuple[str, str], list[str]]:
 
 
 def _shown(results: Results, verdict: Verdict) -> dict[str, Any]:
-    """What the template shows of checked results."""
+    """The template's values for checked results."""
     rows, provenance = results["rows"], results.get("provenance", {})
     reference, compared = reference_of(rows), compared_row(rows, verdict)
     measured = [row for row in rows if not is_simulated(row)]
-    engines = measured or rows  # a simulation's time says nothing about the engine that it simulates
+    engines = measured or rows  # a simulation's time is unrelated to that of the simulated engine
     pairs = [] if reference is None or compared is None else class_pairs(reference["per_class_ap"], reference, compared)
     errors = [key for key in _TP_NAMES if any(row.get("tp_errors", {}).get(key) is not None for row in rows)]
     section = results.get("sensitivity")
@@ -119,7 +119,7 @@ def write_report(results: Mapping[str, Any] | str | Path, out: str | Path) -> Ve
     """Writes the page of `results` (a results.json or its content) to `out`, whole or not at all.
 
     Returns:
-        the verdict that the page opens with.
+        the page's verdict.
 
     Raises:
         UserError: the results fail `qat.report.schema.check_results`, or `out` cannot be written.

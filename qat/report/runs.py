@@ -1,4 +1,4 @@
-"""Which of two runs is better: the decision that their figures support, in words, and what cannot be compared."""
+"""Decides which of two runs is better, in words, and reports what cannot be compared."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from qat.report.schema import Results
 from qat.report.verdict import MAX_LOSS, MIN_GAIN, Row, decide, milliseconds, signed
 from qat.report.words import in_words
 
-MIN_CHANGE = 0.002  # of mAP or NDS; less is no difference, however many keyframes there are
-# What two runs must share for their accuracies, and for their latencies, to be compared.
+MIN_CHANGE = 0.002  # of mAP or NDS; a smaller change does not count, however many keyframes there are
+# What must be equal in two runs to compare their accuracies, and their latencies.
 _DATA = ("name", "version", "split", "samples")
 _MACHINE = ("cpu", "cores", "threads", "gpus", "gpu")
 _TIMED = ("engine_options",)
@@ -66,16 +66,16 @@ def _warnings(a: Results, b: Results) -> tuple[bool, bool, list[str]]:
 
 def _told_apart(rows: Sequence[Row], key: str) -> float:
     """The smallest difference of a metric that two rows' keyframes distinguish from chance: half the wider of the intervals that each
-    has against its own FP32. (There is none between the runs: the scenes were resampled in each alone.)"""
+    has against its own FP32. (There is no interval between the runs: the scenes were resampled in each run alone.)"""
     intervals = [row.get("change", {}).get(key) for row in rows]
     return max([MIN_CHANGE, *((found["high"] - found["low"]) / 2 for found in intervals if found is not None)])
 
 
 def compare_runs(a: Results, b: Results) -> RunsVerdict:
-    """Which of two runs' shipped rows is the better one.
+    """Decides which of two runs' shipped rows is better.
 
-    Better is what gains accuracy (more mAP or NDS than `_told_apart`, and none of the other lost) or speed (5 %) and gives up
-    neither. Where one is faster and the other more accurate, the faster is taken as long as it loses no more than a verdict
+    A row is better if it gains accuracy (more mAP or NDS than `_told_apart`, and none of the other lost) or speed (5 %), and
+    loses neither. Where one is faster and the other more accurate, the faster is taken as long as it loses no more than a verdict
     accepts.
     """
     same_data, same_machine, warnings = _warnings(a, b)
@@ -93,7 +93,7 @@ def compare_runs(a: Results, b: Results) -> RunsVerdict:
     least = {name: _told_apart((first, second), key) for name, key in metrics.items()}
     shares = [gains[name] / least[name] for name in metrics]  # 1 is the smallest visible difference
     ratio = first["latency_ms"]["median"] / second["latency_ms"]["median"]
-    accuracy = speed = 0  # 1 where B is the better, −1 where A is
+    accuracy = speed = 0  # 1 if B is better, −1 if A is
     reasons = []
     if same_data:
         changes = " and ".join(f"{name} {signed(gain)}" for name, gain in gains.items())
@@ -115,7 +115,7 @@ def compare_runs(a: Results, b: Results) -> RunsVerdict:
             reasons.append(f"{faster} is {times:.2f}× as fast: {medians[0]} in A, {medians[1]} in B.")
     if not same_data and not same_machine:
         return RunsVerdict(None, "The runs cannot be compared", reasons, warnings)
-    if accuracy * speed < 0:  # a trade, by the rule of the verdict itself
+    if accuracy * speed < 0:  # a trade-off, by the verdict's rule
         lost = max(-speed * gain for gain in gains.values())
         if lost <= MAX_LOSS:
             faster = "B" if speed > 0 else "A"

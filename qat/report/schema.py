@@ -1,4 +1,4 @@
-"""results.json: what compare hands to the report, and the checks that a page can be made of it."""
+"""results.json: the report's input from compare, and the checks before a page is made from it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from qat.core.files import read_json
 SCHEMA = 1
 Results = dict[str, Any]
 
-EXACT_DB = 200  # what compare and sensitivity write for equal tensors
+EXACT_DB = 200  # the value that compare and sensitivity write for equal tensors
 
 
 def check_results(results: Any, source: str = "results") -> Results:
-    """Returns `results` when a report can be made of it.
+    """Returns `results` if a report can be made from it.
 
     Args:
         results: a parsed results.json.
-        source: what to call it in an error.
+        source: its name in errors.
 
     Raises:
-        UserError: another schema, or a missing or impossible value, named by its path.
+        UserError: another schema, or a missing or invalid value, named by its path.
     """
-    from qat.core.validation import validated  # `bevqat benchmark` draws on machines without pydantic
+    from qat.core.validation import validated  # imported here: `bevqat benchmark` draws on machines without pydantic
     from qat.report import models
 
     validated(
@@ -34,10 +34,10 @@ def check_results(results: Any, source: str = "results") -> Results:
 
 
 def check_sensitivity(section: Any, source: str, fix: str) -> dict[str, Any]:
-    """Returns what can be results.json's entry `sensitivity`.
+    """Returns a checked entry `sensitivity` of results.json.
 
     Args:
-        source: the file that it is from. fix: what to do about a complaint.
+        source: the file it comes from. fix: how to fix an error.
 
     Raises:
         UserError: a missing or impossible value, named by its path.
@@ -50,7 +50,7 @@ def check_sensitivity(section: Any, source: str, fix: str) -> dict[str, Any]:
 
 
 def load_results(results: Mapping[str, Any] | str | Path) -> Results:
-    """Checked results, from a results.json or as they are.
+    """Checked results, from a results.json or from its content.
 
     Raises:
         UserError: the file cannot be read, is not JSON, or fails `check_results`.

@@ -1,4 +1,4 @@
-"""Accuracy loss of each unit in INT8, what stays float, and the activations of the worst: what templates/sensitivity.html draws."""
+"""Content for templates/sensitivity.html: accuracy loss of each unit in INT8, float layers, activations of the worst units."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from qat.report.charts import ticks
 from qat.report.schema import EXACT_DB, Results
 
-BARS = 12  # units in the chart; the table below it has more
+BARS = 12  # number of units in the chart; the table below it has more
 _WHERE = {
     "bev": "the BEV features",
     "heads": "the head's maps",
     "objects": "the head's maps where objects are",
 }
 _HEADS = {"bev": "BEV", "heads": "Head", "objects": "At objects"}
-# Names of modules around a part, which say nothing beside the part's own.
+# Names of modules around a part, redundant next to the part's name.
 _AROUND = ("encoders_camera_", "heads_object_")
 WIDTH, HEIGHT = 340, 150
 LEFT, RIGHT, TOP, BOTTOM = 30, 8, 20, 24
 
 
 def unit_name(name: str) -> str:
-    """ "camera.quant_encoders_camera_backbone_act1" → "camera: backbone_act1"; the part's own input is so called."""
+    """ "camera.quant_encoders_camera_backbone_act1" → "camera: backbone_act1"; the part's input is called "input"."""
     part, _, tensor = name.partition(".")
     tensor = tensor.removeprefix("quant_")
     for around in (*_AROUND, f"{part}_"):
@@ -34,18 +34,18 @@ def unit_name(name: str) -> str:
 
 
 def judged_by(section: Results) -> str:
-    """The tensor at which the units are judged: the last of those that were compared."""
+    """The tensor by which units are ranked: the last of those that were compared."""
     return str(list(section["together"]["sqnr_db"])[-1])
 
 
 def noise(unit: Results, tensor: str) -> float:
-    """Noise over signal in power, from the unit's SQNR; 0 for an exact one."""
+    """Noise power over signal power, from the unit's SQNR; 0 for an exact one."""
     value = unit["sqnr_db"].get(tensor, EXACT_DB)
     return 0.0 if value >= EXACT_DB else 10.0 ** (-value / 10)
 
 
 def frames_of(section: Results) -> str:
-    """How many keyframes of which data the units were judged on."""
+    """The number of keyframes, and the data, that the units were measured on."""
     dataset = section["dataset"]
     of = " of " + dataset["name"] if dataset.get("name") else ""
     split = f", split {dataset['split']}" if dataset.get("split") else ""
@@ -53,7 +53,7 @@ def frames_of(section: Results) -> str:
 
 
 def sensitivity(section: Results) -> dict[str, Any]:
-    """What the sections of the worst units, of what stays float and of the activations show.
+    """Content of the sections on the worst units, on float layers and on activations.
 
     Returns:
         tensor: where units are judged; where: the same in words. count: of all units. bars: name, unit, style, SQNR
@@ -97,7 +97,7 @@ def _steps(counts: Sequence[float], heights: Sequence[float], at: float, width: 
 
 
 def _histogram(own: Results) -> dict[str, Any]:
-    """Where one unit's magnitudes are drawn, log counts over |x|, and the chosen amax as a line."""
+    """Layout of one unit's histogram: log counts over |x|, and the chosen amax as a line."""
     counts, bin_width, amax = own["counts"], own["bin_width"], own["amax"]
     reach = max(len(counts) * bin_width, amax * 1.02)
     decades = max(1, math.ceil(math.log10(max(max(counts), 2))))
@@ -107,7 +107,7 @@ def _histogram(own: Results) -> dict[str, Any]:
         return LEFT + across * value / reach
 
     def y(count: float) -> float:
-        # A count of 1 stands a little above the floor, on which an empty bin lies.
+        # A count of 1 is drawn a little above the floor, where empty bins are.
         return floor - high * (math.log10(count) + 0.25) / (decades + 0.25) if count > 0 else floor
 
     levels = []
@@ -124,7 +124,7 @@ def _histogram(own: Results) -> dict[str, Any]:
 
 
 def side_by_side(a: Results, b: Results) -> dict[str, Any]:
-    """Two runs' units beside each other: SQNR where both judge, and what stays float in either.
+    """Two runs' units side by side: SQNR at the tensor by which both are ranked, and float layers in either run.
 
     Returns:
         comparable: whether both judge at one tensor; with the rest only then. units: name, in A, in B (None where it is not

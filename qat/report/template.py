@@ -1,4 +1,4 @@
-"""Templates → text: where they are read, and the functions that they call. Every value is escaped (autoescape)."""
+"""Renders templates; defines the functions that they call. Every value is escaped (autoescape)."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _FILTERS = {
 
 
 def _read(name: str) -> str:
-    """A template's source. A line break beside a tag or an expression is nothing, another one is a space."""
+    """A template's source. A line break next to a tag or an expression is removed; others become spaces."""
     source = _FILES.joinpath("templates", name).read_text("utf-8")
     return re.sub(r"\n\s*", " ", re.sub(r"(?<=[>}])\n\s*|\n\s*(?=[<{])", "", source.strip()))
 
 
 @cache
 def _environment() -> Environment:
-    # Imported here: results are checked and benchmarks drawn on machines that have no jinja2.
+    # Imported here: results are checked and benchmarks drawn on machines without jinja2.
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -63,5 +63,5 @@ def _environment() -> Environment:
 
 
 def render(name: str, **values: Any) -> str:
-    """The page that `templates/<name>` makes of `values`: styles, script and drawings are in it."""
+    """The page from `templates/<name>` and `values`, with styles, script and drawings included."""
     return _environment().get_template(name).render(values) + "\n"

@@ -1,4 +1,4 @@
-"""Which row to ship: the decision that the figures support, in words."""
+"""Decides which row to ship, in words."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 MAX_LOSS = 0.02  # of mAP, and of NDS
-MIN_MAP = 0.05  # below it FP32 itself detects too little for a comparison to mean anything
-MIN_GAIN = 1.05  # a smaller speed-up is within what the machine's load makes of it
+MIN_MAP = 0.05  # below it FP32 detects too little for a meaningful comparison
+MIN_GAIN = 1.05  # a smaller speed-up is within the noise of the machine's load
 
 NAMES = {
     "pytorch": "PyTorch",
@@ -31,12 +31,12 @@ METRICS = (("mAP", "map"), ("NDS", "nds"))
 
 
 def is_simulated(row: Row) -> bool:
-    """Whether the row computes in float what an integer engine would: its accuracy is the flavour's, its time means nothing."""
+    """Whether the row simulates an integer engine in float: its accuracy is the flavour's, its time is meaningless."""
     return bool(row["precision"] == "int8-fake")
 
 
 def row_name(row: Row, rows: Sequence[Row]) -> str:
-    """A row's name for people, such as "OpenVINO INT8"; with its flavour where others of `rows` differ only in it."""
+    """A row's name for people, such as "OpenVINO INT8"; with its flavour if other `rows` differ only in it."""
     name = f"{NAMES.get(row['backend'], row['backend'])} {NAMES.get(row['precision'], row['precision'])}"
     twins = [other for other in rows if (other["backend"], other["precision"]) == (row["backend"], row["precision"])]
     flavour = row.get("flavour")
@@ -52,7 +52,7 @@ def reference_of(rows: Sequence[Row]) -> Row | None:
 
 
 def baseline_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The FP32 row of the same backend: what a speed-up is measured against."""
+    """The FP32 row of the same backend, the reference of a speed-up."""
     return next((other for other in rows if other["precision"] == "fp32" and other["backend"] == row["backend"]), None)
 
 
@@ -69,7 +69,7 @@ def signed(value: float, digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """ship: the row to ship, None when nothing was measured that could be. reasons: sentences."""
+    """ship: the row to ship, None if no row can be shipped. reasons: sentences."""
 
     ship: Row | None
     headline: str
@@ -96,7 +96,7 @@ def _has_intervals(row: Row) -> bool:
 
 
 def _by_intervals(row: Row, reference: Row) -> str:
-    """The difference to the reference: what the intervals distinguish from zero, and how much they leave open."""
+    """The difference to the reference, in words: significant losses, and otherwise the largest loss within the intervals."""
     losses, gains, unsure = [], [], []
     for name, key in METRICS:
         low, high = (row["change"][key][end] for end in ("low", "high"))
@@ -112,7 +112,7 @@ def _by_intervals(row: Row, reference: Row) -> str:
 
 
 def _against(row: Row, reference: Row, rows: Sequence[Row]) -> str:
-    """A sentence on what a row costs."""
+    """A sentence on a row's loss."""
     name = row_name(reference, rows)
     if _has_intervals(row):
         return f"Against {name}: {_by_intervals(row, reference)}."
@@ -120,7 +120,7 @@ def _against(row: Row, reference: Row, rows: Sequence[Row]) -> str:
 
 
 def _judgement(row: Row, reference: Row, max_loss: float) -> str:
-    """The loss of a simulated row, and whether it is accepted."""
+    """Text on the loss of a simulated row, and whether it is accepted."""
     intervals = _has_intervals(row)
     words = _by_intervals(row, reference) if intervals else f"it costs {_lost(row, reference)}"
     if (loss := _loss(row, reference)) > max_loss:
@@ -131,8 +131,8 @@ def _judgement(row: Row, reference: Row, max_loss: float) -> str:
 
 
 def _simulations(rows: Sequence[Row], reference: Row | None, max_loss: float) -> list[str]:
-    """Sentences on the simulated rows; those of which the same is to say share one."""
-    if reference is None or reference["map"] < MIN_MAP:  # nothing can be seen there
+    """Sentences on the simulated rows; rows with the same result share one."""
+    if reference is None or reference["map"] < MIN_MAP:  # the result would be meaningless
         return []
     measured = {row.get("flavour") for row in rows if row["precision"] == "int8"}
     said: dict[str, list[str]] = {}
@@ -200,7 +200,7 @@ def _speed(ship: Row, baseline: Row | None, rows: Sequence[Row]) -> str:
 
 
 def _why_not(row: Row, accurate: bool, reference: Row | None, rows: Sequence[Row]) -> list[str]:
-    """Why a row of low precision is not the one to ship, where there is more to it than that another is faster."""
+    """Why a row of low precision is not shipped, unless only because another is faster."""
     name, own = row_name(row, rows), baseline_of(row, rows)
     if not accurate:
         return [f"{name} loses too much ({_loss(row, reference):.3f} of mAP or NDS)."]
@@ -213,7 +213,7 @@ def _why_not(row: Row, accurate: bool, reference: Row | None, rows: Sequence[Row
 
 
 def compared_row(rows: Sequence[Row], verdict: Verdict) -> Row | None:
-    """The low-precision row to set beside FP32: the shipped one, else the fastest engine's, else the first."""
+    """The low-precision row to compare with FP32: the shipped one, else the fastest engine's, else the first."""
     low = [row for row in rows if row["precision"] != "fp32"]
     if any(row is verdict.ship for row in low):
         return verdict.ship

@@ -1,4 +1,4 @@
-"""Names and figures as a page shows them."""
+"""Formats names and figures for a page."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def spaced(name: str) -> str:
 
 
 def parts_of_name(name: str) -> list[str]:
-    """A module's name in the pieces between which a line may break: behind a dot or an underscore."""
+    """Splits a module's name where a line may break: after a dot or an underscore."""
     return re.split(r"(?<=[._])(?=\w)", name)
 
 
 def timed(value: float | None, row: Row) -> float | None:
-    """A figure of a row's time; None where the row is simulated, whose time says nothing."""
+    """A figure of a row's time; None for a simulated row, whose time is meaningless."""
     return None if is_simulated(row) else value
 
 
 def tone(change: float) -> str:
-    """The CSS class of a difference in accuracy: green where it is a gain, red where it is more than a verdict accepts."""
+    """The CSS class of a difference in accuracy: green for a gain, red for a loss that the verdict does not accept."""
     return "good" if change > 0.0005 else "bad" if change < -MAX_LOSS else ""
 
 
@@ -38,7 +38,7 @@ def decibels(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Two significant digits where it is small: 8.4 %, 0.013 %, 0 %."""
+    """A percentage, with two significant digits if it is small: 8.4 %, 0.013 %, 0 %."""
     value = 100 * share
     if value == 0:
         return "0 %"
@@ -46,7 +46,7 @@ def percent(share: float) -> str:
 
 
 def in_words(value: Any) -> str:
-    """Containers and numbers as a line of text."""
+    """Converts containers and numbers to a line of text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {in_words(item)}" for key, item in value.items() if item not in _NOTHING)
     if isinstance(value, list | tuple):
@@ -66,7 +66,7 @@ def keys_of(rows: Sequence[Row], section: str) -> list[str]:
 
 
 def about(results: Mapping[str, Any]) -> list[str]:
-    """The model, how many keyframes of which data, and the day."""
+    """The model, the number of keyframes, the data, and the day."""
     dataset = results["dataset"]
     keyframes = f"{dataset['samples']:g} keyframes" + (f" of {dataset['name']}" if dataset.get("name") else "")
     return [
@@ -77,7 +77,7 @@ def about(results: Mapping[str, Any]) -> list[str]:
 
 
 def only_in(frame: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """How many boxes of a keyframe only one of its two rows has."""
+    """The numbers of boxes of a keyframe that only one of its two rows has."""
     said = []
     for key in ("reference", "candidate"):
         count = frame.get(f"only_{key}")

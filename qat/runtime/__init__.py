@@ -1,4 +1,4 @@
-"""Images to boxes in a robot's process, from a folder of engines or exported parts; numpy, a JIT and one backend, never torch.
+"""From images to boxes on a robot, with a folder of engines or exported parts: numpy, a JIT and one backend, no torch.
 
 pipeline = Pipeline.load("engines_int8_openvino")       # or of ONNX parts: Pipeline.load("onnx_int8", "openvino")
 detections = pipeline(images, points, Calibration(camera_intrinsics, camera2lidar))

@@ -2,8 +2,8 @@
 
     "inputs": {"tokens": {"dtype": "float32", "shape": ["N", 16], "axes": {"N": {"min": 1, "opt": 64, "max": 256}}}}
 
-They are the plan's (`qat.plan.Axis`). TensorRT's default optimization profiles follow from them, and engines refuse an input of
-another size. An axis that is not noted (a batch of any size) has no bounds.
+They come from the plan (`qat.plan.Axis`). TensorRT's default optimization profiles follow from them, and engines refuse an
+input of another size. An axis that is not listed (a batch of any size) has no bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Axes = dict[str, dict[int, tuple[str, Axis]]]
 
 
 def note_axes(inputs: Mapping[str, dict[str, Any]], plan: Plan) -> None:
-    """Adds the plan's sizes to the inputs of a part that a manifest is to describe."""
+    """Adds the plan's sizes to the inputs in a part's manifest entry."""
     for spec in inputs.values():
         if named := {name: plan.axes[name] for name in spec["shape"] if name in plan.axes}:
             spec["axes"] = {
@@ -37,13 +37,13 @@ def note_axes(inputs: Mapping[str, dict[str, Any]], plan: Plan) -> None:
 
 
 def axes_of(part: Mapping[str, Any], path: str | Path) -> Axes:
-    """Of each input with such axes: the place of each in its shape, its name and its sizes.
+    """For each input with such axes: each axis's place in the shape, its name and its sizes.
 
     Args:
         part: its entry in a manifest. path: the manifest, for messages.
 
     Raises:
-        UserError: what the manifest says of the axes is damaged.
+        UserError: the manifest's entries for the axes are damaged.
     """
     found: Axes = {}
     inputs = part.get("inputs")
@@ -90,7 +90,7 @@ def options_of_part(part: Mapping[str, Any], options: Options, path: str | Path)
     """The options with the profiles of this part's inputs: those that were given, and by default those of its axes.
 
     Raises:
-        UserError: as `axes_of`.
+        UserError: like `axes_of`.
     """
     inputs = part.get("inputs")
     given = {p.input: p for p in options.tensorrt.profiles if not isinstance(inputs, dict) or p.input in inputs}
@@ -99,7 +99,7 @@ def options_of_part(part: Mapping[str, Any], options: Options, path: str | Path)
 
 
 def check_profiles(manifest: Mapping[str, Any], options: Options, folder: Path) -> None:
-    """Raises `UserError` for a profile of a tensor that no part of a folder takes."""
+    """Raises `UserError` for a profile of a tensor that is not an input of any part of a folder."""
     known = [name for part in manifest["parts"].values() for name in part.get("inputs") or ()]
     for profile in options.tensorrt.profiles:
         if profile.input not in known:
@@ -107,6 +107,6 @@ def check_profiles(manifest: Mapping[str, Any], options: Options, folder: Path) 
 
 
 def limited(engine: Engine, part: Mapping[str, Any], path: str | Path) -> Engine:
-    """The engine, which from now on refuses inputs beyond its axes' sizes; raises as `axes_of`."""
+    """Returns the engine, which now refuses inputs outside its axes' sizes; raises like `axes_of`."""
     engine.limits = axes_of(part, path)
     return engine

@@ -1,4 +1,4 @@
-"""A folder of built engines: what `bevqat build` writes and a robot's process loads, without the ONNX graphs.
+"""A folder of built engines, which `bevqat build` writes and a robot loads without the ONNX graphs.
 
 It has one built file for each part and a manifest.json, that of the parts with the section `engine`: which backend, which
 version of it, the device that the files were built for, and the options. A built file is for only that version and device.
@@ -37,7 +37,7 @@ NOTED = ("backend", "version", "precision", "device", "device_fingerprint", "opt
 
 
 def is_engines(folder: Path) -> bool:
-    """Whether a folder's manifest is that of built engines; False where there is no readable one."""
+    """Whether a folder's manifest describes built engines; False without a readable manifest."""
     try:
         manifest = read_json(folder / FILE)
     except UserError:
@@ -46,16 +46,16 @@ def is_engines(folder: Path) -> bool:
 
 
 def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | None, backend: str) -> dict[str, str]:
-    """What each part of a folder is built for, after checking that together they are a detector that `Pipeline` runs.
+    """The precision that each part of a folder is built for. Checks that the parts form a detector that `Pipeline` can run.
 
-    One precision for all: of an int8 folder "int8" for a part that stays float too, which a backend then
-    computes in what it takes beside INT8. Asked for by name or left to the manifest, a folder is built alike.
+    All parts have one precision. In an int8 folder, parts that stay float are built as "int8" too; the backend then
+    computes them in the float type that it uses with INT8. The result does not depend on whether `precision` is given.
 
     Args:
-        precision: as asked for; None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for
+        precision: the requested one; None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for
             it too.
-        backend: a key of `qat.engine.BACKENDS`. One for CPUs, most of which have no FP16 arithmetic, is told "fp32" of a
-            `tensorrt-strong` folder in fp16, whose graphs say their types themselves.
+        backend: a key of `qat.engine.BACKENDS`. CPU backends, mostly without FP16 arithmetic, get "fp32" for a
+            `tensorrt-strong` folder in fp16, whose graphs fix their types.
 
     Raises:
         UserError: parts are missing, or are of another precision, batch or type of inputs and outputs.
@@ -84,8 +84,8 @@ def part_precisions(folder: Path, manifest: Mapping[str, Any], precision: str | 
 
 
 def check_tensors(part: Mapping[str, Any], engine: Engine, file: Path) -> None:
-    """Raises `UserError` where a graph's inputs and outputs have other names or shapes than its manifest says: the file was put
-    there with its own hash, or comes from another export.
+    """Raises `UserError` if a graph's inputs and outputs do not have the names and shapes in its manifest: the file was
+    replaced together with its hash, or comes from another export.
 
     part: its entry in the manifest. file: the graph, for the message.
     """
@@ -111,7 +111,7 @@ def check_tensors(part: Mapping[str, Any], engine: Engine, file: Path) -> None:
 
 
 def build_part(folder: Path, part: Mapping[str, Any], backend: str, precision: str, options: Options) -> Engine:
-    """Builds one part of an exported folder, for the sizes that its manifest notes; raises as `build` and `check_tensors`."""
+    """Builds one part of an exported folder for the sizes in its manifest; raises like `build` and `check_tensors`."""
     file = folder / part["file"]
     engine = build(file, backend, precision, options_of_part(part, options, folder / FILE))
     check_tensors(part, engine, file)
@@ -122,7 +122,7 @@ def _check_out(out: Path, folder: Path) -> None:
     if out.resolve() == folder.resolve():
         raise UserError(f"{out}: found the folder of the ONNX parts itself, expected another: it would be replaced")
     if out.exists() and not is_engines(out) and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: found something else than built engines there, expected a new folder: name another")
+        raise UserError(f"{out}: found something other than built engines, expected a new folder: choose another")
 
 
 def _run_notes(options: TensorRtOptions) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def build_engines(
         folder: where export-camera wrote manifest.json and the parts.
         backend: a key of `qat.engine.BACKENDS`.
         precision: None for the manifest's.
-        out: None for engines_PRECISION_BACKEND beside the folder. Earlier engines there are replaced.
+        out: None for engines_PRECISION_BACKEND next to the folder. Earlier engines there are replaced.
         options: threads and the other options are stored, and are the defaults when the folder is loaded.
         progress: called with a part's name before it is built.
 
@@ -153,8 +153,8 @@ def build_engines(
         the folder and its manifest.
 
     Raises:
-        UserError: as `Pipeline.load` of the folder; bfloat16 is asked for where it says nothing; the backend cannot write
-            what it built; or `out` is something else.
+        UserError: like `Pipeline.load` of the folder; bfloat16 is requested but does not apply; the backend cannot write
+            what it built; or `out` exists and is something else.
     """
     folder = Path(folder)
     options = options or Options()
@@ -188,7 +188,7 @@ def build_engines(
         manifest = {
             **manifest,
             "format_of_parts": FORMAT_OF_PARTS,
-            "verification": verification,  # of the graphs; its frames stay with them
+            "verification": verification,  # belongs to the graphs; its frames stay with them
             "engine": {
                 "backend": backend,
                 "version": version,
@@ -208,7 +208,7 @@ def engine_section(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """How the engines of a folder were built.
 
     Args:
-        manifest: as `load_manifest` gave it.
+        manifest: from `load_manifest`.
 
     Raises:
         UserError: it has no such section, or a damaged one.
@@ -229,7 +229,7 @@ def engine_section(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(options: Any) -> dict[str, Any]:
-    """The fields of options that are not as they are by default."""
+    """The fields of options that differ from their defaults."""
     default = type(options)()
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
@@ -244,7 +244,7 @@ def run_options(noted: Mapping[str, Any], asked: Options | None, source: Path) -
         source: the manifest, for messages.
 
     Raises:
-        UserError: bfloat16 is asked for and was not built with; a library of plugins is no longer where it was.
+        UserError: bfloat16 is requested, but the engines were built without it; a library of plugins has moved.
     """
     plain = {field.name: type(field.default) for field in fields(Options) if isinstance(field.default, bool | int)}
     known: dict[str, Any] = {name: value for name, value in noted["options"].items() if type(value) is plain.get(name)}
@@ -272,7 +272,7 @@ def load_engines(
 
     Args:
         backend, precision: None for the manifest's; others are refused.
-        options: fields that differ from the default ones are taken instead of those noted (`run_options`); None for all as
+        options: fields that differ from the default replace the stored ones (`run_options`); None for all as
             noted.
 
     Returns:
@@ -296,7 +296,7 @@ def load_engines(
         )
     name = noted["backend"]
     version = find_backend(name).version
-    lasting = noted["options"].get("tensorrt", {}).get("version_compatible", False)  # then TensorRT itself decides
+    lasting = noted["options"].get("tensorrt", {}).get("version_compatible", False)  # then TensorRT decides
     if version and version != noted["version"] and not lasting:
         raise UserError(f"{path}: built by {name} {noted['version']}, found {version} here; {AGAIN}")
     device = identify(name)

@@ -1,4 +1,4 @@
-"""A model as one object: its parts, the host's steps between them, boxes."""
+"""A model as one object: its parts, the host's steps between them, and the decoding of boxes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Pipeline:
 
         Args:
             folder: where `bevqat build` wrote engines, or export the ONNX parts.
-            backend: a backend of `qat.engine`. Of engines it is known: None, or the same.
+            backend: a backend of `qat.engine`. For a folder of engines: None, or the backend they were built for.
             precision: None for the manifest's. An fp16 folder's graphs are FP32-typed, so "fp32" is right for it too.
             options: threads, engine cache and the like. Built engines run with the options stored when they were built, except for
                 fields that differ from the default ones (`qat.runtime.engines.run_options`).
@@ -112,10 +112,10 @@ class Pipeline:
         """Detects objects in the current sensor data.
 
         Args:
-            raw: what the family's `prepare` takes; of BEVFusion images, points and a `Calibration`.
+            raw: the arguments of the family's `prepare`; for BEVFusion images, points and a `Calibration`.
 
         Raises:
-            UserError: as `prepare`; or the parts are of a model without boxes.
+            UserError: like `prepare`; or the parts belong to a model without boxes.
         """
         self._need_boxes()
         self.timing_ms = {}
@@ -137,7 +137,7 @@ class Pipeline:
         return {name: value for name, value in tensors.items() if isinstance(value, np.ndarray)}
 
     def reset(self) -> None:
-        """The next frame begins a scene."""
+        """Starts a new scene with the next frame."""
         self.session.reset()
 
     def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
@@ -145,8 +145,10 @@ class Pipeline:
         self._need_boxes()
         with self._timed("decode"):
             outputs = {name: tensors[name] for name in self.flow.plan.outputs}
-            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is reported below, in one line
-                # A sum is finite where all its terms are, but for terms whose sum is beyond float32.
+            with np.errstate(
+                invalid="ignore", over="ignore"
+            ):  # values that are not finite are reported below, in one line
+                # A sum is finite if all its terms are, unless it overflows float32.
                 finite = all(np.isfinite(values.sum()) or np.isfinite(values).all() for values in outputs.values())
             if not finite:
                 first = next(name for name, values in tensors.items() if not np.isfinite(values).all())
@@ -165,7 +167,7 @@ class Pipeline:
         return self.decode({name: value for name, value in tensors.items() if isinstance(value, np.ndarray)})
 
     def _need_boxes(self) -> None:
-        self.flow.need_boxes(self._source, "`Pipeline.forward` gives its tensors")
+        self.flow.need_boxes(self._source, "use `Pipeline.forward` for its tensors")
 
     def _forward(self, sample: Any) -> dict[str, Any]:
         feeds, _ = self.session.begin(sample)

@@ -25,7 +25,7 @@ from qat.manifest import FILE, check_verification, load_manifest, pipeline_of
 from qat.runtime.axes import check_profiles, options_of_part
 
 AS_IT_IS = "onnxruntime, optimizer off"
-SHOWN = 5  # lines of what is wrong with one part
+SHOWN = 5  # problems listed for one part
 
 
 class _Runner(Protocol):
@@ -36,7 +36,7 @@ class _Runner(Protocol):
 
 
 def _fits(described: Mapping[str, Any], found: TensorSpec) -> bool:
-    """Whether a manifest's tensor is the graph's; a dimension that is no positive number may vary."""
+    """Whether a manifest's tensor matches the graph's; a dimension that is not a positive number may vary."""
     shape = described["shape"]
     fixed = [n if isinstance(n, int) and n > 0 else None for n in shape]
     return (
@@ -92,7 +92,7 @@ def _verify_part(
     tokens: list[str],
     optimized: _Runner | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For each output the frame that is nearest to its tolerance, and all frames; on the last also the results of `optimized`."""
+    """For each output: the frame nearest to its tolerance, and all frames; the last one also with `optimized`'s results."""
     rows: dict[str, list[dict[str, Any]]] = {output: [] for output in part["verification"]}
     for index in summary.frames(name):
         feeds = summary.inputs(name, index)
@@ -126,7 +126,7 @@ def _verify_part(
 
 
 def _reserve(row: Mapping[str, Any]) -> float:
-    """By how many dB a row is within its tolerances, at the nearest of them."""
+    """A row's smallest margin to its tolerances, in dB."""
     pairs = (("sqnr_db", "tolerance_db"), ("optimized_db", "tolerance_db"), ("float_db", "float_tolerance_db"))
     return min(-np.inf if row[key] is None else row[key] - row[limit] for key, limit in pairs if key in row)
 
@@ -134,7 +134,7 @@ def _reserve(row: Mapping[str, Any]) -> float:
 def _check_sites(
     name: str, part: Mapping[str, Any], path: Path, summary: Summary, options: Options
 ) -> tuple[dict[str, Any], list[str]]:
-    """How many sites there are and have failed, and what is wrong with them, with the optimizer off and on."""
+    """The numbers of sites and of failed sites, and their problems, with the optimizer off and on."""
     about = part["sites"]
     cut = Cut(path.read_bytes())
     problems = grid_problems(cut, about["pairs"])
@@ -208,7 +208,7 @@ def verify_folder(
                 entry["problems"].append(f"opset: found {found}, the manifest has {part['opset']}")
             precision = part["precision"]
             if precision == "fp16" and (manifest["flavour"] != "tensorrt-strong" or backend in CPU_BACKENDS):
-                precision = "fp32"  # what FP32-typed graphs are compared in, and what a CPU has for those typed FP16
+                precision = "fp32"  # the precision of FP32-typed graphs, and on a CPU also of FP16-typed ones
             runner = _open(path, precision, backend, options_of_part(part, options, folder / FILE))
             entry["problems"] += _tensors("input", part["inputs"], runner.inputs)
             entry["problems"] += _tensors("output", part["outputs"], runner.outputs)
@@ -233,7 +233,7 @@ def verify_folder(
 
 
 def print_verification(found: Mapping[str, Any]) -> None:
-    """Prints `verify_folder`'s result: a table of outputs, then what is wrong."""
+    """Prints `verify_folder`'s result: a table of outputs, then the problems."""
     from rich.table import Table
 
     from qat.core.console import results_console

@@ -155,7 +155,7 @@ def test_layers_kept_float_by_a_pattern_are_listed_with_its_reason_and_stay_so_i
 
 
 def test_a_pattern_that_fits_no_layer_is_one_line(files, data, tmp_path):
-    with pytest.raises(UserError, match=r"keep-float nothing\.\*: no layer has such a path"):
+    with pytest.raises(UserError, match=r"keep-float nothing\.\*: matches no layer's path"):
         calibrate_checkpoint(
             Source(**files), CalibrateOptions(data, "a", keep_float=["nothing.*"]), tmp_path / "ptq.pth"
         )

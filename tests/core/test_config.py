@@ -170,13 +170,13 @@ def test_a_camera_branch_is_refused_where_boxes_are_needed(fusion_config, tiny_c
         ("ImageAug3D", "rot_lim", [-5.4, 5.4], "0: test data is not augmented"),
         ("ImageAug3D", "is_train", True, "false"),
         ("ImageNormalize", "to_rgb", True, "no such option: ImageNormalize has mean, std"),
-        ("LoadPointsFromFile", "use_dim", [0, 1, 3], "3 or more, or a list that begins with 0, 1, 2"),
+        ("LoadPointsFromFile", "use_dim", [0, 1, 3], "3 or more, or a list that starts with 0, 1, 2"),
         ("LoadPointsFromFile", "coord_type", "CAMERA", "LIDAR"),
         ("LoadPointsFromFile", "reduce_beams", 4, "32 or null"),
         ("LoadPointsFromMultiSweeps", "load_augmented", "pointpainting", "null"),
         ("LoadMultiViewImageFromFiles", "file_client_args", {}, "no such option: LoadMultiViewImageFromFiles has"),
         ("GlobalRotScaleTrans", "trans_lim", 0.5, "0: test data is not augmented"),
-        ("PhotoMetricDistortion", "prob", 0.5, "others are not known here"),
+        ("PhotoMetricDistortion", "prob", 0.5, "other types are not supported"),
     ],
 )
 def test_every_key_of_a_test_pipelines_step_is_honoured_or_refused(tiny_config, step, key, value, expected):

@@ -158,7 +158,7 @@ def test_an_interrupted_run_keeps_finished_scenes_and_ends_the_same(tmp_path, mo
 def test_options_that_make_no_data_set_are_refused(tmp_path):
     for changes, message in (
         ({"scenes": 0}, "--scenes"),
-        ({"splits": {"val": 1, "a": 1}}, "nuScenes' own splits"),
+        ({"splits": {"val": 1, "a": 1}}, "nuScenes' splits"),
         ({"splits": {"a": 1}}, "add up to 1"),
         ({"jpeg_quality": 0}, "--jpeg-quality"),
     ):

@@ -142,12 +142,12 @@ class ICudaEngine: pass
         (
             STAND_IN.format(version="8.5.3", builder="FP16, INT8 = 1, 2", network="EXPLICIT_BATCH = 1"),
             OK,
-            "8.5.3 takes the flavours tensorrt",
+            "8.5.3 accepts the flavours tensorrt",
         ),
         (
             STAND_IN.format(version="11.0", builder="TF32 = 1", network="STRONGLY_TYPED = 1"),
             OK,
-            "11.0 takes the flavours tensorrt-strong",
+            "11.0 accepts the flavours tensorrt-strong",
         ),
         ("raise ImportError('libnvinfer.so.10: cannot open shared object file')", PROBLEM, "libnvinfer.so.10"),
     ],

@@ -44,7 +44,7 @@ def test_a_bare_state_dict_takes_the_config_beside_it_or_named(checkpoint, tmp_p
     bare.parent.mkdir()
     torch.save(torch.load(checkpoint, weights_only=True)["state_dict"], bare)
     assert main(["export-camera", "--ckpt", str(bare)]) == 2
-    assert "name the run's configs.yaml with --config" in capsys.readouterr().err
+    assert "give the run's configs.yaml with --config" in capsys.readouterr().err
     (tmp_path / "named.yaml").write_text(yaml.safe_dump(small_config))
     assert main(["export-camera", "--ckpt", str(bare), "--config", str(tmp_path / "named.yaml")]) == 0
 

@@ -320,7 +320,7 @@ def test_keep_float_by_pattern_leaves_layers_alone_and_a_pattern_that_fits_none_
     net = seeded(Spelled(SPELLINGS["module"]))
     quantized = quantize(net, (torch.randn(2, 3, 12, 12),), keep_float=["a=its input is raw"])
     assert quantized.summary().int8 == ["b"] and quantized.summary().floats == {"a": "its input is raw"}
-    with pytest.raises(UserError, match=r"keep-float c: no layer has such a path"):
+    with pytest.raises(UserError, match=r"keep-float c: matches no layer's path"):
         quantize(net, (torch.randn(2, 3, 12, 12),), keep_float=["c"])
 
 

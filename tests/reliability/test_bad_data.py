@@ -91,7 +91,7 @@ BROKEN = {
     ),
     "a table of something else": (
         lambda data: _table(data, "calibrated_sensor.json").write_text("[1, 2]"),
-        "calibrated_sensor.json: found something else than records with tokens",
+        "calibrated_sensor.json: found something other than records with tokens",
     ),
     "a table empty": (lambda data: _table(data, "ego_pose.json").write_text("[]"), "ego_pose.json: found no record"),
     "pictures missing": (lambda data: shutil.rmtree(data / "samples"), "no such file; the data set is incomplete"),

@@ -50,7 +50,7 @@ def test_a_folder_where_a_file_is_written(verb, work, refused):
 
 def test_a_file_where_a_folder_is_written(work, refused):
     (work / "file").write_text("earlier")
-    refused([*WRITING["build"], "file"], "file: found something else than built engines there, expected a new folder")
+    refused([*WRITING["build"], "file"], "file: found something other than built engines, expected a new folder")
 
 
 def _limited(arguments: list[str], size: int, limit: int = resource.RLIMIT_FSIZE) -> subprocess.CompletedProcess[str]:

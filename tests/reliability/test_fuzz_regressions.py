@@ -64,9 +64,9 @@ def config_file(tmp_path, text: str) -> Path:
         ),
         (
             "l0: &l0 [1, 2]\n" + "".join(f"l{n}: &l{n} [*l{n - 1}, *l{n - 1}]\n" for n in range(1, 40)),
-            "look at its anchors",
+            "check its anchors",
         ),
-        ("self: &self [*self]\n", "look at its anchors"),
+        ("self: &self [*self]\n", "check its anchors"),
         ("x: " + "[" * 20_000, "brackets 20,000 deep"),
         ("x: " + "9" * 5000, "not valid YAML: ValueError"),
         ("x: 2001-99-99", "not valid YAML: ValueError"),
@@ -89,11 +89,11 @@ def test_yaml_that_stands_for_endless_values_is_refused_in_little_time(tmp_path,
     ("path", "value", "found"),
     [
         ("model.heads", 3, "model.heads: found 3, expected a section"),
-        ("model.heads.object.tasks", 5, "model.heads.object.tasks: found 5, expected a list of the classes"),
+        ("model.heads.object.tasks", 5, "model.heads.object.tasks: found 5, expected a list of class names"),
         (
             "model.heads.object.tasks.0",
             [3],
-            "model.heads.object.tasks: found [[3], ['pedestrian']], expected a list of the classes",
+            "model.heads.object.tasks: found [[3], ['pedestrian']], expected a list of class names",
         ),
         ("model.heads.object.common_heads.dim", [], "common_heads.dim: found [], expected [channels, convolutions]"),
         ("model.encoders.camera.vtransform.feature_size", [0, 12], "found [0, 12], expected 2 whole numbers from 1"),
@@ -155,7 +155,7 @@ def test_json_nested_without_end_is_refused(tmp_path):
         ("head.test_cfg.min_radius", [1.0], "expected one for each of 2 tasks"),
         ("head.tasks", [["car"]], "expected the classes in their order"),
         ("head_maps", ["heatmap_0"], "pipeline: head_maps"),
-        ("head", None, "only of a camera branch alone there is none"),
+        ("head", None, "only a camera branch alone has no head"),
     ],
 )
 def test_a_manifest_of_wrong_kinds_and_sizes_is_refused_by_its_key(parts, path, value, found):

@@ -273,7 +273,7 @@ def test_a_build_replaces_nothing_but_engines(tmp_path, exported_fp32):
         build_engines(exported_fp32, "openvino", out=exported_fp32)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("kept")
-    with pytest.raises(UserError, match="found something else than built engines there"):
+    with pytest.raises(UserError, match="found something other than built engines"):
         build_engines(exported_fp32, "openvino", out=tmp_path / "notes")
     assert (tmp_path / "notes" / "a.txt").read_text() == "kept"
 

@@ -209,7 +209,7 @@ def test_arrays_that_the_kernel_could_not_read_are_refused():
         ({"features": features}, "features: found an array in the host's memory, expected one on cuda:0"),
         ({"features": [1.0]}, "features: found list, expected an array with __cuda_array_interface__ or __dlpack__"),
         ({"features": OnDevice(features.shape, "<f8")}, "features: found float64.*, expected float32 or float16"),
-        ({"features": OnDevice(features.shape, strides=(4, 8, 16, 32))}, "strides of another order than C's"),
+        ({"features": OnDevice(features.shape, strides=(4, 8, 16, 32))}, "strides that are not in C order"),
         ({"features": OnDevice(features.shape[1:])}, r"found depth weights \[2, 9, 5, 8\] and features \[5, 8, 10\]"),
         ({"features": OnDevice((3, 5, 8, 10))}, "= 80 and D = 9 as in the pattern"),
         ({"depth_weights": OnDevice((2, 8, 5, 8))}, "D = 9 as in the pattern"),

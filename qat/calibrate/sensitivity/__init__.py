@@ -1,7 +1,7 @@
 """The accuracy loss of each quantized unit, one at a time.
 
-`measure` runs the units, `histograms` counts what their quantizers are given, `reasons` says why layers stay float, `file` writes
-and reads sensitivity.json, `show` prints and draws; `result` is what they hand to each other.
+`measure` runs the units, `histograms` counts the inputs of their quantizers, `reasons` says why layers stay float, `file`
+writes and reads sensitivity.json, `show` prints and draws; `result` has the types that they share.
 """
 
 from qat.calibrate.sensitivity.file import load_sensitivity, write_sensitivity

@@ -1,4 +1,4 @@
-"""sensitivity.json, written and read."""
+"""Writes and reads sensitivity.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORMAT, SCHEMA = "bevqat-sensitivity", 1
 
 
 def write_sensitivity(path: str | Path, found: Sensitivity, checkpoint: str | Path, dataset: Mapping[str, Any]) -> None:
-    """Writes sensitivity.json, whole or not at all: `found` and what it is of.
+    """Writes sensitivity.json, whole or not at all: `found`, and what was measured.
 
     Args:
         checkpoint: the PTQ checkpoint that was measured. dataset: {"name", "version", "split"} of the frames.
@@ -31,10 +31,10 @@ def write_sensitivity(path: str | Path, found: Sensitivity, checkpoint: str | Pa
 
 
 def load_sensitivity(path: str | Path, checkpoint: str | Path) -> dict[str, Any]:
-    """A sensitivity.json's content, of this PTQ checkpoint.
+    """Reads a sensitivity.json of this PTQ checkpoint.
 
     Raises:
-        UserError: the file cannot be read, is none of `write_sensitivity`, or is of another checkpoint.
+        UserError: the file cannot be read, was not written by `write_sensitivity`, or belongs to another checkpoint.
     """
     found = read_json(path)
     if not isinstance(found, dict) or found.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Histograms of what units' activation quantizers are given, beside the ranges that were chosen for them."""
+"""Histograms of the inputs of units' activation quantizers, with the chosen ranges."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from qat.model.quantized import QuantizedModel
 from qat.model.runners import to_numpy, torch_runners
 from qat.model.units import Unit
 
-SHOWN_BINS = 80  # of a histogram, at most
+SHOWN_BINS = 80  # most bins of a histogram
 _TALLY = ("values", "zeros", "to_zero", "clipped")
 
 
 class _Tally:
-    """The histogram of one unit's activations, and how many of them rounding makes 0 or clips; exact, whatever the order of
+    """The histogram of one unit's activations, and how many of them are rounded to 0 or clipped; exact, whatever the order of
     the frames."""
 
     def __init__(self, name: str, amax: float) -> None:
@@ -40,7 +40,7 @@ class _Tally:
         self.counts = dict.fromkeys(_TALLY, 0)
 
     def see(self, x: torch.Tensor) -> None:
-        """Adds the tensor that the quantizer is given, of any shape."""
+        """Adds the quantizer's input, of any shape."""
         self.histogram.collect(x)
         magnitude = x.detach().abs()
         zeros = int((magnitude == 0).sum())
@@ -61,7 +61,7 @@ class _Tally:
         }
 
     def add(self, arrays: Mapping[str, np.ndarray], prefix: str) -> None:
-        """Adds what `arrays` gave of another frame."""
+        """Adds the result of `arrays` of another frame."""
         other = HistogramCalibrator(self.histogram.name)
         other.counts = torch.from_numpy(arrays[f"{prefix}.counts"]).double()
         log2_range, other.largest = arrays[f"{prefix}.range"].tolist()
@@ -71,7 +71,7 @@ class _Tally:
             self.counts[name] += count
 
     def compact(self) -> tuple[float, list[int]]:
-        """Width and counts of at most SHOWN_BINS bins, which end with the last that is not empty."""
+        """Width and counts of at most SHOWN_BINS bins, up to the last one that is not empty."""
         counts = self.histogram.counts
         filled = counts.nonzero() if counts is not None else torch.zeros(0)
         if counts is None or not len(filled):
@@ -91,10 +91,10 @@ def measure_histograms(
     chosen: Sequence[Unit],
     recipe: Mapping[str, Any],
 ) -> list[ActivationHistogram]:
-    """The activations of these units in the float network, beside the range that was chosen for them.
+    """Histograms of these units' activations in the float network, with the chosen ranges.
 
     Args:
-        cache, key: as for `measure_sensitivity`; a frame that is there already is not run again.
+        cache, key: as in `measure_sensitivity`; a frame that is in the cache is not run again.
         recipe: the checkpoint's, for the method of each range.
 
     Raises:
@@ -147,7 +147,7 @@ def measure_histograms(
 def _see_inputs(
     model: QuantizedModel, feeds: Mapping[str, np.ndarray], tallies: Mapping[str, _Tally]
 ) -> dict[str, np.ndarray]:
-    """Runs the float network on a frame; each quantizer's tally sees what it is given. Returns the tensors."""
+    """Runs the float network on a frame and tallies each quantizer's input. Returns the tensors."""
 
     def watch(tally: _Tally) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _, inputs: tally.see(inputs[0])

@@ -1,4 +1,4 @@
-"""Runs every unit by itself on every frame.
+"""Runs every unit alone on every frame.
 
 The float network's tensors between the parts are kept for a frame, so a unit of the head costs a pass through the head,
 not through the camera part. Each frame's results are kept on disk: an interrupted run resumes with the next frame.
@@ -44,10 +44,10 @@ def _one_frame(
     with_boxes: bool,
     progress: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
-    """Arrays of one frame: energies [units + 1, tensors, 2] (the last row with all units on), the float network's state, and, if
-    asked, boxes of each row and, last, of the float network.
+    """Arrays of one frame: energies [units + 1, tensors, 2] (the last row with all units on), the float network's state, and,
+    if requested, boxes of each row and, last, of the float network.
 
-    Everything before a unit's part is the float network's, the state too: a unit's loss is only that of its own frame.
+    Everything before a unit's part comes from the float network, including the state: a unit's loss covers only this frame.
     """
     plan, runners = model.plan, torch_runners(model)
     with torch.inference_mode():
@@ -88,12 +88,12 @@ def measure_sensitivity(
     recipe: Mapping[str, Any] | None = None,
     worst: int = 0,
 ) -> Sensitivity:
-    """Runs every unit by itself on every frame.
+    """Runs every unit alone on every frame.
 
     Args:
         model: calibrated.
-        cache: folder for what each frame gave.
-        key: of the checkpoint, so that another one's results are not taken for this one's.
+        cache: folder for the results of each frame.
+        key: identifies the checkpoint, so that results of another checkpoint are not used.
         metric: boxes by frame token → figures such as {"map": …, "nds": …}.
         recipe: the checkpoint's, for the reasons why layers stay float and the methods that chose the ranges.
         worst: number of units, worst first, to also record activation histograms of.

@@ -1,4 +1,4 @@
-"""Why layers stay float, and how a range was chosen: what a checkpoint's recipe and its rules say."""
+"""Why layers stay float, and how a range was chosen, from a checkpoint's recipe and rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat.model.quantized import QuantizedModel
 
 
 def kept_in_float(model: QuantizedModel, macs: Mapping[str, int], recipe: Mapping[str, Any]) -> list[FloatLayers]:
-    """What stays float and why, the largest share of the multiply-accumulates first.
+    """The layers that stay float and why, the largest share of the multiply-accumulates first.
 
     Args:
         macs: of every weighted layer, as `counting_macs` notes them.
@@ -48,7 +48,7 @@ def kept_in_float(model: QuantizedModel, macs: Mapping[str, int], recipe: Mappin
 
 
 def range_method(quantizer: str, recipe: Mapping[str, Any]) -> str:
-    """The method by which calibration chose the range of `part.quantizer`, in words; "unknown" where the recipe does not say."""
+    """The method by which calibration chose the range of `part.quantizer`, in words; "unknown" if the recipe does not say."""
     if recipe.get("finetune", {}).get("learn_ranges"):
         return "learned"
     if quantizer in recipe.get("equalized", ()):

@@ -1,4 +1,4 @@
-"""What a sensitivity says."""
+"""The result of a sensitivity measurement."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from qat.boxes.detections import Detections
 from qat.plan import Plan
 
-OBJECTS = "objects"  # the values of the last label in the cells where the float network sees an object
+OBJECTS = "objects"  # the values of the last label in cells where the float network detects an object
 Metric = Callable[[Mapping[str, Detections]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class UnitDamage:
-    """The loss of one unit by itself.
+    """The loss of one unit alone.
 
     layers: with INT8 weights. macs_share: theirs, of all multiply-accumulates. sqnr_db: at each of `tensors_of`, against
     float; 200 where nothing changed, or no object was seen. metric: with only this unit in INT8, and drop: its loss against float; None without a metric.
@@ -44,7 +44,7 @@ class FloatLayers:
 class ActivationHistogram:
     """|x| at a unit's activation quantizer in the float network, over all frames.
 
-    method: that chose the range. amax: the magnitude that 127 stands for. largest: of all magnitudes. values: how many were
+    method: chose the range. amax: the magnitude of code 127. largest: of all magnitudes. values: how many were
     seen; of them the shares zeros (exactly 0), to_zero (rounded to 0, and were not) and clipped (beyond the last level).
     counts: of bins of `bin_width` from 0 up, zeros left out; they end with `largest`.
     """
@@ -80,5 +80,5 @@ class Sensitivity:
 
 
 def tensors_of(plan: Plan) -> tuple[str, ...]:
-    """What is judged of a plan: its labels, and of one with boxes also the last one's values at objects."""
+    """The tensors that are compared: the plan's labels, and for a plan with boxes also the last label's values at objects."""
     return (*plan.judged, *([OBJECTS] if plan.boxes else ()))

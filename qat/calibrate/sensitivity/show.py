@@ -1,4 +1,4 @@
-"""A sensitivity for people: a table and a picture."""
+"""Prints a sensitivity as a table, and draws it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors that are judged: the float network's, and those with some units on."""
+"""The tensors that are compared: the float network's, and those with some units on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def boxes_of(model: QuantizedModel, tensors: Mapping[str, Any]) -> Detections:
 
 
 def objects_of(model: QuantizedModel, tensors: Mapping[str, Any]) -> np.ndarray | None:
-    """Which values of the last label's row belong to objects; None where there are no boxes."""
+    """Which values of the last label's row belong to objects; None without boxes."""
     names = list(model.plan.judged.values())[-1]
     masks = model.flow.objects(to_numpy(tensors, names)) if model.plan.boxes else None
     return None if masks is None else np.concatenate([masks[name].ravel() for name in names])

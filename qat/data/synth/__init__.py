@@ -2,7 +2,7 @@
 
 rig        the sensors and where they are mounted
 catalogue  the meshes and sizes of the ten detection classes
-world      a street: what stands and moves where, at a given time
+world      a street: the objects on it and their places at a given time
 cast       ray casting with Embree
 shade      light, weather and textures: rays' hits to an image
 generate   the loop over scenes, sensors and keyframes; `qat.data.tables` writes the tables

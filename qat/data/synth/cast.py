@@ -31,5 +31,5 @@ class Caster:
         return hit["primID"], hit["tfar"]
 
     def blocked(self, origins: np.ndarray, directions: np.ndarray) -> np.ndarray:
-        """Whether anything stands in the way of each ray, bool[R]."""
+        """Whether anything blocks each ray, bool[R]."""
         return self._scene.run(origins, directions, query="OCCLUDED") != -1

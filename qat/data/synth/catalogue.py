@@ -123,14 +123,14 @@ class Builder:
         self._add(np.array(quads), colour, MATT)
 
     def collected(self) -> Mesh:
-        """What was collected, as it is."""
+        """The collected mesh, unchanged."""
         if not self._triangles:
             return Mesh(np.zeros((0, 3, 3), np.float32), np.zeros((0, 3), np.float32), np.zeros(0, np.int8))
         triangles = np.concatenate(self._triangles).astype(np.float32)
         return Mesh(triangles, np.concatenate(self._colours), np.concatenate(self._materials))
 
     def mesh(self, length: float, width: float, height: float) -> Mesh:
-        """What was collected, stretched to fill the box length × width × height."""
+        """The collected mesh, stretched to fill the box length × width × height."""
         mesh = self.collected()
         triangles = mesh.triangles
         low, high = triangles.min((0, 1)), triangles.max((0, 1))
@@ -386,7 +386,7 @@ BUILDERS: dict[str, Callable[[Builder, float, float, float, np.random.Generator,
 
 
 def draw_size(name: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """A length, width and height in metres for the class; the three vary together, and each a little by itself."""
+    """A length, width and height in metres for the class; the three vary together, and each a little on its own."""
     length, width, height, spread = CLASSES[name]
     common = np.clip(rng.normal(1.0, spread), 1 - 2 * spread, 1 + 2 * spread)
     own = np.clip(rng.normal(1.0, 0.03, 3), 0.93, 1.07)

@@ -41,7 +41,7 @@ FILL = {"bicycle": 0.35, "motorcycle": 0.5, "pedestrian": 0.5, "traffic_cone": 0
 
 @dataclass(frozen=True)
 class SynthOptions:
-    """What `generate` writes.
+    """Options of `generate`.
 
     width, height: native image size in pixels. azimuths: lidar columns a revolution (32 beams each). sweeps:
     lidar revolutions between two keyframes that are not annotated. splits: split name → number of scenes, in order.
@@ -58,7 +58,7 @@ class SynthOptions:
     splits: dict[str, int] = field(default_factory=dict)
 
     def checked(self) -> SynthOptions:
-        """Raises `UserError` for values that make no data set; fills the default splits."""
+        """Raises `UserError` for invalid values; fills in the default splits."""
         for name, low in (
             ("scenes", 1),
             ("keyframes", 1),
@@ -80,7 +80,7 @@ class SynthOptions:
         for name in splits:
             if is_predefined_split(name):
                 raise UserError(
-                    f"--splits: {name!r} is one of nuScenes' own splits, which the devkit ties to its own scenes; choose another name"
+                    f"--splits: {name!r} is one of nuScenes' splits, which the devkit ties to its scenes; choose another name"
                 )
         if sum(splits.values()) != self.scenes:
             raise UserError(f"--splits: counts add up to {sum(splits.values())}, expected --scenes {self.scenes}")
@@ -91,18 +91,18 @@ class SynthOptions:
 def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bool = False) -> Path:
     """Writes a data set in the nuScenes v1.0 format and returns its root.
 
-    The same options write the same bytes, whatever `workers` is. A scene that was finished before an interruption is
-    kept; the tables appear only when every scene is there.
+    The same options write the same bytes, whatever `workers` is. Scenes finished before an interruption are kept; the
+    tables appear only when every scene is finished.
 
     Raises:
-        UserError: options make no data set, or `out` holds another data set.
+        UserError: the options are invalid, or `out` holds another data set.
     """
     options = options.checked()
     out = Path(out)
     recipe = asdict(options)
     done = out / VERSION / "recipe.json"
     parts = out / ".parts"
-    begun = {**recipe, "bevqat": __version__}  # another version may draw other scenes
+    begun = {**recipe, "bevqat": __version__}  # another version may generate other scenes
     for earlier, expected in ((done, recipe), (parts / "recipe.json", begun)):
         if earlier.exists() and read_json(earlier) != expected:
             raise UserError(
@@ -185,7 +185,7 @@ def write_scene(out: Path, options: SynthOptions, index: int) -> None:
                 step = KEYFRAME_PERIOD * (k + 1) / (options.sweeps + 1)
                 scene.lidar(float(time + step), frame, key=False)
     records = scene.finish()
-    flush(scene.files)  # all at once: one by one each would wait for the disk
+    flush(scene.files)  # synced all at once: one by one, each would wait for the disk
     flush({file.parent for file in scene.files})
     write_json_compact(out / ".parts" / f"{index:05d}.json", records)
 
@@ -241,7 +241,7 @@ class _Scene:
         self.tables.add_data(channel, self._timestamp(time), frame, name, ego2global, shape, key)
 
     def keyframe(self, frame: int, time: float) -> None:
-        """Renders all sensors of one keyframe and annotates what they can see."""
+        """Renders all sensors of one keyframe and annotates the objects that they see."""
         self.tables.add_sample(frame, self._timestamp(time))
         lidar_points = self.lidar(time, frame, key=True)
         pixels = np.zeros(len(self.world.things))
@@ -271,13 +271,13 @@ class _Scene:
         )[kept]
         name = self._file(LIDAR, time, key, ".pcd.bin")
         with self._writing(name) as temporary:
-            temporary.write_bytes(points.tobytes())  # tofile's error on a full disk does not say what the system said
+            temporary.write_bytes(points.tobytes())  # tofile's error on a full disk lacks the system's message
         self._sample_data(LIDAR, time, frame if key else frame + 1, key, name, moment.ego2street, (0, 0))
         owners = moment.owners(hit)[kept]
         return np.bincount(owners[owners >= 0], minlength=len(self.world.things))
 
     def _image(self, camera: Camera, time: float, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """Renders one image; returns the pixels of each thing, seen and to be expected if nothing hid it."""
+        """Renders one image; returns the visible pixels of each thing, and those expected if nothing hid it."""
         width, height = self.options.width, self.options.height
         moment = Moment(self.world, time)
         camera2street = moment.ego2street @ camera.sensor2ego
@@ -361,7 +361,7 @@ class _Scene:
             )
 
     def _writing(self, name: str) -> AbstractContextManager[Path]:
-        """`atomic_path` of a file of the data set. It is brought to the disk with the scene's others, before the scene counts
+        """`atomic_path` of a file of the data set. It is synced to disk with the scene's others, before the scene counts
         as done."""
         self.files.append(self.out / name)
         return atomic_path(self.files[-1], durable=False)

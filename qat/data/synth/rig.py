@@ -1,7 +1,7 @@
 """The sensor rig: six cameras and a 32-beam lidar, mounted as on the nuScenes cars.
 
 Frames are right-handed. Ego: x forward, y left, z up, origin on the ground under the rear axle. Camera: x right,
-y down, z forward. LIDAR_TOP: x to the vehicle's right, y forward, z up (nuScenes' own mounting).
+y down, z forward. LIDAR_TOP: x to the vehicle's right, y forward, z up (nuScenes' mounting).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Camera:
     def rays(self, width: int, height: int) -> np.ndarray:
         """Unit directions through pixel centres in the camera frame, float32[height*width,3].
 
-        Pixel (u, v) has its centre at (u, v), as nuScenes' projection has it.
+        Pixel (u, v) has its centre at (u, v), as in nuScenes' projection.
         """
         u, v = np.meshgrid(np.arange(width), np.arange(height))
         x = (u - self.intrinsic[0, 2]) / self.intrinsic[0, 0]

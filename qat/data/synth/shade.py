@@ -1,4 +1,4 @@
-"""From ray hits to an 8-bit image: light, weather, textures, sensor.
+"""Turns ray hits into an 8-bit image: light, weather, textures, sensor.
 
 All colours are linear RGB until the camera's response (gamma 2.2) at the end. Diffuse shading is Lambert's law; the
 fog is Beer-Lambert's.
@@ -37,7 +37,7 @@ class Light:
 
     @staticmethod
     def sample(rng: np.random.Generator) -> Light:
-        """Draws a weather and, within it, how strong each part is."""
+        """Draws a random weather and the strength of its parts."""
         weather = WEATHERS[rng.choice(6, p=[0.36, 0.22, 0.12, 0.12, 0.1, 0.08])]
         elevation = np.deg2rad(
             {"clear": rng.uniform(22, 65), "dusk": rng.uniform(6, 16)}.get(weather, rng.uniform(30, 60))
@@ -134,7 +134,7 @@ def _ground(p: np.ndarray, street: Street, wet: float) -> np.ndarray:
 
 
 def _facade(p: np.ndarray, n: np.ndarray, base: np.ndarray, night: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows, floors and bricks on walls. Returns colour float32[M,3] and light given off float32[M,3]."""
+    """Windows, floors and bricks on walls. Returns colour float32[M,3] and emitted light float32[M,3]."""
     along = np.where(np.abs(n[:, 0]) > np.abs(n[:, 1]), p[:, 1], p[:, 0])
     up = p[:, 2]
     column, storey = np.floor(along / 2.6), np.floor(up / 3.1)
@@ -182,7 +182,7 @@ def shade(
 ) -> np.ndarray:
     """Colours the camera's rays and passes them through its response.
 
-    directions: float32[H*W,3] in the street frame; hit, distance: what `Caster.nearest` returned for them;
+    directions: float32[H*W,3] in the street frame; hit, distance: results of `Caster.nearest` for them;
     colours, materials: per triangle. Returns uint8[H,W,3], sRGB-like.
     """
     image = np.empty((len(directions), 3), np.float32)
@@ -208,7 +208,7 @@ def shade(
     q = p[leaves]
     base[leaves] *= (0.4 + 1.2 * _noise(q[:, 0] * 3 + q[:, 2] * 2, q[:, 1] * 3 + q[:, 2], street.seed))[:, None]
 
-    # One shadow ray a pixel: at the sun where there is one, otherwise a random one into the sky (ambient occlusion).
+    # One shadow ray per pixel: towards the sun if there is one, otherwise a random one into the sky (ambient occlusion).
     sunny = light.weather in ("clear", "dusk")
     if sunny:
         towards = np.broadcast_to(light.sun_direction, n.shape)

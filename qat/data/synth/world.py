@@ -1,6 +1,6 @@
-"""A street and what stands and moves on it.
+"""A street with its fixed and moving objects.
 
-The street's own frame: x along the road, y left, z up, metres. Traffic keeps right, so lanes at y < 0 drive towards
+The street's frame: x along the road, y left, z up, metres. Traffic keeps right, so lanes at y < 0 drive towards
 +x. A random rigid transform takes the street into nuScenes' global frame.
 """
 
@@ -43,7 +43,7 @@ class Thing:
 
 @dataclass
 class Street:
-    """What the ground's texture needs: where lanes, parking strips, pavements and the cross street are."""
+    """Layout for the ground's texture: lanes, parking strips, pavements and the cross street."""
 
     lanes: int
     cross_x: float | None
@@ -99,7 +99,7 @@ def _separated(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 class _Placer:
-    """Accepts things that overlap nothing accepted before, at any of the scene's times."""
+    """Accepts things that do not overlap accepted ones at any of the scene's times."""
 
     def __init__(self, rng: np.random.Generator, times: np.ndarray, ego: World) -> None:
         self.rng = rng
@@ -121,7 +121,7 @@ class _Placer:
         active: bool | None = None,
         margin: float = 0.3,
     ) -> bool:
-        """Builds and accepts the thing if its place is free; says whether it did."""
+        """Builds and accepts the thing if its place is free; returns whether it did."""
         rng = self.rng
         size = draw_size(name, rng)
         position = np.array([x, y, 0.0])
@@ -418,7 +418,7 @@ def _fixed_geometry(street: Street, things: list[Thing], rng: np.random.Generato
                 elif kind < 0.9:
                     b.bar((x, y, 0), (x, y, 2.4), 0.07, (0.4, 0.4, 0.4), STATIC)
                     b.box((x - 0.03, x + 0.03), (y - 0.3, y + 0.3), (2.0, 2.6), (0.1, 0.2, 0.6), STATIC)
-                else:  # litter bins and hydrants: upright things that are no cones
+                else:  # litter bins and hydrants: upright things other than cones
                     b.box(
                         (x - 0.25, x + 0.25), (y - 0.25, y + 0.25), (0, 0.95), tuple(rng.uniform(0.05, 0.4, 3)), STATIC
                     )

@@ -34,14 +34,14 @@ class AugmentedSample:
     lidar_aug_matrix: np.ndarray
 
 
-ROOM = 6 << 30  # bytes of native images that a set keeps
+ROOM = 6 << 30  # bytes of native images that a data set keeps in memory
 
 
 class AugmentedSet:
-    """A data set's keyframes as read (native images as uint8), kept in memory as far as there is `ROOM` for them.
+    """A data set's keyframes as read (native images as uint8), kept in memory up to `ROOM` bytes.
 
     Raises:
-        UserError: the config does not say how to augment.
+        UserError: the config has no augmentation.
     """
 
     def __init__(self, dataset: NuScenesDataset, config: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class AugmentedSet:
         )
 
     def draw_boxes(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The sample's boxes and labels, moved at random, and its lidar_aug_matrix."""
+        """The sample's boxes and labels after a random transform, and its lidar_aug_matrix."""
         return self._boxes(self._keyframe(index), rng)
 
     def _boxes(self, sample: Keyframe, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -21,13 +21,13 @@ from qat.families.bevfusion.sizes import check_sizes
 Config = dict[str, Any]
 Branch = Literal["camera"]
 
-# Far above any config's; what is beyond them is damaged, or meant to fill the memory.
+# Far above any real config. A larger file is damaged, or meant to fill the memory.
 MOST_BYTES, MOST_VALUES, MOST_NESTED = 1 << 20, 100_000, 100
 
-WHOLE = ("model", "image_size", "object_classes")  # a config that is no part of a tree has them
+WHOLE = ("model", "image_size", "object_classes")  # keys of a config that is complete in one file
 
 CAMERA_BRANCH = "model.encoders.camera"
-# Of a whole model's config, what the camera branch, its data and its training read besides the branch and the test pipeline.
+# Keys of a whole model's config that the camera branch, its data and its training read, besides the branch and test pipeline.
 _KEPT = (
     "image_size",
     "point_cloud_range",
@@ -55,10 +55,10 @@ def _find_interpolation(value: Any, path: str = "") -> tuple[str, str] | None:
 
 
 def check_config(config: Mapping[str, Any], source: str = "config", branch: Branch | None = None) -> None:
-    """Raises `UserError` naming the key, what was found and what was expected, for a config we cannot build.
+    """Raises `UserError` with the key, what was found and what was expected, for a config we cannot build.
 
-    branch: "camera" checks what `camera_branch` takes out of a whole model's config and nothing else: another encoder,
-    a fuser, decoder or heads may be anything, or absent. A config that is a camera branch alone needs no telling.
+    branch: "camera" checks only what `camera_branch` takes from a whole model's config: another encoder, a fuser,
+        decoder or heads may be anything, or absent. A config that is a camera branch alone is recognized without it.
     """
     if not isinstance(config, Mapping):
         raise UserError(f"{source}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
@@ -72,7 +72,7 @@ def check_config(config: Mapping[str, Any], source: str = "config", branch: Bran
 def read_config(
     config: Mapping[str, Any], source: str, branch: Branch | None = None, *checks: Callable[[CameraConfig], None]
 ) -> CameraConfig:
-    """A config, or the camera branch in it, as a typed object; raises as `check_config`, of what has a type and of `checks`."""
+    """The config, or the camera branch in it, as a typed object. Raises like `check_config`, for the types and for `checks`."""
     model = CameraConfig if branch == "camera" or is_camera_branch(config) else DetectorConfig
     known = {key: config[key] for key in model.model_fields if key in config}
     return validated(model, known, source, *checks)
@@ -93,27 +93,28 @@ def _check_resolved(path: str, value: Any, source: str) -> None:
 
 
 def need_training(config: Mapping[str, Any], source: str = "config") -> None:
-    """Raises `UserError` where a whole detector's config lacks what training reads of its head."""
+    """Raises `UserError` if a whole detector's config lacks keys of the head that training reads."""
     validated(Training, config["model"]["heads"]["object"], source, under="model.heads.object")
 
 
 def is_camera_branch(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of a camera branch alone, as `camera_branch` makes it: its decoder and its heads are null.
+    """Whether a config describes a camera branch alone, as `camera_branch` returns it: its decoder and heads are null.
 
-    (A config that lacks them is a damaged one of a whole detector.)
+    (A config without these keys is a damaged config of a whole detector.)
     """
     model = config.get("model")
     return isinstance(model, Mapping) and all(name in model and model[name] is None for name in ("decoder", "heads"))
 
 
 def camera_branch(config: Mapping[str, Any]) -> Config:
-    """The camera branch of a whole model's config, checked by `check_config`, as a config of its own.
+    """The camera branch of a whole model's config (checked by `check_config`) as a separate config.
 
-    It holds `model.encoders.camera`, image_size, the test pipeline and what data and augmentation read; `model.decoder`
-    and `model.heads` are null, by which `is_camera_branch` knows it. Plain containers, nothing shared with `config`.
+    It holds `model.encoders.camera`, image_size, the test pipeline and the keys that data and augmentation read.
+    `model.decoder` and `model.heads` are null; `is_camera_branch` tests for that. Plain containers, nothing shared with
+    `config`.
     """
     camera = config["model"]["encoders"]["camera"]
-    # A value that the branch does not need may be unresolved, or a name for something else.
+    # Values that the branch does not need may be unresolved, or mean something else.
     kept = {key: config[key] for key in _KEPT if config.get(key) is not None and not _find_interpolation(config[key])}
     return copy.deepcopy(
         {
@@ -129,8 +130,8 @@ def camera_branch(config: Mapping[str, Any]) -> Config:
 
 
 def camera_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Channels of the cameras in the order of every [N, …] input: the config's `cameras`, which is this project's own key,
-    or nuScenes' six."""
+    """Channels of the cameras in the order of every [N, …] input: the config's `cameras` (a key of this project), or
+    nuScenes' six."""
     return tuple(config.get("cameras") or CAMERAS)
 
 
@@ -140,20 +141,20 @@ def needs_depth(config: Mapping[str, Any]) -> bool:
 
 
 def need_boxes(config: Mapping[str, Any], what: str, fix: str) -> None:
-    """Raises `UserError` where `config` is a camera branch alone, which gives BEV features and no boxes.
+    """Raises `UserError` if `config` is a camera branch alone, which computes BEV features and no boxes.
 
-    what, fix: the beginning and the end of the message: what asks for boxes, and what to do instead.
+    what, fix: the beginning and the end of the message: what needs boxes, and what to do instead.
     """
     if is_camera_branch(config):
         raise UserError(
-            f"{what}: found a camera branch alone, which gives BEV features and no boxes, expected a whole detector; "
+            f"{what}: found a camera branch alone, which computes BEV features and no boxes, expected a whole detector; "
             f"{fix}"
         )
 
 
 def _check_size(value: Any, path: Path) -> None:
-    """Raises `UserError` where a config is not the few hundred values of one: anchors can make it contain itself, or be a
-    few lines that stand for 10²⁰ values, which everything that walks through it would meet."""
+    """Raises `UserError` if a config is far larger than the usual few hundred values: with YAML anchors, a config can contain
+    itself, and a few lines can expand to 10²⁰ values in any code that walks through it."""
     sizes: dict[int, int] = {}
 
     def size(item: Any, depth: int) -> int:
@@ -162,18 +163,18 @@ def _check_size(value: Any, path: Path) -> None:
         if id(item) not in sizes:
             if depth > MOST_NESTED:
                 raise UserError(f"{path}: found values nested more than {MOST_NESTED} deep, expected a config")
-            sizes[id(item)] = MOST_VALUES + 1  # what a value that contains itself finds
+            sizes[id(item)] = MOST_VALUES + 1  # the size that a value which contains itself finds
             sizes[id(item)] = 1 + sum(size(v, depth + 1) for v in (item.values() if isinstance(item, dict) else item))
         return sizes[id(item)]
 
     if size(value, 0) > MOST_VALUES:
         raise UserError(
-            f"{path}: found more than {MOST_VALUES:,} values, or one that contains itself, expected a config: look at its anchors"
+            f"{path}: found more than {MOST_VALUES:,} values, or one that contains itself, expected a config: check its anchors"
         )
 
 
 def _brackets(text: str) -> int:
-    """How deep brackets and braces are nested in a text, whatever they stand in."""
+    """How deep brackets and braces are nested in a text, including those in strings and comments."""
     depth = deepest = 0
     for match in re.finditer(r"[\[{\]}]", text):
         depth = depth + 1 if match[0] in "[{" else max(0, depth - 1)
@@ -182,16 +183,16 @@ def _brackets(text: str) -> int:
 
 
 def _read(path: Path) -> Config:
-    """A YAML file that holds a mapping.
+    """Reads a YAML file that holds a mapping.
 
     Raises:
-        UserError: it cannot be read, is not YAML, is far larger than a config, or holds something else.
+        UserError: the file cannot be read, is not YAML, is far larger than a config, or holds something else.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: found {path.stat().st_size:,} bytes, expected a config of at most {MOST_BYTES:,}")
         text = path.read_text(encoding="utf-8")
-        if (deep := _brackets(text)) > MOST_NESTED:  # the time that PyYAML takes for them grows with their square
+        if (deep := _brackets(text)) > MOST_NESTED:  # PyYAML's time grows with the square of the depth
             raise UserError(f"{path}: not valid YAML: found brackets {deep:,} deep, expected at most {MOST_NESTED}")
         config = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
@@ -199,7 +200,7 @@ def _read(path: Path) -> Config:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except (ValueError, TypeError, LookupError, OverflowError, AttributeError, RecursionError) as error:
-        # what its constructors make of a date that is none, of a number too long, of a nest
+        # PyYAML's constructors raise these for invalid dates, numbers that are too long, and deep nesting
         raise UserError(f"{path}: not valid YAML: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: found {type(config).__name__}, expected a mapping with BEVFusion's keys")
@@ -211,8 +212,8 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def _with_numbers(value: Any) -> Any:
-    """A config whose texts such as 1e-3 are numbers, as YAML 1.2 and mmcv's own Python configs have them. YAML 1.1, which PyYAML
-    and torchpack read, wants 1.0e-3."""
+    """Converts texts such as 1e-3 to numbers, as in YAML 1.2 and mmcv's Python configs. PyYAML and torchpack read YAML 1.1,
+    where only 1.0e-3 is a number."""
     if isinstance(value, dict):
         return {key: _with_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -223,22 +224,22 @@ def _with_numbers(value: Any) -> Any:
 def load_config(path: str | Path, branch: Branch | None = None) -> Config:
     """Reads and checks a YAML config with BEVFusion's keys.
 
-    Either all is in the one file, as in a run's dumped configs.yaml, or the file is of BEVFusion's own tree
-    (`configs/nuscenes/det/…`): then it inherits every default.yaml above it, which needs torchpack. Values written as `${…}`
-    are evaluated (`qat.families.bevfusion.config_tree`).
+    The file is either complete, such as a run's dumped configs.yaml, or part of BEVFusion's config tree
+    (`configs/nuscenes/det/…`). A file of the tree inherits every default.yaml above it, which needs torchpack. Values written
+    as `${…}` are evaluated (`qat.families.bevfusion.config_tree`).
 
-    branch: "camera" gives the `camera_branch` of a whole model's config; what is outside it is not looked at.
+    branch: "camera" returns the `camera_branch` of a whole model's config and ignores everything outside it.
 
     Raises:
         UserError: a file cannot be read, is not YAML, or describes something we cannot build; torchpack is needed and not
-            installed; an expression is not understood.
+            installed; an expression is not supported.
     """
     file = Path(path)
     config = _read(file)
     whole = all(key in config for key in WHOLE) and not has_expressions(config)
     if not whole and (defaults := defaults_above(file)):
         for default in defaults:
-            _read(default)  # what is wrong with one of them is told by its name
+            _read(default)  # an error in a default.yaml names that file
         config = inherit(file)
     config = _with_numbers(config)
     if branch is None:
@@ -246,14 +247,14 @@ def load_config(path: str | Path, branch: Branch | None = None) -> Config:
     else:
         with suppress(
             UserError
-        ):  # outside the branch anything may stand; inside it check_config names what is unresolved
+        ):  # outside the branch, any value is allowed; inside it, check_config reports unresolved ones
             config = resolve(config, str(path))
     check_config(config, str(path), branch)
     return camera_branch(config) if branch == "camera" else config
 
 
 def test_pipeline(config: Mapping[str, Any], source: str = "config") -> list[dict[str, Any]]:
-    """The steps that test data goes through: `data.test.pipeline`, or `test_pipeline` of an undumped config."""
+    """The steps that prepare test data: `data.test.pipeline`, or `test_pipeline` in a config that was not dumped."""
     steps = _steps(config, source)
     if not steps:
         raise UserError(f"{source}: data.test.pipeline: missing; a dumped BEVFusion configs.yaml has it")
@@ -273,5 +274,5 @@ def _steps(config: Mapping[str, Any], source: str) -> Any:
 
 
 def has_steps(config: Mapping[str, Any], source: str = "config") -> bool:
-    """Whether a config says how test data is read; one that builds a network alone need not."""
+    """Whether a config describes how test data is read; a config that only builds a network may omit it."""
     return bool(_steps(config, source))

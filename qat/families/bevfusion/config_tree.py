@@ -1,8 +1,8 @@
-"""BEVFusion's own config tree: files that inherit every default.yaml above them, and values written as `${…}`.
+"""BEVFusion's config tree: files that inherit every default.yaml above them, and values written as `${…}`.
 
-Inheritance is torchpack's (`torchpack.utils.config`, the extra [bevfusion]), as in BEVFusion's tools. The values are what
-its `recursive_eval` gives: a string that is `${…}` from end to end is a Python expression over the config's own keys. Here
-the expression is read, never run: names, dotted keys, indices and slices, lists, numbers, strings, and + - * / // %.
+torchpack (`torchpack.utils.config`, the extra [bevfusion]) does the inheritance, as in BEVFusion's tools. Values equal those of
+BEVFusion's `recursive_eval`: a string that is `${…}` from end to end is a Python expression over the config's keys. Here
+the expression is parsed, never executed: names, dotted keys, indices and slices, lists, numbers, strings, and + - * / // %.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from qat.core.errors import UserError
 
-LONGEST = 1000  # characters of an expression; a config's are some dozens
-MOST_STEPS = 100_000  # values looked at; expressions that name each other twice, thirty of them, would take 2³⁰
+LONGEST = 1000  # characters of an expression; real ones have some dozens
+MOST_STEPS = 100_000  # values visited; thirty expressions that each use the next one twice would take 2³⁰
 NUMERIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -29,14 +29,14 @@ UNDERSTOOD = "keys of this config, indices and slices, lists, numbers, strings, 
 
 
 def defaults_above(path: Path) -> list[Path]:
-    """The default.yaml (or .yml, as `path` ends) of the file's folder and of those above it, the topmost first; not itself."""
+    """Every default.yaml (or .yml, like `path`) in the file's folder and those above it, topmost first, without `path`."""
     path = path.resolve()
     found = [folder / f"default{path.suffix}" for folder in reversed(path.parents)]
     return [file for file in found if file != path and file.is_file()]
 
 
 def inherit(path: Path) -> dict[str, Any]:
-    """The file merged over every default above it, as BEVFusion's tools load it.
+    """The file merged over every default above it, as in BEVFusion's tools.
 
     Raises:
         UserError: torchpack is not installed.
@@ -45,8 +45,8 @@ def inherit(path: Path) -> dict[str, Any]:
         from torchpack.utils.config import Config
     except ImportError as error:
         raise UserError(
-            f"{path}: a part of a config tree (it inherits {defaults_above(path)[-1]}), which torchpack reads: found "
-            f"{error}; fix by pip install 'bevqat[bevfusion]', or give the run's dumped configs.yaml"
+            f"{path}: part of a config tree (it inherits {defaults_above(path)[-1]}), which torchpack reads: found "
+            f"{error}; run pip install 'bevqat[bevfusion]', or give the run's dumped configs.yaml"
         ) from None
     tree = Config()
     tree.load(str(path.resolve()), recursive=True)
@@ -69,17 +69,17 @@ def has_expressions(value: object) -> bool:
 
 
 def resolve(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The config with every expression replaced by its value.
+    """Returns the config with every expression replaced by its value.
 
     Raises:
-        UserError: an expression is not understood, names no key, or leads back to itself.
+        UserError: an expression is not supported, names a key that does not exist, or refers to itself.
     """
     resolver = _Resolver(config, source)
     return {key: resolver.resolved(value, str(key)) for key, value in config.items()}
 
 
 class _Resolver:
-    """Evaluates expressions over one config; `active` are those on the way, to notice circles."""
+    """Evaluates expressions over one config; `active` lists the expressions being evaluated, to detect cycles."""
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self.config, self.source = config, source
@@ -93,7 +93,7 @@ class _Resolver:
         """The value with every expression inside it evaluated."""
         self.steps += 1
         if self.steps > MOST_STEPS:
-            raise self.fail(path, str(value)[:40], f"they take more than {MOST_STEPS:,} steps")
+            raise self.fail(path, str(value)[:40], f"evaluating it takes more than {MOST_STEPS:,} steps")
         if isinstance(value, Mapping):
             return {key: self.resolved(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, list):
@@ -103,7 +103,7 @@ class _Resolver:
         text: str = value
         if text in self.active:
             circle = " → ".join([*self.active[self.active.index(text) :], text])
-            raise self.fail(path, text, f"it leads back to itself, {circle}")
+            raise self.fail(path, text, f"it refers to itself, {circle}")
         if len(text) > LONGEST:
             raise self.fail(path, text[:40] + "…", f"at most {LONGEST} characters")
         self.active.append(text)
@@ -140,16 +140,16 @@ class _Resolver:
                 if not joins:
                     self.need_numbers(path, text, left, right)
                 return NUMERIC[type(node.op)](left, right)
-        raise self.fail(path, text, f"{ast.unparse(node)} is none of these")
+        raise self.fail(path, text, f"{ast.unparse(node)} is not supported")
 
     def need_numbers(self, path: str, text: str, *values: Any) -> None:
-        """Arithmetic is for numbers alone: a string times a number could fill the memory."""
+        """Arithmetic accepts only numbers: a string times a number could fill the memory."""
         for value in values:
             if not isinstance(value, int | float):
-                raise self.fail(path, text, f"{value!r} is no number")
+                raise self.fail(path, text, f"{value!r} is not a number")
 
     def get(self, mapping: Any, key: str, path: str, text: str) -> Any:
-        """A key's value, itself evaluated if it is an expression."""
+        """A key's value, evaluated if it is an expression."""
         if not isinstance(mapping, Mapping) or key not in mapping:
             raise self.fail(path, text, f"there is no key {key!r}")
         value = mapping[key]

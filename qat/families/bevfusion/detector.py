@@ -1,4 +1,4 @@
-"""The whole camera detector, BEVFusion without its lidar; or the camera branch of a camera+lidar model, by itself."""
+"""The whole camera detector, BEVFusion without its lidar, or only the camera branch of a camera+lidar model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qat.families.bevfusion.networks.vtransform import DepthLSSTransform, LSSTra
 from qat.families.bevfusion.pooling.geometry import PoolPattern
 from qat.families.bevfusion.sizes import check_features
 
-# What a network of other values than its constructor knows can raise, apart from torch's RuntimeError.
+# Exceptions of a network's constructor for invalid values, apart from torch's RuntimeError.
 UNBUILDABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError)
 MOST_PARAMETERS = 4_000_000_000
 
@@ -43,24 +43,24 @@ def _build(config: Mapping[str, Any], path: str) -> nn.Module:
     arguments = {key: value for key, value in config.items() if key != "type"}
     try:
         return NETWORKS[config["type"]](**arguments)
-    except (*UNBUILDABLE, RuntimeError) as error:  # RuntimeError: torch's, of sizes below 0 or beyond the memory
+    except (*UNBUILDABLE, RuntimeError) as error:  # RuntimeError: from torch, for sizes below 0 or beyond the memory
         raise UserError(f"config: {path}: cannot build {config['type']} from these values: {error}") from None
 
 
 def _check_maps(backbone: nn.Module, config: Mapping[str, Any]) -> None:
-    """Whether the maps of timm's backbone, whose sizes no config states, fit the neck."""
+    """Checks that the maps of timm's backbone, whose sizes are not in the config, fit the neck."""
     maps: Any = getattr(backbone, "feature_info", None)
     if config["model"]["encoders"]["camera"]["backbone"]["type"] == "timm" and maps is not None:
         read_config(config, "config", "camera", lambda typed: check_features(typed, maps.channels(), maps.reduction()))
 
 
 def first(x: Any) -> torch.Tensor:
-    """A neck's map: BEVFusion's necks return a list of which the first is used, or the map itself."""
+    """A neck's map: BEVFusion's necks return the map, or a list whose first item is used."""
     return x[0] if isinstance(x, list | tuple) else x
 
 
 class CameraBEVDetector(nn.Module):
-    """Images (and sparse depth) to CenterHead's maps; of a camera branch, to BEV features.
+    """From images (and sparse depth) to CenterHead's maps, or for a camera branch to BEV features.
 
     State-dict names are BEVFusion's: encoders.camera.{backbone,neck,vtransform}, decoder.{backbone,neck},
     heads.object. A camera branch (`qat.families.bevfusion.config.is_camera_branch`) has the first three; its decode_bev, head and
@@ -96,14 +96,14 @@ class CameraBEVDetector(nn.Module):
         self.heads = nn.ModuleDict({"object": _build(model["heads"]["object"], "model.heads.object")})
 
     def keep_cells(self, counts: Sequence[int]) -> bool:
-        """Makes the BEV grid that of a checkpoint with BEVFusion's count of cells (`qat.families.bevfusion.grid.bevfusion_cells`): the upper
-        ends of the bounds move in, in `config` too, so that everything that is made of it has the same grid.
+        """Uses the BEV grid of a checkpoint with BEVFusion's count of cells (`qat.families.bevfusion.grid.bevfusion_cells`):
+        the upper ends of the bounds move in, in `config` too, so that everything made from it has the same grid.
 
         Args:
             counts: the checkpoint's `nx`, `ny`, `nz`.
 
         Returns:
-            whether it was changed: False where the counts are these already, or neither BEVFusion's.
+            whether it was changed: False if the grid has these counts already, or they are not BEVFusion's.
 
         Raises:
             UserError: that grid does not fit the decoder or the head.
@@ -180,24 +180,24 @@ class CameraBEVDetector(nn.Module):
     ) -> list[dict[str, torch.Tensor]]:
         """img [B,N,3,H,W], depth [B,N,1,H,W] → for each task {map: [B,channels,nx,ny]}; heatmaps are logits.
 
-        Of a camera branch: one entry with one map, {"feat_out": the result of `downsample`}.
+        For a camera branch: one entry with one map, {"feat_out": the result of `downsample`}.
         """
         bev = self.pool(*self.lift(img, depth), patterns)
         return [{"feat_out": self.downsample(bev)}] if is_camera_branch(self.config) else self.bev_head(bev)
 
 
 def build_model(config: Mapping[str, Any]) -> CameraBEVDetector:
-    """Builds the detector that `config` (BEVFusion's schema) describes, randomly initialised; of a `camera_branch`'s config
+    """Builds the detector that `config` (BEVFusion's schema) describes, randomly initialised; for a `camera_branch`'s config,
     the camera branch.
 
     Raises:
-        UserError: the config asks for something that is not supported, by name.
+        UserError: the config has an option that is not supported, by name.
     """
     check_config(config)
-    with torch.device("meta"):  # sizes only: damaged ones are found before memory is allocated for them
+    with torch.device("meta"):  # sizes only: invalid sizes are found before memory is allocated for them
         count = sum(parameter.numel() for parameter in CameraBEVDetector(config).parameters())
     if count > MOST_PARAMETERS:
         raise UserError(
-            f"config: model: found {count:,} weights, expected at most {MOST_PARAMETERS:,}; look at its channels"
+            f"config: model: found {count:,} weights, expected at most {MOST_PARAMETERS:,}; check its channels"
         )
     return CameraBEVDetector(config)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional as F
 
-# Weight of an empty cell beside one where an object is. Most cells are empty and far: what serves them need not serve the
-# objects (`--method auto` of calibrate is the same finding), but an object that is nowhere must not appear.
+# Weight of an empty cell relative to a cell with an object. Most cells are empty and far: what is best for them may not be best
+# for the objects (`--method auto` of calibrate has the same reason), but false objects must not appear.
 EMPTY = 1e-3
 BOX_WEIGHTS = {"vel": 0.2}  # CenterPoint's and BEVFusion's code weights; 1 for the other maps
 
@@ -29,8 +29,8 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor, frames: int) -> to
 def heat_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Kullback-Leibler divergence of the heat in each cell, [B]; both [B,classes,nx,ny] logits.
 
-    A cell counts as much as the higher of the two heats, so that an object which one of them does not see counts
-    wherever it is; the sum is divided by the teacher's heat, as a focal loss by the number of objects.
+    A cell is weighted by the higher of the two heats, so that an object which only one network detects counts too; the sum
+    is divided by the teacher's heat, like a focal loss by the number of objects.
     """
     heat = wanted.sigmoid()
     divergence = heat * (F.logsigmoid(wanted) - F.logsigmoid(logits)) + (1 - heat) * (
@@ -43,7 +43,7 @@ def heat_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def box_loss(maps: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Absolute difference of one task's box maps, averaged with the teacher's heat as the weight, [B].
 
-    In the head's own units (cells, metres, log metres, sine and cosine, m/s), as CenterPoint's L1 loss.
+    In the head's units (cells, metres, log metres, sine and cosine, m/s), like CenterPoint's L1 loss.
     """
     heat = wanted["heatmap"].sigmoid().amax(1, keepdim=True)
     total = torch.zeros(len(heat), device=heat.device)

@@ -45,7 +45,7 @@ METHODS = {
 
 
 class BEVFusionFamily(Family):
-    """Camera detectors in BEVFusion's config schema and with its state-dict names, and their camera branch by itself."""
+    """Camera detectors with BEVFusion's config schema and state-dict names, and camera branches alone."""
 
     name = "bevfusion"
     loss_weights = WEIGHTS
@@ -156,13 +156,13 @@ class BEVFusionFamily(Family):
         return config if config.get("native_size") is not None else {**config, "native_size": list(size)}
 
     def augmented(self, dataset: Any, config: Mapping[str, Any]) -> Any:
-        """Frames as the config's augment2d and augment3d have them."""
+        """Frames augmented by the config's augment2d and augment3d."""
         from qat.families.bevfusion.augment import AugmentedSet
 
         return AugmentedSet(dataset, config)
 
     def check_training(self, config: Mapping[str, Any], source: str) -> None:
-        """As `Family.check_training`; a camera branch's image part is trained by itself."""
+        """As `Family.check_training`; a camera branch's image part is trained alone."""
         if not is_camera_branch(config):
             need_training(config, source)
 

@@ -4,7 +4,7 @@
     camera and augmentation matrices ─► (pattern) ─► pattern ──────────────┴► (pooling) ─► feat_in
     feat_in ─► camera.vtransform ─► feat_out ─► fuser ─► middle ─► head.bbox ─► {map}_{task}
 
-camera.vtransform is left out where the view transform does not downsample; of a camera branch, the plan ends before fuser.
+camera.vtransform is left out if the view transform does not downsample; for a camera branch, the plan ends before fuser.
 The names are those that CUDA-BEVFusion's runtime loads.
 """
 
@@ -32,7 +32,7 @@ from qat.plan import BATCH, Op, Part, Plan, Runner, Step, Tensor
 
 MATRICES = ("camera_intrinsics", "camera2lidar", "img_aug_matrix", "lidar_aug_matrix")
 GEOMETRY = ("image_size", "feature_size", "xbound", "ybound", "zbound", "dbound")
-HOT = 0.1  # heat above which a cell is an object's
+HOT = 0.1  # heat above which a cell belongs to an object
 
 
 def plan_of(settings: Mapping[str, Any]) -> Plan:
@@ -71,7 +71,7 @@ def plan_of(settings: Mapping[str, Any]) -> Plan:
         tensors["feat_out"] = Tensor((BATCH, grid[1], None, None))
         reported["feat_out"] = ("feat_out",)
     inputs = (*images, *MATRICES)
-    if settings.get("branch") is not None:  # manifests of before the branch could be exported lack it
+    if settings.get("branch") is not None:  # older manifests lack it
         return Plan(inputs, tuple(steps), (last,), tensors, reported, {"bev": (last,)}, boxes=False)
     maps = tuple(settings["head_maps"])
     steps.append(Part("fuser", {"camera": last}, ("middle",), scope="decoder"))
@@ -109,7 +109,7 @@ class BEVFusion(Flow):
         native = tuple(image["native"]) if image.get("native") is not None else None
         self._resize_crop = ResizeCrop(tuple(image["size"]), image["resize"], image["bottom"], native)
         self.patterns = PatternCache(*(settings["vtransform"][name] for name in GEOMETRY))
-        self._grid: np.ndarray | None = None  # the latest pooled grid, if no caller has it
+        self._grid: np.ndarray | None = None  # the latest pooled grid, if no caller holds it
 
     @classmethod
     def check(cls, path: str | Path, settings: object, fix: str) -> None:
@@ -122,7 +122,7 @@ class BEVFusion(Flow):
 
     @property
     def rebuilds(self) -> int:  # type: ignore[override]
-        """How many pooling patterns were computed."""
+        """The number of pooling patterns computed."""
         return self.patterns.rebuilds
 
     def ops(self) -> Mapping[str, Runner]:
@@ -151,7 +151,7 @@ class BEVFusion(Flow):
 
         Args:
             raw: images: uint8[h,w,3] RGB, native size, one for each of `cameras` in their order. Where the manifest knows the
-                native size, pictures of another size and the same shape are resized to take the same place. points:
+                native size, pictures with another size and the same aspect ratio are resized to the same place. points:
                 float32[M,≥3] of x, y, z in the lidar frame in metres: the keyframe's and, if the model was trained so, earlier
                 sweeps' moved into it; not used by a model without depth input. calibration: a `Calibration` of the same cameras.
 
@@ -206,7 +206,7 @@ class BEVFusion(Flow):
         return decode(maps_from_tensors({name: tensors[name] for name in self.plan.outputs}), self.settings["head"])
 
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-        """Which values of the head's maps lie in a cell whose heat, of any class of the task, is over HOT."""
+        """Which values of the head's maps are in a cell where the heat of any class of the task is over HOT."""
         if not self.plan.boxes:
             return None
         found = {}

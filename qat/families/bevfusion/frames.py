@@ -1,4 +1,4 @@
-"""Generated keyframes, for exports and latency without data, and whether a frame fits a model."""
+"""Generates keyframes for exports and latency without data, and checks whether a frame fits a model."""
 
 from __future__ import annotations
 
@@ -49,11 +49,10 @@ def random_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
 
 
 def made_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
-    """A generated keyframe that is shaped as real ones are, for exports without data; the same bits on every machine.
+    """A generated keyframe with the statistics of real ones, for exports without data; the same bits on every machine.
 
-    img: patches of 32, 8 and 2 pixels in one another, dark ones and bright ones. depth: a lidar's lines, every fourth row below
-    a horizon at two fifths of the height, one pixel in eight, on a plane with things standing on it. The cameras stand in a
-    ring, as in `random_frame`.
+    img: nested patches of 32, 8 and 2 pixels, dark and bright. depth: a lidar's lines, every fourth row below a horizon at two
+    fifths of the height, one pixel in eight, on a plane with objects on it. The cameras form a ring, as in `random_frame`.
 
     Args:
         settings: a manifest's `pipeline` section.
@@ -83,7 +82,7 @@ def made_frame(settings: Mapping[str, Any], seed: int) -> FrameArrays:
 
 
 def check_frame(settings: Mapping[str, Any], frame: Any, token: str) -> None:
-    """Raises `UserError` where a frame's arrays are not what the parts take: number of cameras, image size, dtype."""
+    """Raises `UserError` if a frame's arrays do not fit the parts: number of cameras, image size, dtype."""
     cameras = settings["cameras"]
     count, size = len(cameras), list(settings["image"]["size"])
     if len(frame.img) != count:

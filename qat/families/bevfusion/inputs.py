@@ -17,16 +17,16 @@ from qat.core.geometry import camera_ring
 from qat.core.preprocess import ResizeCrop
 from qat.families.bevfusion.frames import random_frame
 
-POINTS = 30_000  # of one revolution of a 32-beam lidar, about
+POINTS = 30_000  # points in one revolution of a 32-beam lidar, about
 _STEP = 1e-3  # metres
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One frame as a robot has it.
+    """One frame of a robot's sensor data.
 
-    images: uint8[h,w,3] RGB of each camera, native size. points: float32[M,5]. sample: the same frame preprocessed, for a
-    camera branch, which is fed that.
+    images: uint8[h,w,3] RGB of each camera, native size. points: float32[M,5]. sample: the same frame preprocessed, the input
+    of a camera branch.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Inputs:
         return self.images, self.points, self.calibration
 
     def moved(self, place: int) -> Inputs:
-        """The same frame with the cameras `place` millimetres ahead of the lidar: another geometry, as good as this one.
+        """The same frame with the cameras `place` millimetres ahead of the lidar: another valid geometry.
 
-        On nuScenes, and wherever cameras and lidar do not fire at once, every frame has its own.
+        On nuScenes, and whenever cameras and lidar do not fire at the same time, every frame has a different geometry.
         """
         shift = np.zeros((4, 4), np.float32)
         shift[0, 3] = place * _STEP
@@ -55,8 +55,8 @@ class Inputs:
 
 
 def native_size(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the pictures that the model was made for; where the manifest does not know, such as the settings' resize
-    and crop fit, 16:9 as nuScenes' are where the crop allows."""
+    """Height and width of the pictures that the model was made for. If the manifest lacks them, a size that fits the settings'
+    resize and crop, 16:9 like nuScenes' if the crop allows."""
     if native := settings["image"].get("native"):
         return native[0], native[1]
     height, width = settings["image"]["size"]
@@ -66,8 +66,8 @@ def native_size(settings: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def made_up(settings: Mapping[str, Any], count: int, seed: int = 0) -> list[Inputs]:
-    """Frames that cost what real ones do: pictures with large and small structure, points on the ground and on things
-    around the car, a ring of cameras. The same seed gives the same frames.
+    """Frames as expensive as real ones: pictures with large and small structure, points on the ground and on objects around
+    the car, a ring of cameras. The same seed gives the same frames.
 
     Args:
         settings: a manifest's `pipeline` section.
@@ -104,7 +104,7 @@ def made_up(settings: Mapping[str, Any], count: int, seed: int = 0) -> list[Inpu
 
 
 def _reading(settings: Mapping[str, Any]) -> Any:
-    """How frames are read, out of a manifest, which holds no config."""
+    """The `Reading` of frames from a manifest, which holds no config."""
     from qat.data.reading import Pipeline, Reading
 
     image, limits = settings["image"], settings["points"]["range"]
@@ -119,8 +119,8 @@ def _reading(settings: Mapping[str, Any]) -> Any:
 def recorded(
     settings: Mapping[str, Any], root: Path, split: str, version: str | None, count: int | None
 ) -> list[Inputs]:
-    """Keyframes of a nuScenes-format data set, spread over the split; of the lidar the keyframe's points alone, for a
-    manifest does not say how many sweeps a model was trained with.
+    """Keyframes of a nuScenes-format data set, spread over the split. Only the keyframe's lidar points are used, because a
+    manifest does not record the number of sweeps that a model was trained with.
 
     Raises:
         UserError: the devkit is not installed, or the data cannot be read or has fewer frames.

@@ -1,7 +1,7 @@
-"""What the `pipeline` section of a manifest must hold for BEVFusion's flow: kinds, ranges, and sizes that fit each other.
+"""Checks the `pipeline` section of a manifest for BEVFusion's flow: types, ranges, and sizes that fit each other.
 
-A manifest may come from elsewhere: without these checks a wrong number in it ends in a traceback, or in an allocation of any
-size, far from where it stands. What writes it is `qat.families.bevfusion.settings.Settings`.
+A manifest may come from elsewhere. Without these checks, a wrong number in it ends in a traceback, or in an allocation of any
+size, far from its cause. `qat.families.bevfusion.settings.Settings` writes the section.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from qat.core.checks import either, fail, flag, holds, listed, null, number, section, text
 from qat.families.bevfusion.grid import cells, depth_count
 
-# Far above any detector's: a frustum, a grid or an image beyond these is a damaged number.
+# Far above any real detector: a larger frustum, grid or image is a damaged number.
 MOST_CAMERAS, MOST_PIXELS, MOST_CELLS, MOST_POINTS, MOST_BOXES = 64, 1 << 26, 1 << 24, 1 << 28, 1 << 20
 
 
@@ -22,7 +22,7 @@ def _bound(value: Any, where: str) -> None:
     listed(number(-1e6, 1e6), 3, 3)(value, where)
     low, high, step = value
     if not (step > 0 and 1 <= (high - low) / step + 1e-6 <= MOST_CELLS):
-        fail(where, value, "[lower, upper, step] with one step or more between")
+        fail(where, value, "[lower, upper, step] with at least one step")
 
 
 _SIZE = listed(number(1, 1 << 16, whole=True), 2, 2)
@@ -101,7 +101,7 @@ def _check_head(pipeline: Mapping[str, Any], where: str) -> None:
     head = pipeline["head"]
     if head is None:
         if pipeline.get("branch") is None:
-            fail(f"{where}: head", None, "a section: only of a camera branch alone there is none")
+            fail(f"{where}: head", None, "a section: only a camera branch alone has no head")
         return
     tasks, test = head["tasks"], head["test_cfg"]
     if (classes := [name for task in tasks for name in task]) != pipeline["classes"]:
@@ -126,11 +126,11 @@ def _check_head(pipeline: Mapping[str, Any], where: str) -> None:
     allowed = [f"{name}_{task}" for task in range(len(tasks)) for name in (*_NEEDED, *_OPTIONAL)]
     needed = [f"{name}_{task}" for task in range(len(tasks)) for name in _NEEDED]
     if len(set(maps)) != len(maps) or not set(needed) <= set(maps) <= set(allowed):
-        fail(f"{where}: head_maps", maps, f"{', '.join(needed[:4])}, … and none that are not the head's")
+        fail(f"{where}: head_maps", maps, f"{', '.join(needed[:4])}, … and only maps of the head")
 
 
 def check_pipeline(path: str | Path, pipeline: object, fix: str) -> None:
-    """Raises `UserError` where a manifest's `pipeline` section is not what `qat.families.bevfusion.flow` needs."""
+    """Raises `UserError` if a manifest's `pipeline` section does not fit `qat.families.bevfusion.flow`."""
 
     def check() -> None:
         PIPELINE(pipeline, "pipeline")

@@ -37,9 +37,9 @@ class CameraBackbone(PartModule):
 
 
 class CameraBackboneWithoutDepth(CameraBackbone):
-    """camera.backbone of an LSSTransform, which sees no lidar: as above, without the `depth` input.
+    """camera.backbone of an LSSTransform, which uses no lidar: as above, without the `depth` input.
 
-    Changed for tracing: a traced signature has no optional inputs, hence its own class.
+    Changed for tracing: a traced signature has no optional inputs, hence a separate class.
     """
 
     inputs = ("img",)
@@ -66,7 +66,7 @@ class CameraVTransform(PartModule):
 class Fuser(PartModule):
     """fuser: BEV decoder, backbone and neck. (With one sensor there is nothing to fuse; the name is the runtime's.)
 
-    Changed for tracing: one tensor comes out, where BEVFusion's necks return a list.
+    Changed for tracing: returns one tensor; BEVFusion's necks return a list.
     """
 
     inputs = ("camera",)
@@ -80,7 +80,7 @@ class Fuser(PartModule):
 class HeadBBox(PartModule):
     """head.bbox: CenterHead.
 
-    Changed for tracing: the list of dicts is laid out flat as `{map}_{task}`; heatmaps stay logits, and decoding and
+    Changed for tracing: the list of dicts becomes flat outputs `{map}_{task}`; heatmaps stay logits, and decoding and
     suppression stay outside.
     """
 

@@ -1,9 +1,9 @@
-"""A detector with random weights that still computes something, for export, numerics and latency without a checkpoint.
+"""A detector with random weights and realistic activations, for export, numerics and latency without a checkpoint.
 
-PyTorch's and timm's own initial values are not suitable: a signal shrinks from layer to layer, and timm starts a residual
-branch at nothing, or nearly (a block's last batch norm, a layer scale, Swin v2's norms, a transformer's linear layers), which
-leaves its blocks without effect. Here such scales are near 1, linear layers keep the size of what they are given, and
-every batch norm has the statistics of what goes through it.
+PyTorch's and timm's initial values are not suitable: a signal shrinks from layer to layer, and timm starts residual branches at
+or near zero (a block's last batch norm, a layer scale, Swin v2's norms, a transformer's linear layers), so that blocks have no
+effect. Here such scales are near 1, linear layers keep the size of their inputs, and every batch norm has the statistics of its
+input.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _made_up_frame(config: Mapping[str, Any]) -> FrameArrays:
 
 
 def _enliven(model: nn.Module) -> None:
-    """Draws scales and offsets of batch norms, as training would set them, and brings residual branches near the stream's size."""
+    """Draws scales and offsets of batch norms like trained ones, and scales residual branches to about the stream's size."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0.0, module.in_features**-0.5)
@@ -64,7 +64,7 @@ def _enliven(model: nn.Module) -> None:
 
 
 def _set_statistics(model: CameraBEVDetector, frames: Sequence[Frame]) -> None:
-    """Sets every batch norm's mean and variance to the average over the frames; all else is as at inference."""
+    """Sets every batch norm's mean and variance to the average over the frames; the rest runs as at inference."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     model.eval()
@@ -87,11 +87,11 @@ def random_model(config: Mapping[str, Any], seed: int = 0, frames: Sequence[Fram
 
     Args:
         config: a checked config (`load_config`).
-        seed: the same seed and config have the same weights; torch's global generator is left as it was.
-        frames: preprocessed samples whose statistics the batch norms get; None for generated ones of the config's cameras.
+        seed: the same seed and config give the same weights; torch's global generator is not changed.
+        frames: preprocessed samples for the batch norms' statistics; None for generated ones of the config's cameras.
 
     Raises:
-        UserError: the config asks for something that is not supported, by name.
+        UserError: the config has an option that is not supported, by name.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

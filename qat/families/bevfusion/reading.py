@@ -1,4 +1,4 @@
-"""How frames of a data set are read for a model: BEVFusion's test pipeline, from a config."""
+"""Reads BEVFusion's test pipeline from a config: how frames of a data set are read for a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def reading_of(config: Mapping[str, Any]) -> Reading:
 
 
 def read_pipeline(config: Mapping[str, Any]) -> Pipeline:
-    """Reads `data.test.pipeline`, whose steps and keys `check_steps` knows.
+    """Reads `data.test.pipeline`, whose steps and keys the schema checks.
 
     Raises:
         UserError: a step is unknown, has an option that is not honoured, or augments test data.

@@ -1,4 +1,4 @@
-"""How BEVFusion's networks are quantized unless the user says otherwise, and why."""
+"""Default quantization of BEVFusion's networks, with reasons."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KEEP_FLOAT = (
         TENSORRT,
     ),
 )
-# A BEV cell near the car sums the features of hundreds of pixels, one far away those of a few: the decoder's tensors have long
-# tails. What clips them (mse, entropy) raises the SQNR at the head maps, which empty far cells dominate, and loses the objects
-# near the car: mAP falls. In the camera part mse does no harm. What is computed only from the depth map has long tails too:
-# its large values are the near points.
+# A BEV cell near the car sums the features of hundreds of pixels, a far one those of a few: the decoder's tensors have long
+# tails. Methods that clip them (mse, entropy) raise the SQNR at the head maps, which empty far cells dominate, but lose the
+# objects near the car: mAP falls. In the camera part mse does no harm. Tensors computed only from the depth map have long tails
+# too: their large values are the near points.
 BY_LAYER = (("decoder.*", "max"), ("head.*", "max"), ("camera.*_dtransform_*", "max"))
-# CUDA-BEVFusion builds the view transform with --fp16 alone, so it carries no QDQ unless asked.
+# CUDA-BEVFusion builds the view transform with --fp16 alone, so it has no QDQ by default.
 PARTS_OFF = {"vtransform": tuple(FLAVOURS)}
 
 

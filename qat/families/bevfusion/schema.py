@@ -1,9 +1,9 @@
-"""What a config in BEVFusion's schema may hold: one class for each section, network and step of the test pipeline.
+"""BEVFusion's config schema: one class for each section, network and step of the test pipeline.
 
-A key has a type and a default, or is required. BEVFusion, mmdet and mmcv accept more keys and values of networks and steps; what
-they would build or read differently is refused by name, so a `Literal` of one value is an option that is understood and has no
-other. `FREE` has the keys that change nothing here (where weights would come from, what training alone reads). Other sections may
-hold any other key. How networks fit each other is checked in `qat.families.bevfusion.sizes`.
+A key has a type and a default, or is required. BEVFusion, mmdet and mmcv accept more keys and values for networks and steps.
+Those that would change the result are refused by name: a `Literal` with one value marks the only value supported.
+`FREE` lists keys that have no effect here (sources of weights, options of training). Other sections may hold any other
+key. `qat.families.bevfusion.sizes` checks whether the networks fit each other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from qat.core.validation import Expected, Options, Section, number, only, whole, wrong
 from qat.families.bevfusion.grid import CLOSE
 
-# Far above any network's: beyond them a frustum or a grid fills the memory before anything else is noticed.
+# Far above any real network: with larger numbers, a frustum or a grid fills the memory before any other check fails.
 LARGEST = 1e6
 MOST_PIXELS, MOST_CELLS, MOST_CHANNELS, MOST_LAYERS, MOST_BOXES = 16_384, 4_096, 65_536, 1_000, 1_000_000
 
@@ -57,11 +57,11 @@ def _rises(stages: list[int]) -> bool:
 
 
 Bound = Annotated[Numbers, AfterValidator(_steps)]
-Stages = Annotated[list[FromZero], Expected("numbers of stages, from 0, the lowest first", least=1, test=_rises)]
+Stages = Annotated[list[FromZero], Expected("indices of stages, from 0, in ascending order", least=1, test=_rises)]
 Range = Annotated[
     list[Number],
     Expected(
-        "6 numbers, the lowest x, y, z and then the highest",
+        "6 numbers: lowest x, y, z, then highest x, y, z",
         count=6,
         test=lambda v: all(v[i] < v[i + 3] for i in range(3)),
     ),
@@ -74,15 +74,15 @@ class BatchNorm(Section):
     momentum: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
-Norm = Annotated[BatchNorm, Expected("batch norm, its eps and momentum numbers between 0 and 1")]
+Norm = Annotated[BatchNorm, Expected("batch norm with eps and momentum between 0 and 1")]
 TorchNorm = Annotated[BatchNorm, Expected("batch norm with eps 1e-5", test=lambda norm: norm.eps == 1e-5)]
-# null is none, as mmcv's ConvModule has it
+# null means no norm, as in mmcv's ConvModule
 TorchNormOrNone = Annotated[
     BatchNorm | None,
     Expected("batch norm with eps 1e-5, or null for none", test=lambda norm: norm is None or norm.eps == 1e-5),
 ]
 PlainConv = Annotated[Any, only(None, {"type": "Conv2d"})]
-BiaslessConv = Annotated[Any, only({"type": "Conv2d", "bias": False}, {"bias": False})]  # null would be one with a bias
+BiaslessConv = Annotated[Any, only({"type": "Conv2d", "bias": False}, {"bias": False})]  # null would add a bias
 Relu = Annotated[
     Any, only(None, {"type": "ReLU"}, {"type": "ReLU", "inplace": True}, {"type": "ReLU", "inplace": False})
 ]
@@ -155,10 +155,10 @@ class GeneralizedLSSFPN(Options):
     out_channels: Channels
     start_level: FromZero = 0
     end_level: Literal[-1] = -1
-    num_outs: Few = Field(default=None)  # type: ignore[assignment]  # absent is none, null is refused
+    num_outs: Few = Field(default=None)  # type: ignore[assignment]  # may be absent, but not null
     no_norm_on_lateral: Flag = False
     upsample_cfg: Annotated[
-        Nearest | Bilinear, Expected("mode nearest or bilinear, and align_corners true with bilinear alone")
+        Nearest | Bilinear, Expected("mode nearest or bilinear, with align_corners true only for bilinear")
     ] = Bilinear(mode="bilinear", align_corners=True)
     norm_cfg: TorchNormOrNone = BatchNorm()
     act_cfg: Relu = {"type": "ReLU"}
@@ -188,11 +188,13 @@ class _Transform(Options):
     zbound: Bound
     dbound: Bound
     downsample: Literal[1, 2] = 1
-    bevfusion_count: Literal[None, True, False] = None  # ours: bounds of a checkpoint with BEVFusion's count of cells
+    bevfusion_count: Literal[None, True, False] = (
+        None  # this project's key: count cells as BEVFusion does, for its checkpoints
+    )
 
 
 class LSSTransform(_Transform):
-    """Sees no points: how CUDA-BEVFusion's models would make a depth map changes nothing."""
+    """Uses no points, so CUDA-BEVFusion's options for the depth map have no effect."""
 
     type: Literal["LSSTransform"]
     depth_input: Literal["scalar", "one-hot"] = "scalar"
@@ -270,7 +272,7 @@ class SeparateHead(Options):
 class CenterPointBBoxCoder(Options):
     FREE = "code_size"
     type: Literal["CenterPointBBoxCoder"] = "CenterPointBBoxCoder"
-    pc_range: Annotated[list[Number], Expected("2 or more numbers, the lowest x and y first", least=2)]
+    pc_range: Annotated[list[Number], Expected("2 or more numbers that start with the lowest x and y", least=2)]
     post_center_range: Range
     voxel_size: Positives
     out_size_factor: Positive
@@ -291,7 +293,7 @@ class CenterHead(Options):
     FREE = "train_cfg loss_cls loss_bbox"
     type: Literal["CenterHead"]
     in_channels: Channels
-    tasks: Annotated[list[Names], Expected("a list of the classes' names for each task", least=1)]
+    tasks: Annotated[list[Names], Expected("a list of class names for each task", least=1)]
     common_heads: dict[Any, HeadMap]
     bbox_coder: CenterPointBBoxCoder
     test_cfg: TestCfg
@@ -312,7 +314,7 @@ class CenterHead(Options):
                 raise wrong(f"common_heads.{name}", f"one of {wanted} channels")
         for name in ("height", "dim", "rot"):
             if name not in self.common_heads:
-                raise wrong("common_heads", f"{name} among them: decode needs it")
+                raise wrong("common_heads", f"a map {name}: decoding needs it")
         return self
 
 
@@ -332,13 +334,13 @@ class TrainCfg(Section):
 
 
 class Training(Section):
-    """What training reads of a head; where all of train_cfg is missing, its first key is reported."""
+    """Keys of a head that training reads. If train_cfg is missing, the error names its first key."""
 
     train_cfg: TrainCfg = Field(default_factory=dict, validate_default=True)
     loss_bbox: dict[Any, Any]
 
 
-# ---- the whole ----
+# ---- configs ----
 Cameras = Annotated[list[Text], Expected("a list of the cameras' channels, each once", least=1, test=_once)]
 Classes = Annotated[list[Text], Expected("a list of classes, each once", least=1, test=_once)]
 
@@ -358,13 +360,13 @@ class Model(Section):
 
 
 class CameraConfig(Section):
-    """What is read of a camera branch's config, or of a whole model's whose branch is taken out."""
+    """The keys that a camera branch reads, from its own config or from a whole model's."""
 
     model: Model
     image_size: Size
     load_dim: Annotated[int, whole(5, 100)] = 5
-    native_size: Size | None = None  # ours: pictures' height and width where they are not nuScenes'
-    cameras: Cameras | None = None  # ours: the channels in the order of every [N, …] input
+    native_size: Size | None = None  # this project's key: height and width of the pictures, if not nuScenes'
+    cameras: Cameras | None = None  # this project's key: the channels in the order of every [N, …] input
 
 
 class Decoder(Section):
@@ -372,9 +374,7 @@ class Decoder(Section):
     neck: Annotated[LSSFPN | SECONDFPN, Field(discriminator="type")]
 
 
-TAKE_OUT = (
-    "calibrate and export-camera take the camera branch out of a camera+lidar model with --prefix encoders.camera"
-)
+TAKE_OUT = "--prefix encoders.camera (calibrate, export-camera) takes the camera branch out of a camera+lidar model"
 
 
 class OnlyCamera(Encoders):
@@ -402,13 +402,11 @@ class DetectorConfig(CameraConfig):
 # ---- data.test.pipeline ----
 _NOT_AUGMENTED = "test data is not augmented"
 NotAugmented = Annotated[bool | None, Expected(f"false: {_NOT_AUGMENTED}", test=lambda value: not value)]
-NotUsed = Annotated[
-    bool | None, Expected("false: points and pictures are read without it", test=lambda value: not value)
-]
+NotUsed = Annotated[bool | None, Expected("false: this option is not supported", test=lambda value: not value)]
 Columns = Annotated[
     Any,
     Expected(
-        "3 or more, or a list that begins with 0, 1, 2: x, y and z",
+        "3 or more, or a list that starts with 0, 1, 2 (x, y, z)",
         most=100,
         test=lambda v: v[:3] == [0, 1, 2] if isinstance(v, list) else type(v) is int and 3 <= v <= MOST_CHANNELS,
     ),
@@ -416,7 +414,7 @@ Columns = Annotated[
 
 
 def _throughout(wanted: int) -> Expected:
-    """This number, by itself or throughout a list: what an augmentation that changes nothing has."""
+    """This number, or a list of only this number: the value of an augmentation that changes nothing."""
 
     def test(value: Any) -> bool:
         return all(type(v) in (int, float) and v == wanted for v in (value if isinstance(value, list) else [value]))
@@ -439,7 +437,7 @@ class LoadMultiViewImageFromFiles(Options):
 class _Points(Options):
     load_dim: Annotated[int, whole(3, 100)] = 5
     use_dim: Columns = 5
-    reduce_beams: Annotated[float, number("32 or null: all beams are read", 32, LARGEST)] | None = None
+    reduce_beams: Annotated[float, number("32 or null: dropping beams is not supported", 32, LARGEST)] | None = None
     load_augmented: None = None
 
 
@@ -467,7 +465,7 @@ class ImageAug3D(Options):
     ]
     bot_pct_lim: Annotated[list[Share], Expected("two shares from 0 to below 1", count=2)]
     rot_lim: Zero = 0
-    rand_flip: bool = False  # of training alone: is_train
+    rand_flip: bool = False  # applies only with is_train
     is_train: NotAugmented = False
 
 
@@ -490,7 +488,7 @@ class ImageNormalize(Options):
     std: Annotated[list[Positive], Expected("3 numbers above 0", count=3)]
 
 
-# What a camera detector's input does not depend on: annotations, formats of tensors, keys that are collected.
+# Steps that do not change a camera detector's input: annotations, tensor formats, collected keys.
 class LoadAnnotations3D(Options):
     FREE = (
         "with_bbox_3d with_label_3d with_attr_label with_mask_3d with_seg_3d "

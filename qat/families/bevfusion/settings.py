@@ -29,7 +29,7 @@ Divisor = Annotated[float, number("a number from 1e-12 to 1e9", 1e-12, 1e9)]
 def _has_steps(bound: list[float]) -> list[float]:
     low, high, step = bound
     if not (step > 0 and 1 <= (high - low) / step + 1e-6 <= MOST_CELLS):
-        raise wrong("", "[lower, upper, step] with one step or more between")
+        raise wrong("", "[lower, upper, step] with at least one step")
     return bound
 
 
@@ -89,7 +89,7 @@ class Head(Section):
 
 
 class Settings(Section):
-    """The manifest's `pipeline` section, as it is written. `qat.families.bevfusion.manifest` reads it."""
+    """The manifest's `pipeline` section for writing. `qat.families.bevfusion.manifest` reads it."""
 
     branch: Text | None = None
     cameras: Annotated[list[Text], Field(min_length=1, max_length=MOST_CAMERAS)]
@@ -111,7 +111,7 @@ def head_maps(config: Mapping[str, Any]) -> tuple[str, ...]:
 def pipeline_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's `pipeline` section, plain JSON values.
 
-    Of a camera branch, `branch` is "camera", `head` null, and there are no classes and no head maps.
+    For a camera branch, `branch` is "camera", `head` is null, and there are no classes and no head maps.
 
     Raises:
         UserError: the config's test pipeline lacks ImageAug3D or ImageNormalize.

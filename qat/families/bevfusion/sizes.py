@@ -1,6 +1,6 @@
-"""Whether the networks that a config describes fit each other: channels, strides and cells from the backbone to the head.
+"""Checks that the networks of a config fit each other: channels, strides and cells from the backbone to the head.
 
-Each check raises what `qat.core.validation.wrong` makes: the key, and what was expected there.
+Each check raises `qat.core.validation.wrong` with the key and the expected value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_POINTS = 1 << 28
 
 
 def check_sizes(config: CameraConfig) -> None:
-    """The camera branch and, of a whole detector, its decoder and head."""
+    """Checks the camera branch and, for a whole detector, the decoder and head."""
     camera = config.model.encoders.camera
     neck, transform, where = camera.neck, camera.vtransform, f"{CAMERA}.vtransform"
     height, width = config.image_size
@@ -28,11 +28,11 @@ def check_sizes(config: CameraConfig) -> None:
     if height % fh or width % fw or height // fh != width // fw:
         raise wrong(f"{where}.feature_size", f"image_size {[height, width]} divided by one whole stride")
     if transform.type == "DepthLSSTransform" and height // fh != 8:
-        raise wrong(f"{where}.feature_size", f"stride 8, {[height // 8, width // 8]}: dtransform has it")
+        raise wrong(f"{where}.feature_size", f"stride 8, {[height // 8, width // 8]}: the stride of dtransform")
     grid = math.prod(cells(bound) for bound in (transform.xbound, transform.ybound, transform.zbound))
     for key, count in (("xbound", grid), ("dbound", depth_count(transform.dbound) * fh * fw)):
         if count > MOST_POINTS:
-            raise wrong(f"{where}.{key}", f"at most {MOST_POINTS:,} cells of the grid, and points of the frustum")
+            raise wrong(f"{where}.{key}", f"at most {MOST_POINTS:,} grid cells, and as many frustum points")
     if neck.type == "SECONDFPN":
         _check_lengths(neck, ("in_channels", "out_channels", "upsample_strides"), f"{CAMERA}.neck")
     if isinstance(camera.backbone, ResNet):
@@ -49,9 +49,9 @@ def check_sizes(config: CameraConfig) -> None:
     downsample, layers = transform.downsample, cells(transform.zbound)
     for key in ("xbound", "ybound"):
         if cells(getattr(transform, key)) % downsample and not transform.bevfusion_count:
-            raise wrong(f"{where}.{key}", f"a number of steps that downsample, {downsample}, divides")
+            raise wrong(f"{where}.{key}", f"a number of steps divisible by downsample, {downsample}")
     if downsample > 1 and layers > 1:
-        raise wrong(f"{where}.zbound", f"one step: downsample takes {transform.out_channels} channels")
+        raise wrong(f"{where}.zbound", f"one step: downsample accepts {transform.out_channels} channels")
     if isinstance(config, DetectorConfig):
         size = [-(-cells(bound) // downsample) for bound in (transform.xbound, transform.ybound)]
         _check_decoder(config, transform.out_channels * layers, size, downsample)
@@ -63,18 +63,20 @@ def _stages(backbone: ResNet | SwinTransformer, width: int) -> tuple[list[int], 
 
 
 def check_features(config: CameraConfig, channels: Sequence[int], strides: Sequence[int]) -> None:
-    """Whether a backbone's maps, of these channels and strides, fit the neck, and what that gives the view transform."""
+    """Checks that a backbone's maps, with these channels and strides, fit the neck, and the neck's map the view transform."""
     neck, where = config.model.encoders.camera.neck, f"{CAMERA}.neck"
     if neck.in_channels != list(channels):
         raise wrong(f"{where}.in_channels", f"the channels of the backbone's maps, {list(channels)}")
     if neck.type == "GeneralizedLSSFPN":
         if neck.start_level > len(channels) - 2:
-            raise wrong(f"{where}.start_level", f"below {len(channels) - 1}: two maps are joined")
+            raise wrong(f"{where}.start_level", f"below {len(channels) - 1}: the neck joins two maps")
         stride: float = strides[neck.start_level]
     else:
         outcomes = {s / up for s, up in zip(strides, neck.upsample_strides, strict=False)}
         if len(outcomes) != 1 or len(neck.upsample_strides) != len(strides):
-            raise wrong(f"{where}.upsample_strides", f"one for each map, that bring strides {list(strides)} to one")
+            raise wrong(
+                f"{where}.upsample_strides", f"one for each map, so that strides {list(strides)} become one stride"
+            )
         stride = outcomes.pop()
     transform = config.model.encoders.camera.vtransform
     if [size * stride for size in transform.feature_size] != transform.image_size:
@@ -95,7 +97,7 @@ def _check_lengths(network: Any, keys: Sequence[str], path: str) -> None:
 
 
 def _check_decoder(config: DetectorConfig, channels: int, grid: Sequence[int], downsample: int) -> None:
-    """From the BEV grid, of so many channels and cells after `downsample`, to the head's boxes."""
+    """Checks the sizes from the BEV grid to the head. channels, grid: of the BEV map after `downsample`."""
     backbone, neck = config.model.decoder.backbone, config.model.decoder.neck
     if backbone.in_channels != channels:
         raise wrong(f"{DECODER}.backbone.in_channels", f"the view transform's {channels} channels")
@@ -105,7 +107,7 @@ def _check_decoder(config: DetectorConfig, channels: int, grid: Sequence[int], d
     else:
         stages = [(width, stride) for _, width, stride in backbone.blocks]
     widths, sizes, size, total = [], [], list(grid), downsample
-    totals: list[float] = []  # cells of the view transform to one of the stage's, along an axis
+    totals: list[float] = []  # cells of the view transform for one of the stage's cells, along an axis
     for width, stride in stages:
         size = [-(-n // stride) for n in size]  # a 3×3 convolution with a stride rounds up
         total *= stride
@@ -115,7 +117,7 @@ def _check_decoder(config: DetectorConfig, channels: int, grid: Sequence[int], d
     if neck.type == "LSSFPN":
         for index in neck.in_indices:
             if not -len(stages) <= index < len(stages):
-                raise wrong(f"{DECODER}.neck.in_indices", f"stages of the backbone, which has {len(stages)}")
+                raise wrong(f"{DECODER}.neck.in_indices", f"indices of the backbone's {len(stages)} stages")
         wanted = [widths[index] for index in neck.in_indices]
         stride_out = totals[neck.in_indices[1]] / neck.scale_factor
     else:
@@ -127,7 +129,7 @@ def _check_decoder(config: DetectorConfig, channels: int, grid: Sequence[int], d
                 for size, up in zip(sizes, neck.upsample_strides, strict=True)
             ]
             if any(size != brought[0] for size in brought):
-                expected = f"strides that bring {sizes} to one size; they give {brought}"
+                expected = f"strides that resize {sizes} to one size; these give {brought}"
                 raise wrong(f"{DECODER}.neck.upsample_strides", expected)
             stride_out = totals[0] / neck.upsample_strides[0]
     if neck.in_channels != wanted:
@@ -138,8 +140,8 @@ def _check_decoder(config: DetectorConfig, channels: int, grid: Sequence[int], d
 
 
 def _check_head(config: DetectorConfig, stride: float) -> None:
-    """Whether the tasks have the classes and what suppresses their boxes, and decoding puts the cells of the head's map, each
-    `stride` of the view transform's along an axis, where the BEV grid has them."""
+    """Checks that the tasks match the classes and have the options of their NMS, and that decoding places the cells of the
+    head's map (`stride` cells of the view transform each, along an axis) where the BEV grid has them."""
     head, transform = config.model.heads.object, config.model.encoders.camera.vtransform
     if [name for task in head.tasks for name in task] != config.object_classes:
         raise wrong(f"{HEAD}.tasks", f"object_classes in their order, {config.object_classes}")
@@ -153,7 +155,7 @@ def _check_head(config: DetectorConfig, stride: float) -> None:
                 f"{cell / voxel:g}: the head's cells are {cell:g} m along {key}, voxel_size is {voxel:g} m",
             )
         if not math.isclose(coder.pc_range[axis], low, abs_tol=1e-3):
-            raise wrong(f"{HEAD}.bbox_coder.pc_range", f"to begin where {key}bound does, at {low:g}")
+            raise wrong(f"{HEAD}.bbox_coder.pc_range", f"to start where {key}bound starts, at {low:g}")
 
 
 def _check_suppression(head: CenterHead) -> None:

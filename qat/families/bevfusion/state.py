@@ -1,4 +1,4 @@
-"""Loads a float checkpoint's tensors into a config's detector: names, shapes, BEVFusion's grid, the camera branch by itself."""
+"""Loads a float checkpoint's tensors into a config's detector: names, shapes, BEVFusion's grid, the camera branch alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _grouped(names: list[str], words: int = 3) -> str:
     return ", ".join(f"{group}.* ({count})" for group, count in sorted(groups.items()))
 
 
-DERIVED = "relative_position_index"  # Swin's: fixed by the window's size, in the state dict by mmdet's habit only
+DERIVED = "relative_position_index"  # Swin's: fixed by the window's size; only mmdet stores it
 GEOMETRY = ("dx", "bx", "nx", "frustum")  # the view transform's fixed parameters
 
 
@@ -32,19 +32,19 @@ STAGES = (
     "layers",
     "blocks",
     "features",
-)  # lists of what runs one after the other, in Swin and timm's networks
+)  # lists of consecutive modules, in Swin and timm's networks
 
 
 def _beyond(names: Iterable[str], own: Mapping[str, Any]) -> list[str]:
-    """Those of the names, which the model does not have, that belong to modules of the backbone that this config does not use: a
-    classifier, stages after the last output. Inside a module that is used every tensor counts (another ResNet block in layer1),
-    and so do those of the backbone itself (a position embedding)."""
+    """Of these names, which the model lacks, returns those in modules of the backbone that this config does not use: a
+    classifier, stages after the last output. Extra tensors inside a used module (another ResNet block in layer1), or directly
+    in the backbone (a position embedding), are not returned."""
     start = f"{BRANCH}backbone."
     used = {_module(name[len(start) :]) for name in own if name.startswith(start)}
     last: dict[str, int] = {}
     for first, number in used:
         last[first] = max(number, last.get(first, -1))
-    # mmdet's Swin has the merging of patches at the end of the stage before; here it belongs to the stage after.
+    # mmdet's Swin merges patches at the end of the previous stage; here this belongs to the next stage.
     merging = f"{start}stages.{last.get('stages')}.downsample."
 
     def is_beyond(name: str) -> bool:
@@ -57,7 +57,7 @@ def _beyond(names: Iterable[str], own: Mapping[str, Any]) -> list[str]:
 
 
 def _module(name: str) -> tuple[str, int]:
-    """The module of a backbone that a tensor belongs to: its first word, and the number of a stage (else −1)."""
+    """The module of a backbone that a tensor belongs to: its first word, and the number of a stage (or −1)."""
     first, _, rest = name.partition(".")
     second = rest.partition(".")[0]
     return first, int(second) if first in STAGES and second.isdigit() else -1
@@ -68,7 +68,7 @@ def _counts(nx: torch.Tensor) -> list[int]:
 
 
 def _agree(found: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether fixed values are those of the config's bounds, as far as the file's number format shows."""
+    """Whether fixed values equal those of the config's bounds, within the precision of the file's number format."""
     eps = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
     return torch.allclose(found.double(), own.double(), atol=1e-3, rtol=max(1e-5, eps))
 
@@ -82,7 +82,7 @@ BRANCH = "encoders.camera."
 
 
 def _branch_prefixes(names: Iterable[str]) -> list[str]:
-    """The prefixes under which a camera branch lies: only that has a view transform (others too have a backbone)."""
+    """The prefixes of camera branches: only these have a view transform (other encoders may have a backbone)."""
     split = [name.split(".") for name in names]
     return list(dict.fromkeys(".".join(w[: w.index("vtransform")]) for w in split if "vtransform" in w[:-1]))
 
@@ -92,14 +92,14 @@ def _before(prefix: str) -> str:
 
 
 def _without_outer(prefix: str) -> str:
-    """A branch's prefix without the wrappers' that `load_checkpoint` has taken off the names already."""
+    """A branch's prefix without the wrappers' prefixes that `load_checkpoint` has already removed."""
     while outer := next((o for o in OUTER if f"{prefix}.".startswith(o)), ""):
         prefix = f"{prefix}."[len(outer) :].removesuffix(".")
     return prefix
 
 
 def under_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What lies under the prefix of a camera branch (as for `take_branch`), by this package's names."""
+    """The tensors under the prefix of a camera branch (see `take_branch`), by this package's names."""
     inside: dict[str, Any] = {}
     for start in dict.fromkeys((prefix, _without_outer(prefix))):
         before = _before(start)
@@ -110,15 +110,15 @@ def under_prefix(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def take_branch(state: Mapping[str, Any], prefix: str, source: str) -> tuple[dict[str, Any], int]:
-    """The camera branch out of a state dict, by this package's names, and how many of its names were left out.
+    """The camera branch of a state dict, by this package's names, and the number of other names.
 
     Args:
-        prefix: what stands before `.backbone`, `.neck` and `.vtransform` in the file: "encoders.camera" in a BEVFusion
-            model, "module.encoders.camera" in one saved out of DistributedDataParallel, "" in a state dict of the
+        prefix: the text before `.backbone`, `.neck` and `.vtransform` in the file: "encoders.camera" in a BEVFusion
+            model, "module.encoders.camera" in one saved from DistributedDataParallel, "" in a state dict of the
             branch alone.
 
     Raises:
-        UserError: nothing of a camera branch lies there; the prefixes under which one does are named.
+        UserError: there is no camera branch under this prefix; the message lists the prefixes that have one.
     """
     inside = under_prefix(state, prefix)
     if not any(name.startswith(f"{BRANCH}vtransform.") for name in inside):
@@ -151,12 +151,12 @@ def load_state(
     """Loads a state dict by name; anything missing, unexpected or of another shape is a `UserError` that lists it, and so
     is NaN or infinity.
 
-    finite: False takes them, to look at what they do.
+    finite: False accepts them, to examine their effect.
     prefix: loads the camera branch that lies under it (`take_branch`) into a model of that branch alone; what is outside
     is left out.
 
     Returns:
-        how many names were left out.
+        the number of names that were left out.
     """
     left_out = 0
     if prefix is not None:
@@ -211,7 +211,7 @@ def load_state(
         counts = "×".join(map(str, own[f"{BRANCH}vtransform.nx"].tolist()))
         note(f"{source}: kept its BEV grid of {counts} cells: BEVFusion truncates quotients just below a whole number")
     state = dict(state)
-    for name in own:  # a checkpoint's grid decides where features go: another one's shape may be the same
+    for name in own:  # a checkpoint's grid decides where features go, and different grids may have the same shape
         if name.rpartition(".")[2] not in GEOMETRY:
             continue
         if _agree(state[name], own[name]):
@@ -228,7 +228,7 @@ def load_state(
         )
     try:
         model.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state})
-    except (RuntimeError, *UNBUILDABLE) as error:  # what the checks above cannot see: Swin's windows in another order
+    except (RuntimeError, *UNBUILDABLE) as error:  # not found by the checks above: Swin's windows in another order
         raise UserError(f"{source}: does not fit the config: {' '.join(str(error).split())}") from None
     return left_out
 
@@ -242,11 +242,11 @@ def load_float_model(
 
 
 def load_float_branch(config: Mapping[str, Any], path: str | Path, prefix: str) -> tuple[CameraBEVDetector, int]:
-    """The camera branch out of a float checkpoint, in eval mode, and how many names of the file were left out.
+    """The camera branch of a float checkpoint, in eval mode, and the number of names in the file that were left out.
 
     Args:
         config: the branch's (`qat.families.bevfusion.config.camera_branch`).
-        prefix: where it lies in the file, as for `take_branch`.
+        prefix: its place in the file, as in `take_branch`.
     """
     opened = load_float(family_named("bevfusion"), config, path, prefix)
     return opened.network, opened.left_out

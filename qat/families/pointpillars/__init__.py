@@ -1,1 +1,1 @@
-"""PointPillars as mmdet3d has it: pillars, a 2D backbone, anchors."""
+"""mmdet3d's PointPillars: pillars, a 2D backbone, anchors."""

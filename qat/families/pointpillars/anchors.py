@@ -1,4 +1,4 @@
-"""From an anchor head's maps to boxes, in numpy: mmdet3d's `Anchor3DHead.predict_by_feat`.
+"""Boxes from an anchor head's maps, in numpy: mmdet3d's `Anchor3DHead.predict_by_feat`.
 
 Anchors as `Anchor3DRangeGenerator` and `AlignedAnchor3DRangeGenerator` place them, offsets as `DeltaXYZWLHRBBoxCoder` (SECOND, Yan
 et al., 2018), then non-maximum suppression for each class.
@@ -26,8 +26,8 @@ def _centres(low: float, high: float, cells: int, aligned: bool, corner: bool) -
 
 
 def anchors_of(generator: Mapping[str, Any], rows: int, columns: int) -> np.ndarray:
-    """float32[rows·columns·sizes·rotations, 7 or more]: x, y, z of the bottom's middle, three sizes, yaw, and zeros for what
-    `custom_values` adds. generator: {ranges, sizes, rotations, scale, custom_values, size_per_range, aligned, align_corner}."""
+    """float32[rows·columns·sizes·rotations, 7 or more]: x, y, z of the bottom's middle, three sizes, yaw, and zeros for
+    `custom_values`. generator: {ranges, sizes, rotations, scale, custom_values, size_per_range, aligned, align_corner}."""
     sizes = np.asarray(generator["sizes"], np.float32).reshape(-1, 3) * np.float32(generator["scale"])
     rotations = np.asarray(generator["rotations"], np.float32)
     ranges = generator["ranges"] * (len(sizes) if len(generator["ranges"]) == 1 and generator["size_per_range"] else 1)
@@ -49,7 +49,7 @@ def anchors_of(generator: Mapping[str, Any], rows: int, columns: int) -> np.ndar
 
 
 def decode_offsets(anchors: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Boxes of anchors and what the head says of them, both float32[K,7 or more], as `DeltaXYZWLHRBBoxCoder` has it."""
+    """Boxes from anchors and the head's offsets, both float32[K,7 or more], like `DeltaXYZWLHRBBoxCoder`."""
     diagonal = np.sqrt(anchors[:, 3] ** 2 + anchors[:, 4] ** 2)[:, None]
     boxes = anchors + offsets  # yaw and velocities
     boxes[:, :2] = offsets[:, :2] * diagonal + anchors[:, :2]
@@ -72,7 +72,7 @@ class AnchorDecoder:
         self.anchors = lru_cache(maxsize=4)(lambda rows, columns: anchors_of(head["anchors"], rows, columns))
 
     def __call__(self, cls_score: np.ndarray, bbox_pred: np.ndarray, dir_cls_pred: np.ndarray | None) -> Detections:
-        """Boxes of one sample's maps: cls_score [1,anchors·classes,rows,columns], bbox_pred, dir_cls_pred (None of a head without)."""
+        """Boxes of one sample's maps: cls_score [1,anchors·classes,rows,columns], bbox_pred, dir_cls_pred (may be None)."""
         head, classes, code = self.head, self.head["classes"], 7 + len(self.head["anchors"]["custom_values"])
         logits = _rows(cls_score, classes).astype(np.float32)
         if head["sigmoid"]:
@@ -98,7 +98,7 @@ class AnchorDecoder:
         return Detections(result.astype(np.float32), score.astype(np.float32), labels, CONVENTION)
 
     def _suppressed(self, boxes: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which boxes stay, and the class of each, class after class."""
+        """The kept boxes and their classes, class after class."""
         kept, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         flat = boxes[:, [0, 1, 3, 4, 6]]
         for label in range(scores.shape[1]):

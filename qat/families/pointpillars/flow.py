@@ -20,7 +20,7 @@ from qat.families.pointpillars.anchors import AnchorDecoder
 from qat.plan import Plan
 
 CLASSES, BOXES, DIRECTIONS = "cls_score0", "bbox_pred0", "dir_cls_pred0"
-HOT = 0.1  # score above which a place is an object's
+HOT = 0.1  # score above which a place belongs to an object
 _ANCHORS = section(
     ranges=listed(listed(number(), 6, 6), 1),
     sizes=listed(listed(number(), 3, 3), 1),
@@ -73,7 +73,7 @@ class PointPillars(PillarFlow):
         return self._decoder(tensors[CLASSES], tensors[BOXES], tensors.get(DIRECTIONS))
 
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Which values of the maps lie at a place where some anchor's score is over HOT."""
+        """Which values of the maps are at a place where any anchor's score is over HOT."""
         there = tensors[CLASSES].max(axis=1, keepdims=True) > np.log(HOT / (1 - HOT))
         return {name: np.broadcast_to(there, tensors[name].shape) for name in self.plan.outputs}
 

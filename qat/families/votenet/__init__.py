@@ -1,1 +1,1 @@
-"""VoteNet as mmdet3d has it: PointNet++, votes, proposals; every index comes from the host."""
+"""mmdet3d's VoteNet: PointNet++, votes, proposals; the host computes every index."""

@@ -1,4 +1,4 @@
-"""From the head's predictions to boxes, in numpy: mmdet3d's `PartialBinBasedBBoxCoder` and `VoteHead.predict_by_feat`."""
+"""Boxes from the head's predictions, in numpy: mmdet3d's `PartialBinBasedBBoxCoder` and `VoteHead.predict_by_feat`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qat.boxes.detections import Detections
 from qat.families.mmdet3d.ops.points import points_in_boxes
 
 CONVENTION = "depth"
-LEAST_POINTS = 5  # a box with no more points in it is empty
+LEAST_POINTS = 5  # a box with at most this many points is empty
 
 
 def split(
     cls_preds: np.ndarray, reg_preds: np.ndarray, base: np.ndarray, coder: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The predictions by mmdet3d's names for them.
+    """The predictions by mmdet3d's names.
 
     Args:
         cls_preds: float32[B,2+classes,P]. reg_preds: float32[B,3+2·bins+4·sizes,P]. base: float32[B,P,3], the proposals' places.
@@ -68,7 +68,7 @@ def boxes_of(found: Mapping[str, np.ndarray], coder: Mapping[str, Any]) -> np.nd
 
 
 def upright_hulls(boxes: np.ndarray) -> np.ndarray:
-    """The smallest boxes along the axes around boxes float32[P,7]: float32[P,6], least x, y, z and greatest."""
+    """The smallest axis-aligned boxes around boxes float32[P,7]: float32[P,6], least x, y, z, then greatest."""
     signs = np.array([[-0.5, -0.5], [-0.5, 0.5], [0.5, 0.5], [0.5, -0.5]], np.float32)
     corners = boxes[:, None, 3:5] * signs
     cos, sin = np.cos(boxes[:, 6:7]), np.sin(boxes[:, 6:7])
@@ -80,9 +80,10 @@ def upright_hulls(boxes: np.ndarray) -> np.ndarray:
 
 
 def aligned_nms(hulls: np.ndarray, scores: np.ndarray, classes: np.ndarray, threshold: float) -> np.ndarray:
-    """Greedy suppression of boxes along the axes, float32[K,6], by those of their own class: kept indices, best first.
+    """Greedy suppression of axis-aligned boxes float32[K,6] within each class: kept indices, best first.
 
-    Of equal scores the first wins. A box without volume is suppressed by any other of its kind, as in mmdet3d's `aligned_3d_nms`.
+    For equal scores the first wins. Any other box of its class suppresses a box without volume, as in mmdet3d's
+    `aligned_3d_nms`.
     """
     low, high = hulls[:, :3], hulls[:, 3:]
     volume = (high - low).prod(1)

@@ -20,7 +20,7 @@ WHOLE = "export it whole, with export-mmdet3d"
 
 
 def _only(found: Any, expected: tuple[Any, ...], where: str) -> None:
-    """Raises `UserError` for a value that the split form does not have."""
+    """Raises `UserError` for a value that the split form does not support."""
     if found not in expected:
         raise UserError(f"{where}: found {found!r}, expected {' or '.join(map(repr, expected))}; {WHOLE}")
 
@@ -142,7 +142,7 @@ class VoteNetFamily(Mmdet3dFamily):
         return {name: PartModule(core, *names[name]) for name, core in cores.items()}
 
     def ops(self, network: Any) -> Mapping[str, Any]:
-        """As `Family.ops`: indices by numba, of which nothing is differentiated; proposals' places are votes'."""
+        """As `Family.ops`: numba computes indices, without gradients; proposals are at votes' coordinates."""
         settings = self.settings(network.config)
         how = settings["aggregation"]
 

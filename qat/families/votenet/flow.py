@@ -5,8 +5,8 @@
     vote_points ─► (aggregate) ─► vote_groups, aggregated_points ─┐
     vote_points, vote_features ───────────────────────────────────┴─► head ─► cls_preds, reg_preds
 
-`group` depends on the points' places alone, `aggregate` on the votes' (`qat.families.votenet.indices`): the two graphs are static and
-gather by indices that they are given.
+`group` depends only on the points' coordinates, `aggregate` on the votes' (`qat.families.votenet.indices`): the two graphs are
+static and gather by given indices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qat.families.votenet.indices import backbone_indices, batch_of_clouds, inde
 from qat.plan import BATCH, Axis, Op, Part, Plan, Tensor
 
 USUAL = 50_000  # points of an indoor depth picture
-HOT = 0.5  # objectness above which a proposal is an object's
+HOT = 0.5  # objectness above which a proposal belongs to an object
 MODES = ("seed", "vote")  # what proposals are spread over
 _CODER = section(
     bins=number(1, 360, whole=True), mean_sizes=listed(listed(number(0, 1e3), 3, 3), 1, 1000), rotated=flag
@@ -122,8 +122,8 @@ def plan_of(settings: Mapping[str, Any]) -> Plan:
 
 
 class VoteNet(PointsFlow):
-    """The host's side of VoteNet. Points: x (right), y (forwards), z (up) in metres, gravity along −z. (mmdet3d turns ScanNet's clouds
-    by their `axis_align_matrix` first.)"""
+    """The host's side of VoteNet. Points: x (right), y (forwards), z (up) in metres, gravity along −z. (mmdet3d first rotates
+    ScanNet's clouds by their `axis_align_matrix`.)"""
 
     section = staticmethod(_check)
     fewest = 1
@@ -159,7 +159,7 @@ class VoteNet(PointsFlow):
         return {"sample": sample, "group": group, "aggregate": aggregate}
 
     def decode(self, tensors: Mapping[str, np.ndarray]) -> Detections:
-        """Boxes from the head's predictions, which have points of the cloud in them."""
+        """Boxes from the head's predictions; boxes without points of the cloud are dropped."""
         return detections(
             tensors["cls_preds"],
             tensors["reg_preds"],
@@ -169,7 +169,7 @@ class VoteNet(PointsFlow):
         )
 
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Which values are those of a proposal whose objectness is over HOT."""
+        """Which values belong to a proposal whose objectness is over HOT."""
         scores = tensors["cls_preds"]
         there = scores[:, 1:2] - scores[:, 0:1] > np.log(HOT / (1 - HOT))
         return {name: np.broadcast_to(there, tensors[name].shape) for name in ("cls_preds", "reg_preds")}
@@ -189,10 +189,10 @@ BOXES = 8
 
 
 def _room(random: np.random.Generator, count: int) -> np.ndarray:
-    """float64[count,3]: points of a floor, two walls and upright boxes that stand on the floor, with a noise of millimetres."""
+    """float64[count,3]: points of a floor, two walls and upright boxes on the floor, with a noise of millimetres."""
     half = count // 2
     flat = random.random((half, 3))
-    plane = random.integers(0, 4, half)  # the floor gets as much as both walls
+    plane = random.integers(0, 4, half)  # the floor gets as many points as both walls
     flat[plane < 2, 2] = 0
     flat[plane == 2, 0] = 0
     flat[plane == 3, 1] = 1

@@ -1,8 +1,8 @@
-"""What the host computes around VoteNet's two graphs: which points are sampled, and which of them are grouped.
+"""The host's computations around VoteNet's two graphs: sampling and grouping of points.
 
-At test time every index but the last ball query depends on the points' places alone: PointNet++'s furthest point sampling, ball queries
-and three nearest neighbours (Qi et al., NeurIPS 2017) as mmdet3d's `PointNet2SASSG` has them. The last one groups votes around
-proposals (`VoteHead`, Qi et al., ICCV 2019). Graphs that are given them need plain gathers only.
+At test time every index except the last ball query depends only on the points' coordinates: PointNet++'s furthest point
+sampling, ball queries and three nearest neighbours (Qi et al., NeurIPS 2017) as in mmdet3d's `PointNet2SASSG`. The last one
+groups votes around proposals (`VoteHead`, Qi et al., ICCV 2019). With given indices, the graphs need only plain gathers.
 
 Indices are int32 and count from the first point of the batch's first cloud, so that a graph gathers rows of one table.
 """
@@ -16,19 +16,19 @@ import numpy as np
 
 from qat.families.mmdet3d.ops.points import ball_query, furthest_point_sample, nearest_points
 
-FLOOR = 0.99  # percent of a cloud's points that lie below what counts as its floor, as in mmdet3d
+FLOOR = 0.99  # percent of a cloud's points below its floor, as in mmdet3d
 SEED = 0
 NEAR = np.float32(1e-8)  # metres, added to distances
 
 
 def sampled(points: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-    """The points of one cloud that the model takes, drawn as mmdet3d's `PointSample` does but the same ones each time.
+    """Samples the model's points from one cloud, like mmdet3d's `PointSample` but the same ones each time.
 
     Args:
-        points: float32[M,≥3], M ≥ 1. settings: "points", how many; "height": whether the height above the floor is a column.
+        points: float32[M,≥3], M ≥ 1. settings: "points", their number; "height": whether height above the floor is a column.
 
     Returns:
-        float32[points,C]: x, y, z, the height, and what else a point has. Points repeat where M is too small.
+        float32[points,C]: x, y, z, the height, and the other columns. Points repeat if M is too small.
     """
     if settings["height"]:
         height = points[:, 2] - np.percentile(points[:, 2], FLOOR)
@@ -64,7 +64,7 @@ def taken(points: np.ndarray, indices: np.ndarray) -> np.ndarray:
 
 
 def weights_of(distances: np.ndarray) -> np.ndarray:
-    """Weights float32[…,3] of three neighbours by their squared distances, as `PointFPModule` has them."""
+    """Weights float32[…,3] of three neighbours by their squared distances, as in `PointFPModule`."""
     inverse = np.float32(1) / (np.sqrt(distances) + NEAR)
     return (inverse / inverse.sum(-1, keepdims=True)).astype(np.float32)
 
@@ -101,13 +101,13 @@ def backbone_indices(cloud: np.ndarray, settings: Mapping[str, Any]) -> dict[str
 
 
 def proposals(spread: np.ndarray, count: int) -> np.ndarray:
-    """Which of points float32[B,N,3] the proposals begin at: flattened indices int32[B,count]."""
+    """The points of float32[B,N,3] from which the proposals start: flattened indices int32[B,count]."""
     (picked,) = each(lambda xyz: (furthest_point_sample(xyz, count),), spread)
     return flattened(picked, spread.shape[1])
 
 
 def vote_groups(votes: np.ndarray, centres: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-    """Which votes float32[B,N,3] are near each proposal's centre float32[B,P,3]: flattened indices int32[B,P,samples].
+    """The votes float32[B,N,3] near each proposal's centre float32[B,P,3]: flattened indices int32[B,P,samples].
 
     settings: {radius, samples}.
     """
@@ -116,6 +116,6 @@ def vote_groups(votes: np.ndarray, centres: np.ndarray, settings: Mapping[str, A
 
 
 def index_names(levels: int, propagations: int) -> Sequence[str]:
-    """The names of `backbone_indices`' results that the graph takes, in its order."""
+    """The names of `backbone_indices`' results that the graph reads, in order."""
     found = [f"sa{n}_{what}" for n in range(1, levels + 1) for what in ("centres", "groups")]
     return [*found, *(f"fp{n}_{what}" for n in range(1, propagations + 1) for what in ("nearest", "weights"))]

@@ -1,4 +1,4 @@
-"""VoteNet's network: mmdet3d's own modules, which are given their indices."""
+"""VoteNet's network: mmdet3d's modules with given indices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def abstracted(
     module: Any, xyz: torch.Tensor, features: Any, centres: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    """mmdet3d's `PointSAModule` of one radius on groups that are given.
+    """mmdet3d's `PointSAModule` of one radius on given groups.
 
     xyz: float[B,N,3], features: float[B,C,N] or None, centres: float[B,M,3], groups: int32[B,M,S]. Returns float[B,C',M].
     """
@@ -36,7 +36,7 @@ def abstracted(
 def propagated(
     module: Any, target: Any, source: torch.Tensor, nearest: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """mmdet3d's `PointFPModule` on neighbours and weights that are given.
+    """mmdet3d's `PointFPModule` on given neighbours and weights.
 
     target: float[B,C,N] or None, source: float[B,C',M], nearest: int32[B,N,3], weights: float[B,N,3]. Returns float[B,C'',N].
     """
@@ -52,7 +52,7 @@ class VoteNetNet(ModelNet):
     """`vote` and `propose`, around the host's grouping of votes."""
 
     def vote(self, cloud: torch.Tensor, *indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cloud to votes.
+        """From the cloud to votes.
 
         Args:
             cloud: float[B,N,C]: x, y, z and features. indices: those of `qat.families.votenet.indices.index_names`.
@@ -82,7 +82,7 @@ class VoteNetNet(ModelNet):
         aggregated_points: torch.Tensor,
         vote_groups: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Votes grouped around proposals to cls_preds float[B,2+classes,P] and reg_preds float[B,3+2·bins+4·sizes,P]."""
+        """From votes grouped around proposals to cls_preds float[B,2+classes,P] and reg_preds float[B,3+2·bins+4·sizes,P]."""
         head: Any = self.bbox_head
         features = abstracted(head.vote_aggregation, vote_points, vote_features, aggregated_points, vote_groups)
         found: tuple[torch.Tensor, torch.Tensor] = head.conv_pred(features)

@@ -1,7 +1,7 @@
-"""The target flavours, one file each: what a backend needs rounded, and how.
+"""The target flavours, one file each: what is rounded for a backend, and how.
 
-A flavour is a policy: it says in which roles a tensor is rounded (`qat.lean.placement.ROLES`), assigns a `Spec` to each site, and
-names the passes over the ONNX graph (`qat.export.passes`). PyTorch simulates each.
+A flavour is a policy: it chooses the roles in which a tensor is rounded (`qat.lean.placement.ROLES`), assigns a `Spec` to each
+site, and lists the passes over the ONNX graph (`qat.export.passes`). PyTorch simulates each flavour.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def flavour_of(name: str) -> Flavour:
     """The flavour of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: the flavour does not exist.
     """
     if name not in FLAVOURS:
         raise UserError(f"flavour: found {name!r}, expected one of {', '.join(FLAVOURS)}")

@@ -11,7 +11,7 @@ from qat.lean.quantizer import S8, U8, U8_AFFINE, Spec
 
 @dataclass(frozen=True)
 class Flavour:
-    """A policy; subclasses say how sites are rounded.
+    """A policy; subclasses define how sites are rounded.
 
     roles: in which a tensor is rounded. passes: names of the passes over the ONNX graph, in order. conv1d: whether the
     backend has INT8 convolutions in one dimension.
@@ -23,7 +23,7 @@ class Flavour:
     conv1d: bool = False
 
     def activation(self, least: float) -> Spec:
-        """How a tensor is rounded that never goes below `least`."""
+        """How a tensor that never goes below `least` is rounded."""
         return S8
 
     def weight(self, layer: nn.Module) -> Spec:
@@ -33,7 +33,7 @@ class Flavour:
 
 @dataclass(frozen=True)
 class UnsignedFlavour(Flavour):
-    """Activations in u8: from zero up where nothing is negative, else from the smallest to the largest value.
+    """Activations in u8: from zero up if no value is negative, otherwise from the smallest to the largest value.
 
     In one dimension ONNX Runtime takes 0.35 of the float convolution's time, OpenVINO 0.4 (256 channels, 1024 places).
     """

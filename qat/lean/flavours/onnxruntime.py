@@ -1,7 +1,7 @@
-"""`onnxruntime`: u8 activations, and a Q behind everything that its CPU has an integer kernel for.
+"""`onnxruntime`: u8 activations, and a Q after every operation that has an integer kernel on its CPU.
 
-ONNX Runtime brings a convolution to integers only where Q follows its output (`qat.lean.rules.integer_chain`). What cannot be
-negative is rounded from zero up, twice as fine as s8; the rest from its smallest to its largest value.
+ONNX Runtime computes a convolution in integers only if a Q follows its output (`qat.lean.rules.integer_chain`). Tensors that
+cannot be negative are rounded from zero up, twice as fine as s8; others from their smallest to their largest value.
 """
 
 from __future__ import annotations

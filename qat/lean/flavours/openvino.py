@@ -1,4 +1,4 @@
-"""`openvino`: as `onnxruntime`, with the form that measures fastest on OpenVINO's CPU plugin."""
+"""`openvino`: like `onnxruntime`, in the form that is fastest on OpenVINO's CPU plugin."""
 
 from __future__ import annotations
 

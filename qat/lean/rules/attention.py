@@ -5,8 +5,8 @@
                       └─ v ───────────────────────┴► matmul ─► proj          └─ v ───────────────────────┴► matmul ─► Q ─► proj
 
 Why: softmax returns a few large probabilities and many near zero, which one symmetric s8 scale (half of it unused)
-represents badly; TensorRT fuses the whole of attention into one FP16 kernel when no Q/DQ stands inside, and falls back to
-separate kernels when one does (Developer Guide, "Multi-head attention fusion"); and in a windowed or
+represents badly; TensorRT fuses the whole attention into one FP16 kernel if it has no Q/DQ inside, and falls back to
+separate kernels otherwise (Developer Guide, "Multi-head attention fusion"); and in a windowed or
 small-image backbone the two products are a small share of the work (Swin-T: 49 tokens a window).
 """
 
@@ -27,7 +27,7 @@ REASONS = {
 
 @rule
 def attention(placement: Placement) -> None:
-    """Notes every product of two activations, and every softmax, as float."""
+    """Keeps every product of two activations, and every softmax, float."""
     for node in placement.nodes():
         module = placement.module(node)
         if type(module) in REASONS:

@@ -4,8 +4,8 @@
                ├─► cat ─► conv                             ├─► cat ─► Q ─► conv      (one quantizer, three places)
             b ─┘                                   b ─► Q ─┘
 
-A concatenation in INT8 copies bytes, which is right only if all of them mean the same. The last Q changes nothing
-(its input is on its grid); engines want one before the convolution.
+A concatenation in INT8 copies bytes, which is right only if all inputs have the same scale. The last Q changes nothing
+(its input is on its grid); engines require one before the convolution.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qat.lean.placement import Placement, rule
 
 @rule
 def concat(placement: Placement) -> None:
-    """Ties the inputs of every concatenation whose output is quantized, and asks for each of them."""
+    """Ties the inputs of every concatenation whose output is quantized, and requests each of them."""
     for node in placement.nodes():
         if is_concat(node) and node in placement.requests:
             for source in concatenated(node):

@@ -1,18 +1,18 @@
-"""For ONNX Runtime's CPU: what integer kernels compute is rounded behind them, and so is what follows while all of it is.
+"""For ONNX Runtime's CPU: rounds the outputs of integer kernels, and of following operations while all inputs are rounded.
 
     before   conv ─► sigmoid ─► · ─► conv           after   conv ─► Q ─► sigmoid ─► · ─► Q ─► conv
              conv ─► leaky ─► conv                          conv ─► Q ─► leaky ─► Q ─► conv
              relu ─► mean ─► conv                           relu ─► Q ─► mean ─► Q ─► conv
              conv ─► add ─► relu ─► pool                    conv ─► Q ─► add ─► relu ─► Q ─► pool
 
-Its convolutions are integers only where Q follows them (a ReLU in between folds into the rounding); without it the whole layer is
-float. A batch norm by itself becomes one of them (`qat.export.scale_as_depthwise`). LeakyReLU, HardSigmoid and global average
-pooling have integer kernels worth their rounding everywhere; adds, products, sigmoids and concatenations where all of their
-inputs are rounded anyway. A SiLU's sigmoid and product stay float between their roundings: as one float kernel they are faster than as
-two integer ones. Other backends round none of this.
+Its convolutions run in integers only if a Q follows them (a ReLU between them folds into the rounding); otherwise the whole
+layer is float. A separate batch norm becomes such a convolution (`qat.export.scale_as_depthwise`). LeakyReLU, HardSigmoid and
+global average pooling have integer kernels worth their rounding everywhere; adds, products, sigmoids and concatenations only
+if all of their inputs are rounded anyway. A SiLU's sigmoid and product stay float between their roundings: one float kernel
+is faster than two integer ones. Other backends round none of these.
 
-Outputs of the graph are not rounded unless requested (`round_outputs`): its convolution is then float, since ONNX Runtime's
-ConvInteger takes four times as long as a float convolution.
+Outputs of the graph are not rounded unless requested (`round_outputs`): the last convolution is then float, because ONNX
+Runtime's ConvInteger takes four times as long as a float convolution.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def is_silu_part(placement: Placement, node: fx.Node) -> bool:
 
 
 def is_scale_shift(placement: Placement, node: fx.Node) -> bool:
-    """Whether a node is a batch norm of images by itself (`qat.export.scale_as_depthwise`)."""
+    """Whether a node is a separate batch norm of images (`qat.export.scale_as_depthwise`)."""
     value = node.meta.get("val")
     return isinstance(placement.module(node), ScaleShift) and getattr(value, "ndim", None) == 4
 
 
 def behind(placement: Placement, node: fx.Node) -> fx.Node:
-    """The tensor that Q goes behind: of the ReLU that is the only reader of a node's result, if there is one."""
+    """The tensor to round: that of the ReLU that alone reads a node's result, if there is one, or the node's."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
     module = placement.module(user)
     folds = isinstance(module, FOLDS) or (isinstance(module, nn.Hardtanh) and module.min_val == 0)
@@ -73,11 +73,11 @@ def behind(placement: Placement, node: fx.Node) -> fx.Node:
 
 @rule
 def integer_chain(placement: Placement) -> None:
-    """Asks for outputs of integer kernels, in the role "integer"."""
+    """Requests the outputs of integer kernels, in the role "integer"."""
     rounded = {tensor for tensor, users in placement.requests.items() if set(users.values()) - {"identity"}}
 
     def ask(tensor: fx.Node) -> None:
-        # An output of the graph reads it rounded too where something else does: a float reader would keep the kernel float.
+        # An output of the graph reads the rounded tensor if another reader does: a float reader would keep the kernel float.
         users = list(tensor.users)
         if placement.round_outputs or any(user.op != "output" for user in users):
             for user in users:
@@ -121,7 +121,7 @@ def integer_chain(placement: Placement) -> None:
         if is_concat(node):
             readers = [user for user in node.users if not is_scale_shift(placement, user)]
             if not all(user in placement.requests.get(node, {}) for user in readers):
-                continue  # a float reader takes it: copying bytes would gain nothing
+                continue  # it has a float reader: copying bytes would gain nothing
             taken = concatenated(node)
         elif is_add(node) or is_multiplication(node):
             taken = list(two_tensors(node) or ())

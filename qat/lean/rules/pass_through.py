@@ -1,16 +1,16 @@
-"""Layers that move values without changing them keep their input's scale; so does a resize.
+"""Layers that move values without changing them, and resizes, keep their input's scale.
 
     before  x ─┬─► maxpool ─► conv          after  x ─┬─► maxpool ─► Q₁ ─► conv
                └─► conv                               └─► Q₁ ─► conv
 
 With one scale on both sides the engine runs the pooling, reshape or resize in INT8, between the quantizers. A
-bilinear resize makes new values, but none outside its input's range.
+bilinear resize computes new values, but none outside its input's range.
 
     before   conv ─► relu ─► resize ─► Q ─► conv          after   conv ─► relu ─► Q ─► resize ─► Q ─► conv
 
-CPU backends bring a convolution (or an add) to integers only where Q follows it, so in their flavours what a MaxPool or a Resize
-reads is rounded too (role "output"), on the scale of its output. The same holds where the output of the MaxPool is moved before it is
-rounded: gathered, concatenated, transposed.
+CPU backends compute a convolution (or an add) in integers only if a Q follows it, so in their flavours the input of a MaxPool
+or a Resize is rounded too (role "output"), on the scale of its output. The same applies if the MaxPool's output is moved
+before it is rounded: gathered, concatenated, transposed.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     before  x ─┬─► conv ─► relu ─► conv ─► add ─► relu        after  x ─► Q ─┬─► conv … conv ─► add ─► relu
                └────────────────────────────┘                                └──────────────────┘
 
-TensorRT fuses conv + add + ReLU into one INT8 kernel when the branch that is not the convolution's comes in INT8 and
-the convolution's own output does not (Developer Guide, "Explicit quantization: Q/DQ layer placement"). Where both
-inputs are convolutions (a downsampled identity), the identity is the shorter branch. An add that no convolution
-feeds has both inputs quantized on one scale. A linear layer is no convolution here: engines fuse no INT8 add into it, and
+TensorRT fuses conv + add + ReLU into one INT8 kernel if the identity branch is INT8 and the convolution's output is not
+(Developer Guide, "Explicit quantization: Q/DQ layer placement"). If both inputs are convolutions (a downsampled identity), the
+identity is the shorter branch. An add without a convolution before it has both inputs quantized on one scale. A linear layer
+does not count as a convolution here: engines do not fuse an INT8 add into it, and
 the stream that a transformer adds to has too wide a range to be rounded at every block (see `layer_norm`).
 
-The convolution's output is rounded too where a flavour wants it (role "output"): ONNX Runtime fuses the add only so.
+The convolution's output is rounded too if a flavour requires it (role "output"): only then does ONNX Runtime fuse the add.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _depths(placement: Placement) -> dict[fx.Node, int]:
 
 @rule
 def residual_add(placement: Placement) -> None:
-    """Asks for the identity of every add beside a quantized layer."""
+    """Requests the identity of every add that follows a quantized layer."""
     depth = _depths(placement)
     quantized = set(placement.weighted)
     for node in placement.nodes():

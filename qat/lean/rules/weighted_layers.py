@@ -1,10 +1,10 @@
-"""Convolutions, transposed convolutions and linear layers take an INT8 input and INT8 weights.
+"""Convolutions, transposed convolutions and linear layers get an INT8 input and INT8 weights.
 
     before  x ─► conv ─► y          after  x ─► Q ─► conv ─► y
                   ▲                                   ▲
                   w                              w ─► Q (one scale for each output channel)
 
-The output is left alone: the next layer's input quantizer follows the ReLU, which the engine fuses.
+The output is not rounded: the next layer's input quantizer follows the ReLU, which the engine fuses.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from qat.lean.flavours import FLAVOURS
 from qat.lean.layers import WEIGHTED
 from qat.lean.placement import Placement, rule
 
-# Dimensions that no engine here has an INT8 convolution for.
+# Dimensions without an INT8 convolution in any engine here.
 NO_KERNEL = (nn.ConvTranspose1d, nn.Conv3d, nn.ConvTranspose3d)
 
 
 @rule
 def weighted_layers(placement: Placement) -> None:
-    """Asks for the input of each such layer, unless the layer is to stay float in all flavours."""
+    """Requests the input of each such layer, unless the layer stays float in all flavours."""
     for node in placement.nodes():
         module = placement.module(node)
         if not isinstance(module, WEIGHTED):
@@ -32,7 +32,9 @@ def weighted_layers(placement: Placement) -> None:
             dims = type(module).__name__[-2:].lower()
             placement.keep(path, "weighted_layers", f"a convolution in {dims}, which the backends only run in float")
             continue
-        if isinstance(module, nn.Conv1d):  # TensorRT makes it one in 2d, by reshapes between Q/DQ and the convolution
+        if isinstance(
+            module, nn.Conv1d
+        ):  # TensorRT turns it into one in 2d, by reshapes between Q/DQ and the convolution
             others = tuple(name for name, flavour in FLAVOURS.items() if not flavour.conv1d)
             placement.keep(path, "weighted_layers", "a convolution in 1d, which the backend has in float alone", others)
             placement.only[node] = frozenset(FLAVOURS) - set(others)

@@ -16,20 +16,20 @@ WHERE = "config: model.encoders.camera.backbone"
 
 
 def build_backbone(config: Mapping[str, Any], image_size: Sequence[int] | None = None) -> nn.Module:
-    """A backbone whose forward takes [B,3,H,W] and returns a list of feature maps, one for each of `out_indices`.
+    """A backbone whose forward accepts [B,3,H,W] and returns a list of feature maps, one for each of `out_indices`.
 
     image_size: (H, W), for transformers, whose position embeddings and windows depend on it.
 
     Types:
         ResNet: mmdet's `depth` and `out_indices` (0 is the first stage); timm's parameter names equal mmdet's.
         SwinTransformer: mmdet's, see `qat.families.bevfusion.networks.swin`; its state dict has mmdet's names.
-        timm: any `model_name` that timm offers with `features_only`; `out_indices` are timm's own.
+        timm: any `model_name` that timm offers with `features_only`; `out_indices` are timm's.
 
-    `pretrained` and `init_cfg` are not followed: every command here loads a checkpoint or trains from its own. Nor are
-    `with_cp` and `frozen_stages`, which change what training costs and learns, not what a network computes.
+    `pretrained` and `init_cfg` are ignored: every command here loads a checkpoint or trains from its own initial weights. So
+    are `with_cp` and `frozen_stages`, which affect training, not what a network computes.
 
     Raises:
-        UserError: there is no such model, or not with these options.
+        UserError: the model does not exist, or not with these options.
     """
     kind = config["type"]
     if kind == "SwinTransformer":
@@ -59,7 +59,7 @@ def _build_swin(config: Mapping[str, Any], image_size: Sequence[int] | None) -> 
 def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] | None) -> nn.Module:
     if not re.fullmatch(
         r"[A-Za-z0-9_.-]+", name
-    ):  # timm also takes addresses and folders, from which it would fetch a config
+    ):  # timm also accepts addresses and folders, from which it would fetch a config
         raise UserError(f"{WHERE}: found {name!r}, expected the name of a timm model")
     options: dict[str, Any] = {"pretrained": False, "features_only": True, "out_indices": indices}
     try:
@@ -67,11 +67,11 @@ def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] |
         if _layout(network) != "NCHW":  # timm's getter turns channels-last maps, and tokens, into [B,C,H,W]
             network = _create(name, image_size, {**options, "feature_cls": "getter"})
         maps: Any = getattr(network, "feature_info", None)
-        if maps is not None:  # asked here, where what a model's own code raises is its own
+        if maps is not None:  # called here, where exceptions come from the model's code
             maps.channels(), maps.reduction()
     except MemoryError:
         raise
-    except Exception as error:  # hundreds of networks' constructors: whatever they raise
+    except Exception as error:  # hundreds of networks' constructors, which may raise anything
         why = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
             f"{WHERE}: found {name!r} with out_indices {list(indices)}, expected a timm model that has them: {why}"
@@ -84,7 +84,7 @@ def _build_timm(name: str, indices: tuple[int, ...], image_size: Sequence[int] |
 
 
 def _layout(network: nn.Module) -> str:
-    found: Any = getattr(network, "output_fmt", "NCHW")  # networks that are convolutional by nature do not say
+    found: Any = getattr(network, "output_fmt", "NCHW")  # purely convolutional networks do not have it
     return str(getattr(found, "value", found))
 
 
@@ -93,5 +93,5 @@ def _create(name: str, image_size: Sequence[int] | None, options: Mapping[str, A
         return timm.create_model(name, **options)
     try:
         return timm.create_model(name, img_size=tuple(image_size), **options)
-    except TypeError:  # a convolutional network takes any size, and no such option
+    except TypeError:  # a convolutional network accepts any size, and has no such option
         return timm.create_model(name, **options)

@@ -16,7 +16,7 @@ from qat.families.bevfusion.pooling.geometry import PoolPattern
 
 
 def _quieten() -> None:
-    """Spends torch's once-only notice that sparse CSR tensors are in beta, which no user can act on."""
+    """Triggers and hides torch's one-time warning that sparse CSR tensors are in beta, which users cannot act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
@@ -64,7 +64,7 @@ class _Pool(torch.autograd.Function):
         pixel = torch.from_numpy(pattern.pixel).to(device)
         depth_gradient = torch.zeros(depth_shape, dtype=values.dtype, device=device).view(-1)
         depth = torch.from_numpy(pattern.depth).to(device).long()
-        for start in range(0, len(cell), 1 << 15):  # in blocks: a [P,C] tensor is what we avoid
+        for start in range(0, len(cell), 1 << 15):  # in blocks, to avoid a [P,C] tensor
             part = slice(start, start + (1 << 15))
             depth_gradient[depth[part]] = torch.linalg.vecdot(
                 gradient.index_select(0, cell[part]), features.index_select(0, pixel[part])

@@ -1,4 +1,4 @@
-"""Layers that several networks share, named as mmcv and torchvision name them in a state dict."""
+"""Layers that several networks share, with mmcv's and torchvision's names in a state dict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RELU: Mapping[str, Any] = {"type": "ReLU"}
 class ConvModule(nn.Module):
     """Convolution, batch norm, ReLU; state-dict names `conv.*` and `bn.*` as mmcv's ConvModule has them.
 
-    [B,Cin,H,W] → [B,Cout,H,W]. Without a norm the convolution has a bias. `norm` and `activation` are False where the config's
+    [B,Cin,H,W] → [B,Cout,H,W]. Without a norm the convolution has a bias. `norm` and `activation` are False if the config's
     norm_cfg and act_cfg are null.
     """
 

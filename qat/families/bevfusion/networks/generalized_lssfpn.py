@@ -17,7 +17,7 @@ BILINEAR: Mapping[str, Any] = {"mode": "bilinear", "align_corners": True}
 class GeneralizedLSSFPN(nn.Module):
     """Top-down: upsample the coarser map, concatenate, 1×1, 3×3.
 
-    Takes n maps, finest first, and returns n − 1: the coarsest has no output of its own.
+    Accepts n maps, finest first, and returns n − 1: the coarsest has no output.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class GeneralizedLSSFPN(nn.Module):
         self.upsample_cfg = dict(upsample_cfg)
         if (
             self.upsample_cfg.get("mode") == "nearest"
-        ):  # which has no corners; torch refuses the word even where it is false
+        ):  # nearest has no align_corners; torch refuses the argument even if it is False
             self.upsample_cfg.pop("align_corners", None)
         norm, activation = norm_cfg is not None, act_cfg is not None
         last = len(in_channels) - 1

@@ -1,4 +1,4 @@
-"""SECOND's backbone and FPN (Yan et al., Sensors 2018), as mmdet3d names them."""
+"""SECOND's backbone and FPN (Yan et al., Sensors 2018), with mmdet3d's names."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SECOND(nn.Module):
 
 
 class SECONDFPN(nn.Module):
-    """Brings every level to one size and concatenates: Σ out_channels.
+    """Resizes every level to one size and concatenates: Σ out_channels.
 
     A stride above 1 (or 1, unless `use_conv_for_no_stride`) upsamples by a transposed convolution; one below 1
     downsamples by a convolution with kernel and stride 1/stride.

@@ -1,13 +1,13 @@
-"""Swin Transformer (Liu et al., ICCV 2021) as mmdet builds it and names it, computed by timm's modules.
+"""Swin Transformer (Liu et al., ICCV 2021) with mmdet's structure and names, computed by timm's modules.
 
 Differences between mmdet and timm, and where they are handled:
 
-- A block pads its map to whole windows and then shifts it; timm shifts first, so that at a size that is no multiple of the
+- A block pads its map to whole windows and then shifts it; timm shifts first, so that at a size that is not a multiple of the
   window, such as every stage of 256×704, rows of opposite edges attend to each other (`PaddedBlock`).
 - Windows keep their size on maps smaller than them; timm would shrink them.
 - Each output has its own layer norm, norm1 to norm3, and is [B,C,H,W].
-- PatchMerging stands at the end of a stage (timm: at the start of the next) and lists the 4·C values that it merges as
-  nn.Unfold does, c·4 + 2·row + column; timm as (2·column + row)·C + c.
+- PatchMerging is at the end of a stage (timm: at the start of the next) and orders the 4·C values that it merges like
+  nn.Unfold, c·4 + 2·row + column; timm as (2·column + row)·C + c.
 - Names: see `mmdet_name`. A state dict has mmdet's names and orders, both ways; the modules inside have timm's.
 """
 
@@ -52,7 +52,7 @@ def mmdet_name(name: str) -> str:
 
 
 def to_unfold_order(x: torch.Tensor) -> torch.Tensor:
-    """Turns the last axis, 4·C, from timm's order of merged patches to nn.Unfold's; [..., 4·C] → [..., 4·C]."""
+    """Reorders the last axis, 4·C, from timm's order of merged patches to nn.Unfold's; [..., 4·C] → [..., 4·C]."""
     return x.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3).contiguous()
 
 
@@ -80,7 +80,7 @@ class SwinTransformer(nn.Module):
         drop_path_rate, attn_drop_rate: in training only.
 
     Raises:
-        UserError: `image_size` is no multiple of the patches. ValueError, AssertionError: values that make no network.
+        UserError: `image_size` is not a multiple of the patches. ValueError, AssertionError: other invalid values.
     """
 
     def __init__(
@@ -146,10 +146,10 @@ class SwinTransformer(nn.Module):
         return outputs
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """As nn.Module's, with mmdet's names, the order of its merged patches, and its relative_position_index.
+        """Like nn.Module's, with mmdet's names, order of merged patches, and relative_position_index.
 
-        With `keep_vars` the tensors have to be the parameters themselves (torch's exporters find them by that): then names
-        and orders are timm's.
+        With `keep_vars` the tensors must be the parameters themselves (torch's exporters rely on it), so names and orders are
+        timm's.
         """
         if keep_vars:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=True)
@@ -167,7 +167,7 @@ class SwinTransformer(nn.Module):
         return destination
 
     def _indices(self) -> dict[str, torch.Tensor]:
-        """Where in its table each pair of a window's pixels finds its bias, by mmdet's name; fixed by the window."""
+        """The index in the bias table for each pair of a window's pixels, by mmdet's name; fixed by the window."""
         return {
             f"stages.{i}.blocks.{j}.attn.w_msa.{INDEX}": block.attn.relative_position_index
             for i, stage in enumerate(self.stages)
@@ -184,7 +184,7 @@ class SwinTransformer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Turns mmdet's names and orders into timm's, in place, before the children read what is theirs."""
+        """Converts mmdet's names and orders to timm's, in place, before the children read their entries."""
         given = {}
         for name, _ in self.named_parameters():
             value = state_dict.pop(prefix + mmdet_name(name), None)

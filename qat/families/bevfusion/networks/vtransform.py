@@ -68,7 +68,7 @@ class LSSTransform(nn.Module):
     needs_depth = False
 
     def set_bounds(self, xbound: Sequence[float], ybound: Sequence[float], zbound: Sequence[float]) -> None:
-        """Other upper ends, so that there are fewer cells; lower ends and steps stay."""
+        """Lowers the upper ends, for fewer cells; lower ends and steps do not change."""
         self.bounds = (xbound, ybound, zbound)
         self.nx.data = torch.tensor(grid_size(*self.bounds))
 
@@ -80,7 +80,7 @@ class LSSTransform(nn.Module):
         return self.depthnet(x)
 
     def split(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `split`, with this transform's sizes."""
+        """Like `split`, with this transform's sizes."""
         return split(out, self.D, self.C)
 
     def pattern(
@@ -97,7 +97,7 @@ class LSSTransform(nn.Module):
 
 
 class DepthLSSTransform(LSSTransform):
-    """LSSTransform that also sees the lidar's sparse depth map, through `dtransform`."""
+    """LSSTransform that also uses the lidar's sparse depth map, through `dtransform`."""
 
     needs_depth = True
 

@@ -1,7 +1,7 @@
 """The compiled inner loops of BEV pooling. Imported on first use: importing numba takes half a second.
 
-Three things take the time, and each is written out in LLVM's vectors because the loops that numba derives from Python
-leave them in memory:
+Three steps take most of the time. Each is written in LLVM's vectors, because the loops that numba compiles from Python keep
+their values in memory:
 
 - A cell's sum stays in registers while its entries are added (`_sum_entries`), up to 80 channels at once; a loop over
   channels in Python loads and stores the sum for every entry. The features of an entry a little ahead are prefetched:
@@ -31,7 +31,7 @@ from qat.core.machine import threads_of
 
 LANES = 16
 TILE_X, TILE_Y = 16, 64  # cells
-AHEAD = 8  # entries between the one that is added and the one that is prefetched
+AHEAD = 8  # distance from the entry that is added to the one that is prefetched
 WORTH_A_THREAD = 1 << 14  # entries and cells; a thread costs some 0.1 ms
 
 _I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -48,7 +48,7 @@ def _vector_at(builder: Any, pointer: Any, index: Any) -> Any:
 
 
 def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    """lanes[i] says where lane i comes from: a's are 0 to 15, b's are 16 to 31."""
+    """lanes[i] is the source of lane i: 0 to 15 are a's lanes, 16 to 31 are b's."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, LANES), lanes))
 
 
@@ -158,7 +158,7 @@ def _store_transposed(past_cache: bool) -> Callable[..., Any]:
 
 
 def _taking(typing: Any, counter: Any) -> Any:
-    """counter[0]++ at once among threads; returns what it was."""
+    """Atomic counter[0]++; returns the old value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = _pointer(context, builder, signature.args[0], args[0])
@@ -168,7 +168,7 @@ def _taking(typing: Any, counter: Any) -> Any:
 
 
 def _publishing(typing: Any) -> Any:
-    """Waits until this thread's stores past the cache are seen by the others: nothing else orders them."""
+    """Waits until other threads see this thread's stores past the cache, which nothing else orders."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -246,7 +246,7 @@ def _pool_tiles(row_ptr, pixel, depth, weights, features, out, shape, past_cache
                         _store_block_past_cache(sums, i * channels + c, channels, out, target + i, plane)
                     else:
                         _store_block(sums, i * channels + c, channels, out, target + i, plane)
-            for i in range(end - begin):  # what is no whole block: the last channels, the last cells of the plane
+            for i in range(end - begin):  # incomplete blocks: the last channels, the last cells of the plane
                 for c in range(whole if i < blocks else 0, channels):
                     out[(z * channels + c) * plane + begin + i] = sums[i * channels + c]
     _publish()
@@ -276,10 +276,9 @@ def pool_cells(
         out: float32[nz,C,nx,ny], contiguous.
         threads: 0 for one on each core.
 
-    One thread adds all entries of a cell, in their order, so the result does not depend on the number of threads; which
-    thread computes which tile is settled while they run, so that a crowded tile or a busy core does not make the others
-    wait. (Plain threads, not numba's own: those wait for work by spinning, which takes time from the engines' threads, and
-    may not be started from two threads at once.)
+    One thread adds all entries of a cell in order, so the result does not depend on the number of threads. Threads take tiles
+    dynamically, so that a crowded tile or a busy core does not make the others wait. (Plain threads, not numba's: those spin
+    while they wait, which takes time from the engines' threads, and cannot be started from two threads at once.)
     """
     nz, _, nx, ny = out.shape
     tiles = nz * -(-nx // TILE_X) * -(-ny // TILE_Y)

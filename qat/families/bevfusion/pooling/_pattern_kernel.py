@@ -25,7 +25,7 @@ _fma: Any = intrinsic(_fused)
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _dot(matrix, row, x, y, z):
-    """As BLAS adds them on processors with fused multiply-adds, so that points are the same bits as its product's."""
+    """Sums in BLAS's order on processors with fused multiply-adds, so that points are bit-identical to its product's."""
     return _fma(matrix[row, 2], z, _fma(matrix[row, 1], y, matrix[row, 0] * x))
 
 
@@ -55,7 +55,7 @@ def cells_of_points(
     cells: np.ndarray,
     counts: np.ndarray,
 ) -> None:
-    """Each point's cell (z·nx + x)·ny + y into cells int32[P], and how many each has into counts int32[nz·nx·ny], zeros before.
+    """Writes each point's cell (z·nx + x)·ny + y to cells int32[P], and the points per cell to counts int32[nz·nx·ny] (zeros).
 
     points float32[P,3]; shape (nz, nx, ny). The x cell is trunc((x − low[0]) / step[0]); −1 is outside the grid, where numbers
     that no int32 holds are too.
@@ -66,7 +66,7 @@ def cells_of_points(
         y = (points[i, 1] - low[1]) / step[1]
         z = (points[i, 2] - low[2]) / step[2]
         cells[i] = -1
-        if x > -1 and x < nx and y > -1 and y < ny and z > -1 and z < nz:  # what trunc takes to 0 … n − 1
+        if x > -1 and x < nx and y > -1 and y < ny and z > -1 and z < nz:  # the range that trunc maps to 0 … n − 1
             cell = (np.int32(z) * nx + np.int32(x)) * ny + np.int32(y)
             cells[i] = cell
             counts[cell] += 1
@@ -84,7 +84,7 @@ def sort_by_cell(
     """A stable counting sort of the points that have a cell, into cell, pixel and depth of a `PoolPattern`.
 
     cells: int32[cameras · bins · plane], −1 for a point to leave out, of sizes (cameras, bins, plane). row_ptr: int32[cells + 1],
-    where each cell begins.
+    the start of each cell.
     """
     cameras, bins, plane = sizes
     place = row_ptr[:-1].copy()

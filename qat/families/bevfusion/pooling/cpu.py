@@ -1,4 +1,4 @@
-"""BEV pooling on the CPU: a sparse·dense product in a pattern that the camera geometry fixes."""
+"""BEV pooling on the CPU: a sparse·dense product whose pattern the camera geometry fixes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def pool(
         depth_weights: float32[N,D,fH,fW].
         features: float32[N,fH,fW,C], channels-last.
         threads: 0 for all cores; the result does not depend on it.
-        out: float32[1, C·nz, nx, ny], contiguous, to write into; an earlier call's result is at a good address. Fresh
-            memory, which the system has to clear first, costs about half as much as the sums.
+        out: float32[1, C·nz, nx, ny], contiguous, to write into; an earlier call's result has a suitable address. New memory,
+            which the system must clear first, costs about half as much as the sums.
 
     Returns:
         float32[1, C·nz, nx, ny], x first; `out` if given.
 
     Raises:
-        UserError: the tensors are of other sizes than the pattern's, or `out` is not as described.
+        UserError: the tensors' sizes differ from the pattern's, or `out` is not as described.
     """
     n, fh, fw, channels = features.shape
     if n * fh * fw != pattern.pixels or depth_weights.shape != (n, pattern.bins, fh, fw):
@@ -46,7 +46,7 @@ def pool(
             f"BEV pooling: found depth weights {list(depth_weights.shape)} and features {list(features.shape)}, "
             f"expected [N,D,fH,fW] and [N,fH,fW,C] with N·fH·fW = {pattern.pixels} and D = {pattern.bins} as in the pattern"
         )
-    # Imported here: loading the compiled kernel is not paid for by who only reads a manifest.
+    # Imported here: reading a manifest should not load the compiled kernel.
     from qat.families.bevfusion.pooling._kernel import empty_grid, pool_cells
 
     nz, nx, ny = pattern.shape

@@ -1,4 +1,4 @@
-"""BEV pooling on a GPU: a CUDA kernel, compiled through NVRTC on first use, over tensors that are on the GPU already.
+"""BEV pooling on a GPU: a CUDA kernel, compiled through NVRTC on first use, on tensors that are already on the GPU.
 
 pattern = DevicePattern(cache.get(*matrices))                                # uploaded once for a camera geometry
 pool_device(pattern, depth_weights, features, out, stream)                   # with __cuda_array_interface__ or DLPack
@@ -6,10 +6,10 @@ pool_device(pattern, depth_weights, features, out, stream)                   # w
 The depth weights and features that an engine left on the device stay there, and neither the frustum tensor nor the sparse
 matrix is made: the kernel (pooling.cu) reads them through the pattern's indices.
 
-It goes through `cuda-bindings`, NVIDIA's own thin layer over the driver and NVRTC, which TensorRT's engines need anyway
-(`qat.engine.cuda`). `cuda-core` would be another package over the same calls, of which we need few; CuPy brings an array library
-of over 100 MB. What is needed besides is the NVRTC library of the same CUDA major version, from a toolkit, JetPack or the wheel
-nvidia-cuda-nvrtc-cu12; no compiler and no CUDA header.
+It uses `cuda-bindings`, NVIDIA's thin layer over the driver and NVRTC, which TensorRT's engines need anyway
+(`qat.engine.cuda`). `cuda-core` would be another package over the few calls used; CuPy is an array library of over 100 MB. Also
+required is the NVRTC library of the same CUDA major version, from a toolkit, JetPack or the wheel nvidia-cuda-nvrtc-cu12; no
+compiler and no CUDA header.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from qat.engine.device_arrays import DeviceArray, check_place, read, stream_hand
 from qat.families.bevfusion.pooling.geometry import PoolPattern
 
 SOURCE = Path(__file__).with_name("pooling.cu")
-CELLS, THREADS, CHUNK = 32, 256, 128  # the kernel's: cells of a block, threads of a block, channels of a block at most
+CELLS, THREADS, CHUNK = 32, 256, 128  # constants of the kernel: cells, threads and most channels of a block
 C_TYPES = {"float32": "float", "float16": "Half"}
 INSTALL = "install it: pip install 'bevqat[gpu]'"
 
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Lets what CUDA refuses be one line."""
+    """Turns CUDA's errors into one line."""
     try:
         yield
     except cuda.CudaError as error:
@@ -61,12 +61,12 @@ def _start() -> None:
         cuda.call("cuInit", 0)
     except cuda.CudaError as error:
         raise UserError(f"no usable GPU: {error}") from None
-    except RuntimeError as error:  # cuda-bindings' own, where there is no driver library
+    except RuntimeError as error:  # raised by cuda-bindings if there is no driver library
         raise UserError(f"found no CUDA driver ({_reason(error)}), expected one; pool on the CPU") from None
 
 
 def _supported() -> list[int]:
-    """The compute capabilities that NVRTC compiles for, 90 for 9.0. Raises `UserError` where there is no NVRTC."""
+    """The compute capabilities that NVRTC compiles for, 90 for 9.0. Raises `UserError` without NVRTC."""
     try:
         return list(cuda.call("nvrtcGetSupportedArchs"))
     except cuda.CudaError:
@@ -78,7 +78,7 @@ def _supported() -> list[int]:
 def gpu_problem() -> str | None:
     """Why this machine cannot pool on its first GPU, in one line: no package, driver, GPU, or NVRTC for it; None if it can.
 
-    The kernel is not compiled: that it does not compile is no problem of the machine's.
+    The kernel is not compiled: a failure to compile is not a problem of the machine.
     """
     try:
         with _refusals():
@@ -99,7 +99,7 @@ def compile_kernel(
     Args:
         architecture: compute_87 for PTX, sm_87 for a CUBIN.
         channels: C.
-        weight, feature, result: what depth weights, features and grid hold, float or Half.
+        weight, feature, result: types of depth weights, features and grid, float or Half.
 
     Raises:
         UserError: no NVRTC, or it refuses the source, with its log.
@@ -115,7 +115,7 @@ def compile_kernel(
     binary = architecture.startswith("sm_")
     size, get = ("nvrtcGetCUBINSize", "nvrtcGetCUBIN") if binary else ("nvrtcGetPTXSize", "nvrtcGetPTX")
     with _refusals():
-        _supported()  # says so where there is no NVRTC
+        _supported()  # raises without NVRTC
         program = cuda.call("nvrtcCreateProgram", SOURCE.read_bytes(), b"pooling.cu", 0, None, None)
         try:
             cuda.call("nvrtcCompileProgram", program, len(options), [option.encode() for option in options])
@@ -134,7 +134,7 @@ def compile_kernel(
 
 
 def _architecture(major: int, minor: int) -> str:
-    """What to compile for this compute capability: machine code; PTX for the driver to compile if the GPU is newer than NVRTC.
+    """The target for this compute capability: machine code, or PTX for the driver to compile if the GPU is newer than NVRTC.
 
     Raises:
         UserError: the GPU is older than this NVRTC compiles for.
@@ -173,7 +173,7 @@ def _context(device: int) -> Any:
 
 @contextmanager
 def _current(device: int) -> Iterator[None]:
-    """Makes the device's context this thread's for a while; what CUDA refuses meanwhile is one line."""
+    """Makes the device's context current in this thread inside the block; CUDA's errors there are one line."""
     with _refusals():
         _start()
         cuda.call("cuCtxPushCurrent", _context(device))
@@ -214,9 +214,9 @@ class DevicePattern:
         self.upload(pattern)
 
     def upload(self, pattern: PoolPattern) -> None:
-        """Puts another pattern in this one's place, in the same memory where it fits; waits for what the GPU is doing.
+        """Replaces this pattern by another, in the same memory if it fits; waits for the GPU's work.
 
-        Not between the capture of a CUDA graph with `pool_device` in it and its replay: the addresses may change. Where it
+        Do not call it between the capture of a CUDA graph with `pool_device` and its replay: the addresses may change. If it
         raises, there is no pattern until the next upload.
         """
         arrays = [np.ascontiguousarray(a, np.int32) for a in (pattern.row_ptr, pattern.pixel, pattern.depth)]
@@ -262,10 +262,10 @@ def _array(name: str, value: Any, stream: int, device: int, write: bool = False)
 def check_arrays(
     pattern: DevicePattern | PoolPattern, depth_weights: Any, features: Any, out: Any, stream: int = 0, device: int = 0
 ) -> list[DeviceArray]:
-    """What `pool_device` refuses of the arrays by what they say of themselves; needs no GPU. stream: an integer handle.
+    """`pool_device`'s checks of the arrays' descriptions; needs no GPU. stream: an integer handle.
 
     Raises:
-        UserError: as `pool_device`.
+        UserError: like `pool_device`.
     """
     weights = _array("depth weights", depth_weights, stream, device)
     context = _array("features", features, stream, device)

@@ -58,7 +58,7 @@ def frustum_to_lidar(
     Returns:
         float32[N,D,fH,fW,3] in metres.
     """
-    # Imported here: loading the compiled kernel is not paid for by who needs no frustum.
+    # Imported here: code that needs no frustum should not load the compiled kernel.
     from qat.families.bevfusion.pooling._pattern_kernel import lift_points
 
     undo = np.linalg.inv(img_aug_matrix[:, :3, :3]).astype(np.float32)
@@ -116,7 +116,7 @@ def pooling_pattern(points: np.ndarray, xbound: Bound, ybound: Bound, zbound: Bo
     step = np.array([row[2] for row in (xbound, ybound, zbound)], np.float32)
     centre = np.array([row[0] + row[2] / 2.0 for row in (xbound, ybound, zbound)], np.float32)
     flat = np.ascontiguousarray(points, np.float32).reshape(-1, 3)
-    # numpy's memory, not the kernels' own: numpy asks for large pages, which saves most of the page faults.
+    # Allocated by numpy, not by the kernels: numpy requests large pages, which saves most of the page faults.
     cells, counts = np.empty(len(flat), np.int32), np.zeros(nx * ny * nz, np.int32)
     cells_of_points(flat, centre - step / np.float32(2.0), step, (nz, nx, ny), cells, counts)
     row_ptr = _row_pointers(counts)
@@ -126,7 +126,7 @@ def pooling_pattern(points: np.ndarray, xbound: Bound, ybound: Bound, zbound: Bo
 
 
 def geometry_hash(*arrays: np.ndarray) -> str:
-    """A key for what `pooling_pattern` depends on, to cache patterns by."""
+    """The cache key of everything that `pooling_pattern` depends on."""
     digest = hashlib.sha1(usedforsecurity=False)
     for array in arrays:
         digest.update(np.ascontiguousarray(array, np.float32).tobytes())

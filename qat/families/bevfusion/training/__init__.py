@@ -1,4 +1,4 @@
-"""Training of the float detector, for use where no trained weights are available."""
+"""Trains the float detector, for users without trained weights."""
 
 from qat.families.bevfusion.training.loop import TrainOptions, train
 

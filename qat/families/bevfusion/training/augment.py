@@ -1,4 +1,4 @@
-"""Training samples: augmented, with what each feature pixel shows."""
+"""Augmented training samples, with the object that each feature pixel shows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qat.families.bevfusion.training.auxiliary import PixelTargets, pixel_target
 
 @dataclass
 class TrainSample(AugmentedSample):
-    """An augmented sample with what each feature pixel shows."""
+    """An augmented sample, with the object that each feature pixel shows."""
 
     pixels: PixelTargets
 
 
 class TrainSet(AugmentedSet):
-    """Augmented samples of a data set, with the image part's own targets."""
+    """Augmented samples of a data set, with targets for the image part."""
 
     def __init__(self, dataset: NuScenesDataset, config: Mapping[str, Any]) -> None:
         super().__init__(dataset, config)

@@ -1,8 +1,8 @@
-"""Supervision of the image part by itself: what object each feature pixel shows.
+"""Direct supervision of the image part: the object that each feature pixel shows.
 
-The detector's own losses reach the image part only through the BEV grid, and teach it little until depth is right.
-Pixels that show an object learn its class, size and heading directly, as FCOS3D (Wang et al., ICCVW 2021) and
-BEVDepth's perspective supervision do. The head is used only in training; no model or exported part has it.
+The detector's losses reach the image part only through the BEV grid, and have little effect on it until depth is right.
+Pixels that show an object learn its class, size and heading directly, as in FCOS3D (Wang et al., ICCVW 2021) and
+BEVDepth's perspective supervision. The head is used only in training; no model or exported part has it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 from qat.boxes.geometry import box_corners, box_heading
 
-IGNORED = -100  # cross_entropy's own
+IGNORED = -100  # cross_entropy's default
 NEAR = 0.3  # metres in front of the camera, below which nothing is drawn
 CODE = 5  # log width, log length, log height, sin and cos of the heading seen from the camera
 
 
 @dataclass
 class PixelTargets:
-    """What each feature pixel of N cameras shows.
+    """The object that each feature pixel of N cameras shows.
 
     label: int64[N,fH,fW], a class, the number of classes for background, or IGNORED. code: float32[N,5,fH,fW] of log width,
     log length, log height, sin and cos of the heading about the camera's vertical axis. weight: float32[N,fH,fW],
@@ -61,8 +61,8 @@ def pixel_targets(
 ) -> PixelTargets:
     """Draws each box's outline into each camera, far ones first.
 
-    boxes [K,9] in the lidar frame, before any lidar augmentation; matrices float32[N,4,4]. A box that the lidar does
-    not see (bool[K]) may be hidden or not, so its pixels are ignored.
+    boxes [K,9] in the lidar frame, before any lidar augmentation; matrices float32[N,4,4]. A box without lidar points
+    (bool[K]) may be hidden, so its pixels are ignored.
     """
     (height, width), cameras = image_size, len(lidar2image)
     fh, fw = height // stride, width // stride
@@ -89,12 +89,12 @@ def pixel_targets(
             if ahead.all() and 0 <= column < fw and 0 <= row < fh:
                 middle[k] = row, column
         owner[n] = canvas[stride // 2 :: stride, stride // 2 :: stride]
-        for k, (row, column) in middle.items():  # an object that covers no pixel's centre keeps its own pixel
+        for k, (row, column) in middle.items():  # an object that covers no pixel's centre gets one pixel
             if not (owner[n] == k).any():
                 owner[n, row, column] = k
         shown = owner[n] >= 0
         k = owner[n][shown]
-        axis = camera2lidar[n, :2, 2]  # where the camera looks, in the lidar frame
+        axis = camera2lidar[n, :2, 2]  # the camera's direction, in the lidar frame
         turn = heading[k] - np.arctan2(axis[1], axis[0])
         mirrored = np.sign(np.linalg.det(img_aug_matrix[n, :2, :2]))
         size = np.log(boxes[k, 3:6])
@@ -131,7 +131,7 @@ def pixel_loss(
     total = weight.sum().clamp(min=1e-6)
     entropy = F.cross_entropy(logits, label, reduction="none")
     background = label == logits.shape[1] - 1
-    # Hard background pixels decide what is taken for an object: squared confidence, as focal loss has it.
+    # Hard background pixels cause false objects: weighted by squared confidence, as in focal loss.
     doubt = (1 - (-entropy.detach()).exp()) ** 2
     behind = (entropy * doubt)[background].sum() / weight.gt(0).sum().clamp(min=1)
     difference = (code - targets["code"]).abs().sum(1)

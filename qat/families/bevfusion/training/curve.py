@@ -1,4 +1,4 @@
-"""The training curve as a picture."""
+"""Draws the training curve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qat.core.files import write_figure
 
 
 def draw_curve(history: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Writes a PNG of each loss over the optimiser steps, on a logarithmic axis. history: what `train` records."""
+    """Writes a PNG of each loss over the optimiser steps, on a logarithmic axis. history: recorded by `train`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")

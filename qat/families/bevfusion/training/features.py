@@ -1,4 +1,4 @@
-"""The frozen image part's outputs, computed once and kept, so that the rest trains at a fraction of the cost."""
+"""Caches the frozen image part's outputs, so that the rest trains at a fraction of the cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qat.families.bevfusion.training.augment import TrainSet
 class FeatureCache:
     """Depth weights and context (half precision) of every keyframe under `variants` image augmentations.
 
-    A draw chooses the rotation, scale and mirroring of the BEV grid, which the image part does not see.
+    A draw chooses the rotation, scale and mirroring of the BEV grid, which do not affect the image part.
     """
 
     def __init__(

@@ -38,10 +38,10 @@ STAGES = ("all", "image", "bev")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """steps: optimiser steps in all. decay: share of the steps at the end over which the rate falls to 0 (before
+    """steps: total optimiser steps. decay: share of the steps at the end over which the rate falls to 0 (before
     them it is constant after `warmup` steps, so `steps` may be changed between resumed runs).
 
-    stage: "image" trains the image part (backbone, neck, depth net) on depth and on what each pixel shows; "bev"
+    stage: "image" trains the image part (backbone, neck, depth net) on depth and on each pixel's object; "bev"
     trains the rest on the frozen image part's outputs, computed once for each of `variants` image augmentations of a
     keyframe; "all" trains the whole detector on the sum of all losses.
     """
@@ -97,7 +97,7 @@ class _State:
         if init is not None:
             saved = load_checkpoint(init, ema)
             if saved.get("format") == "bevqat-ptq":
-                raise UserError(f"{init}: found a quantized checkpoint, expected a float one for --init; name that")
+                raise UserError(f"{init}: found a quantized checkpoint, expected a float one for --init; use that")
             load_state(self.model, float_weights(saved, init), str(init))
         self.pixels = PixelHead(self.model.vtransform.C, len(config["object_classes"])).to(device)
         if init is not None and "pixel_head" in saved:
@@ -145,7 +145,7 @@ def _run_of(
     init: Path | None,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """What a resumed run must share with the killed one. Its steps and its rate may be others."""
+    """Settings that must be equal in a resumed run and the killed one. Steps and rate may differ."""
     free = ("steps", "lr", "decay", "warmup", "save_seconds")
     tokens = "".join(token for dataset in datasets for token in dataset.tokens)
     return {
@@ -159,7 +159,7 @@ def _run_of(
 
 
 def _steps_of(path: Path) -> int | None:
-    """How many steps made a checkpoint; None where there is none that says it."""
+    """The number of steps of a checkpoint; None if there is no checkpoint or it does not record them."""
     try:
         return load_checkpoint(path)["meta"]["step"] if path.exists() else None
     except (UserError, KeyError, TypeError):
@@ -184,7 +184,7 @@ class _Drawn:
 
 
 def _ahead(source: _Drawn | FeatureCache, options: TrainOptions, step: int) -> Iterator[list[dict[str, Any]]]:
-    """The batches of steps `step`, `step` + 1, …, each drawn while the one before it is used. What a step sees
+    """The batches of steps `step`, `step` + 1, …, each drawn while the previous one is used. A step's batch
     depends only on the seed and the step."""
     per_epoch = max(1, len(source) // options.batch)
 
@@ -236,9 +236,8 @@ def train(
 ) -> dict[str, Any] | None:
     """Trains a detector and writes `out/model.pth`, `out/history.json`, `out/curve.png` and, at times, `out/resume.pth`.
 
-    A killed run resumes from `resume.pth`; which samples and augmentations a step sees depends on the seed
-    and the step alone. Returns the held-out metrics if `held_out` is given. init: a float checkpoint to start from; ema: from
-    its averaged weights.
+    A killed run resumes from `resume.pth`; a step's samples and augmentations depend only on the seed and the step. Returns the
+    held-out metrics if `held_out` is given. init: a float checkpoint to start from; ema: from its averaged weights.
     """
     if options.stage not in STAGES:
         raise UserError(f"--stage: found {options.stage!r}, expected one of {', '.join(STAGES)}")
@@ -281,7 +280,7 @@ def train(
             saved_at = time.monotonic()
     state.save(resume, run)
     meta = {"options": asdict(options), "samples": samples, "step": state.step, "bevqat": qat.__version__}
-    # The figures of an earlier model are not of this one; those of a run that was finished before stay.
+    # Figures of an earlier model do not apply to this one; those of a run that had already finished stay.
     figures_of = () if _steps_of(out / "model.pth") == began == options.steps else (out / "metrics.json",)
     with atomic_set(out / "model.pth", out / "history.json", out / "curve.png", *figures_of) as stage:
         save_float_checkpoint(stage / "model.pth", state.model, meta, pixel_head=state.pixels)

@@ -1,4 +1,4 @@
-"""CenterHead's training targets, as BEVFusion draws them (CenterPoint, Yin et al., CVPR 2021)."""
+"""CenterHead's training targets, as in BEVFusion (CenterPoint, Yin et al., CVPR 2021)."""
 
 from __future__ import annotations
 
