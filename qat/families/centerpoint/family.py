@@ -33,9 +33,9 @@ class OlderMaps(PartModule):
 
     whole = False
 
-    def forward(self, spatial_features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: torch.Tensor) -> Any:
         """As the core's, two maps turned."""
-        maps = dict(zip(self.outputs, self.core(spatial_features), strict=True))
+        maps = dict(zip(self.outputs, self.core(*inputs), strict=True))
         return tuple(older(maps)[name] for name in self.outputs)
 
 
