@@ -24,9 +24,8 @@ from qat.cli.engine_flags import (
     backends_of,
     engine_options,
 )
-from qat.cli.flags import MODEL, add_config_flag, add_data_flags, add_ema_flag, add_out_flag, add_rounds_flags
+from qat.cli.flags import add_data_flags, add_out_flag, add_rounds_flags, add_rows_flags, rows_of
 from qat.cli.json_output import add_json_flag, emit_json
-from qat.core.errors import UserError
 
 if TYPE_CHECKING:
     from qat.compare import Comparison
@@ -34,24 +33,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
-    weights = MODEL / "camera-tiny.pth"
-    parser.add_argument(
-        "--ckpt", type=Path, default=weights, metavar="CKPT", help=f"float checkpoint (default {weights})"
-    )
-    add_config_flag(parser, when="default: the one inside or next to the checkpoint")
-    add_ema_flag(parser)
-    parser.add_argument("--ptq", type=Path, metavar="CKPT", help="calibrate's checkpoint, for the simulated INT8 row")
-    parser.add_argument(
-        "--onnx",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="DIR",
-        help="exported parts, FP32 and INT8",
-    )
-    for name in ("fp32", "int8"):  # the spelling until 0.1
-        parser.add_argument(f"--{name}", type=Path, action="append", default=[], help=argparse.SUPPRESS)
+    add_rows_flags(parser)
     add_backends_flag(parser, "openvino,onnxruntime")
     add_data_flags(parser, "eval", "evaluate on")
     add_rounds_flags(parser, 10, 3)
@@ -76,21 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares, prints the table and the verdict."""
-    from qat.compare import CompareOptions, Sources, compare, print_summary
-    from qat.manifest import load_manifest
+    from qat.compare import CompareOptions, compare, print_summary
 
     backends = backends_of(args.backends)
-    folders = {"fp32": list(args.fp32), "int8": list(args.int8)}
-    for folder in args.onnx:
-        precision = load_manifest(folder, check_files=False)["precision"]
-        if precision not in folders:
-            raise UserError(
-                f"{folder}: found {precision} parts, expected fp32 or int8: use `bevqat benchmark` for fp16 on a GPU"
-            )
-        folders[precision].append(folder)
     comparison = compare(
         CompareOptions(
-            sources=Sources(args.ckpt, args.ptq, folders["fp32"], folders["int8"], args.config, args.ema),
+            sources=rows_of(args),
             data=args.data,
             version=args.version,
             split=args.split,

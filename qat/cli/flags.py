@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qat.core.errors import PictureSizeError, UserError
+
+if TYPE_CHECKING:
+    from qat.compare import Sources
 
 MODEL = Path("model/camera-tiny")
 EXAMPLE = Path("example-data")
@@ -222,3 +225,41 @@ def verification_frames(args: argparse.Namespace) -> Callable[[Any], Sequence[An
         return dataset
 
     return load
+
+
+def add_rows_flags(parser: argparse.ArgumentParser) -> None:
+    """--ckpt, --config, --ema, --ptq and --onnx: the files of a comparison's rows; `rows_of` reads them."""
+    weights = MODEL / "camera-tiny.pth"
+    parser.add_argument(
+        "--ckpt", type=Path, default=weights, metavar="CKPT", help=f"float checkpoint (default {weights})"
+    )
+    add_config_flag(parser, when="default: the one inside or next to the checkpoint")
+    add_ema_flag(parser)
+    parser.add_argument("--ptq", type=Path, metavar="CKPT", help="calibrate's checkpoint, for the simulated INT8 row")
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DIR",
+        help="exported parts, FP32 and INT8",
+    )
+    for name in ("fp32", "int8"):  # the spelling until 0.1
+        parser.add_argument(f"--{name}", type=Path, action="append", default=[], help=argparse.SUPPRESS)
+
+
+def rows_of(args: argparse.Namespace) -> Sources:
+    """What `add_rows_flags` names."""
+    from qat.compare import Sources
+    from qat.manifest import load_manifest
+
+    folders = {"fp32": list(args.fp32), "int8": list(args.int8)}
+    for folder in args.onnx:
+        precision = load_manifest(folder, check_files=False)["precision"]
+        if precision not in folders:
+            raise UserError(
+                f"{folder}: found {precision} parts, expected fp32 or int8: use `bevqat benchmark` for fp16 on a GPU"
+            )
+        folders[precision].append(folder)
+    return Sources(args.ckpt, args.ptq, folders["fp32"], folders["int8"], args.config, args.ema)

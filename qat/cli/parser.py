@@ -29,6 +29,7 @@ VERBS = {
     **{verb: summary for verb, (_, summary) in families.VERBS.items()},
     "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
+    "agree": "compare the outputs and boxes of every pair of backends on the same frames",
     "compare": "measure accuracy and latency of every backend and precision against FP32",
     "benchmark": "time exported parts and the whole detector on this machine, by backend and precision",
     "report": "make report.html from results.json, or a comparison of two",

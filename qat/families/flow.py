@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ from qat.boxes.detections import Detections
 from qat.core.errors import UserError
 from qat.core.tensors import digest
 from qat.plan import Plan, Runner, next_state
+
+
+@dataclass(frozen=True)
+class InUnit:
+    """An output as `bevqat agree` compares it.
+
+    values: float array; NaN where it means nothing. unit: what they count; "" for the output's own numbers. exact: the largest difference
+    that two FP32 runners may have; rounded: the largest root mean square if one rounds; None to judge by SQNR. period: of an angle.
+    """
+
+    values: np.ndarray
+    unit: str = ""
+    exact: float | None = None
+    rounded: float | None = None
+    period: float = 0.0
 
 
 class Flow(ABC):
@@ -94,6 +110,14 @@ class Flow(ABC):
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
         """For each tensor of the last `judged` label, which values belong to objects: bool, of its shape; None if not known."""
         return None
+
+    def in_units(self, tensors: Mapping[str, np.ndarray]) -> dict[str, InUnit]:
+        """The plan's outputs of a frame, each in a unit of its own and in the family's own convention, whatever the layout."""
+        return {name: InUnit(value) for name, value in tensors.items()}
+
+    def regions(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Masks of the outputs' cells that are compared apart, each broadcastable to every output; none to compare all at once."""
+        return {}
 
     def share(self, other: Any) -> None:  # noqa: B027
         """Uses another flow's caches of the same model."""

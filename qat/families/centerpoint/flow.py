@@ -19,12 +19,23 @@ from qat.boxes.overlap import nms_rotated
 from qat.core.checks import either, flag, listed, null, number, section, text
 from qat.families.centerpoint import autoware
 from qat.families.centerpoint.autoware import Thresholds, older
+from qat.families.flow import InUnit
 from qat.families.mmdet3d.lidar import PillarFlow, pillar_plan, pillar_settings
 from qat.plan import Plan
 
 MAPS = tuple(autoware.MAPS)
 OLDER = "older"  # the convention of a head's boxes before mmdet3d 1.0, and Autoware's
 CONVENTION = "mmdet3d"
+SURE = 0.3  # of (sin, cos), below which Autoware's node drops a box
+# unit, largest difference of FP32 runners, largest root mean square where one rounds
+UNITS: dict[str, tuple[str, float, float]] = {
+    "heatmap": ("probability", 1e-3, 0.03),
+    "reg": ("cells", 1e-2, 0.1),
+    "height": ("m", 1e-2, 0.2),
+    "dim": ("log m", 1e-2, 0.15),
+    "rot": ("rad", 1e-2, 0.3),
+    "vel": ("m/s", 1e-2, 0.5),
+}
 HOT = 0.1  # heat above which a cell is an object's
 _HEAD = section(
     optional={"layout": text},
@@ -108,6 +119,35 @@ class CenterPoint(PillarFlow):
         if self.settings["head"]["boxes"] != OLDER:
             maps = older(maps)
         return autoware.decode(maps, self.settings, thresholds or Thresholds.of(self.settings))
+
+    def in_units(self, tensors: Mapping[str, np.ndarray]) -> dict[str, InUnit]:
+        """As `Flow.in_units`, of maps in mmdet3d's convention; yaw where the vector that gives it is long enough to mean one."""
+        found = {}
+        head = self.settings["head"]
+        for task in range(len(head["tasks"])):
+            maps = self.maps_of(tensors, task)
+            if head["boxes"] == OLDER:
+                maps = older(maps)
+            for tensor, own, name in names_of(len(head["tasks"]), head["maps"]):
+                if own != task:
+                    continue
+                value, period = maps[name], 0.0
+                if name == "heatmap":
+                    value = 1 / (1 + np.exp(-value.astype(np.float64)))
+                elif name == "rot":
+                    sure = np.hypot(value[:, 0], value[:, 1]) >= SURE
+                    value, period = np.where(sure, np.arctan2(value[:, 0], value[:, 1]), np.nan)[:, None], 2 * np.pi
+                found[tensor] = InUnit(value, *UNITS[name], period)
+        return found
+
+    def regions(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """As `Flow.regions`: cells of the maps with a pillar in them, and without."""
+        stride = self.settings["head"]["stride"]
+        filled = tensors["spatial_features"].any(axis=1)
+        batch, ny, nx = filled.shape
+        filled = filled[:, : ny // stride * stride, : nx // stride * stride]
+        cells = filled.reshape(batch, ny // stride, stride, nx // stride, stride).any((2, 4))[:, None]
+        return {"occupied": cells, "empty": ~cells}
 
     def objects(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Which values of the maps lie in a cell whose heat, of any class of the task, is over HOT."""
