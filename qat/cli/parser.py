@@ -27,6 +27,7 @@ VERBS = {
     "export": "write a checkpoint's ONNX parts and their manifest",
     "export-camera": "same as export (its earlier name)",
     **{verb: summary for verb, (_, summary) in families.VERBS.items()},
+    "deploy": "run a deploy config (AWML's): export, engines, verification and evaluation of each backend",
     "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",
     "agree": "compare the outputs and boxes of every pair of backends on the same frames",

@@ -126,17 +126,17 @@ def test_a_mistake_is_found(rows, damage, precision):
 
 
 def test_small_differences_of_two_fp32_rows_are_found(rows):
-    """A centimetre and a half in one cell."""
+    """Two millimetres in one cell."""
     found, frames = rows
 
     def nudged(maps):
         height = maps["height"].copy()
-        height[0, 0, 5, 7] += 0.015
+        height[0, 0, 5, 7] += 0.002
         return {**maps, "height": height}
 
     (pair,) = agree([found["fp32"], with_part(found["fp32"], DENSE, "nudged", after=nudged)], frames[:1])
     assert (
-        len(pair.problems) == 1 and pair.problems[0].startswith("height in") and "0.015 m (largest)" in pair.problems[0]
+        len(pair.problems) == 1 and pair.problems[0].startswith("height in") and "0.002 m (largest)" in pair.problems[0]
     )
 
 

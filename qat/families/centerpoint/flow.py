@@ -30,11 +30,11 @@ SURE = 0.3  # of (sin, cos), below which Autoware's node drops a box
 # unit, largest difference of FP32 runners, largest root mean square where one rounds
 UNITS: dict[str, tuple[str, float, float]] = {
     "heatmap": ("probability", 1e-3, 0.03),
-    "reg": ("cells", 1e-2, 0.1),
-    "height": ("m", 1e-2, 0.2),
-    "dim": ("log m", 1e-2, 0.15),
-    "rot": ("rad", 1e-2, 0.3),
-    "vel": ("m/s", 1e-2, 0.5),
+    "reg": ("cells", 1e-3, 0.1),
+    "height": ("m", 1e-3, 0.2),
+    "dim": ("log m", 1e-3, 0.15),
+    "rot": ("rad", 1e-3, 0.3),
+    "vel": ("m/s", 1e-3, 0.5),
 }
 HOT = 0.1  # heat above which a cell is an object's
 _HEAD = section(

@@ -140,8 +140,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     checkpoint = load_checkpoint(path)
     fitted(model, checkpoint["state_dict"], str(path))
-    if boxes_of(checkpoint.get("meta") or {}) == OLDER:
-        note_older(str(path))
+    note_older(checkpoint.get("meta") or {}, str(path))
 
 
 def boxes_of(meta: Mapping[str, Any]) -> str:
@@ -153,9 +152,10 @@ def boxes_of(meta: Mapping[str, Any]) -> str:
     return MMDET3D if release or "mmengine_version" in meta else UNKNOWN
 
 
-def note_older(source: str) -> None:
+def note_older(meta: Mapping[str, Any], source: str) -> None:
     """Warns of a checkpoint whose boxes are OLDER."""
-    note(
-        f"{source}: trained before mmdet3d 1.0, when boxes were w, l, h with another yaw: its boxes come out turned unless it was "
-        "converted (tools/model_converters of mmdet3d)"
-    )
+    if boxes_of(meta) == OLDER:
+        note(
+            f"{source}: trained with mmdet3d {meta['mmdet3d_version']}: before 1.0 boxes were w, l, h with another yaw; its boxes come "
+            "out turned unless it was converted (tools/model_converters of mmdet3d)"
+        )

@@ -43,10 +43,9 @@ class Mmdet3dFamily(Family):
 
     def trained_with(self, config: Mapping[str, Any], meta: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         """As `Family.trained_with`: warns of boxes from before mmdet3d 1.0."""
-        from qat.families.mmdet3d.model import OLDER, boxes_of, note_older
+        from qat.families.mmdet3d.model import note_older
 
-        if boxes_of(meta) == OLDER:
-            note_older(source)
+        note_older(meta, source)
         return config
 
     def random(self, config: Mapping[str, Any], seed: int) -> Any:
