@@ -28,6 +28,7 @@ from qat.core.progress import progress_bar
 from qat.core.provenance import tables_sha256
 from qat.core.versions import versions
 from qat.data import Sample
+from qat.data.dataset import table_folders
 from qat.engine import BACKENDS, CPU_BACKENDS, Options, described
 from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.evaluate.bootstrap import MIN_SCENES
@@ -237,11 +238,10 @@ def compare(options: CompareOptions) -> Comparison:
             result_rows.append(_result_row(row, accuracy, evaluate_detections(dataset, accuracy.detections)))
             progress(n + 1)
     facts_of_data = _dataset_facts(dataset, options, objects, image)
-    folder = options.data / dataset.nusc.version
     tables = {
         "what": "dataset tables, all together",
         "file": f"{facts_of_data['name']}/{dataset.nusc.version}/*.json",
-        "sha256": tables_sha256(folder),
+        "sha256": tables_sha256(*table_folders(dataset.nusc)),
     }
     resamples = options.resamples if facts_of_data["scenes"] >= MIN_SCENES else 0
     if resamples:

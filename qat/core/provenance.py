@@ -16,9 +16,10 @@ def made_by() -> dict[str, Any]:
     return {"command": command_line(), "versions": versions()}
 
 
-def tables_sha256(folder: str | Path) -> str:
-    """One hash of a folder's JSON tables: what `sha256sum *.json | sha256sum` prints in it (in the C locale)."""
+def tables_sha256(*folders: str | Path) -> str:
+    """One hash of a folder's JSON tables: what `sha256sum *.json | sha256sum` prints in it (in the C locale); of several folders, of
+    their lines one after another."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in (path for folder in folders for path in sorted(Path(folder).glob("*.json"))):
         digest.update(f"{sha256(path)}  {path.name}\n".encode())
     return digest.hexdigest()

@@ -32,6 +32,7 @@ from qat.data.checks import (
 from qat.data.points import read_points
 from qat.data.reading import Reading, Sweeps, reading_for
 from qat.data.sample import Keyframe, Sample, camera_matrices, prepare
+from qat.data.t4 import FOLDER, T4Tables, find
 
 MAX_SWEEPS = 10  # BEVFusion's info files keep ten earlier revolutions
 
@@ -72,6 +73,27 @@ class _Tables(NuScenes):
         super().__make_reverse_index__(verbose)
 
 
+class _T4(NuScenes):
+    """The same over the tables of T4 data sets, which stay in memory."""
+
+    def __init__(self, t4: T4Tables) -> None:
+        self.t4 = t4
+        super().__init__(version=".", dataroot=str(t4.root), verbose=False)
+
+    def __load_table__(self, table_name: str) -> Any:
+        return [] if table_name == "map" else self.t4.tables[table_name]
+
+    def __make_reverse_index__(self, verbose: bool) -> None:
+        self.map = self.t4.tables["map"]
+        super().__make_reverse_index__(verbose)
+
+
+def table_folders(nusc: NuScenes) -> list[Path]:
+    """The folders that hold a data set's tables."""
+    t4 = getattr(nusc, "t4", None)
+    return [Path(nusc.dataroot) / nusc.version] if t4 is None else [folder / FOLDER for folder in t4.folders]
+
+
 def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
     """Opens a data set with the devkit. Pictures of maps may be missing.
 
@@ -79,6 +101,14 @@ def open_nuscenes(root: str | Path, version: str | None = None) -> NuScenes:
         UserError: no such folder, no tables in it, several versions, or a damaged table.
     """
     root = Path(root)
+    if find(root):
+        if version is not None:
+            raise UserError(f"--version: found {version!r} with T4 data, expected none: name versions in a split YAML")
+        t4 = T4Tables(root)
+        try:
+            return _T4(t4)
+        except Exception as error:  # as below
+            raise diagnose(t4.folders[0] / FOLDER, error) from None
     if not root.is_dir():
         there = "found a file" if root.exists() else "no such folder"
         raise UserError(f"{root}: {there}; expected the folder of a nuScenes-format data set; give it with --data")
@@ -105,19 +135,20 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
         UserError: the split does not exist.
     """
     own = Path(nusc.dataroot) / nusc.version / "splits.json"
-    known: list[str] = []
-    splits: dict[str, list[str]] = {}
-    if own.exists():
+    t4 = getattr(nusc, "t4", None)
+    splits: dict[str, list[str]] = {} if t4 is None else t4.splits
+    known = list(splits)
+    if t4 is None and own.exists():
         check_splits(splits := read_json(own), own)
         known = list(splits)
     if split in known:
         names = set(splits[split])
-    elif is_predefined_split(split):
+    elif t4 is None and is_predefined_split(split):
         names = set(get_scenes_of_split(split, nusc))
     elif split == "all":
         names = {scene["name"] for scene in nusc.scene}
     else:
-        known += [] if known else list(create_splits_scenes())
+        known += [] if known or t4 is not None else list(create_splits_scenes())
         raise UserError(f"{nusc.dataroot}: split {split!r} not found; there is {', '.join([*known, 'all'])}")
     tokens: dict[str, None] = {}
     folder = Path(nusc.dataroot) / nusc.version
@@ -128,6 +159,8 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
                 if token in tokens:
                     raise UserError(f"{folder / 'sample.json'}: found {token!r} in a cycle of `next`; {FETCH}")
                 tokens[token] = None
+                if t4 is not None and token in t4.skipped:
+                    del tokens[token]
                 token = record_of(nusc, "sample", token).get("next")
     if not tokens:
         raise UserError(
@@ -187,6 +220,8 @@ def poses_of(nusc: NuScenes, record: Mapping[str, Any]) -> tuple[np.ndarray, np.
     intrinsic = np.zeros(0)
     if record.get("sensor_modality") == "camera":
         intrinsic = numbers_of(calibrated, "camera_intrinsic", (3, 3), where)
+        if any(calibrated.get("camera_distortion") or ()):  # of T4 data
+            raise UserError(f"{where}: found camera_distortion, expected rectified pictures; undistort them")
     return transform(calibrated, where), transform(pose, _record_name(nusc, "ego_pose", pose)), intrinsic
 
 
@@ -345,7 +380,8 @@ class NuScenesDataset(Sequence[Sample]):
 
     def _read_points(self, record: Mapping[str, Any]) -> np.ndarray:
         path = data_path(self.nusc.dataroot, record["filename"], "sample_data.json")
-        return read_points(path, self.pipeline.load_dim)
+        points = read_points(path, record.get("num_pts_feats") or self.pipeline.load_dim)
+        return points if points.shape[1] == 5 else np.pad(points, ((0, 0), (0, 5 - points.shape[1])))
 
     def _points(self, record: Mapping[str, Any], global2lidar: np.ndarray) -> np.ndarray:
         """Points of the keyframe after the pipeline's sweeps and filters, float32[M,5] in the keyframe's lidar frame."""

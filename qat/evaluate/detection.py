@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +51,12 @@ def attribute_of(name: str, speed: float) -> str:
     return DEFAULT_ATTRIBUTE[name]
 
 
+def ranges_of(nusc: Any) -> dict[str, float]:
+    """Metres within which each class is scored: nuScenes', or those that T4 data names."""
+    t4 = getattr(nusc, "t4", None)
+    return {**config_factory("detection_cvpr_2019").class_range, **(t4.ranges if t4 is not None else {})}
+
+
 class SampleEval(DetectionEval):
     """The devkit's DetectionEval over any set of samples.
 
@@ -58,9 +64,14 @@ class SampleEval(DetectionEval):
     same loading and filtering functions. `evaluate` is inherited.
     """
 
-    def __init__(self, nusc: Any, predictions: EvalBoxes, tokens: list[str]) -> None:
+    def __init__(
+        self, nusc: Any, predictions: EvalBoxes, tokens: list[str], classes: Sequence[str] | None = None
+    ) -> None:
         self.nusc = nusc
         self.cfg = config_factory("detection_cvpr_2019")
+        if classes is not None:
+            self.cfg.class_names = list(classes)
+        self.cfg.class_range = ranges_of(nusc)
         self.verbose = False
         truth = load_gt_of_sample_tokens(nusc, tokens, DetectionBox, verbose=False)
         predictions = add_center_dist(nusc, predictions)
@@ -82,6 +93,7 @@ def to_global(
     ego2global: np.ndarray,
     classes: list[str],
     limit: int = 500,
+    ranges: Mapping[str, float] | None = None,
 ) -> list[DetectionBox]:
     """The devkit's boxes of one sample: in the global frame, within each class's range of the ego vehicle (as mmdet3d
     drops them before the devkit does), of these the best `limit` by score.
@@ -94,7 +106,7 @@ def to_global(
     headings = box_heading(detections.boxes[:, 6].astype(np.float64))
     boxes = []
     in_ego = detections.boxes[:, :3] @ lidar2ego[:3, :3].T + lidar2ego[:3, 3]
-    ranges = config_factory("detection_cvpr_2019").class_range
+    ranges = config_factory("detection_cvpr_2019").class_range if ranges is None else ranges
     limits = np.array([ranges.get(name, np.inf) for name in classes])[detections.labels]
     near = np.flatnonzero(np.hypot(in_ego[:, 0], in_ego[:, 1]) < limits)
     for i in near[np.argsort(-detections.scores[near], kind="stable")][:limit]:
@@ -139,8 +151,12 @@ def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEva
         record = nusc.get("sample_data", nusc.get("sample", token)["data"]["LIDAR_TOP"])
         lidar2ego = transform(nusc.get("calibrated_sensor", record["calibrated_sensor_token"]))
         ego2global = transform(nusc.get("ego_pose", record["ego_pose_token"]))
-        predictions.add_boxes(token, to_global(token, found, lidar2ego, ego2global, dataset.classes))
-    return SampleEval(nusc, predictions, list(detections))
+        predictions.add_boxes(
+            token, to_global(token, found, lidar2ego, ego2global, dataset.classes, ranges=ranges_of(nusc))
+        )
+    # nuScenes' score is of its ten classes whatever the model has; of T4 data it is of the model's.
+    own = dataset.classes if getattr(nusc, "t4", None) is not None else None
+    return SampleEval(nusc, predictions, list(detections), own)
 
 
 def evaluate_detections(dataset: Any, detections: Mapping[str, Detections]) -> dict[str, Any]:

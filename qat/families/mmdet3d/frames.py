@@ -119,6 +119,8 @@ def keyframes(
 
 def lidar_frames(root: Path, split: str, settings: Mapping[str, Any], version: str | None, frames: int | None) -> Any:
     """The frames of a folder: keyframes where it has nuScenes' tables, else its .bin files."""
-    if root.is_dir() and next(root.glob("*/sample_data.json"), None) is not None:
+    from qat.data.t4 import find
+
+    if (root.is_dir() and next(root.glob("*/sample_data.json"), None) is not None) or find(root):
         return keyframes(root, split, settings, version, frames)
     return PointFiles(root, settings["columns"], settings["load_dim"], frames, bool(settings["sweeps"]))
