@@ -28,9 +28,11 @@ class Timings:
             "samples": len(self.total),
         }
 
-    def stage_medians(self) -> dict[str, float]:
+    def stage_medians(self, percentile: float = 50) -> dict[str, float]:
         """results.json's `stages_ms`, without the pattern, which is cached as long as the geometry does not change."""
-        return {name: float(np.median(values)) for name, values in self.stages.items() if name != "pattern"}
+        return {
+            name: float(np.percentile(values, percentile)) for name, values in self.stages.items() if name != "pattern"
+        }
 
 
 def measure(

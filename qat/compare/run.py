@@ -124,6 +124,9 @@ def _result_row(row: Row, accuracy: RowAccuracy, metrics: dict[str, Any]) -> dic
         "nds": metrics["nds"],
         "per_class_ap": metrics["per_class_ap"],
         "tp_errors": metrics["tp_errors"],
+        "map_iou50": metrics["map_iou50"],
+        "by_distance": metrics["by_distance"],
+        "boxes_per_frame": round(metrics["boxes_per_frame"], 1),
         "size_mb": round(row.size_mb, 3),
         "sqnr_db": {name: round(value, 2) for name, value in accuracy.sqnr_db().items()},
     }
@@ -235,7 +238,7 @@ def compare(options: CompareOptions) -> Comparison:
     result_rows = []
     with progress_bar("nuScenes metrics", len(rows)) as progress:
         for n, (row, accuracy) in enumerate(zip(rows, accuracies, strict=True)):
-            result_rows.append(_result_row(row, accuracy, evaluate_detections(dataset, accuracy.detections)))
+            result_rows.append(_result_row(row, accuracy, evaluate_detections(dataset, accuracy.detections, more=True)))
             progress(n + 1)
     facts_of_data = _dataset_facts(dataset, options, objects, image)
     tables = {
@@ -252,6 +255,7 @@ def compare(options: CompareOptions) -> Comparison:
     for result, timing in zip(result_rows, timings, strict=True):
         result["latency_ms"] = timing.summary()
         result["stages_ms"] = timing.stage_medians()
+        result["stages_p95_ms"] = timing.stage_medians(95)
     _add_speedups(result_rows)
     measurement: dict[str, Any] = {
         "rounds": options.rounds,

@@ -159,18 +159,20 @@ def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEva
     return SampleEval(nusc, predictions, list(detections), own)
 
 
-def evaluate_detections(dataset: Any, detections: Mapping[str, Detections]) -> dict[str, Any]:
+def evaluate_detections(dataset: Any, detections: Mapping[str, Detections], more: bool = False) -> dict[str, Any]:
     """nuScenes metrics over exactly the samples in `detections`.
 
     Args:
         dataset: a `qat.data.NuScenesDataset`.
         detections: for each sample token, boxes in the keyframe's lidar frame.
+        more: also the figures of `qat.evaluate.regions`.
 
     Returns:
         map, nds (0 to 1); per_class_ap {class: AP averaged over 0.5, 1, 2, 4 m}; tp_errors {ATE, ASE, AOE, AVE, AAE
         means}; per_class_tp_errors; samples.
     """
-    metrics, _ = sample_eval(dataset, detections).evaluate()
+    evaluation = sample_eval(dataset, detections)
+    metrics, _ = evaluation.evaluate()
 
     def finite(value: float) -> float | None:
         return float(value) if np.isfinite(value) else None
@@ -185,7 +187,15 @@ def evaluate_detections(dataset: Any, detections: Mapping[str, Detections]) -> d
             for name in metrics.mean_dist_aps
         },
         "samples": len(detections),
+        **(more_of(evaluation) if more else {}),
     }
+
+
+def more_of(evaluation: SampleEval) -> Mapping[str, Any]:
+    """`qat.evaluate.regions.more_figures`."""
+    from qat.evaluate.regions import more_figures
+
+    return more_figures(evaluation)
 
 
 def devkit_metric(dataset: Any) -> Callable[[Mapping[str, Detections]], dict[str, float]]:

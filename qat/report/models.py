@@ -52,6 +52,10 @@ class Row(Section):
     sqnr_db: Figures = {}
     stages_ms: Figures = {}
     tp_errors: Figures = {}
+    by_distance: Figures = {}
+    map_iou50: Share | None = None
+    boxes_per_frame: FromZero | None = None
+    stages_p95_ms: Figures = {}
 
 
 class Unit(Section):

@@ -105,6 +105,7 @@ def _shown(results: Results, verdict: Verdict) -> dict[str, Any]:
         "stage_names": keys_of(measured, "stages_ms"),
         "class_pairs": pairs,
         "errors": {key: _TP_NAMES[key] for key in errors},
+        "distances": keys_of(rows, "by_distance"),
         "tensors": {name: str(words.get(name, spaced(name))) for name in keys_of(rows, "sqnr_db")},
         "units": sensitivity(section) if section else None,
         "frames": frames,
