@@ -77,7 +77,7 @@ def check_plan(config: DeployConfig, plan: Plan) -> None:
 
 def check_classes(settings: Mapping[str, Any], source: str) -> None:
     """Raises `UserError` where a model's tasks do not have the classes of its config."""
-    tasks = [name for task in settings["head"].get("tasks", ()) for name in task]
+    tasks = [name for task in settings.get("head", {}).get("tasks", ()) for name in task]
     if tasks and tasks != list(settings["classes"]):
         raise UserError(
             f"{source}: class_names: found {', '.join(settings['classes'])}, expected those of the head's tasks: {', '.join(tasks)}"
