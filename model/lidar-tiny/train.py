@@ -28,7 +28,7 @@ from qat.model.opening import read_config
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 10.0  # metres beyond the range, from where a turn may bring points into it
-WIDTHS = (4, 12)  # points of a pillar that are computed together, if it has fewer
+WIDTHS = (2, 4, 8, 16)  # points of a pillar that are computed together, if it has fewer
 TURN, SCALE = np.pi / 8, 0.05
 SAVED = 50  # steps between two resume files
 
@@ -211,9 +211,8 @@ def main() -> None:
             }
             torch.save(saved, resume.with_suffix(".tmp"))
             resume.with_suffix(".tmp").rename(resume)
-    weights = {
-        name: value.contiguous().half() if value.is_floating_point() else value
-        for name, value in network.state_dict().items()
+    weights = {  # half precision for what is large: convolutions and the encoder's matrix
+        name: value.contiguous().half() if value.dim() > 1 else value for name, value in network.state_dict().items()
     }
     torch.save({"state_dict": weights, "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out)
 

@@ -62,7 +62,7 @@ def maps_of_targets(head, truth):
     """The maps that a head would return if it had learnt its targets of one keyframe to the last bit."""
     heatmaps, boxes, places, masks = head.get_targets([truth])
     heat = heatmaps[0][0].numpy()
-    classes, ny, nx = heat.shape
+    ny, nx = heat.shape[1:]
     maps = {"heatmap": np.where(heat == 1, np.float32(HOT), np.float32(COLD))[None]}
     at = places[0][0][masks[0][0].bool()].numpy()
     values = boxes[0][0][masks[0][0].bool()].numpy()
