@@ -1,0 +1,221 @@
+"""Trains lidar-tiny on nuScenes-format keyframes with mmdet3d's own modules and losses; goes on where a killed run stopped.
+
+python model/lidar-tiny/train.py DATA:SPLIT OUT.pth --steps 4000
+
+The same options give the same weights, up to rounding, however often the run was interrupted. Beside OUT.pth are the merged points of all
+keyframes (OUT.points.npy, OUT.boxes.npz) and OUT.resume. One thread: set OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qat.boxes.conventions import convert
+from qat.families.mmdet3d.config import read
+from qat.families.mmdet3d.frames import keyframes
+from qat.families.mmdet3d.library import load
+from qat.families.mmdet3d.network import PillarNet
+from qat.families.mmdet3d.ops.voxels import voxelize
+from qat.families.mmdet3d.pillars import decorate, grid_of
+from qat.model.opening import read_config
+
+HERE = Path(__file__).resolve().parent
+MARGIN = 10.0  # metres beyond the range, from where a turn may bring points into it
+WIDTHS = (2, 4, 8, 16)  # points of a pillar that are computed together, if it has fewer
+TURN, SCALE = np.pi / 8, 0.05
+SAVED = 50  # steps between two resume files
+
+
+def merged(frames: Any, out: Path) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """All keyframes' points with their sweeps, one after another in a file: float32[M,5]; and of each keyframe the rows [2] there,
+    boxes float32[K,9] in mmdet3d's convention and labels int64[K], of objects with a point."""
+    points, index = out.with_suffix(".points.npy"), out.with_suffix(".boxes.npz")
+    if not index.exists():
+        counts, boxes, labels = [], [], []
+        raw = points.with_suffix(".tmp")
+        with raw.open("wb") as file:
+            for k in range(len(frames)):
+                frame = frames[k]
+                seen = frame.gt_points != 0
+                counts.append(len(frame.points))
+                boxes.append(convert(frame.gt_boxes[seen], "bevfusion", "mmdet3d"))
+                labels.append(frame.gt_labels[seen])
+                file.write(frame.points.astype(np.float32).tobytes())
+                if (k + 1) % 500 == 0:
+                    print(f"merged {k + 1} of {len(frames)} keyframes", flush=True)
+        raw.rename(points)
+        np.savez(
+            index.with_suffix(".tmp.npz"),
+            counts=counts,
+            objects=[len(found) for found in labels],
+            boxes=np.concatenate(boxes),
+            labels=np.concatenate(labels),
+        )
+        index.with_suffix(".tmp.npz").rename(index)
+    saved = np.load(index)
+    if len(saved["counts"]) != len(frames):
+        raise SystemExit(f"{index}: found {len(saved['counts'])} keyframes, expected {len(frames)}; remove it")
+    ends, places = np.cumsum(saved["counts"]), np.cumsum(saved["objects"])[:-1]
+    rows = np.stack([ends - saved["counts"], ends], 1)
+    everything = np.memmap(points, np.float32, "r").reshape(-1, 5)
+    return everything, list(rows), np.split(saved["boxes"], places), np.split(saved["labels"], places)
+
+
+def augmented(points: np.ndarray, boxes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Flips along both axes at once or none, turns by up to 22.5°, scales by up to 5 %.
+
+    A flip along one axis would make traffic keep left, and with it take away what shows which end of a parked car is its front.
+
+    points: float32[M,≥3]. boxes: float32[K,9] in mmdet3d's convention, velocities last.
+    """
+    points, boxes = points.copy(), boxes.copy()
+    angle, scale = rng.uniform(-TURN, TURN) + np.pi * rng.integers(2), rng.uniform(1 - SCALE, 1 + SCALE)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]], np.float32)
+    points[:, :2] = points[:, :2] @ turn
+    boxes[:, :2], boxes[:, 7:9] = boxes[:, :2] @ turn, boxes[:, 7:9] @ turn
+    boxes[:, 6] += angle
+    points[:, :3] *= scale
+    boxes[:, :6] *= scale
+    boxes[:, 7:9] *= scale
+    return points, boxes
+
+
+def instances(boxes: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]) -> Any:
+    """A keyframe's objects as mmdet3d's head takes them, of those whose centre is in range."""
+    from mmdet3d.structures import LiDARInstance3DBoxes
+    from mmengine.structures import InstanceData
+
+    low, high = np.asarray(settings["voxel"]["range"]).reshape(2, 3)[:, :2]
+    inside = ((boxes[:, :2] >= low) & (boxes[:, :2] < high)).all(1)
+    return InstanceData(
+        bboxes_3d=LiDARInstance3DBoxes(torch.from_numpy(boxes[inside].astype(np.float32)), box_dim=9),
+        labels_3d=torch.from_numpy(labels[inside]),
+    )
+
+
+def encoded(network: PillarNet, clouds: Sequence[np.ndarray], settings: Mapping[str, Any]) -> torch.Tensor:
+    """Clouds float32[M,5] on the grid: float32[B,C,ny,nx], by the network's own PillarFeatureNet.
+
+    Pillars of few points are not padded to the full width, which most of the time would be spent on; each has at least one empty place, as
+    in mmdet3d, unless it is full. So batch norm sees fewer zeros than in mmdet3d's training; its running statistics fit either.
+    """
+    voxel = settings["voxel"]
+    found = [voxelize(c, voxel["size"], voxel["range"], voxel["max_points"], voxel["max_voxels"]) for c in clouds]
+    voxels, cells, counts = (np.concatenate([part[i] for part in found]) for i in range(3))
+    number = np.repeat(np.arange(len(clouds)), [len(part[1]) for part in found])
+    layer = network.pts_voxel_encoder.pfn_layers[0]
+    group = np.digitize(counts, WIDTHS)
+    order, features = [], []
+    for g, width in enumerate((*WIDTHS, voxel["max_points"])):
+        rows = np.flatnonzero(group == g)
+        order.append(rows)
+        features.append(torch.from_numpy(decorate(voxels[rows, :width], counts[rows], cells[rows], settings)))
+    x = torch.cat([part.flatten(0, 1) for part in features])
+    x = torch.relu(layer.norm(layer.linear(x)))
+    widest, begin = [], 0
+    for part in features:
+        n, width, _ = part.shape
+        widest.append(x[begin : begin + n * width].view(n, width, -1).amax(1))
+        begin += n * width
+    at = np.concatenate(order)
+    places = np.concatenate([number[:, None], cells], 1)[at].astype(np.int32)
+    filled = torch.cat(widest)[:, None]
+    ny, nx = grid_of(settings)
+    flat = (places[:, 0].astype(np.int64) * ny + places[:, 2]) * nx + places[:, 3]
+    canvas = filled.new_zeros(len(clouds) * ny * nx, filled.shape[2])
+    canvas = canvas.index_copy(0, torch.from_numpy(flat), filled[:, 0])
+    return canvas.view(len(clouds), ny, nx, -1).permute(0, 3, 1, 2)
+
+
+def step_loss(network: PillarNet, canvas: torch.Tensor, truth: list[Any], half: bool) -> torch.Tensor:
+    """mmdet3d's losses of a batch, added up; convolutions in bfloat16 if `half`."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        tasks = network.pts_bbox_head(network.pts_neck(network.pts_backbone(canvas)))
+    tasks = tuple([{name: value.float() for name, value in maps.items()} for maps in task] for task in tasks)
+    losses = network.pts_bbox_head.loss_by_feat(tasks, truth)
+    total: torch.Tensor = sum(losses.values())  # type: ignore[assignment]
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--float32", action="store_true", help="no bfloat16, for CPUs without it")
+    args = parser.parse_args()
+    load()
+    from mmengine.config import ConfigDict
+
+    torch.set_num_threads(1)
+    family, described = read_config(HERE / "config.py")
+    settings = family.settings(described)
+    low, high = np.asarray(settings["voxel"]["range"]).reshape(2, 3)
+    wide = [*(low[:2] - MARGIN), low[2], *(high[:2] + MARGIN), high[2]]
+    root, _, split = args.data.rpartition(":")
+    frames = keyframes(Path(root), split, {**settings, "voxel": {**settings["voxel"], "range": wide}}, None, None)
+    everything, rows, boxes, labels = merged(frames, args.out)
+
+    network = family.random(described, 0).train()
+    assert isinstance(network, PillarNet)
+    network.to(memory_format=torch.channels_last)
+    head = network.pts_bbox_head
+    head.train_cfg = ConfigDict(read(HERE / "config.py").model.train_cfg.pts)
+    torch.nn.init.constant_(head.task_heads[0].heatmap[-1].bias, -2.19)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.25)
+    resume, begin = args.out.with_suffix(".resume"), 0
+    if resume.exists():
+        saved = torch.load(resume, weights_only=False)
+        network.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        begin = saved["step"]
+        print(f"goes on at step {begin}", flush=True)
+    begun, recent = time.time(), []
+    for step in range(begin, args.steps):
+        epoch, place = divmod(step * args.batch, len(frames) // args.batch * args.batch)
+        order = np.random.default_rng([1, epoch]).permutation(len(frames))
+        rng = np.random.default_rng([2, step])
+        clouds, truth = [], []
+        for k in order[place : place + args.batch]:
+            first, last = rows[k]
+            points, moved = augmented(everything[first:last], boxes[k], rng)
+            clouds.append(points)
+            truth.append(instances(moved, labels[k], settings))
+        total = step_loss(network, encoded(network, clouds, settings), truth, not args.float32)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 35)
+        optimizer.step()
+        schedule.step()
+        recent.append(float(total.detach()))
+        if (step + 1) % 25 == 0:
+            pace = (time.time() - begun) / len(recent)
+            print(f"step {step + 1}: loss {np.mean(recent[-25:]):.3f}, {pace:.2f} s a step", flush=True)
+        if (step + 1) % SAVED == 0 or step + 1 == args.steps:
+            saved = {
+                "model": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+            }
+            torch.save(saved, resume.with_suffix(".tmp"))
+            resume.with_suffix(".tmp").rename(resume)
+    weights = {  # half precision for what is large: convolutions and the encoder's matrix
+        name: value.contiguous().half() if value.dim() > 1 else value for name, value in network.state_dict().items()
+    }
+    torch.save({"state_dict": weights, "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out)
+
+
+if __name__ == "__main__":
+    main()
