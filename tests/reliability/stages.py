@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # What differs from run to run, in any file of JSON.
 TIMES = {
-    "created", "command", "latency_ms", "stages_ms", "speedup_vs_fp32", "pattern_rebuild_ms", "machine", "build_seconds",
+    "created", "command", "latency_ms", "stages_ms", "stages_p95_ms", "speedup_vs_fp32", "pattern_rebuild_ms", "machine", "build_seconds",
 }  # fmt: skip
 
 
