@@ -41,6 +41,12 @@ def box_iou_rotated(a: np.ndarray, b: np.ndarray, of_first: bool = False, aligne
     return np.divide(common, whole, out=np.zeros_like(common), where=real)
 
 
+def common_areas(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The area that every box of `a` shares with every box of `b`: float64[N,M]. a: float[N,≥5], b: float[M,≥5]."""
+    iou = box_iou_rotated(a, b)
+    return iou * (_areas(a)[:, None] + _areas(b)[None]) / (1 + iou)
+
+
 def nms_rotated(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
     """Greedy suppression of boxes whose intersection over union with a better kept box is above `threshold`.
 

@@ -46,15 +46,9 @@ def run(args: argparse.Namespace) -> int:
         pairs = agree(rows, frames, done)
     for pair in pairs:
         _print(pair)
-    emit_json(
-        args,
-        {
-            "frames": len(frames),
-            "passed": not any(pair.problems for pair in pairs),
-            "pairs": [pair.described() for pair in pairs],
-        },
-    )
-    return OK if not any(pair.problems for pair in pairs) else FAILED
+    passed = not any(pair.problems for pair in pairs)
+    emit_json(args, {"frames": len(frames), "passed": passed, "pairs": [pair.described() for pair in pairs]})
+    return OK if passed else FAILED
 
 
 def _print(pair: Pair) -> None:

@@ -208,10 +208,10 @@ def agree(
     for n in range(len(frames)):
         frame = frames[n]
         found = [_run(row, frame) for row in rows]
-        regions = found[0][1]
+        regions = rows[0].pipeline.flow.regions(found[0][0]) or {ALL: np.ones((), bool)}
         for (i, j), pair in pairs.items():
             both = exact[i] and exact[j]
-            (one, _, boxes_a), (other, _, boxes_b) = found[i], found[j]
+            (_, one, boxes_a), (_, other, boxes_b) = found[i], found[j]
             for name, value in one.items():
                 limit = value.exact if both else value.rounded
                 for region, where in regions.items():
@@ -225,8 +225,8 @@ def agree(
     return list(pairs.values())
 
 
-def _run(row: Row, frame: Any) -> tuple[dict[str, InUnit], dict[str, np.ndarray], Detections | None]:
-    """A row's outputs in their units, the regions of its cells, and its boxes."""
+def _run(row: Row, frame: Any) -> tuple[dict[str, Any], dict[str, InUnit], Detections | None]:
+    """A row's tensors, its outputs in their units, and its boxes."""
     tensors = row.pipeline.forward(frame)
     flow = row.pipeline.flow
     for name in flow.plan.outputs:
@@ -235,5 +235,4 @@ def _run(row: Row, frame: Any) -> tuple[dict[str, InUnit], dict[str, np.ndarray]
                 f"{row.name}: {name}: found NaN or infinity, expected finite values; run `bevqat health`"
             )
     boxes = row.pipeline.decode(tensors).converted() if flow.plan.boxes else None
-    regions = flow.regions(tensors) or {ALL: np.ones((), bool)}
-    return flow.in_units({name: tensors[name] for name in flow.plan.outputs}), regions, boxes
+    return tensors, flow.in_units({name: tensors[name] for name in flow.plan.outputs}), boxes

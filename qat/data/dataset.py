@@ -159,9 +159,9 @@ def split_tokens(nusc: NuScenes, split: str) -> list[str]:
                 if token in tokens:
                     raise UserError(f"{folder / 'sample.json'}: found {token!r} in a cycle of `next`; {FETCH}")
                 tokens[token] = None
-                if t4 is not None and token in t4.skipped:
-                    del tokens[token]
                 token = record_of(nusc, "sample", token).get("next")
+    if t4 is not None:
+        tokens = {token: None for token in tokens if token not in t4.skipped}
     if not tokens:
         raise UserError(
             f"{nusc.dataroot}: split {split!r} has no keyframes in version {nusc.version}, expected scenes of "

@@ -68,7 +68,7 @@ def _newest(folder: Path) -> Path | None:
 def find(root: Path) -> list[Path]:
     """The folders of the data sets below a root, each with its `annotation`; none where it is no T4 root."""
     if root.suffix in (".yaml", ".yml") and root.is_file():
-        return list(dict.fromkeys(path for paths in _splits(root).values() for path in paths))
+        return _all(_splits(root, _settings(root)))
     if not root.is_dir():
         return []
     if (root / FOLDER / "sample_data.json").is_file():
@@ -102,10 +102,14 @@ def _settings(root: Path) -> dict[str, Any]:
     return found
 
 
-def _splits(root: Path) -> dict[str, list[Path]]:
+def _all(splits: Mapping[str, list[Path]]) -> list[Path]:
+    return list(dict.fromkeys(path for paths in splits.values() for path in paths))
+
+
+def _splits(root: Path, settings: Mapping[str, Any]) -> dict[str, list[Path]]:
     """The folders of each split of a YAML file."""
     found: dict[str, list[Path]] = {}
-    for split, names in _settings(root).items():
+    for split, names in settings.items():
         if split in SETTINGS or not isinstance(names, list):
             continue
         found[split] = []
@@ -146,12 +150,12 @@ class T4Tables:
 
     def __init__(self, root: Path) -> None:
         settings = _settings(root)
-        self.folders = find(root)
+        splits = _splits(root, settings) if root.is_file() else {}
+        self.folders = _all(splits) or find(root)
         self.root = root.parent if root.is_file() else root
         names = {**NAMES, **(settings.get("name_mapping") or {})}
         self.ranges = {name: float(value) for name, value in (settings.get("class_ranges") or {}).items()}
         self.tables: dict[str, list[dict[str, Any]]] = {}
-        self.splits: dict[str, list[str]] = {}
         self.skipped: set[str] = set()
         self.left_out: Counter[str] = Counter()
         scenes: dict[Path, list[str]] = {}
@@ -160,9 +164,7 @@ class T4Tables:
             self._add(folder, before, names, settings.get("lidar"))
             added = [record["name"] for record in self.tables["scene"]]
             scenes[folder] = added[sum(map(len, scenes.values())) :]
-        if root.is_file():
-            for split, paths in _splits(root).items():
-                self.splits[split] = [name for path in paths for name in scenes[path]]
+        self.splits = {split: [name for path in paths for name in scenes[path]] for split, paths in splits.items()}
         logs = [record["token"] for record in self.tables["log"]]
         self.tables["map"] = [{"token": "map", "log_tokens": logs, "category": "", "filename": ""}]
         if self.left_out:

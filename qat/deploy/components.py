@@ -23,14 +23,13 @@ POLICIES = {
     "int8": ("int8", "tensorrt-strong", False),
 }
 BACKENDS = {"pytorch": ("pytorch",), "onnx": ("onnxruntime", "openvino"), "tensorrt": ("tensorrt",)}
-# Read by the tools that these configs are for, and not needed here: the model's own config and plan have them.
-UNNEEDED = ("task_type", "model_io", "custom_imports", "default_scope")
+# Of the tools that these configs are for: here the model's config and plan have them, --data and each backend its device.
+UNNEEDED = ("task_type", "model_io", "custom_imports", "default_scope", "devices", "runtime_io")
+REPLACED = ("tolerance", "scenarios")  # each output has a limit in its own unit, and all pairs are compared
 READ = (
     "checkpoint_path",
-    "devices",
     "export",
     "components",
-    "runtime_io",
     "onnx_config",
     "tensorrt_config",
     "backend_config",
@@ -159,7 +158,10 @@ def parsed(config: Mapping[str, Any], source: str) -> DeployConfig:
         backends=chosen,
         int8=int8,
         keep_float=tuple(map(str, quantization.get("sensitive_layers", ()))),
-        unneeded=[key for key in UNNEEDED if key in config],
+        unneeded=[
+            *(key for key in UNNEEDED if key in config),
+            *(f"verification: {key}" for key in REPLACED if key in verification),
+        ],
     )
 
 

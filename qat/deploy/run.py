@@ -20,7 +20,7 @@ from qat.engine import CPU_FLAVOURS, Options, TensorRtOptions, identify
 from qat.export.checkpoint import export_checkpoint
 from qat.export.options import ExportOptions
 from qat.families import flow_of
-from qat.manifest import load_manifest, pipeline_of
+from qat.manifest import load_manifest
 from qat.model.opening import Source, read_config
 from qat.plan import BATCH, Plan
 from qat.runtime import build_engines
@@ -99,7 +99,7 @@ def deploy(config: DeployConfig, source: Source, data: Data, layout: str | None 
     flow = flow_of(settings)
     check_plan(config, flow.plan)
     if config.unneeded:
-        note(f"{config.source}: not needed, the model's config has it: {', '.join(config.unneeded)}")
+        note(f"{config.source}: not read: {', '.join(config.unneeded)}; see docs/centerpoint.md#deploy-configs")
     result = Deployed()
     precision, flavour, tf32 = POLICIES["int8" if config.int8 else config.policy]
     work = config.work_dir
@@ -151,12 +151,17 @@ def _options(config: DeployConfig, tf32: bool) -> Options:
     return Options(tensorrt=TensorRtOptions(tf32=tf32, workspace=config.workspace, profiles=tuple(config.profiles)))
 
 
+def _runs_on_cpus(precision: str | None, flavour: str) -> bool:
+    """Whether graphs are FP32-typed without QDQ."""
+    return flavour == "tensorrt" and precision in ("fp32", "fp16")
+
+
 def _export(config: DeployConfig, source: Source, ptq: Path | None, options: ExportOptions, result: Deployed) -> None:
     """onnx/: the parts that TensorRT builds. float/: the same network in FP32, which CPUs run; a folder for each CPU in INT8."""
     work = config.work_dir
     quantized = source if ptq is None else Source(ptq)
     written = {"onnx": (quantized, options)}
-    if (options.precision, options.flavour) not in (("fp32", "tensorrt"), ("fp16", "tensorrt")):
+    if not _runs_on_cpus(options.precision, options.flavour):
         written["float"] = (source, ExportOptions("fp32"))
     if ptq is not None:
         written |= {flavour: (quantized, ExportOptions("int8", flavour)) for flavour in CPU_FLAVOURS}
@@ -177,10 +182,8 @@ def _find(config: DeployConfig, result: Deployed, work: Path) -> None:
     onnx = config.onnx_path or work / "onnx"
     manifest = load_manifest(onnx)
     result.folders["onnx"] = onnx
-    floating = onnx.parent / "float"
-    typed = manifest["flavour"] == "tensorrt" and manifest["precision"] in ("fp32", "fp16")
-    result.folders["float"] = onnx if typed else floating
-    pipeline_of(onnx, manifest)
+    typed = _runs_on_cpus(manifest["precision"], manifest["flavour"])
+    result.folders["float"] = onnx if typed else onnx.parent / "float"
     for name in CPU_FLAVOURS:
         if (onnx.parent / name / "manifest.json").is_file():
             result.folders[name] = onnx.parent / name

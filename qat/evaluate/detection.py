@@ -146,14 +146,12 @@ def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEva
             f"({', '.join(DEFAULT_ATTRIBUTE)}), the only ones its metric defines; rename them in the config"
         )
     nusc = dataset.nusc
-    predictions = EvalBoxes()
+    predictions, ranges = EvalBoxes(), ranges_of(nusc)
     for token, found in detections.items():
         record = nusc.get("sample_data", nusc.get("sample", token)["data"]["LIDAR_TOP"])
         lidar2ego = transform(nusc.get("calibrated_sensor", record["calibrated_sensor_token"]))
         ego2global = transform(nusc.get("ego_pose", record["ego_pose_token"]))
-        predictions.add_boxes(
-            token, to_global(token, found, lidar2ego, ego2global, dataset.classes, ranges=ranges_of(nusc))
-        )
+        predictions.add_boxes(token, to_global(token, found, lidar2ego, ego2global, dataset.classes, ranges=ranges))
     # nuScenes' score is of its ten classes whatever the model has; of T4 data it is of the model's.
     own = dataset.classes if getattr(nusc, "t4", None) is not None else None
     return SampleEval(nusc, predictions, list(detections), own)
@@ -171,6 +169,8 @@ def evaluate_detections(dataset: Any, detections: Mapping[str, Detections], more
         map, nds (0 to 1); per_class_ap {class: AP averaged over 0.5, 1, 2, 4 m}; tp_errors {ATE, ASE, AOE, AVE, AAE
         means}; per_class_tp_errors; samples.
     """
+    from qat.evaluate.regions import more_figures  # which needs SampleEval
+
     evaluation = sample_eval(dataset, detections)
     metrics, _ = evaluation.evaluate()
 
@@ -187,15 +187,8 @@ def evaluate_detections(dataset: Any, detections: Mapping[str, Detections], more
             for name in metrics.mean_dist_aps
         },
         "samples": len(detections),
-        **(more_of(evaluation) if more else {}),
+        **(more_figures(evaluation) if more else {}),
     }
-
-
-def more_of(evaluation: SampleEval) -> Mapping[str, Any]:
-    """`qat.evaluate.regions.more_figures`."""
-    from qat.evaluate.regions import more_figures
-
-    return more_figures(evaluation)
 
 
 def devkit_metric(dataset: Any) -> Callable[[Mapping[str, Detections]], dict[str, float]]:

@@ -11,7 +11,7 @@ import numpy as np
 from nuscenes.eval.common.data_classes import EvalBoxes
 from pyquaternion import Quaternion
 
-from qat.boxes.overlap import box_iou_rotated
+from qat.boxes.overlap import common_areas
 from qat.evaluate.detection import SampleEval
 
 RINGS = (0.0, 20.0, 40.0, np.inf)  # metres from the car; classes are scored up to their own range
@@ -69,13 +69,11 @@ def _rows(boxes: Any) -> np.ndarray:
 
 def iou_3d(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union of upright boxes [N,7] and [M,7] of x, y, z (of the middle), sizes along their own axes and yaw."""
-    seen = box_iou_rotated(a[:, [0, 1, 3, 4, 6]], b[:, [0, 1, 3, 4, 6]])
-    area_a, area_b = (each[:, 3] * each[:, 4] for each in (a, b))
-    common = seen * (area_a[:, None] + area_b[None]) / (1 + seen)
+    common = common_areas(a[:, [0, 1, 3, 4, 6]], b[:, [0, 1, 3, 4, 6]])
     tops = np.minimum((a[:, 2] + a[:, 5] / 2)[:, None], (b[:, 2] + b[:, 5] / 2)[None])
     bottoms = np.maximum((a[:, 2] - a[:, 5] / 2)[:, None], (b[:, 2] - b[:, 5] / 2)[None])
     volume = common * (tops - bottoms).clip(0)
-    whole = (area_a * a[:, 5])[:, None] + (area_b * b[:, 5])[None] - volume
+    whole = a[:, None, 3:6].prod(-1) + b[None, :, 3:6].prod(-1) - volume
     return volume / np.maximum(whole, 1e-9)
 
 

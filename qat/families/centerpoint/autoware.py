@@ -8,7 +8,7 @@ postprocess_kernel.cu, ros_utils.cpp, ml_package.schema.json) and autoware_core'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ LABELS = ("UNKNOWN", "CAR", "TRUCK", "BUS", "TRAILER", "MOTORCYCLE", "BICYCLE", 
 NAMES = {"MOTORCYCLE": "MOTORBIKE"}  # as its parameter file spells the labels
 LIMITS = (50.0, 90.0, 121.0, 200.0)  # metres: upper bounds of the distances that have thresholds of their own
 ANY_DIRECTION = "PEDESTRIAN"  # whose yaw is not asked to be sure
+SURE = 0.3  # of (sin, cos): below it a box is dropped
 TYPES = {("fp32", "tensorrt"): "fp32", ("fp16", "tensorrt"): "fp16"}  # precision, flavour → trt_precision
 STRONG = "strongly-typed"
 
@@ -93,7 +94,7 @@ def parameter_files(manifest: Mapping[str, Any]) -> dict[str, str]:
     settings = manifest["pipeline"]
     voxel, head = settings["voxel"], settings["head"]
     names = class_names(settings["classes"])
-    threshold = float(head["bbox_coder"].get("score_threshold") or 0.0)
+    thresholds = Thresholds.of(settings)
     strong = manifest["flavour"] == "tensorrt-strong"
     encoder, dense = "pts_voxel_encoder", "pts_backbone_neck_head"
     package = {
@@ -114,10 +115,10 @@ def parameter_files(manifest: Mapping[str, Any]) -> dict[str, str]:
             "encoder_in_feature_size": columns_of(settings["decoration"]),
             "has_variance": False,
             "has_twist": True,
-            "yaw_norm_thresholds": [0.0 if name == ANY_DIRECTION else 0.3 for name in names],
+            "yaw_norm_thresholds": thresholds.yaw_norms.tolist(),
             "detection_score_thresholds": {
                 "distance_bin_upper_limits": list(LIMITS),
-                "min_confidence_scores": {name: [threshold] * len(LIMITS) for name in names},
+                "min_confidence_scores": {name: thresholds.scores[:, n].tolist() for n, name in enumerate(names)},
             },
         },
     }
@@ -149,15 +150,14 @@ class Thresholds:
     circle: float = 0.5
     overlap: float = 0.1
     reach: float = 10.0
-    names: Sequence[str] = field(default=())
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Thresholds:
         """Those that `parameter_files` writes."""
         names = class_names(settings["classes"])
         least = float(settings["head"]["bbox_coder"].get("score_threshold") or 0.0)
-        norms = np.array([0.0 if name == ANY_DIRECTION else 0.3 for name in names], np.float32)
-        return Thresholds(np.full((len(LIMITS), len(names)), least, np.float32), norms, names=names)
+        norms = np.array([0.0 if name == ANY_DIRECTION else SURE for name in names])
+        return Thresholds(np.full((len(LIMITS), len(names)), least), norms)
 
 
 def decode(maps: Mapping[str, np.ndarray], settings: Mapping[str, Any], thresholds: Thresholds) -> Detections:

@@ -10,10 +10,9 @@ import torch
 from qat.core.errors import UserError
 from qat.families.centerpoint import autoware
 from qat.families.centerpoint.autoware import older
-from qat.families.centerpoint.flow import MAPS, OLDER, names_of
+from qat.families.centerpoint.flow import MAPS, names_of
 from qat.families.family import PartModule
-from qat.families.mmdet3d.description import plain
-from qat.families.mmdet3d.model import MMDET3D, UNKNOWN, boxes_of
+from qat.families.mmdet3d.description import MMDET3D, OLDER, UNKNOWN, boxes_of, plain
 from qat.families.mmdet3d.network import PillarNet
 from qat.families.mmdet3d.pillar_family import PillarFamily
 

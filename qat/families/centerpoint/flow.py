@@ -20,13 +20,12 @@ from qat.core.checks import either, flag, listed, null, number, section, text
 from qat.families.centerpoint import autoware
 from qat.families.centerpoint.autoware import Thresholds, older
 from qat.families.flow import InUnit
+from qat.families.mmdet3d.description import OLDER
 from qat.families.mmdet3d.lidar import PillarFlow, pillar_plan, pillar_settings
 from qat.plan import Plan
 
 MAPS = tuple(autoware.MAPS)
-OLDER = "older"  # the convention of a head's boxes before mmdet3d 1.0, and Autoware's
 CONVENTION = "mmdet3d"
-SURE = 0.3  # of (sin, cos), below which Autoware's node drops a box
 # unit, largest difference of FP32 runners, largest root mean square where one rounds
 UNITS: dict[str, tuple[str, float, float]] = {
     "heatmap": ("probability", 1e-3, 0.03),
@@ -99,45 +98,37 @@ class CenterPoint(PillarFlow):
         several = {}
         for task in range(len(head["tasks"])):
             maps = self.maps_of(tensors, task)
-            if head["boxes"] == OLDER:
-                maps = older(maps)
             several.update({f"{name}_{task}": value.swapaxes(2, 3) for name, value in maps.items()})
         return decode(maps_from_tensors(several), head, suppress, CONVENTION)
 
     def maps_of(self, tensors: Mapping[str, Any], task: int) -> dict[str, Any]:
-        """One task's maps by their names."""
+        """One task's maps by their names, in mmdet3d's convention."""
         head = self.settings["head"]
         names = names_of(len(head["tasks"]), head["maps"])
-        return {name: tensors[tensor] for tensor, own, name in names if own == task}
+        maps = {name: tensors[tensor] for tensor, own, name in names if own == task}
+        return older(maps) if head["boxes"] == OLDER else maps
 
     def autoware_boxes(self, tensors: Mapping[str, np.ndarray], thresholds: Thresholds | None = None) -> Detections:
         """Boxes as Autoware's node makes them of the same maps (`qat.families.centerpoint.autoware.decode`), of a head with one task.
 
         thresholds: None for those of the parameter files that `bevqat export --layout autoware` writes.
         """
-        maps = self.maps_of(tensors, 0)
-        if self.settings["head"]["boxes"] != OLDER:
-            maps = older(maps)
+        maps = older(self.maps_of(tensors, 0))
         return autoware.decode(maps, self.settings, thresholds or Thresholds.of(self.settings))
 
     def in_units(self, tensors: Mapping[str, np.ndarray]) -> dict[str, InUnit]:
         """As `Flow.in_units`, of maps in mmdet3d's convention; yaw where the vector that gives it is long enough to mean one."""
         found = {}
         head = self.settings["head"]
-        for task in range(len(head["tasks"])):
-            maps = self.maps_of(tensors, task)
-            if head["boxes"] == OLDER:
-                maps = older(maps)
-            for tensor, own, name in names_of(len(head["tasks"]), head["maps"]):
-                if own != task:
-                    continue
-                value, period = maps[name], 0.0
-                if name == "heatmap":
-                    value = 1 / (1 + np.exp(-value.astype(np.float64)))
-                elif name == "rot":
-                    sure = np.hypot(value[:, 0], value[:, 1]) >= SURE
-                    value, period = np.where(sure, np.arctan2(value[:, 0], value[:, 1]), np.nan)[:, None], 2 * np.pi
-                found[tensor] = InUnit(value, *UNITS[name], period)
+        tasks = [self.maps_of(tensors, task) for task in range(len(head["tasks"]))]
+        for tensor, task, name in names_of(len(tasks), head["maps"]):
+            value, period = tasks[task][name], 0.0
+            if name == "heatmap":
+                value = 1 / (1 + np.exp(-value.astype(np.float64)))
+            elif name == "rot":
+                sure = np.hypot(value[:, 0], value[:, 1]) >= autoware.SURE
+                value, period = np.where(sure, np.arctan2(value[:, 0], value[:, 1]), np.nan)[:, None], 2 * np.pi
+            found[tensor] = InUnit(value, *UNITS[name], period)
         return found
 
     def regions(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

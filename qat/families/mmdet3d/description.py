@@ -8,6 +8,7 @@ from typing import Any
 
 from qat.core.errors import UserError
 
+MMDET3D, OLDER, UNKNOWN = "mmdet3d", "older", "unknown"  # boxes from mmdet3d 1.0 on; before it, and Autoware's
 KEYS = {"family", "source", "model", "classes", "load_dim", "columns"}
 
 
@@ -65,3 +66,12 @@ def check_keys(config: object, keys: set[str], family: str, source: str) -> Mapp
     if not isinstance(config, Mapping) or not set(config) >= keys or not isinstance(config["model"], Mapping):
         raise UserError(f"{source}: found no description of a {family}, expected the keys {', '.join(sorted(keys))}")
     return config
+
+
+def boxes_of(meta: Mapping[str, Any]) -> str:
+    """The convention of the boxes that a checkpoint was trained with, by its `meta`: MMDET3D, OLDER, or UNKNOWN. Runners of 1.x write
+    mmengine's release, those before it mmdet3d's."""
+    release = str(meta.get("mmdet3d_version", ""))
+    if release.startswith("0."):
+        return OLDER
+    return MMDET3D if release or "mmengine_version" in meta else UNKNOWN

@@ -20,12 +20,12 @@ from torch import nn
 from qat.checkpoints.reading import load_checkpoint
 from qat.core.console import note
 from qat.core.errors import UserError
+from qat.families.mmdet3d.description import OLDER, boxes_of
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
 CLASS_BIAS = -2.0  # of random weights: some scores pass the threshold, so that decoding and NMS have work
-MMDET3D, OLDER, UNKNOWN = "mmdet3d", "older", "unknown"  # boxes from mmdet3d 1.0 on, and before it
 _CLASS_LAYERS = ("conv_cls", "heatmap", "cls_conv", "conv_pred.conv_cls")
 
 
@@ -141,15 +141,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     checkpoint = load_checkpoint(path)
     fitted(model, checkpoint["state_dict"], str(path))
     note_older(checkpoint.get("meta") or {}, str(path))
-
-
-def boxes_of(meta: Mapping[str, Any]) -> str:
-    """The convention of the boxes that a checkpoint was trained with, by its `meta`: MMDET3D, OLDER, or UNKNOWN. Runners of 1.x write
-    mmengine's release, those before it mmdet3d's."""
-    release = str(meta.get("mmdet3d_version", ""))
-    if release.startswith("0."):
-        return OLDER
-    return MMDET3D if release or "mmengine_version" in meta else UNKNOWN
 
 
 def note_older(meta: Mapping[str, Any], source: str) -> None:

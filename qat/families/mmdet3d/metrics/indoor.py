@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qat.boxes.conventions import convert
-from qat.boxes.overlap import box_iou_rotated
+from qat.boxes.overlap import common_areas
 from qat.core.errors import UserError
 
 THRESHOLDS = (0.25, 0.5)
@@ -35,9 +35,7 @@ class Boxes:
 def box_overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union of every box [N,6 or 7] with every box [M,6 or 7], float64[N,M]."""
     a, b = _with_yaw(a), _with_yaw(b)
-    above, over = _from_above(a), _from_above(b)
-    iou = box_iou_rotated(above, over)
-    common = iou * (above[:, None, 2:4].prod(-1) + over[None, :, 2:4].prod(-1)) / (1 + iou)
+    common = common_areas(_from_above(a), _from_above(b))
     tops = np.minimum((a[:, 2] + a[:, 5])[:, None], (b[:, 2] + b[:, 5])[None])
     common = common * (tops - np.maximum(a[:, None, 2], b[None, :, 2])).clip(0)
     whole = a[:, None, 3:6].prod(-1) + b[None, :, 3:6].prod(-1) - common

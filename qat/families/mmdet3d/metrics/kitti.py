@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.boxes.overlap import box_iou_rotated
+from qat.boxes.overlap import box_iou_rotated, common_areas
 from qat.core.errors import UserError
 
 Anno = Mapping[str, np.ndarray]
@@ -62,10 +62,7 @@ def bev_overlaps(found: Anno, truth: Anno) -> np.ndarray:
 
 def box_overlaps(found: Anno, truth: Anno) -> np.ndarray:
     """Intersection over union of two annos' 3D boxes, float32[D,G]."""
-    above, over = _from_above(found), _from_above(truth)
-    iou = box_iou_rotated(above, over)
-    base = above[:, None, 2:4].prod(-1) + over[None, :, 2:4].prod(-1)
-    common = iou * base / (1 + iou)
+    common = common_areas(_from_above(found), _from_above(truth))
     bottoms, tops = [], []
     for anno, axis in ((found, 1), (truth, 0)):  # y points down: the top is at y − height
         y, height = anno["location"][:, 1].astype(np.float64), anno["dimensions"][:, 1].astype(np.float64)
