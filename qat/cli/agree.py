@@ -4,10 +4,10 @@ Two FP32 rows are judged by their largest difference in any cell, others by the 
 distance. Exit status 1 when a pair disagrees, 2 when there is nothing to compare.
 
 example:
-  bevqat calibrate --out runs/ptq.pth
-  bevqat export --ckpt runs/ptq.pth --fp32 --out runs/onnx_fp32
-  bevqat agree --onnx runs/onnx_fp32 --frames 2
-  bevqat agree --ptq runs/ptq.pth --onnx runs/onnx_fp32 runs/onnx_int8 --json runs/agreement.json
+  bevqat calibrate --out runs/agree/ptq.pth
+  bevqat export --ckpt runs/agree/ptq.pth --fp32
+  bevqat export --ckpt runs/agree/ptq.pth
+  bevqat agree --ptq runs/agree/ptq.pth --onnx runs/agree/onnx_fp32 runs/agree/onnx_int8 --frames 4
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Exit status 1 when backends disagree.
 
 example:
   bevqat deploy tests/deploy/deploy_small.py tests/mmdet3d/configs/awml_small.py random --work-dir runs/deployed
-  bevqat deploy deploy_config.py model_config.py model.pth --verify --evaluate --data data/t4
 """
 
 from __future__ import annotations

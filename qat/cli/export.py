@@ -6,7 +6,6 @@ example:
   bevqat export --ckpt runs/ptq.pth --flavour onnxruntime          # INT8 into runs/onnx_int8_onnxruntime
   bevqat export --ckpt runs/ptq.pth --fp16                         # for a builder's FP16 flag, into runs/onnx_fp16
   bevqat export --ckpt runs/ptq.pth --flavour tensorrt-strong      # for TensorRT 10 and 11
-  bevqat export --ckpt runs/cp/ptq.pth --flavour tensorrt-strong --layout autoware      # CenterPoint's two files
   bevqat export --ckpt runs/ptq.pth --parts fuser head.bbox --out runs/two_parts
 
 A float checkpoint, and random weights to measure latency with:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -98,13 +99,19 @@ def _quiet() -> Iterator[None]:
 
 
 def simplify(
-    model: onnx.ModelProto, name: str, folded: str | None = None, norms: bool = False, compared: bool = True
+    model: onnx.ModelProto,
+    name: str,
+    folded: str | None = None,
+    norms: bool = False,
+    compared: bool = True,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> onnx.ModelProto:
     """Runs onnxsim, with its comparison of both graphs on random input, then the full ONNX check.
 
     Args:
         folded: the largest constant to compute ahead, such as "1MB"; None for any. norms: batch norms may be left.
         compared: False if random inputs are meaningless (indices) and the caller compares on real ones.
+        shapes: those of the inputs of that comparison; needed where more than the first dimension varies.
 
     Raises:
         UserError: the simplified graph computes something else, or batch norms remain.
@@ -112,7 +119,9 @@ def simplify(
     np.random.seed(0)  # onnxsim draws its inputs from numpy's global generator
     try:
         with _quiet():
-            more = {} if folded is None else {"tensor_size_threshold": folded}
+            more: dict[str, Any] = {} if folded is None else {"tensor_size_threshold": folded}
+            if shapes is not None:
+                more["test_input_shapes"] = {given: list(shape) for given, shape in shapes.items()}
             simplified, same = onnxsim.simplify(model, check_n=int(compared), skipped_optimizers=NOT_FUSED, **more)
     except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
         what = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

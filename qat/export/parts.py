@@ -213,6 +213,7 @@ def _graph(
         # tensorrt-strong raises the opset itself if the types require it
         opset = OPSET if options.strong or options.opset is None else options.opset
         model = trace(wrapper, tensors, wrapper.inputs, wrapper.outputs, opset, options.dynamic_batch, varying)
-    model = simplify(model, name)
+    shapes = {own: value.shape for own, value in zip(wrapper.inputs, tensors, strict=True)} if varying else None
+    model = simplify(model, name, shapes=shapes)
     pads_into_pools(model)
     return model

@@ -110,7 +110,7 @@ def test_calibrate_and_export_both_parts(tmp_path):
     for words in (["--ckpt", str(ptq)], ["--init", "random", "--config", str(AWML)]):
         assert main(["export", *words, "--out", str(tmp_path / "out"), *data, "--frames", "1"]) == 0
         parts = json.loads((tmp_path / "out" / "manifest.json").read_text())["parts"]
-        assert parts["pts_voxel_encoder"]["inputs"]["input_features"]["shape"] == ["voxels", 32, 10]
+        assert parts["pts_voxel_encoder"]["inputs"]["input_features"]["shape"] == ["voxels", "points_a_voxel", 10]
         assert parts["pts_voxel_encoder"]["outputs"]["pillar_features"]["shape"] == ["voxels", 1, 32]
         assert "BatchNormalization" not in parts["pts_voxel_encoder"]["operators"]
 

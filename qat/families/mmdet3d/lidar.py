@@ -14,7 +14,7 @@ from qat.core.checks import flag, holds, listed, number, section, text
 from qat.core.console import note
 from qat.core.errors import UserError
 from qat.families.flow import Flow
-from qat.families.mmdet3d.pillars import batch_of_pillars, columns_of, grid_of, scatter
+from qat.families.mmdet3d.pillars import Canvas, batch_of_pillars, columns_of, grid_of, scatter
 from qat.plan import BATCH, Axis, Op, Part, Plan, Tensor
 
 BEAMS, AZIMUTHS = 32, 1000  # of a made-up revolution
@@ -80,7 +80,7 @@ def pillar_plan(settings: Mapping[str, Any], maps: Mapping[str, int | None], str
         outputs=outputs,
         tensors={
             "points": Tensor(("points", 1 + settings["decoration"]["columns"])),
-            "input_features": Tensor(("voxels", voxel["max_points"], columns_of(settings["decoration"]))),
+            "input_features": Tensor(("voxels", "points_a_voxel", columns_of(settings["decoration"]))),
             "coors": Tensor(("voxels", 4), "int32"),
             "pillar_features": Tensor(("voxels", 1, channels)),
             "spatial_features": Tensor((BATCH, channels, ny, nx)),
@@ -88,7 +88,11 @@ def pillar_plan(settings: Mapping[str, Any], maps: Mapping[str, int | None], str
         },
         reported={"pillar_features": ("pillar_features",), "spatial_features": ("spatial_features",), "heads": outputs},
         judged={"heads": outputs},
-        axes={"points": Axis(1, 4 * USUAL), "voxels": Axis(1, min(USUAL, most), most)},
+        axes={
+            "points": Axis(1, 4 * USUAL),
+            "voxels": Axis(1, min(USUAL, most), most),
+            "points_a_voxel": Axis(1, voxel["max_points"], voxel["max_points"]),
+        },
     )
 
 
@@ -207,8 +211,11 @@ class PillarFlow(PointsFlow):
     def ops(self) -> Mapping[str, Any]:
         """Voxelization with decoration, and the scatter."""
 
+        canvas, grid = Canvas(), grid_of(self.settings)
+
         def placed(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {"spatial_features": scatter(given["pillar_features"], given["coors"], grid_of(self.settings))}
+            memory = canvas if self.keep_buffers else None
+            return {"spatial_features": scatter(given["pillar_features"], given["coors"], grid, memory)}
 
         return {"voxelize": self.voxelize, "scatter": placed}
 

@@ -64,7 +64,8 @@ def pillars_of(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[np.ndar
 
     Returns:
         features float32[N,P,·]; cells int32[N,3] of z, y, x; how many cells with points were left out, beyond max_voxels. A cloud
-        without a point in the range gives one row of zeros whose cell is NOWHERE.
+        without a point in the range gives one row of zeros whose cell is NOWHERE. P is one more than the fullest pillar's points, at
+        most max_points: the encoder's maximum takes in an empty place of every pillar that is not full, and one is enough.
     """
     voxel = settings["voxel"]
     most = voxel["max_voxels"]
@@ -72,13 +73,14 @@ def pillars_of(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[np.ndar
         np.zeros((0, voxel["max_points"], settings["decoration"]["columns"]), np.float32), np.zeros((0, 3), np.int32), np.zeros(0, np.int32)
     )  # fmt: skip
     if not len(voxels):
-        shape = (1, voxel["max_points"], columns_of(settings["decoration"]))
+        shape = (1, 1, columns_of(settings["decoration"]))
         return np.zeros(shape, np.float32), np.full((1, 3), NOWHERE, np.int32), 0
     left_out = 0
     if len(voxels) == most:
         there = point_cells(points, voxel["size"], voxel["range"])
         left_out = len(np.unique(there[there[:, 0] >= 0], axis=0)) - most
-    return decorate(voxels, counts, cells, settings), cells, left_out
+    width = min(voxel["max_points"], int(counts.max()) + 1)
+    return decorate(voxels[:, :width], counts, cells, settings), cells, left_out
 
 
 def batch_of_pillars(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -96,7 +98,9 @@ def batch_of_pillars(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[n
         left_out += more
     if len(features) == 1:
         return features[0], cells[0], left_out
-    return np.concatenate(features), np.concatenate(cells), left_out
+    width = max(found.shape[1] for found in features)
+    padded = [np.pad(found, ((0, 0), (0, width - found.shape[1]), (0, 0))) for found in features]
+    return np.concatenate(padded), np.concatenate(cells), left_out
 
 
 def grid_of(settings: Mapping[str, Any]) -> tuple[int, int]:
@@ -114,10 +118,30 @@ def places(cells: Any, grid: Sequence[int]) -> tuple[Any, Any, int]:
     return inside, flat, int(cells[-1, 0]) + 1
 
 
-def scatter(features: np.ndarray, cells: np.ndarray, grid: Sequence[int]) -> np.ndarray:
-    """Pillars on their grid. features: float32[N,1,C]; cells: int32[N,4]; grid: (ny, nx). Returns float32[B,C,ny,nx]."""
+class Canvas:
+    """A grid that is written again for every cloud: only where the last one had pillars is it emptied."""
+
+    def __init__(self) -> None:
+        self.values = np.zeros((0, 0), np.float32)
+        self.filled = np.zeros(0, np.int64)
+
+    def empty(self, shape: tuple[int, int], flat: np.ndarray) -> np.ndarray:
+        """Zeros of a shape, of which the caller fills the columns `flat`."""
+        if self.values.shape != shape:
+            self.values = np.zeros(shape, np.float32)
+        else:
+            self.values[:, self.filled] = 0
+        self.filled = flat
+        return self.values
+
+
+def scatter(features: np.ndarray, cells: np.ndarray, grid: Sequence[int], canvas: Canvas | None = None) -> np.ndarray:
+    """Pillars on their grid. features: float32[N,1,C]; cells: int32[N,4]; grid: (ny, nx). Returns float32[B,C,ny,nx].
+
+    canvas: its memory is what is returned, until the next call with it.
+    """
     inside, flat, clouds = places(cells, grid)
     channels = features.shape[2]
-    canvas = np.zeros((channels, clouds * grid[0] * grid[1]), np.float32)
-    canvas[:, flat] = features[inside, 0].T
-    return np.ascontiguousarray(canvas.reshape(channels, clouds, *grid).swapaxes(0, 1))
+    filled = (canvas or Canvas()).empty((channels, clouds * grid[0] * grid[1]), flat)
+    filled[:, flat] = features[inside, 0].T
+    return np.ascontiguousarray(filled.reshape(channels, clouds, *grid).swapaxes(0, 1))
