@@ -18,6 +18,8 @@ from qat.compare.run import CACHE, CompareOptions, Comparison, compare
 from qat.core.errors import UserError
 from qat.core.files import sha256
 from qat.core.locks import one_writer
+from qat.core.machine import threads_of
+from qat.data.synth.generate import SynthOptions, generate
 from qat.export.checkpoint import export_checkpoint
 from qat.export.options import ExportOptions
 from qat.model.opening import Source, read_config
@@ -31,6 +33,12 @@ EXPORTS = (
 )
 
 
+# model → the generated data that it is shown on, where example-data does not fit: four revolutions in half a second
+GENERATED = {
+    "lidar-tiny": SynthOptions(
+        scenes=10, seed=23, keyframes=5, width=64, height=36, azimuths=540, sweeps=2, splits={"calib": 2, "eval": 8}
+    ),
+}
 HISTOGRAMS = 8  # number of the most harmful units, the command's default
 SENSITIVITY_FRAMES = 2  # enough to rank the units; each costs a pass through a part of the network for each of them
 
@@ -56,13 +64,18 @@ def _sensitivity(ptq: Path, data: Path, out: Path) -> None:
 
 @one_writer("out", inside=True)
 def demo(
-    model: Path, data: Path, out: Path, frames: int | None = None, rounds: int = 5, say: Callable[[str], None] = print
+    model: Path,
+    data: Path | None,
+    out: Path,
+    frames: int | None = None,
+    rounds: int = 5,
+    say: Callable[[str], None] = print,
 ) -> Demo:
     """Calibrates, exports FP32 and INT8 parts, builds them on every backend, compares and reports.
 
     Args:
-        model: folder of `config.yaml` and `<its name>.pth`.
-        data: nuScenes-format data with the splits calib and eval.
+        model: folder of `config.yaml` (or config.py, which is run) and `<its name>.pth`.
+        data: nuScenes-format data with the splits calib and eval; None generates a model's own (`GENERATED`) into out/data.
         out: folder for ptq.pth, sensitivity.json, onnx_fp32/, onnx_int8/, results.json and report.html.
         frames: number of keyframes of the split to evaluate on; None for all.
         say: called with a line at the start of each step.
@@ -77,14 +90,21 @@ def demo(
 
     if rounds < 1:
         raise UserError(f"--rounds: found {rounds}, expected at least 1")
+    config_file = model / "config.yaml"
+    if not config_file.is_file() and (model / "config.py").is_file():
+        config_file = model / "config.py"
+    if data is None:
+        data = out / "data"
+        step(f"generate scenes into {data}")
+        generate(data, GENERATED[model.name], threads_of(0), quiet=True)
     if frames is not None:  # checked now, not after the calibration and the exports
         if frames < 1:
             raise UserError(f"--frames: found {frames}, expected at least 1")
-        family, config = read_config(model / "config.yaml")
+        family, config = read_config(config_file)
         family.dataset(data, "eval", config, frames=frames)
     checkpoint, ptq = model / f"{model.name}.pth", out / "ptq.pth"
     step(f"calibrate {checkpoint} over the calibration frames of {data}")
-    calibrate_checkpoint(Source(checkpoint, model / "config.yaml"), CalibrateOptions(data, "calib"), ptq)
+    calibrate_checkpoint(Source(checkpoint, config_file), CalibrateOptions(data, "calib"), ptq)
     step(f"sensitivity: one unit in INT8 at a time, over {SENSITIVITY_FRAMES} calibration frames")
     _sensitivity(ptq, data, out)
     folders, verified = {}, True
@@ -101,7 +121,7 @@ def demo(
                 ptq,
                 [folders["fp32"]],
                 [folders[name] for name, precision, _ in EXPORTS if precision == "int8"],
-                model / "config.yaml",
+                config_file,
             ),
             data=data,
             split="eval",

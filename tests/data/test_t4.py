@@ -16,7 +16,9 @@ from qat.core.errors import UserError
 from qat.data import t4
 from qat.data.dataset import open_nuscenes, split_tokens, table_folders, transform
 from qat.evaluate import evaluate_detections
-from qat.model.opening import read_config
+from qat.model.opening import open_model, read_config
+from qat.model.runners import TorchPart, part_modules
+from qat.runtime.pipeline import Pipeline
 
 need_mmdet3d()
 
@@ -148,6 +150,23 @@ def test_equal_boxes_have_equal_scores(sets):
     assert figures[0]["map"] == pytest.approx(figures[1]["map"]) and figures[0]["map"] > 0.3
     assert figures[0]["nds"] == pytest.approx(figures[1]["nds"])
     assert figures[0]["tp_errors"] == pytest.approx(figures[1]["tp_errors"])
+
+
+def test_a_detector_finds_the_same_in_both(sets):
+    """Points, through the network, to boxes and scores."""
+    opened = open_model(MODEL.with_name(f"{MODEL.parent.name}.pth"), MODEL)
+    parts = {name: TorchPart(wrapper) for name, wrapper in part_modules(opened.network).items()}
+    pipeline = Pipeline(parts, opened.family.settings(opened.network.config))
+    mine, plain = frames_of(sets), frames_of(DATA, "eval", None)
+    found = {frame.token: pipeline.detect_sample(frame) for frame in mine}
+    for frame in plain:
+        for token, boxes in found.items():
+            if token.endswith(frame.token):
+                expected = pipeline.detect_sample(frame)
+                np.testing.assert_array_equal(boxes.boxes, expected.boxes)
+                np.testing.assert_array_equal(boxes.scores, expected.scores)
+                np.testing.assert_array_equal(boxes.labels, expected.labels)
+    assert sum(len(boxes.boxes) for boxes in found.values()) > 5 * len(found)
 
 
 def test_concatenated_lidars_are_in_the_ego_frame(tmp_path):
