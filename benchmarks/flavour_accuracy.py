@@ -1,9 +1,9 @@
 """What INT8 costs in each flavour: mAP and NDS of PyTorch's simulations, with intervals over scenes.
 
     bevqat synth --out data/goal --scenes 125 --seed 5000 --keyframes 4 --azimuths 180 --sweeps 0 --splits goal=125
-    python benchmarks/flavour_accuracy.py --ptq runs/calibrate/ptq.pth --data data/goal --split goal
+    python benchmarks/flavour_accuracy.py --ptq runs/calibrate/ptq.pth --data data/goal --split goal --rows tensorrt openvino+vtransform
 
-`openvino+vtransform` also rounds a part that calibration leaves off in that flavour. Boxes are kept by row and keyframe in --cache,
+`openvino+vtransform` also rounds a part that calibration leaves off in that flavour; of any family, such as `tensorrt+encoder`. Boxes are kept by row and keyframe in --cache,
 so that a run that was stopped goes on; flavours whose simulations are the same are run once.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,11 @@ from qat.calibrate import load_ptq
 from qat.calibrate.checkpoint import load_float_reference
 from qat.core.files import sha256
 from qat.core.progress import progress_bar
-from qat.data import NuScenesDataset
 from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.model.runners import run_frame, to_numpy
 
 
-def row_boxes(name: str, ptq: Path, dataset: NuScenesDataset, cache: Path) -> dict[str, Detections]:
+def row_boxes(name: str, ptq: Path, dataset: Any, cache: Path) -> dict[str, Detections]:
     """Boxes of every keyframe. name: "float", a flavour, or a flavour + parts."""
     if name == "float":
         _, model = load_float_reference(ptq)
@@ -59,12 +59,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("example-data"))
     parser.add_argument("--split", default="eval")
     parser.add_argument("--frames", type=int)
-    parser.add_argument("--rows", nargs="+", default=["tensorrt", "onnxruntime", "openvino", "openvino+vtransform"])
+    parser.add_argument("--rows", nargs="+", default=["tensorrt", "onnxruntime", "openvino"])
     parser.add_argument("--cache", type=Path, default=Path("runs/flavour-accuracy"))
     parser.add_argument("--resamples", type=int, default=1000)
     args = parser.parse_args()
     model, _ = load_ptq(args.ptq)
-    dataset = NuScenesDataset(args.data, args.split, model.config, None, args.frames)
+    dataset = model.family.dataset(args.data, args.split, model.config, None, args.frames)
     reference = row_boxes("float", args.ptq, dataset, args.cache)
     others = {name: row_boxes(name, args.ptq, dataset, args.cache) for name in args.rows}
     base = evaluate_detections(dataset, reference)

@@ -120,11 +120,19 @@ def test_pooling_needs_rounds(monkeypatch, capsys):
     assert says(capsys.readouterr().err, "error: --rounds: found 0", "expected at least 1")
 
 
-def test_mmdet3d_latency_prints_every_row(monkeypatch, capsys):
-    from lidar import POINTPILLARS, need_mmdet3d
+def test_mmdet3d_latency_prints_every_row(monkeypatch, capsys, tmp_path):
+    from lidar import POINTPILLARS, need_mmdet3d, write_cloud
 
     need_mmdet3d()
-    assert run(monkeypatch, "mmdet3d_latency", POINTPILLARS, "--rounds", 1) == 0
+    points = write_cloud(tmp_path / "cloud.bin")
+    flags = ("--points", points, "--rounds", 1, "--peers", "quantize_static")
+    assert run(monkeypatch, "mmdet3d_latency", POINTPILLARS, *flags) == 0
     printed = capsys.readouterr().out
-    rows = ("whole, PyTorch", "whole, FP32, openvino", "dense, FP32, onnxruntime", "dense, quantize_static, openvino")
-    assert all(row in printed for row in (*rows, "dense, ours, onnxruntime", "dense, plain QDQ, openvino"))
+    rows = (
+        "whole, PyTorch",
+        "whole, FP32, openvino",
+        "FP32, PyTorch",
+        "FP32, onnxruntime",
+        "INT8, quantize_static, openvino",
+    )
+    assert all(row in printed for row in (*rows, "INT8, ours, onnxruntime", "INT8, plain QDQ, openvino"))
