@@ -34,6 +34,7 @@ from qat.data import NuScenesDataset
 from qat.families.bevfusion.config import load_config
 from qat.families.bevfusion.recipe import BY_LAYER
 from qat.families.bevfusion.state import load_float_model
+from qat.lean.equalize import INPUTS
 from qat.lean.modes import quantizers, quantizers_off
 from qat.lean.quantizer import QuantizedConv2d, weight_range
 from qat.model.quantized import QuantizedModel
@@ -154,13 +155,13 @@ def only_weights(model: QuantizedModel, frames: Sequence) -> str:
 
 
 VARIANTS: tuple[tuple[str, bool, tuple[Callable[..., str], ...]], ...] = (
-    ("ranges alone", False, ()),
-    ("equalized inputs (calibrate)", True, ()),
-    ("  + bias correction", True, (correct_biases,)),
-    ("  + cross-layer equalization", True, (equalize_pairs,)),
-    ("  + both", True, (equalize_pairs, correct_biases)),
-    ("  weights left float (AdaRound's bound)", True, (weights_off,)),
-    ("  activations left float", True, (only_weights,)),
+    ("ranges alone", None, ()),
+    ("equalized inputs (calibrate)", INPUTS, ()),
+    ("  + bias correction", INPUTS, (correct_biases,)),
+    ("  + cross-layer equalization", INPUTS, (equalize_pairs,)),
+    ("  + both", INPUTS, (equalize_pairs, correct_biases)),
+    ("  weights left float (AdaRound's bound)", INPUTS, (weights_off,)),
+    ("  activations left float", INPUTS, (only_weights,)),
 )
 
 

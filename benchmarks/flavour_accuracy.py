@@ -24,7 +24,7 @@ from qat.calibrate.checkpoint import load_float_reference
 from qat.core.files import sha256
 from qat.core.progress import progress_bar
 from qat.evaluate import evaluate_detections, paired_bootstrap
-from qat.model.runners import run_frame, to_numpy
+from qat.model.runners import flow_for, run_frame, to_numpy
 
 
 def row_boxes(name: str, ptq: Path, dataset: Any, cache: Path) -> dict[str, Detections]:
@@ -36,6 +36,7 @@ def row_boxes(name: str, ptq: Path, dataset: Any, cache: Path) -> dict[str, Dete
         model, _ = load_ptq(ptq)
         model.use(flavour, parts)
     model.to(memory_format=torch.channels_last)
+    flow = flow_for(model)
     folder = cache / hashlib.sha256(f"{sha256(ptq)} {name}".encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
@@ -43,12 +44,14 @@ def row_boxes(name: str, ptq: Path, dataset: Any, cache: Path) -> dict[str, Dete
         for n, token in enumerate(dataset.tokens):
             path = folder / f"{token}.npz"
             if not path.is_file():
-                boxes = model.flow.decode(to_numpy(run_frame(model, dataset.load(token))))
+                boxes = flow.decode(to_numpy(run_frame(model, dataset.load(token))))
                 temporary = path.with_suffix(".part.npz")
-                np.savez(temporary, boxes=boxes.boxes, scores=boxes.scores, labels=boxes.labels)
+                given = {"boxes": boxes.boxes, "scores": boxes.scores, "labels": boxes.labels}
+                np.savez(temporary, **given, convention=boxes.convention)
                 temporary.rename(path)
             with np.load(path) as arrays:
-                found[token] = Detections(arrays["boxes"], arrays["scores"], arrays["labels"])
+                kept = (arrays[name] for name in ("boxes", "scores", "labels"))
+                found[token] = Detections(*kept, str(arrays["convention"]))
             done(n + 1)
     return found
 

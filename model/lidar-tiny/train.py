@@ -1,6 +1,6 @@
 """Trains lidar-tiny on nuScenes-format keyframes with mmdet3d's own modules and losses; goes on where a killed run stopped.
 
-python model/lidar-tiny/train.py DATA:SPLIT OUT.pth --steps 4000
+python model/lidar-tiny/train.py DATA:SPLIT OUT.pth
 
 The same options give the same weights, up to rounding, however often the run was interrupted. Beside OUT.pth are the merged points of all
 keyframes (OUT.points.npy, OUT.boxes.npz) and OUT.resume. One thread: set OMP_NUM_THREADS=1.
@@ -148,7 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--cycle", type=int, default=4000, help="steps of the learning rate's cycle")
+    parser.add_argument("--cool", type=int, default=2050, help="step from which the rate falls to 0 at --steps instead")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--float32", action="store_true", help="no bfloat16, for CPUs without it")
@@ -172,7 +174,7 @@ def main() -> None:
     head.train_cfg = ConfigDict(read(HERE / "config.py").model.train_cfg.pts)
     torch.nn.init.constant_(head.task_heads[0].heatmap[-1].bias, -2.19)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.25)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.cycle, pct_start=0.25)
     resume, begin = args.out.with_suffix(".resume"), 0
     if resume.exists():
         saved = torch.load(resume, weights_only=False)
@@ -182,6 +184,7 @@ def main() -> None:
         begin = saved["step"]
         print(f"goes on at step {begin}", flush=True)
     begun, recent = time.time(), []
+    left = args.steps - args.cool
     for step in range(begin, args.steps):
         epoch, place = divmod(step * args.batch, len(frames) // args.batch * args.batch)
         order = np.random.default_rng([1, epoch]).permutation(len(frames))
@@ -195,6 +198,8 @@ def main() -> None:
         total = step_loss(network, encoded(network, clouds, settings), truth, not args.float32)
         optimizer.zero_grad()
         total.backward()
+        if step >= args.cool:
+            optimizer.param_groups[0]["lr"] = schedule.get_last_lr()[0] * (args.steps - step) / left
         torch.nn.utils.clip_grad_norm_(network.parameters(), 35)
         optimizer.step()
         schedule.step()

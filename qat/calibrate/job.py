@@ -22,6 +22,7 @@ from qat.core.locks import one_writer
 from qat.core.progress import progress_bar
 from qat.core.provenance import made_by
 from qat.lean import Inventory
+from qat.lean.equalize import INSIDE
 from qat.lean.module import check_rules
 from qat.lean.placement import Kept
 from qat.model.opening import Model, Source, open_float
@@ -74,14 +75,19 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -
         return sample
 
     own = dataset.share(rank, size, bool(flow.plan.state))
-    with progress_bar("calibrating", len(own), show=rank == 0) as done:
+    equalize = usual.equalize if options.equalize else None
+    passes = 2 if equalize == INSIDE else 1
+    with progress_bar("calibrating", passes * len(own), show=rank == 0) as done:
         rules = options.rules
         whole = QuantizedModel(model, (*rules, *usual.keep_float))
         layers = [path for inventory in whole.inventory.values() for path in inventory.quantized]
         check_rules(rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
         frames = (load(token) for token in own)
-        equalize = options.equalize and usual.equalize
         quantized, report = calibrate(whole, frames, method, options.percentile, done, by_layer, equalize)
+        if passes == 2:
+            again = (load(token) for token in own)
+            more = lambda count: done(len(own) + count)  # noqa: E731
+            quantized, report = calibrate(quantized, again, method, options.percentile, more, by_layer, None)
     origin = None if opened.path is None else sha256(opened.path)
     found = None
     if budget is not None and scored is not None and origin is not None:
@@ -96,6 +102,7 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -
         "default_method": method,
         "by_layer": [list(pair) for pair in by_layer],
         "percentile": options.percentile if "percentile" in (method, *(other for _, other in by_layer)) else None,
+        "equalize": equalize,
         "equalized": sorted(quantized.equalized),
         "frames": report.frames,
         "split": options.split,

@@ -15,7 +15,7 @@ from qat.core.errors import NotFiniteError, UserError
 from qat.families.flow import Session
 from qat.lean import METHODS
 from qat.lean.calibrators import HistogramCalibrator
-from qat.lean.equalize import channel_scales
+from qat.lean.equalize import INPUTS, INSIDE, by_input, channel_scales
 from qat.lean.modes import quantizers
 from qat.lean.observe import counting_macs, observing, set_ranges
 from qat.lean.quantizer import Quantizer
@@ -84,7 +84,7 @@ def calibrate(
     percentile: float = 99.99,
     progress: Callable[[int], None] | None = None,
     by_layer: Sequence[tuple[str, str]] = (),
-    equalize: bool = True,
+    equalize: str | None = INPUTS,
 ) -> tuple[QuantizedModel, CalibrationReport]:
     """Sets the range of every quantizer from its tensor's values on `frames`.
 
@@ -96,7 +96,8 @@ def calibrate(
         progress: called with the number of frames done.
         by_layer: (pattern, method) pairs for quantizers with another method; the pattern (shell style) is matched against
             `part.quantizer`, and the first match counts.
-        equalize: divide the channels of a part's input by their magnitudes where that pays (`qat.lean.equalize`).
+        equalize: where channels are divided by their magnitudes if that pays (`qat.lean.equalize`): INPUTS; INSIDE, after which
+            another calibration finds the ranges of what was divided; or None.
 
     Under torchrun each process passes its own share of the frames, and all end with the same ranges.
 
@@ -107,10 +108,12 @@ def calibrate(
         raise UserError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
     quantized = model if isinstance(model, QuantizedModel) else QuantizedModel(model)
     report = CalibrationReport()
-    choice = _methods(quantized, method, by_layer) | dict.fromkeys(quantized.equalized, "max")
+    inside = quantized.equalizable(INSIDE)
+    divided = [name for name in quantized.equalized if name not in inside]
+    choice = _methods(quantized, method, by_layer) | dict.fromkeys(divided, "max")
     error = None
     session, runners = Session(quantized.flow), torch_runners(quantized)
-    observed = observing(quantized.parts, quantized.equalizable())
+    observed = observing(quantized.parts, quantized.equalizable(equalize) if equalize else None)
     with torch.inference_mode(), observed as calibrators, counting_macs(quantized.parts, report.macs):
         try:
             for frame in frames:
@@ -133,25 +136,28 @@ def calibrate(
     merge_calibrators(calibrators)
     report.unexcited = set_ranges(quantizers(quantized.parts), calibrators, choice, percentile)
     if equalize and report.frames >= FEW_FRAMES:
-        _equalize(quantized, calibrators, by_layer)
+        _equalize(quantized, calibrators, by_layer, equalize)
     quantized.keep_background()
     report.int8 = int8_layers(quantized)
     return quantized, report
 
 
 def _equalize(
-    model: QuantizedModel, calibrators: Mapping[str, HistogramCalibrator], by_layer: Sequence[tuple[str, str]]
+    model: QuantizedModel,
+    calibrators: Mapping[str, HistogramCalibrator],
+    by_layer: Sequence[tuple[str, str]],
+    kind: str,
 ) -> None:
-    """Equalizes the channels of parts' inputs if that pays and no method was set for the quantizer by name.
+    """Equalizes the channels of a kind of place if that pays and no method was set for the quantizer by name.
 
     Like a weight's, an equalized channel's range is its largest magnitude, whatever the method.
     """
     own, modules = quantizers(model.parts), dict(model.parts.named_modules())
-    for name, layers in model.equalizable().items():
+    for name, layers in model.equalizable(kind).items():
         calibrator = calibrators[name]
         assert calibrator.channels is not None and calibrator.squares is not None
-        weights = [modules[path].weight for path in layers]
-        scales = channel_scales(calibrator.channels, calibrator.squares / calibrator.values, weights)
+        weights = [by_input(modules[path]) for path in layers]
+        scales = channel_scales(calibrator.channels, calibrator.squares / calibrator.values, weights, kind)
         if scales is None or name in (pattern for pattern, _ in by_layer):
             continue
         model.equalize(name, scales)

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-equalize",
         action="store_true",
-        help="do not equalize the channels of a part's input (saves one product before the rounding)",
+        help="do not equalize channels (of a part's input this saves one product before the rounding)",
     )
     parser.add_argument(
         "--keep-float",

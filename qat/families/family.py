@@ -14,6 +14,7 @@ from torch import nn
 from qat.core.errors import UserError
 from qat.families import flow_class
 from qat.families.flow import Flow
+from qat.lean.equalize import INPUTS
 
 if TYPE_CHECKING:
     from qat.data.reading import Reading
@@ -92,7 +93,8 @@ class Recipe:
 
     keep_float: layers that stay float, with reasons. parts_off: scopes of parts that are float as a whole → their flavours;
     off_reason: why. method, by_layer: how ranges are chosen: a method of `qat.lean.METHODS`, and (pattern, method) pairs that
-    override it. equalize: whether channels of a part's input may be divided by their magnitudes. round_outputs: whether a
+    override it. equalize: where channels may be divided by their magnitudes (`qat.lean.equalize`): at parts' inputs, or inside
+    parts. round_outputs: whether a
     part's outputs may be rounded if that lets the preceding layer run in integers (`qat.lean.rules.integer_chain`).
     """
 
@@ -101,7 +103,7 @@ class Recipe:
     off_reason: str = ""
     method: str = "mse"
     by_layer: tuple[tuple[str, str], ...] = ()
-    equalize: bool = True
+    equalize: str = INPUTS
     round_outputs: bool = False
 
 

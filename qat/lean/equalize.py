@@ -1,4 +1,4 @@
-"""Equalizes the channels of a part's input, so that one scale suits them all.
+"""Equalizes the channels of an activation, so that one scale suits them all: of a part's input, or between two layers.
 
     before   x ─► Q ─┬─► conv(W₁)           after   x ─► · 1/s ─► Q ─┬─► conv(W₁ · s)
                      └─► conv(W₂)                                    └─► conv(W₂ · s)
@@ -14,12 +14,13 @@ value, which runtimes fuse with the rounding.)
     before   conv(W₀, b₀) ─► ReLU ─► Q ─► conv(W₁)      after   conv(W₀/s, b₀/s) ─► ReLU ─► Q ─► conv(W₁ · s)
 
 Tensors computed only from the depth map (`qat.lean.background`) are equalized too, for the same reason: their large values are
-few and in few channels. There the preceding convolution absorbs 1/s at no cost. (Between all other convolutions it gains almost
-nothing: docs/calibrate.md.)
+few and in few channels. There the preceding convolution absorbs 1/s at no cost. Between all other convolutions it gains camera-tiny
+almost nothing (docs/calibrate.md), but a detector over pillars 8 dB at its maps in s8 (model/lidar-tiny): a family's recipe says
+which (INPUTS, INSIDE).
 
 It is done if it pays: if the expected noise at the consumers' outputs, from rounded inputs and rounded weights together, falls
-to a half or less. (Scaled weights are rounded more coarsely, so dense inputs of nearly one size may
-gain nothing.)
+to a half or less; where a family wants it between all layers, and it costs nothing, if it falls at all. (Scaled weights are rounded more
+coarsely, so dense inputs of nearly one size may gain nothing.)
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from torch import fx, nn
 
 from qat.lean.background import DEPTH, backgrounds
 from qat.lean.insert import Inventory
-from qat.lean.quantizer import BOUND, QuantizedConv2d, weight_range
+from qat.lean.quantizer import BOUND, QuantizedConv2d, QuantizedConvTranspose2d, weight_range
 from qat.lean.trace import replace_module, submodule
 
-GAIN = 2.0  # share of the noise's power
+INPUTS, INSIDE = "inputs", "inside"  # parts' inputs and what comes from the depth map; between all other layers
+GAIN = {INPUTS: 2.0, INSIDE: 1.0}  # of the noise's power, from which it is done
 FLOOR = 2.0**-5  # the smallest s: calibration uses only some frames, and values beyond a channel's range are clipped
 
 
@@ -56,11 +58,12 @@ class ChannelScale(nn.Module):
 @dataclass
 class _Place:
     """A place where channels can be equalized. call: the quantizer's only call. takers: the convolutions after it. before: path
-    of the convolution that computes these channels, followed by a ReLU; None for a part's input."""
+    of the convolution that computes these channels, followed by a ReLU; None for a part's input. kind: INPUTS or INSIDE."""
 
     call: fx.Node
     takers: list[fx.Node]
     before: str | None
+    kind: str
 
 
 def _convolution_before(graph: fx.GraphModule, node: fx.Node) -> str | None:
@@ -80,26 +83,33 @@ def _place(graph: fx.GraphModule, name: str) -> _Place | None:
     takers = list(calls[0].users)
     for node in takers:
         layer = submodule(graph, node)
-        if not (isinstance(layer, QuantizedConv2d) and layer.groups == 1):
+        if not (isinstance(layer, QuantizedConv2d | QuantizedConvTranspose2d) and layer.groups == 1):
             return None
     source = calls[0].args[0]
     if not takers:
         return None
     if source.op == "placeholder":
-        return _Place(calls[0], takers, None)
+        return _Place(calls[0], takers, None, INPUTS)
     before = _convolution_before(graph, source)
     from_depth = {str(node.target) for node in takers} <= set(backgrounds(graph, (DEPTH,)))
-    return _Place(calls[0], takers, before) if before is not None and from_depth else None
+    return None if before is None else _Place(calls[0], takers, before, INPUTS if from_depth else INSIDE)
 
 
-def equalizable(graph: fx.GraphModule, inventory: Inventory) -> dict[str, list[str]]:
-    """Quantizers whose channels can be equalized, with the paths of the convolutions that would be scaled."""
+def equalizable(graph: fx.GraphModule, inventory: Inventory, kind: str = INPUTS) -> dict[str, list[str]]:
+    """Quantizers of a kind of place whose channels can be equalized, with the paths of the convolutions that would be scaled."""
     found = {}
     for name in inventory.quantizers:
         place = _place(graph, name)
-        if place is not None:
+        if place is not None and place.kind == kind:
             found[name] = [str(node.target) for node in place.takers]
     return found
+
+
+def by_input(layer: nn.Module) -> torch.Tensor:
+    """A convolution's weights as [O,C,kh,kw]; a transposed one has C first."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight
 
 
 def output_noise(
@@ -126,7 +136,9 @@ def output_noise(
     return total / 12
 
 
-def channel_scales(largest: torch.Tensor, energy: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def channel_scales(
+    largest: torch.Tensor, energy: torch.Tensor, weights: Sequence[torch.Tensor], kind: str = INPUTS
+) -> torch.Tensor | None:
     """The divisor of each channel, float32[C], 1 for the largest; None if equalizing does not pay.
 
     The range of a channel that was zero on every frame is unknown: it keeps the tensor's.
@@ -145,7 +157,7 @@ def channel_scales(largest: torch.Tensor, energy: torch.Tensor, weights: Sequenc
     step = top / BOUND
     before = output_noise(step * ones, ones, energy, weights)
     after = output_noise(step * scales, scales, energy, weights)
-    return scales if after > 0 and before / after >= GAIN else None
+    return scales if after > 0 and before / after >= GAIN[kind] else None
 
 
 def _divide_outputs(graph: fx.GraphModule, path: str, scales: torch.Tensor) -> None:
@@ -176,8 +188,8 @@ def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
     if place is None:
         raise ValueError(f"{name}: its channels cannot be equalized")
     layers = [graph.get_submodule(str(node.target)) for node in place.takers]
-    if any(layer.weight.shape[1] != len(scales) for layer in layers):  # type: ignore[index]
-        raise ValueError(f"{name}: found {len(scales)} scales, expected {layers[0].weight.shape[1]}")  # type: ignore[index]
+    if any(by_input(layer).shape[1] != len(scales) for layer in layers):
+        raise ValueError(f"{name}: found {len(scales)} scales, expected {by_input(layers[0]).shape[1]}")
     if place.before is not None:
         _divide_outputs(graph, place.before, scales)
     else:
@@ -187,8 +199,10 @@ def equalize(graph: fx.GraphModule, name: str, scales: torch.Tensor) -> None:
             scaled_input = graph.graph.call_module(path, (place.call.args[0],))
             place.call.replace_input_with(place.call.args[0], scaled_input)  # type: ignore[arg-type]
     for layer in layers:
-        assert isinstance(layer, QuantizedConv2d)
-        scaled = layer.weight.detach() * scales.to(layer.weight.device).reshape(1, -1, 1, 1)
+        assert isinstance(layer, QuantizedConv2d | QuantizedConvTranspose2d)
+        own = scales.to(layer.weight.device)
+        places = (-1, 1, 1, 1) if isinstance(layer, nn.ConvTranspose2d) else (1, -1, 1, 1)
+        scaled = layer.weight.detach() * own.reshape(places)
         layer.weight = nn.Parameter(scaled, requires_grad=layer.weight.requires_grad)
         layer.weight_quantizer.set_range(weight_range(layer))
     graph.graph.lint()

@@ -256,15 +256,16 @@ class QuantizedModel(nn.Module):
         """Quantizers of activations with their own ranges by `part.name`, including those that are off."""
         return {name: q for name, q in quantizers(self.parts).items() if not q.weights and q.shares is None}
 
-    def equalizable(self) -> dict[str, list[str]]:
-        """Quantizers by `part.name` whose channels can be equalized (`qat.lean.equalize`), with their consumers' paths."""
+    def equalizable(self, kind: str) -> dict[str, list[str]]:
+        """Quantizers by `part.name` whose channels can be equalized (`qat.lean.equalize`), with their consumers' paths. kind: INPUTS
+        or INSIDE."""
         found = {}
         for part, inventory in self.inventory.items():
             graph = self.parts[part]
             assert isinstance(graph, fx.GraphModule)
             if part in self.parts_off:  # the float form would have one more product
                 continue
-            for name, layers in equalizable(graph, inventory).items():
+            for name, layers in equalizable(graph, inventory, kind).items():
                 found[f"{part}.{name}"] = [f"{part}.{path}" for path in layers]
         return found
 

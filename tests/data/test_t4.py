@@ -24,7 +24,7 @@ need_mmdet3d()
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA, VERSION = ROOT / "example-data", "v1.0-synth"
-MODEL = ROOT / "model" / "centerpoint-tiny" / "config.py"
+MODEL = ROOT / "model" / "lidar-tiny" / "config.py"
 # nuScenes' category → how T4 data sets of several years name it
 NAMES = {
     "vehicle.car": "car",
@@ -180,7 +180,7 @@ def test_concatenated_lidars_are_in_the_ego_frame(tmp_path):
     ours = convert(frame.gt_boxes, "bevfusion", "nuscenes")
     np.testing.assert_allclose(ours[:, :3], moved[:, :3] @ move[:3, :3].T + move[:3, 3], atol=1e-3)
     # The points of a box's inside stay there.
-    assert frame.points.shape[1] == 4 and np.isfinite(frame.points).all()
+    assert frame.points.shape[1] == 5 and np.isfinite(frame.points).all()
     figures = evaluate_detections(
         mine, {f.token: Detections(f.gt_boxes, np.ones(len(f.gt_boxes), np.float32), f.gt_labels) for f in mine}
     )

@@ -17,9 +17,9 @@ need_mmdet3d()
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Path(__file__).resolve().parent / "deploy_small.py"
-MODEL = ROOT / "model" / "centerpoint-tiny"
-TINY = [str(MODEL / "config.py"), str(MODEL / "centerpoint-tiny.pth"), "--data", str(ROOT / "example-data")]
-# The same for centerpoint-tiny, which has no sizes to contradict.
+MODEL = ROOT / "model" / "lidar-tiny"
+TINY = [str(MODEL / "config.py"), str(MODEL / "lidar-tiny.pth"), "--data", str(ROOT / "example-data")]
+# The same for lidar-tiny, which has no sizes to contradict.
 NO_PROFILES = """
 export = dict(mode="{mode}", work_dir="{work_dir}")
 components = dict(pts_voxel_encoder=dict(), pts_backbone_neck_head=dict())
@@ -96,7 +96,7 @@ def test_int8_is_calibrated_and_written_for_every_backend(tmp_path, capsys):
     [
         ("[1, 32, 64, 96]", "[1, 32, 200, 200]", "profile of spatial_features: found 1 × 32 × 200 × 200, expected B × 32 × 64 × 96"),
         ("max_shape=[2000, 32, 10]", "max_shape=[96000, 32, 10]", "profile of input_features: found 96000 × 32 × 10"),
-        ("max_shape=[2000, 32, 10]", "max_shape=[2000, 32, 11]", "found 2000 × 32 × 11, expected voxels (1 to 2000) × 32 × 10"),
+        ("max_shape=[2000, 32, 10]", "max_shape=[2000, 32, 11]", "found 2000 × 32 × 11, expected voxels (1 to 2000) × points_a_voxel (1 to 32) × 10"),
         ('"heatmap", "reg", "height"', '"reg", "heatmap", "height"', "outputs: found reg, heatmap, height"),
         ('mode="both"', 'mode="all"', "export: mode: found 'all', expected one of onnx, trt, both, none"),
         ('mode="both"', 'mode="trt"', "export: onnx_path: found None"),

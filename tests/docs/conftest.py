@@ -91,7 +91,7 @@ def checkout(tmp_path_factory, small_network, make_detector) -> Path:
     for name in ("resnet50", "swint"):  # the full-size networks would take minutes
         (folder / "model" / name).mkdir()
         (folder / "model" / name / "config.yaml").write_text(text)
-    os.symlink(ROOT / "model" / "centerpoint-tiny", folder / "model" / "centerpoint-tiny")  # which is small
+    os.symlink(ROOT / "model" / "lidar-tiny", folder / "model" / "lidar-tiny")  # which is small
     for name in ("benchmarks", "examples", "qat", "tests", "docs"):
         os.symlink(ROOT / name, folder / name)
     robot = copy.deepcopy(small_network)

@@ -20,7 +20,7 @@ def frames():
     pytest.importorskip("mmdet3d")
     from qat.model.opening import read_config
 
-    family, config = read_config(DATA.parent / "model" / "centerpoint-tiny" / "config.py")
+    family, config = read_config(DATA.parent / "model" / "lidar-tiny" / "config.py")
     dataset = family.dataset(DATA, "eval", config, None, 4)
     return dataset, list(dataset)
 

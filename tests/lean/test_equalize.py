@@ -7,7 +7,7 @@ from torch import nn
 from qat.calibrate import calibrate, load_ptq, save_ptq
 from qat.calibrate.inspection import inspect_detector
 from qat.core.tensors import compare_tensors
-from qat.lean.equalize import FLOOR, channel_scales, equalizable, equalize, output_noise
+from qat.lean.equalize import FLOOR, INSIDE, channel_scales, equalizable, equalize, output_noise
 from qat.lean.insert import quantize_graph
 from qat.lean.modes import quantizers_off
 from qat.lean.trace import trace
@@ -160,6 +160,56 @@ def test_behind_an_image_or_what_does_not_scale_channels_are_left_alone(network)
     assert "quant_through" not in equalizable(graph, inventory)
 
 
+class Neck(nn.Module):
+    """A block whose output a convolution and a transposed one take, as SECONDFPN's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+        self.b, self.up = nn.Conv2d(8, 5, 1), nn.ConvTranspose2d(8, 4, 2, 2)
+
+    def forward(self, x):
+        y = self.relu(self.a(x))
+        return self.b(y), self.up(y)
+
+
+def test_between_two_layers_nothing_is_added_and_the_noise_falls(x):
+    """Transposed convolutions have their input's channels first. Channels of one ReLU differ by a factor of 32 here."""
+    torch.manual_seed(0)
+    network = Neck()
+    with torch.no_grad():
+        network.a.weight.mul_(SPREAD.clamp(min=FLOOR).reshape(-1, 1, 1, 1))
+        network.a.bias.mul_(SPREAD.clamp(min=FLOOR))
+    graph, inventory = quantized(network)
+    assert equalizable(graph, inventory) == {"quant_x": ["a"]}
+    assert equalizable(graph, inventory, INSIDE) == {"quant_relu": ["b", "up"]}
+    with torch.no_grad():
+        expected = network(x)
+        inside = network.relu(network.a(x))
+        largest, energy = inside.amax((0, 2, 3)), inside.square().mean((0, 2, 3))
+        graph.quant_relu.set_range(largest.max())
+        before = [compare_tensors(e.numpy(), g.numpy())["sqnr_db"] for e, g in zip(expected, graph(x), strict=True)]
+        weights = [network.b.weight, network.up.weight.transpose(0, 1)]
+        scales = channel_scales(largest, energy, weights, INSIDE)
+        nodes = len(list(graph.graph.nodes))
+        equalize(graph, "quant_relu", scales)
+        after = [compare_tensors(e.numpy(), g.numpy())["sqnr_db"] for e, g in zip(expected, graph(x), strict=True)]
+        assert len(list(graph.graph.nodes)) == nodes
+        with quantizers_off(graph):
+            for e, g in zip(expected, graph(x), strict=True):
+                assert torch.allclose(g, e, atol=1e-5)
+    assert all(new >= old for old, new in zip(before, after, strict=True)) and sum(after) > sum(before) + 1
+
+
+def test_between_two_layers_a_gain_of_any_size_is_taken():
+    """What costs nothing need not halve the noise; what raises it is left."""
+    torch.manual_seed(1)
+    weights, some = [torch.randn(4, 8, 3, 3)], torch.linspace(0.4, 1, 8)
+    assert channel_scales(4 * some, sparse(some), weights) is None
+    assert channel_scales(4 * some, sparse(some), weights, INSIDE) is not None
+    assert channel_scales(4 * some, (4 * some) ** 2 * 0.9, weights, INSIDE) is None
+
+
 def test_other_numbers_of_channels_are_refused():
     graph, _ = quantized(Two())
     with pytest.raises(ValueError, match="found 3 scales, expected 8"):
@@ -174,8 +224,8 @@ def test_calibration_equalizes_a_decoders_skewed_input_and_a_reload_has_it(tiny_
         last.bias.mul_(skew)
     model, _ = calibrate(tiny_model, tiny_frames, "mse")
     assert [name for name in model.equalized if "_dtransform_" not in name] == ["decoder.quant_x"]
-    assert calibrate(tiny_model, tiny_frames, "mse", equalize=False)[0].equalized == {}
-    widest = calibrate(tiny_model, tiny_frames, "max", equalize=False)[0].amax()["decoder.quant_x"]
+    assert calibrate(tiny_model, tiny_frames, "mse", equalize=None)[0].equalized == {}
+    widest = calibrate(tiny_model, tiny_frames, "max", equalize=None)[0].amax()["decoder.quant_x"]
     assert torch.equal(model.amax()["decoder.quant_x"], widest)  # whatever the method
     asked, _ = calibrate(tiny_model, tiny_frames, "max", by_layer=[("decoder.quant_x", "mse")])
     assert (

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qat.calibrate.sensitivity.result import FloatLayers
+from qat.lean.equalize import INPUTS
 from qat.lean.modes import quantizers
 from qat.model.quantized import QuantizedModel
 
@@ -51,12 +52,13 @@ def range_method(quantizer: str, recipe: Mapping[str, Any]) -> str:
     """The method by which calibration chose the range of `part.quantizer`, in words; "unknown" if the recipe does not say."""
     if recipe.get("finetune", {}).get("learn_ranges"):
         return "learned"
-    if quantizer in recipe.get("equalized", ()):
+    equalized = quantizer in recipe.get("equalized", ())
+    if equalized and recipe.get("equalize", INPUTS) == INPUTS:
         return "max, channels equalized"
     method = next(
         (other for pattern, other in recipe.get("by_layer", ()) if fnmatch.fnmatchcase(quantizer, pattern)),
         recipe.get("default_method", recipe.get("method", "unknown")),
     )
-    return (
-        f"percentile {recipe['percentile']:g}" if method == "percentile" and recipe.get("percentile") else str(method)
-    )
+    if method == "percentile" and recipe.get("percentile"):
+        method = f"percentile {recipe['percentile']:g}"
+    return f"{method}, channels equalized" if equalized else str(method)

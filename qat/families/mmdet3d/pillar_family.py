@@ -16,6 +16,7 @@ from qat.families.mmdet3d.lidar import BEFORE_HEAD
 from qat.families.mmdet3d.network import PillarNet, check_type
 from qat.families.mmdet3d.pillars import batch_of_pillars, grid_of
 from qat.families.mmdet3d.shared_family import Mmdet3dFamily
+from qat.lean.equalize import INSIDE
 from qat.lean.flavours import FLAVOURS
 
 ENCODERS = {"PillarFeatureNet": 3, "BackwardPillarFeatureNet": 2}  # columns of the offset to the pillar's centre
@@ -140,13 +141,13 @@ class PillarFamily(Mmdet3dFamily):
 
     def recipe(self, config: Mapping[str, Any]) -> Recipe:
         """The encoder stays float: its features are metres, intensities up to 255 and offsets of centimetres side by side, and it
-        is under a hundredth of the multiplications. The grid's channels are not equalized: that
-        costs centerpoint-tiny 0.002 mAP (model/centerpoint-tiny)."""
+        is under a hundredth of the multiplications. Channels are equalized between layers, not the grid's: that cost 0.002 mAP and 5 dB
+        with background that is kept exact."""
         return Recipe(
             parts_off={"encoder": tuple(FLAVOURS)},
             off_reason="metres, intensities and offsets of centimetres side by side, for under a hundredth of the multiplications",
             method="mse",
-            equalize=False,
+            equalize=INSIDE,
             round_outputs=True,
         )
 
