@@ -1,0 +1,147 @@
+"""Run a deployed detector over its config's test set; score, time, write and draw its boxes.
+
+DEPLOY_CFG is MMDeploy's, MODEL_CFG mmdet3d's; both are Python, and are run. The data set is the one of MODEL_CFG's test_dataloader:
+KITTI's form is scored by KITTI AP, nuScenes' by its devkit, both on the CPU, with mmdet3d's keys. `python tools/test.py` is the same.
+
+example:
+  bevqat test configs/mmdet3d/voxel-detection/voxel-detection_onnxruntime_dynamic.py \\
+      centerpoint_02pillar_second_secfpn_circlenms_4x8_cyclic_20e_nus.py \\
+      --model work_dir/end2end.onnx --metrics bbox --device cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qat.cli.json_output import add_json_flag, emit_json
+
+# Flags of MMDeploy's that have no meaning here, and why.
+REFUSED = {
+    "--uri": "names a remote device, and detectors run on this machine; leave it out",
+    "--wait-time": "is of a window that moves on by itself; pictures are files here, see --show-dir",
+}
+
+
+class Refuse(argparse.Action):
+    """Ends with exit status 2 and one line."""
+
+    def __init__(self, option_strings: Any, dest: str, **more: Any) -> None:
+        super().__init__(option_strings, dest, nargs="?", help=argparse.SUPPRESS)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        flag = self.option_strings[0]
+        parser.exit(2, f"error: {flag} {REFUSED[flag]}\n")
+
+
+def positive(word: str) -> int:
+    """A whole number from 1 on."""
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {word}, expected a whole number from 1 on")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this verb's flags."""
+    parser.add_argument("deploy_cfg", metavar="DEPLOY_CFG", help="the deploy config: a path, or a name in configs/")
+    parser.add_argument(
+        "model_cfg", metavar="MODEL_CFG", help="the model's config: a path, or a name in mmdet3d's wheel"
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="the backend's files; or a checkpoint (.pth), tested in PyTorch; or results of --out (.pkl), scored again",
+    )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda:N (default cpu)")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="clouds at a time (default 1)")
+    parser.add_argument(
+        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="change MODEL_CFG, as mmengine's DictAction"
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument("--out", type=Path, metavar="PKL", help="write all detections")
+    results.add_argument("--format-only", action="store_true", help="write the data set's own form, and do not score")
+    results.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="KITTI: bbox, img_bbox; nuScenes: bbox (default: of test_evaluator)",
+    )
+    results.add_argument(
+        "--metric-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="KITTI: pcd_limit_range, default_cam_key, submission_prefix, pklfile_prefix; nuScenes: jsonfile_prefix",
+    )
+    results.add_argument("--json-file", type=Path, metavar="FILE", help="write the metrics as JSON, by mmdet3d's keys")
+    results.add_argument("--log2file", type=Path, metavar="FILE", help="also write what is printed there")
+    results.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for metrics.json, results/ and pictures/ (default runs/test/NAME)",
+    )
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument(
+        "--show", action="store_true", help="open each picture, or print its path where there is no display"
+    )
+    pictures.add_argument("--show-dir", type=Path, metavar="DIR", help="write a picture of each frame there")
+    pictures.add_argument(
+        "--show-score-thr", type=float, metavar="S", help="draw boxes that score S or more (default 0.3)"
+    )
+    pictures.add_argument("--interval", type=positive, metavar="N", help="draw every Nth frame (default 1)")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--speed-test", action="store_true", help="medians of voxelize, network and post")
+    speed.add_argument("--warmup", type=int, metavar="N", help="frames before the clock starts (default 10)")
+    speed.add_argument(
+        "--log-interval", type=positive, metavar="N", help="frames between lines of medians (default 100)"
+    )
+    add_json_flag(parser)
+    for flag in REFUSED:
+        parser.add_argument(flag, action=Refuse, dest="refused")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tests, and prints the metrics."""
+    from qat.deploy.mmdeploy.testing import Asked, finite, test
+
+    done = test(
+        Asked(
+            args.deploy_cfg,
+            args.model_cfg,
+            args.model,
+            args.device,
+            args.batch_size,
+            args.cfg_options,
+            args.out,
+            args.work_dir,
+            args.format_only,
+            args.metrics,
+            args.metric_options,
+            args.show,
+            args.show_dir,
+            args.show_score_thr,
+            args.interval,
+            args.log2file,
+            args.json_file,
+            args.speed_test,
+            args.warmup,
+            args.log_interval,
+        )
+    )
+    emit_json(
+        args,
+        {
+            "frames": done.frames,
+            "boxes": done.boxes,
+            "metrics": finite(done.values),
+            "speed_ms": done.speed or None,
+            "written": done.written,
+            "pictures": done.pictures,
+        },
+    )
+    return 0
