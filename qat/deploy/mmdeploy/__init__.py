@@ -1,1 +1,1 @@
-"""MMDeploy's flows for mmdet3d models: deploy configs read as they are, without mmdeploy and without its compiled operators."""
+"""MMDeploy's flows for mmdet3d's lidar detectors, without MMDeploy: its deploy configs, its files and their names."""
