@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from qat.core.errors import UserError
+from qat.families.mmdet3d.description import classes_of
 from qat.families.mmdet3d.inputs import CAMERAS, Reader, read_info_file, read_points
 
 if TYPE_CHECKING:
@@ -63,11 +64,7 @@ class TestFrames:
             )
         self.infos = read_info_file(self.file)
         self.infos["data_list"] = self._chosen(dataset.get("indices"))
-        meta = dict(dataset.get("metainfo") or {})
-        classes = meta.get("classes", dict(self.infos.get("metainfo") or {}).get("classes"))
-        if not classes:
-            raise self._fail("metainfo", "no classes", "the model's", "add metainfo=dict(classes=…)")
-        self.classes = [classes] if isinstance(classes, str) else list(classes)
+        self.classes = classes_of(config)
         self._camera = dataset.get("default_cam_key")
         self.names = [_name(info, n) for n, info in enumerate(self.records)]
 

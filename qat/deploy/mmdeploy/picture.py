@@ -191,7 +191,8 @@ def _over_image(
     resized = np.eye(4)
     resized[:2, :2] *= width / image.shape[1]
     height = max(1, round(image.shape[0] * width / image.shape[1]))
-    canvas = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    smaller = cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_LINEAR
+    canvas = cv2.resize(image, (width, height), interpolation=smaller)
     with_points = canvas.copy()
     draw_points(with_points, points, matrix, resized)
     canvas = cv2.addWeighted(canvas, 0.6, with_points, 0.4, 0.0)  # the picture stays visible below the points

@@ -141,8 +141,8 @@ class NuScenesScorer(Scorer):
                 values[f"{prefix}/{name}_AP_dist_{distance}"] = round(float(ap), 4)
             for error, value in metrics["label_tp_errors"][name].items():
                 values[f"{prefix}/{name}_{error}"] = round(float(value), 4)
-        for error, name in ERRORS.items():
-            values[f"{prefix}/{name}"] = round(float(metrics["tp_errors"][error]), 4)
+            for error, mean in ERRORS.items():  # behind the first class, where mmdet3d has them
+                values[f"{prefix}/{mean}"] = round(float(metrics["tp_errors"][error]), 4)
         values[f"{prefix}/NDS"], values[f"{prefix}/mAP"] = float(metrics["nd_score"]), float(metrics["mean_ap"])
         lines = [f"{'class':<22}AP      ATE     ASE     AOE     AVE     AAE"]
         for name in self.frames.classes:

@@ -34,7 +34,7 @@ WARMUP, LOG_INTERVAL = 10, 100
 class Detector(Protocol):
     """What runs over the frames (`qat.deploy.mmdeploy.detector.Detector`)."""
 
-    classes: Sequence[str]
+    flow: Any
     stages_ms: Mapping[str, float]
 
     def batch(self, clouds: Sequence[np.ndarray], /) -> list[Detections]:
@@ -188,6 +188,18 @@ def open_model(asked: Asked, config: Path) -> Detector:
     return open_detector(asked.deploy_cfg, str(config), list(asked.model), asked.device)
 
 
+def check_labels(settings: Mapping[str, Any], frames: TestFrames) -> None:
+    """Raises `UserError` where a test set has other classes than the model. settings: of its flow."""
+    head = settings.get("head", {})
+    tasks = [name for task in head.get("tasks", ()) for name in task]
+    count = len(tasks) or head.get("classes")
+    if (tasks and tasks != frames.classes) or count != len(frames.classes):
+        raise UserError(
+            f"{frames.source}: metainfo.classes: found {', '.join(frames.classes)}, expected the model's {count}"
+            f"{': ' if tasks else ''}{', '.join(tasks)}"
+        )
+
+
 def test(asked: Asked) -> Tested:
     """Tests a detector, or results that were written before.
 
@@ -213,11 +225,7 @@ def test(asked: Asked) -> Tested:
             found = read_results(asked.results, frames.names, frames.classes)
         else:
             detector = open_model(asked, path)
-            if list(detector.classes) != frames.classes:
-                raise UserError(
-                    f"{frames.source}: found classes {', '.join(frames.classes)} of the test set, expected the model's: "
-                    f"{', '.join(detector.classes)}"
-                )
+            check_labels(detector.flow.settings, frames)
             found = _run(asked, detector, frames, done, log)
     done.boxes = sum(map(len, found))
     log(f"{done.frames} frames of {frames.file}, {done.boxes} boxes")
