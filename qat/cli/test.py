@@ -13,26 +13,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
 
 from qat.cli.json_output import add_json_flag, emit_json
+from qat.core.errors import UserError
 
 # Flags of MMDeploy's that have no meaning here, and why.
 REFUSED = {
-    "--uri": "names a remote device, and detectors run on this machine; leave it out",
-    "--wait-time": "is of a window that moves on by itself; pictures are files here, see --show-dir",
+    "uri": "names a remote device; detectors run on this machine",
+    "wait_time": "is for a window that shows one frame after another; pictures are files, of --show-dir",
 }
-
-
-class Refuse(argparse.Action):
-    """Ends with exit status 2 and one line."""
-
-    def __init__(self, option_strings: Any, dest: str, **more: Any) -> None:
-        super().__init__(option_strings, dest, nargs="?", help=argparse.SUPPRESS)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        flag = self.option_strings[0]
-        parser.exit(2, f"error: {flag} {REFUSED[flag]}\n")
 
 
 def positive(word: str) -> int:
@@ -101,14 +90,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--log-interval", type=positive, metavar="N", help="frames between lines of medians (default 100)"
     )
     add_json_flag(parser)
-    for flag in REFUSED:
-        parser.add_argument(flag, action=Refuse, dest="refused")
+    for name in REFUSED:
+        parser.add_argument(_flag(name), metavar="VALUE", help=argparse.SUPPRESS)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Tests, and prints the metrics."""
     from qat.deploy.mmdeploy.testing import Asked, finite, test
 
+    for name, why in REFUSED.items():
+        if getattr(args, name) is not None:
+            raise UserError(f"{_flag(name)} {why}; leave it out")
     done = test(
         Asked(
             args.deploy_cfg,

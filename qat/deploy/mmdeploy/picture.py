@@ -156,8 +156,8 @@ def _ground(points: np.ndarray, low: np.ndarray, high: np.ndarray, scale: float)
         order = np.argsort(share, kind="stable")  # what is high is drawn last
         colour = np.array([70.0, 84.0, 110.0]) + share[order, None] * np.array([150.0, 140.0, 110.0])
         for right, down in ((1, 1), (0, 1), (1, 0), (0, 0)):  # four pixels, a point's own over others' rims
-            at = np.minimum(places[order] + [right, down], [width - 1, height - 1])
-            panel[at[:, 1], at[:, 0]] = colour.astype(np.uint8)
+            dots = np.minimum(places[order] + [right, down], [width - 1, height - 1])
+            panel[dots[:, 1], dots[:, 0]] = colour.astype(np.uint8)
     cross = (round(middle[0]), round(middle[1]))
     cv2.drawMarker(panel, cross, SENSOR, cv2.MARKER_CROSS, 14, 2, cv2.LINE_AA)
     return panel

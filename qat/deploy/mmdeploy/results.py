@@ -60,7 +60,7 @@ def _read(path: str | Path, entry: Mapping[str, Any], name: str, classes: int) -
             f"{where}: found {entry.get('sample_idx')!r}, expected this frame; the results are of another test set"
         )
     given = entry.get(FIELD)
-    arrays = [given.get(key) if isinstance(given, dict) else None for key in KEYS]
+    arrays: list[Any] = [given.get(key) if isinstance(given, dict) else None for key in KEYS]
     for key, array in zip(KEYS, arrays, strict=True):
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
             raise UserError(f"{where}: {FIELD}.{key}: found {type(array).__name__}, expected an array of numbers")

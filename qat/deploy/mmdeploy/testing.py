@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,20 +25,12 @@ from qat.deploy.mmdeploy.scoring import Scorer, scorer_of
 if TYPE_CHECKING:
     from mmengine.config import Config
 
+    from qat.deploy.mmdeploy.detector import Detector
+
 CHECKPOINTS = (".pth", ".pt", ".ckpt")
 STAGES = ("voxelize", "network", "post")
 SCORE_THR = 0.3  # of boxes that are drawn, as in mmdet3d
 WARMUP, LOG_INTERVAL = 10, 100
-
-
-class Detector(Protocol):
-    """What runs over the frames (`qat.deploy.mmdeploy.detector.Detector`)."""
-
-    flow: Any
-    stages_ms: Mapping[str, float]
-
-    def batch(self, clouds: Sequence[np.ndarray], /) -> list[Detections]:
-        """Boxes of several clouds; stages_ms are their sums."""
 
 
 @dataclass(frozen=True)
