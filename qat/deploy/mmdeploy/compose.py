@@ -25,6 +25,7 @@ NOTES = "bevqat"  # key of a file's metadata
 SAME_SINCE_11 = {
     "Add",
     "AveragePool",
+    "Cast",
     "Concat",
     "Constant",
     "Conv",

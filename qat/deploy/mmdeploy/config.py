@@ -9,6 +9,7 @@ from typing import Any
 
 from qat.core.errors import UserError
 from qat.deploy.mmdeploy.maps import DECODED, INPUTS, LATEST, release_of
+from qat.engine import BACKENDS
 from qat.engine.tensorrt_options import Profile
 from qat.families.mmdet3d.description import plain
 
@@ -34,12 +35,14 @@ class VoxelConfig:
     values: all of it, in Python's own values. backend: a key of `FILES`. precision: of the convolutions, fp32, fp16 or int8. release:
     whose names the outputs have, a key of `qat.deploy.mmdeploy.maps.RELEASES`. save_file: the ONNX file's name. profiles, workspace: of TensorRT,
     None for no limit.
+    flavour: of the part's graph (`qat.lean.flavours`).
     """
 
     source: str
     values: Mapping[str, Any]
     backend: str
     precision: str = "fp32"
+    flavour: str = "tensorrt"
     opset: int = 11
     save_file: str = "end2end.onnx"
     release: str = LATEST
@@ -48,7 +51,9 @@ class VoxelConfig:
 
     def quantized(self) -> VoxelConfig:
         """The same in INT8."""
-        return replace(self, precision="int8", opset=max(self.opset, INT8_OPSET))
+        strong = _section(_section(self.values, "backend_config", ""), "common_config", "").get("strongly_typed")
+        own = BACKENDS[self.backend].flavour
+        return replace(self, precision="int8", flavour="tensorrt-strong" if strong else own, opset=max(self.opset, INT8_OPSET))
 
     @property
     def voxels(self) -> tuple[int, int | None]:
@@ -147,6 +152,7 @@ def parsed(values: Mapping[str, Any], source: str) -> VoxelConfig:
         values=values,
         backend=kind,
         precision=precision,
+        flavour="tensorrt-strong" if precision == "fp16" else "tensorrt",
         opset=_opset(onnx, precision, fail),
         save_file=save_file,
         release=LATEST if not outputs or set(outputs) >= DECODED else release_of(outputs, source),

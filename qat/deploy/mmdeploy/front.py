@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -92,23 +92,31 @@ def _replace(graph: onnx.GraphProto, name: str, shape: tuple[int, ...]) -> None:
     graph.node.insert(0, onnx.helper.make_node("ConstantOfShape", [sizes], [name], name=f"{name}.zeros"))
 
 
-def mmdet3d_network(network: Any, flow: Flow, device: str = "cpu") -> Any:
-    """A `qat.deploy.mmdeploy.detector.Network` of mmdet3d's own modules: its encoder and its scatter, not those that are traced."""
+def mmdet3d_grid(network: Any, flow: Flow, device: str = "cpu") -> Callable[[Mapping[str, np.ndarray]], Any]:
+    """From the file's inputs to the grid, a tensor, by mmdet3d's own encoder and scatter, not those that are traced."""
     network = network.to(device).eval()
     grid = grid_of(flow.settings)
 
-    def compute(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        voxels, counts, coors = (
-            torch.from_numpy(feeds[name].copy()).to(device) for name in INPUTS
-        )  # some write into them
+    def compute(feeds: Mapping[str, np.ndarray]) -> torch.Tensor:
+        voxels, counts, coors = (torch.from_numpy(feeds[name].copy()).to(device) for name in INPUTS)  # some write into them
         there = counts > 0
+        if not there.any():
+            return torch.zeros(1, flow.settings["channels"], *grid, device=device)
         with torch.inference_mode():
-            if there.any():
-                features = network._of("voxel_encoder")(voxels[there], counts[there], coors[there])
-                placed = network._of("middle_encoder")(features, coors[there], 1)
-            else:
-                placed = torch.zeros(1, flow.settings["channels"], *grid, device=device)
-            maps = network.detect(placed)
+            features = network._of("voxel_encoder")(voxels[there], counts[there], coors[there])
+            placed: torch.Tensor = network._of("middle_encoder")(features, coors[there], 1)
+            return placed
+
+    return compute
+
+
+def mmdet3d_network(network: Any, flow: Flow, device: str = "cpu") -> Any:
+    """A `qat.deploy.mmdeploy.detector.Network` of mmdet3d's own modules."""
+    grid = mmdet3d_grid(network, flow, device)
+
+    def compute(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            maps = network.detect(grid(feeds))
         return {name: value.cpu().numpy() for name, value in zip(flow.plan.outputs, maps, strict=True)}
 
     return compute
