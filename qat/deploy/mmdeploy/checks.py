@@ -14,7 +14,8 @@ from qat.core.tensors import compare_tensors
 EXACT = 1e-5  # of FP32: the largest difference of a tensor, divided by its largest value
 GPU_EXACT = 1e-3  # on TensorRT, whose sums have another order
 ROUNDED = 40.0  # dB, where a difference in the last digits of FP32 decides single roundings
-CLOSE, CLOSE_SCORE = 0.01, 1e-3  # metres or radians
+CLOSE, CLOSE_SCORE = 0.01, 1e-3  # metres, radians
+FAR = 10.0  # metres: of a box that is further or larger, which random weights make, CLOSE grows in proportion
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def compare(
 class BoxCheck:
     """How boxes pair up with a reference's of the same class, the nearest first, within CLOSE and CLOSE_SCORE.
 
-    found, expected: how many. alone: of either set, without a partner.
+    found, expected: how many. alone: of either set, without a partner. max_box, max_score: the largest differences of partners.
     """
 
     found: int
@@ -77,7 +78,8 @@ def compare_boxes(found: Detections, expected: Detections) -> BoxCheck:
     for n in range(len(expected)):
         apart = np.abs(found.boxes - expected.boxes[n])
         apart[:, 6] = np.abs((apart[:, 6] + np.pi) % (2 * np.pi) - np.pi)
-        far = apart.max(1)
+        scale = max(1.0, float(np.abs(expected.boxes[n, :6]).max()) / FAR)
+        far = np.maximum(np.delete(apart, 6, 1).max(1) / scale, apart[:, 6])
         score = np.abs(found.scores - expected.scores[n])
         fits = free & (found.labels == expected.labels[n]) & (far < CLOSE) & (score < CLOSE_SCORE)
         if not fits.any():
