@@ -21,7 +21,9 @@ from qat.core.errors import UserError
 from qat.deploy.mmdeploy.frames import TestFrames
 from qat.deploy.mmdeploy.results import read_results, write_results
 from qat.deploy.mmdeploy.scoring import scorer_of
+from qat.deploy.mmdeploy.testing import model_config
 from qat.families.mmdet3d.config import read
+from qat.families.mmdet3d.description import read_description
 from qat.families.mmdet3d.infos import write_nuscenes_infos
 from qat.families.mmdet3d.kitti_form import write_kitti
 from qat.families.mmdet3d.metrics.kitti_annos import camera_to_lidar
@@ -243,6 +245,15 @@ def test_a_config_changed_by_options_changes_the_detector(kitti, tmp_path):
         return json.loads((tmp_path / "r.json").read_text())["boxes"]
 
     assert boxes("model.test_cfg.max_num=7") == 7 < boxes()
+
+
+def test_options_change_nothing_else():
+    """Nor the order of maps, and with it random weights."""
+    with model_config(str(CENTERPOINT), {"test_dataloader.dataset.indices": 4}) as (config, path):
+        assert config.test_dataloader.dataset.indices == 4
+        assert read_description(path, "centerpoint") == read_description(CENTERPOINT, "centerpoint")
+        before, after = (read(own).model.to_dict() for own in (CENTERPOINT, path))
+        assert repr(before) == repr(after)
 
 
 def test_forms_of_the_data_sets(kitti, nuscenes, tmp_path):

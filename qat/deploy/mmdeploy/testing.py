@@ -166,7 +166,9 @@ def model_config(name: str, options: Mapping[str, Any]) -> Iterator[tuple[Config
         raise UserError(f"--cfg-options: {path}: {what[0][:200] if what else type(error).__name__}") from error
     with tempfile.TemporaryDirectory() as folder:
         merged = Path(folder) / path.name
-        config.dump(str(merged))
+        # Not mmengine's own dump, which sorts keys: the order of a head's maps is the order of its modules and outputs.
+        values = {key: value for key, value in config.to_dict().items() if key != "source"}
+        merged.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()), encoding="utf-8")
         yield config, merged
 
 
