@@ -41,9 +41,7 @@ class CalibrationResult:
 
 
 @one_writer("out", lock=only_writers)
-def calibrate_checkpoint(
-    source: Source, options: CalibrateOptions, out: Path, frames: Any = None
-) -> CalibrationResult:
+def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path, frames: Any = None) -> CalibrationResult:
     """Calibrates a float network over a split and writes the PTQ checkpoint to `out`.
 
     frames: a data set instead of the one in `options.data`, with `tokens`, `load(token)` and `share`, as `Family.dataset` returns them.

@@ -30,7 +30,17 @@ from qat.core.errors import UserError
 RANDOM = "random"
 LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")
 # Flags of one kind of config; their defaults are None or False, so that one that was given is refused with the other kind.
-MMDEPLOY = ("test_img", "calib_dataset_cfg", "calib_frames", "device", "log_level", "show", "dump_info", "quant", "names")
+MMDEPLOY = (
+    "test_img",
+    "calib_dataset_cfg",
+    "calib_frames",
+    "device",
+    "log_level",
+    "show",
+    "dump_info",
+    "quant",
+    "names",
+)
 AWML = ("verify", "evaluate", "rot_y_axis_reference", "replace_onnx_models", "data", "version", "split", "calib_split")
 REFUSED = {
     "uri": "names a remote device; files are built and tried on this machine",
@@ -42,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's flags."""
     from qat.deploy.mmdeploy.maps import LATEST, RELEASES
 
-    parser.add_argument("deploy_cfg", type=Path, metavar="DEPLOY_CFG", help="the deploy config: a path, or one in configs/")
+    parser.add_argument(
+        "deploy_cfg", type=Path, metavar="DEPLOY_CFG", help="the deploy config: a path, or one in configs/"
+    )
     parser.add_argument("model_cfg", type=Path, metavar="MODEL_CFG", help="the model's config")
     parser.add_argument(
         "checkpoint", nargs="?", metavar="CKPT",
@@ -61,18 +73,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     mm.add_argument("--calib-frames", type=int, metavar="N", help="frames of it (default 32, or all)")
     mm.add_argument("--device", metavar="NAME", help="cpu or cuda:N (default cpu)")
-    mm.add_argument("--log-level", choices=LEVELS, help="what is printed on stderr (default INFO; DEBUG: every comparison)")
+    mm.add_argument(
+        "--log-level", choices=LEVELS, help="what is printed on stderr (default INFO; DEBUG: every comparison)"
+    )
     mm.add_argument("--show", action="store_true", help="open the pictures where there is a display")
     mm.add_argument("--dump-info", action="store_true", help="write deploy.json, pipeline.json and detail.json")
     mm.add_argument("--quant", action="store_true", help="INT8, also where the config does not ask for it")
     mm.add_argument(
-        "--names", choices=tuple(RELEASES), help=f"the outputs' names, of this release on (default the config's, or {LATEST})"
+        "--names",
+        choices=tuple(RELEASES),
+        help=f"the outputs' names, of this release on (default the config's, or {LATEST})",
     )
     awml = parser.add_argument_group("with AWML's configs")
-    awml.add_argument("--verify", action="store_true", help="check that all backends agree, also where the config does not")
+    awml.add_argument(
+        "--verify", action="store_true", help="check that all backends agree, also where the config does not"
+    )
     awml.add_argument("--evaluate", action="store_true", help="evaluate each backend, also where the config does not")
     awml.add_argument(
-        "--rot-y-axis-reference", action="store_true", help="boxes in Autoware's convention: --layout autoware of export"
+        "--rot-y-axis-reference",
+        action="store_true",
+        help="boxes in Autoware's convention: --layout autoware of export",
     )
     awml.add_argument("--replace-onnx-models", action="store_true", help="not needed: the parts export as they are")
     awml.add_argument("--data", type=Path, metavar="ROOT", help=f"nuScenes-format data (default {EXAMPLE})")
@@ -119,7 +139,9 @@ def _mmdeploy(args: argparse.Namespace, values: Mapping[str, Any], source: str) 
     from qat.deploy.mmdeploy.deploy import LOGGER, Request, deploy, draw_pictures, dump_info
 
     if args.checkpoint is None or args.image is None:
-        raise UserError(f"{source}: found no {'CKPT' if args.checkpoint is None else 'IMG'}, expected CKPT and IMG after MODEL_CFG")
+        raise UserError(
+            f"{source}: found no {'CKPT' if args.checkpoint is None else 'IMG'}, expected CKPT and IMG after MODEL_CFG"
+        )
     config = parsed(values, source)
     config = config.quantized() if args.quant else config
     config = replace(config, release=args.names) if args.names else config

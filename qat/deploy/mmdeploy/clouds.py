@@ -14,6 +14,7 @@ from qat.families.mmdet3d.frames import PointFiles
 from qat.families.mmdet3d.lidar import LidarFrame
 
 CALIB_FRAMES = 32
+OTHERWISE = "another config, or .bin files, with --calib-dataset-cfg"
 
 
 @dataclass
@@ -85,14 +86,14 @@ class CalibrationFrames(Sequence[LidarFrame]):
 
         config = read(model_cfg)
         if f"{kind}_dataloader" not in config:
-            raise UserError(f"{config.source}: found no {kind}_dataloader, expected the data set to calibrate on")
+            raise UserError(
+                f"{config.source}: found no {kind}_dataloader, expected the data set that INT8 is calibrated on; or name {OTHERWISE}"
+            )
         config.test_dataloader = config[f"{kind}_dataloader"]
         try:
             self._frames = TestFrames(config)
         except UserError as error:
-            raise UserError(
-                f"INT8: {error}; or name a config, a folder of .bin files or one with --calib-dataset-cfg"
-            ) from error
+            raise UserError(f"INT8: {error}; or name {OTHERWISE}") from error
         total = len(self._frames)
         count = min(CALIB_FRAMES, total) if count is None else count
         if not 1 <= count <= total:
@@ -130,6 +131,4 @@ def calibration_frames(
         return CalibrationFrames(given or model_cfg, count=count)
     all_files = PointFiles(Path(given), described["columns"], described["load_dim"], None, bool(described["sweeps"]))
     wanted = min(CALIB_FRAMES, len(all_files)) if count is None else count
-    return PointFiles(
-        Path(given), described["columns"], described["load_dim"], wanted, bool(described["sweeps"])
-    )
+    return PointFiles(Path(given), described["columns"], described["load_dim"], wanted, bool(described["sweeps"]))

@@ -53,7 +53,9 @@ class VoxelConfig:
         """The same in INT8."""
         strong = _section(_section(self.values, "backend_config", ""), "common_config", "").get("strongly_typed")
         own = BACKENDS[self.backend].flavour
-        return replace(self, precision="int8", flavour="tensorrt-strong" if strong else own, opset=max(self.opset, INT8_OPSET))
+        return replace(
+            self, precision="int8", flavour="tensorrt-strong" if strong else own, opset=max(self.opset, INT8_OPSET)
+        )
 
     @property
     def voxels(self) -> tuple[int, int | None]:

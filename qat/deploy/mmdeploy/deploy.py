@@ -84,12 +84,18 @@ class Deployed:
         ]
         for cloud, check, found in zip(self.clouds, self.boxes, self.found, strict=False):
             backend = next(iter(found))
-            lines.append(f"{cloud.name}: {check.found} boxes on {backend}, {check.expected} in PyTorch, {check.alone} without a partner")
+            lines.append(
+                f"{cloud.name}: {check.found} boxes on {backend}, {check.expected} in PyTorch, {check.alone} without a partner"
+            )
         if self.rounded:
-            lines.append(f"beside float: {min(figures.sqnr_db for figures in self.rounded.values()):.0f} dB in the worst map")
+            lines.append(
+                f"beside float: {min(figures.sqnr_db for figures in self.rounded.values()):.0f} dB in the worst map"
+            )
             share = self.rounded_boxes
             if share.judged:
-                lines.append(f"beside float: {share.found} of {share.judged} boxes well above the score threshold in both")
+                lines.append(
+                    f"beside float: {share.found} of {share.judged} boxes well above the score threshold in both"
+                )
         times = ", ".join(f"{stage} {milliseconds:.0f} ms" for stage, milliseconds in self.stages_ms.items())
         return [*lines, f"the last cloud: {times}"]
 
@@ -256,7 +262,12 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def verify(
-    config: VoxelConfig, graph: onnx.ModelProto, part: onnx.ModelProto, model: Any, clouds: Sequence[Cloud], result: Deployed
+    config: VoxelConfig,
+    graph: onnx.ModelProto,
+    part: onnx.ModelProto,
+    model: Any,
+    clouds: Sequence[Cloud],
+    result: Deployed,
 ) -> None:
     """Compares the composed graph, as it is in the file, on every cloud: in FP32 with mmdet3d's own modules; else with the part on the grid
     that PyTorch makes, because the part was compared with PyTorch by itself. Appends to `result`."""
@@ -303,7 +314,9 @@ def write_backend(config: VoxelConfig, file: Path, device: str) -> None:
         options = TensorRtOptions(
             fp16=bool(common.get("fp16_mode")), workspace=config.workspace, profiles=tuple(config.profiles)
         )
-        build(file, "tensorrt", config.precision, Options(cache=None, tensorrt=options)).save(file.with_suffix(".engine"))
+        build(file, "tensorrt", config.precision, Options(cache=None, tensorrt=options)).save(
+            file.with_suffix(".engine")
+        )
 
 
 def write_openvino(file: Path) -> None:
@@ -315,7 +328,9 @@ def write_openvino(file: Path) -> None:
     try:
         import openvino as ov
     except ModuleNotFoundError:
-        raise UserError("backend openvino: the package openvino is not installed; fix by: pip install openvino") from None
+        raise UserError(
+            "backend openvino: the package openvino is not installed; fix by: pip install openvino"
+        ) from None
     from qat.engine.openvino_backend import only_core
     from qat.engine.openvino_shift import shift_concatenated
 

@@ -98,7 +98,9 @@ def mmdet3d_grid(network: Any, flow: Flow, device: str = "cpu") -> Callable[[Map
     grid = grid_of(flow.settings)
 
     def compute(feeds: Mapping[str, np.ndarray]) -> torch.Tensor:
-        voxels, counts, coors = (torch.from_numpy(feeds[name].copy()).to(device) for name in INPUTS)  # some write into them
+        voxels, counts, coors = (
+            torch.from_numpy(feeds[name].copy()).to(device) for name in INPUTS
+        )  # some write into them
         there = counts > 0
         if not there.any():
             return torch.zeros(1, flow.settings["channels"], *grid, device=device)

@@ -54,7 +54,7 @@ def _pipeline(config: VoxelConfig, flow: Flow, steps: list[dict[str, Any]], name
     }  # fmt: skip
     after = {
         "type": "Task", "module": "mmdet3d", "name": "postprocess", "component": f"{name}Head",
-        "params": {"classes": flow.classes, **flow.settings["head"]},
+        "params": {**flow.settings["head"], "class_names": flow.classes},
         "output": ["post_output"], "input": ["prep_output", "infer_output"],
     }  # fmt: skip
     return {"input": ["points"], "output": ["post_output"], "tasks": [before, network, after]}
@@ -64,7 +64,8 @@ def _detail(config: VoxelConfig, model_cfg: str | Path, checkpoint: str | Path) 
     from qat.families.mmdet3d.library import versions
 
     sections: dict[str, Mapping[str, Any]] = {
-        key: config.values.get(key) or {} for key in ("codebase_config", "onnx_config", "backend_config", "calib_config")
+        key: config.values.get(key) or {}
+        for key in ("codebase_config", "onnx_config", "backend_config", "calib_config")
     }
     codebase = {
         "task": TASK, "codebase": "mmdet3d", "version": versions()["mmdet3d"],
