@@ -4,9 +4,10 @@ DEPLOY_CFG is MMDeploy's, MODEL_CFG mmdet3d's; both are Python, and are run. The
 KITTI's form is scored by KITTI AP, nuScenes' by its devkit, both on the CPU, with mmdet3d's keys. `python tools/test.py` is the same.
 
 example:
-  bevqat test configs/mmdet3d/voxel-detection/voxel-detection_onnxruntime_dynamic.py \\
-      centerpoint_02pillar_second_secfpn_circlenms_4x8_cyclic_20e_nus.py \\
-      --model work_dir/end2end.onnx --metrics bbox --device cpu
+  bevqat infos --data example-data --form kitti --split eval --out runs/test/kitti
+  bevqat test configs/mmdet3d/voxel-detection/voxel-detection_onnxruntime_dynamic.py tests/mmdet3d/configs/pointpillars_small.py \\
+      --model random --metrics bbox --device cpu \\
+      --cfg-options test_dataloader.dataset.data_root=runs/test/kitti/ test_dataloader.dataset.ann_file=kitti_infos_eval.pkl
 """
 
 from __future__ import annotations

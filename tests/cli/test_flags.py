@@ -86,8 +86,8 @@ def test_defaults_in_the_help_are_the_defaults(by_flag):
 def example_lines():
     for verb in VERBS:
         module = (ROOT / f"{module_of(verb).replace('.', '/')}.py").read_text()
-        text = module.split('"""')[1]
-        assert "\nexample:\n" in text, verb
+        text = re.sub(r"\\\\\n\s+", "", module.split('"""')[1])  # continued lines
+        assert re.search(r"\nexamples?:\n", text), verb
         for line in text.splitlines():
             if line.startswith("  bevqat ") or "torchrun" in line:
                 yield pytest.param(line.strip(), id=f"{verb}: {line.strip()[:60]}")

@@ -287,6 +287,64 @@ def test_forms_of_the_data_sets(kitti, nuscenes, tmp_path):
     assert not (tmp_path / "w" / "metrics.json").exists()
 
 
+CONFIGS = "configs/mmdet3d/voxel-detection/"
+
+
+def metrics_of(path: Path, words: list[str]) -> dict:
+    assert main(["test", *words, "--json-file", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("deploy", "file"),
+    [
+        ("voxel-detection_onnxruntime_dynamic.py", "end2end.onnx"),
+        ("voxel-detection_openvino_dynamic-kitti-32x4.py", "end2end.xml"),
+    ],
+)
+def test_a_deployed_file_scores_as_pytorch(kitti, tmp_path, deploy, file):
+    cloud = str(kitti / "training" / "velodyne_reduced" / "000000.bin")
+    config, work = [CONFIGS + deploy, str(POINTPILLARS)], tmp_path / "work"
+    assert main(["deploy", *config, "random:5", cloud, "--work-dir", str(work)]) == 0
+    data = [*of_kitti(kitti), "--metrics", "bbox", "--out", str(tmp_path / "out.pkl")]
+    built = metrics_of(tmp_path / "built.json", [*config, "--model", str(work / file), *data])
+    found = pickle.loads((tmp_path / "out.pkl").read_bytes())
+    torch = metrics_of(tmp_path / "torch.json", [*config, "--model", "random:5", *data])
+    assert built == pytest.approx(torch, abs=1e-3)
+    for ours, own in zip(found, pickle.loads((tmp_path / "out.pkl").read_bytes()), strict=True):
+        ours, own = ours["pred_instances_3d"], own["pred_instances_3d"]
+        assert len(own["scores_3d"]) > 5
+        np.testing.assert_allclose(ours["scores_3d"], own["scores_3d"], atol=1e-4)
+        np.testing.assert_allclose(ours["bboxes_3d"], own["bboxes_3d"], atol=1e-3, rtol=1e-3)
+
+
+def test_files_of_another_backend_are_refused(kitti, tmp_path, capsys):
+    (tmp_path / "end2end.onnx").write_bytes(b"no graph")
+    model = ["--model", str(tmp_path / "end2end.onnx"), *of_kitti(kitti)]
+    assert main(["test", CONFIGS + "voxel-detection_openvino_dynamic-kitti-32x4.py", str(POINTPILLARS), *model]) == 2
+    assert "expected one .xml for openvino" in capsys.readouterr().err
+    assert main(["test", CONFIGS + DEPLOY, str(POINTPILLARS), *model]) == 2
+    error = capsys.readouterr().err
+    assert "end2end.onnx" in error and error.count("\n") == 1
+
+
+@pytest.mark.nightly
+def test_the_tutorials_line(nuscenes, tmp_path, monkeypatch):
+    """mmdet3d's deployment tutorial: CenterPoint at its full size on ONNX Runtime, the names of configs as there."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "nuscenes").symlink_to(nuscenes)
+    monkeypatch.chdir(tmp_path)
+    model = "configs/centerpoint/centerpoint_02pillar_second_secfpn_circlenms_4x8_cyclic_20e_nus.py"
+    config = [CONFIGS + "voxel-detection_onnxruntime_dynamic.py", model]
+    cloud = str(next((nuscenes / "samples" / "LIDAR_TOP").iterdir()))
+    assert main(["deploy", *config, "random", cloud, "--work-dir", "work-dir"]) == 0
+    words = [*config, "--model", "work-dir/end2end.onnx", "--metrics", "bbox", "--device", "cpu"]
+    built = metrics_of(tmp_path / "built.json", words)
+    torch = metrics_of(tmp_path / "torch.json", [*config, "--model", "random", "--metrics", "bbox"])
+    key = "pred_instances_3d_NuScenes/NDS"
+    assert built[key] == pytest.approx(torch[key], abs=1e-3) and len(built) == 97
+
+
 def damaged(entries: list[dict], field: str, value: object) -> list[dict]:
     entries[1]["pred_instances_3d"][field] = value
     return entries
