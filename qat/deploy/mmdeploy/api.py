@@ -15,7 +15,7 @@ import numpy as np
 from qat.boxes.detections import Detections
 from qat.core.errors import UserError
 from qat.core.files import atomic_path
-from qat.deploy.mmdeploy.clouds import CalibrationFrames, Cloud, read_cloud
+from qat.deploy.mmdeploy.clouds import CalibrationFrames, Cloud, points_prefix, read_cloud
 from qat.deploy.mmdeploy.config import VoxelConfig, read
 from qat.deploy.mmdeploy.detector import (
     Detector,
@@ -210,7 +210,9 @@ class TaskProcessor:
         """A cloud with the picture that shows it, where there is one."""
         if isinstance(img, np.ndarray):
             return Cloud("points", img)
-        return read_cloud(img, self.described)
+        from qat.families.mmdet3d.config import read as read_config
+
+        return read_cloud(img, self.described, points_prefix(read_config(path_of(self.model_cfg))))
 
     def build_pytorch_model(self, model_checkpoint: str | Path | None = None) -> DeployedModel:
         """The model in PyTorch. model_checkpoint: None for random weights."""

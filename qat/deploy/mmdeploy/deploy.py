@@ -17,7 +17,7 @@ from qat.compare.agreement import MARGIN, BoxFigures, Figures
 from qat.core.errors import UserError
 from qat.core.files import atomic_set
 from qat.deploy.mmdeploy.checks import EXACT, GPU_EXACT, BoxCheck, TensorCheck, compare, compare_boxes
-from qat.deploy.mmdeploy.clouds import Cloud, calibration_frames, read_cloud
+from qat.deploy.mmdeploy.clouds import Cloud, calibration_frames, points_prefix, read_cloud
 from qat.deploy.mmdeploy.compose import at_opset, compose
 from qat.deploy.mmdeploy.config import FILES, VoxelConfig
 from qat.deploy.mmdeploy.detector import (
@@ -93,7 +93,9 @@ class Deployed:
                 f"beside float: {min(figures.sqnr_db for figures in self.rounded.values()):.0f} dB in the worst map"
             )
             share = self.rounded_boxes
-            if share.judged:
+            if not share.judged:
+                lines.append("beside float: no boxes well above the score threshold to compare")
+            else:
                 lines.append(
                     f"beside float: {share.found} of {share.judged} boxes well above the score threshold in both"
                 )
@@ -128,7 +130,7 @@ class Deployed:
             if not check.same
         ]
         lines += [f"{name}, beside float: {figures.wrong}" for name, figures in self.rounded.items() if figures.wrong]
-        if self.rounded and self.trained and self.rounded_boxes.wrong:
+        if self.trained and self.rounded_boxes.judged and self.rounded_boxes.wrong:
             lines.append(f"boxes, beside float: {self.rounded_boxes.wrong}")
         return lines
 
@@ -176,13 +178,15 @@ def opened(config: VoxelConfig, request: Request) -> tuple[Any, list[Cloud]]:
     Raises:
         UserError: one of them does not load, or the deploy config is of another model.
     """
+    from qat.families.mmdet3d.config import read as read_config
     from qat.model.opening import open_float
 
     source = source_of(request.model_cfg, request.checkpoint)
     model = open_float(source)
     flow = model.family.flow(model.config)
     need_pillars(flow, str(source.config))
-    clouds = [read_cloud(path, dict(model.config)) for path in (request.image, *request.tested)]
+    prefix = points_prefix(read_config(path_of(request.model_cfg)))
+    clouds = [read_cloud(path, dict(model.config), prefix) for path in (request.image, *request.tested)]
     check_profiles(config, flow)
     return model, clouds
 
