@@ -9,8 +9,8 @@ With `components` it is AWML's (docs/centerpoint.md#deploy-configs): parts are e
 is a GPU, all backends compared, and evaluated. Exit status 1 when backends disagree.
 
 examples:
-  bevqat deploy configs/mmdet3d/voxel-detection/voxel-detection_onnxruntime_dynamic.py tests/mmdet3d/configs/pointpillars_small.py \\
-      random cloud.bin --work-dir runs/deployed
+  bevqat deploy configs/mmdet3d/voxel-detection/voxel-detection_onnxruntime_dynamic.py tests/mmdet3d/configs/centerpoint_small.py \\
+      random example-data/samples/LIDAR_TOP/synth-0007-00000__LIDAR_TOP__1700000000000000.pcd.bin --work-dir runs/deployed
   bevqat deploy tests/deploy/deploy_small.py tests/mmdet3d/configs/awml_small.py random --work-dir runs/deployed
 """
 

@@ -27,7 +27,7 @@ VERBS = {
     "export": "write a checkpoint's ONNX parts and their manifest",
     "export-camera": "same as export (its earlier name)",
     **{verb: summary for verb, (_, summary) in families.VERBS.items()},
-    "deploy": "run a deploy config (AWML's): export, engines, verification and evaluation of each backend",
+    "deploy": "run a deploy config of MMDeploy's or AWML's: export, the backends' files, comparison with PyTorch",
     "test": "run a deployed mmdet3d detector over its config's test set: KITTI AP or nuScenes metrics, speed, pictures",
     "build": "build an exported folder's parts into engines for this machine, which a robot's process loads",
     "verify": "check exported parts against PyTorch's outputs, on any machine, without PyTorch",

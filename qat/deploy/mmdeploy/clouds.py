@@ -27,11 +27,11 @@ class Cloud:
     lidar2img: np.ndarray | None = None
 
 
-def read_cloud(path: str | Path, described: dict[str, Any]) -> Cloud:
+def read_cloud(path: str | Path, described: dict[str, Any], prefix: str = "") -> Cloud:
     """One cloud of a file: points (.bin), or mmdet3d infos (.pkl), whose first sample is taken, with the files beside it. Infos of the
     same name beside a .bin file say which picture shows it.
 
-    described: the model's description (`qat.families.mmdet3d.description`).
+    described: the model's description (`qat.families.mmdet3d.description`). prefix: the folder of points in its data set (`points_prefix`).
 
     Raises:
         UserError: it cannot be read, or has other columns.
@@ -45,7 +45,7 @@ def read_cloud(path: str | Path, described: dict[str, Any]) -> Cloud:
     info = read_infos(infos)[0] if path.suffix == ".pkl" or infos.is_file() else {}
     if path.suffix == ".pkl":
         name = str(dict(info.get("lidar_points") or {}).get("lidar_path", ""))
-        found = _beside(path, name)
+        found = _beside(path, name, prefix)
         if found is None:
             raise UserError(f"{path}: found no file {name or 'of points'} beside it, expected the points that it names")
         path = found
@@ -53,9 +53,20 @@ def read_cloud(path: str | Path, described: dict[str, Any]) -> Cloud:
     return Cloud(str(path), files.load(str(path)).points, *_picture(info, infos))
 
 
-def _beside(infos: Path, name: str) -> Path | None:
-    places = (infos.parent / name, infos.parent / Path(name).name)
-    return next((place for place in places if name and place.is_file()), None)
+def points_prefix(config: Any) -> str:
+    """The folder of the points in the data set of an mmdet3d config (`qat.families.mmdet3d.config.read`)."""
+    dataset = config.test_dataloader.dataset
+    while "data_prefix" not in dataset and "dataset" in dataset:
+        dataset = dataset.dataset
+    return str(dict(dataset.get("data_prefix") or {}).get("pts", ""))
+
+
+def _beside(infos: Path, name: str, prefix: str = "") -> Path | None:
+    """The file that infos name: relative to them, in the data set's folder, or by its name anywhere below."""
+    folder = infos.parent
+    places = (folder / name, folder / prefix / name, folder / Path(name).name)
+    found = next((place for place in places if name and place.is_file()), None)
+    return found or next(iter(sorted(folder.rglob(Path(name).name))), None) if name else None
 
 
 def _picture(info: dict[str, Any], infos: Path) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -17,12 +17,13 @@ from qat.compare.agreement import MARGIN, BoxFigures, Figures
 from qat.core.errors import UserError
 from qat.core.files import atomic_set
 from qat.deploy.mmdeploy.checks import EXACT, GPU_EXACT, BoxCheck, TensorCheck, compare, compare_boxes
-from qat.deploy.mmdeploy.clouds import Cloud, calibration_frames, read_cloud
+from qat.deploy.mmdeploy.clouds import Cloud, calibration_frames, points_prefix, read_cloud
 from qat.deploy.mmdeploy.compose import at_opset, compose
 from qat.deploy.mmdeploy.config import FILES, VoxelConfig
 from qat.deploy.mmdeploy.detector import (
     Detector,
     backend_on,
+    check_torch,
     engine_detector,
     need_pillars,
     path_of,
@@ -92,7 +93,9 @@ class Deployed:
                 f"beside float: {min(figures.sqnr_db for figures in self.rounded.values()):.0f} dB in the worst map"
             )
             share = self.rounded_boxes
-            if share.judged:
+            if not share.judged:
+                lines.append("beside float: no boxes well above the score threshold to compare")
+            else:
                 lines.append(
                     f"beside float: {share.found} of {share.judged} boxes well above the score threshold in both"
                 )
@@ -127,7 +130,7 @@ class Deployed:
             if not check.same
         ]
         lines += [f"{name}, beside float: {figures.wrong}" for name, figures in self.rounded.items() if figures.wrong]
-        if self.rounded and self.trained and self.rounded_boxes.wrong:
+        if self.trained and self.rounded_boxes.judged and self.rounded_boxes.wrong:
             lines.append(f"boxes, beside float: {self.rounded_boxes.wrong}")
         return lines
 
@@ -142,53 +145,68 @@ def deploy(config: VoxelConfig, request: Request) -> Deployed:
         UserError: the backend is not on this machine; files do not load, or do not fit each other.
     """
     from qat.engine import identify
-    from qat.model.opening import open_float
 
     check_torch(request.device)
     try:
         identify(backend_on(config, request.device))
     except UserError as error:
         raise UserError(f"{config.source}: {config.backend}: {error}") from None
-    source = source_of(request.model_cfg, request.checkpoint)
-    model = open_float(source)
-    flow = model.family.flow(model.config)
-    need_pillars(flow, str(source.config))
-    clouds = [read_cloud(path, dict(model.config)) for path in (request.image, *request.tested)]
-    check_profiles(config, flow)
+    model, clouds = opened(config, request)
     work = request.work_dir
     work.mkdir(parents=True, exist_ok=True)
-    quantized = None
-    if config.precision == "int8":
-        quantized = calibrated(source, request, dict(model.config), work / "ptq.pth")
     targets = [work / config.save_file]
     if config.backend != "onnxruntime":
         targets.append(targets[0].with_suffix(FILES[config.backend]))
     if config.backend == "openvino":
         targets.append(targets[0].with_suffix(".bin"))
-    with tempfile.TemporaryDirectory() as folder:
-        LOGGER.info("export: %s, opset %d", config.precision, config.opset)
-        graph, part = exported(config, model, quantized, clouds[0], Path(folder) / "parts")
-        result = Deployed(targets, clouds[len(request.tested) > 0 :], flow.classes, trained=model.path is not None)
-        verify(config, graph, part, model, clouds, result)
-        with atomic_set(*targets) as stage:
-            onnx.save(graph, stage / targets[0].name)
-            LOGGER.info("%s: %s", config.backend, targets[-1] if len(targets) < 3 else targets[1])
-            write_backend(config, stage / targets[0].name, request.device)
+    flow = model.family.flow(model.config)
+    tested = clouds[1:] if request.tested else clouds
+    result = Deployed(targets, tested, flow.classes, trained=model.path is not None)
+    graph = composed(config, request, model, clouds, result)
     file = targets[0] if len(targets) == 1 else targets[1]
+    with atomic_set(*targets) as stage:
+        onnx.save(graph, stage / targets[0].name)
+        LOGGER.info("%s: %s", config.backend, file)
+        write_backend(config, stage / targets[0].name)
     try_out(config, engine_detector(config, flow, file, request.device), torch_detector(model, request.device), result)
     return result
 
 
-def check_torch(device: str) -> None:
-    """Raises `UserError` for a device that this torch does not have."""
-    import torch
+def opened(config: VoxelConfig, request: Request) -> tuple[Any, list[Cloud]]:
+    """The float model (`qat.model.opening.Model`), and the clouds.
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device: found {device!r}, expected a device that this torch has ({str(error).splitlines()[0]})"
-        ) from None
+    Raises:
+        UserError: one of them does not load, or the deploy config is of another model.
+    """
+    from qat.families.mmdet3d.config import read as read_config
+    from qat.model.opening import open_float
+
+    source = source_of(request.model_cfg, request.checkpoint)
+    model = open_float(source)
+    flow = model.family.flow(model.config)
+    need_pillars(flow, str(source.config))
+    prefix = points_prefix(read_config(path_of(request.model_cfg)))
+    clouds = [read_cloud(path, dict(model.config), prefix) for path in (request.image, *request.tested)]
+    check_profiles(config, flow)
+    return model, clouds
+
+
+def composed(
+    config: VoxelConfig, request: Request, model: Any, clouds: Sequence[Cloud], result: Deployed
+) -> onnx.ModelProto:
+    """The ONNX file's graph, compared with PyTorch on every cloud, which is appended to `result`. In INT8 ptq.pth is written.
+
+    Raises:
+        UserError: there is nothing to calibrate on; the exported part is out of tolerance.
+    """
+    quantized = None
+    if config.precision == "int8":
+        quantized = calibrated(model, request, request.work_dir / "ptq.pth")
+    LOGGER.info("export: %s, opset %d", config.precision, config.opset)
+    with tempfile.TemporaryDirectory() as folder:
+        graph, part = exported(config, model, quantized, clouds[0], Path(folder) / "parts")
+    verify(config, graph, part, model, clouds, result)
+    return graph
 
 
 def check_profiles(config: VoxelConfig, flow: Any) -> None:
@@ -215,12 +233,13 @@ def check_profiles(config: VoxelConfig, flow: Any) -> None:
         )  # fmt: skip
 
 
-def calibrated(source: Any, request: Request, described: dict[str, Any], out: Path) -> Any:
+def calibrated(model: Any, request: Request, out: Path) -> Any:
     """The model with calibrated quantizers; written to `out`."""
     from qat.calibrate.job import calibrate_checkpoint
     from qat.calibrate.options import CalibrateOptions
 
-    frames = calibration_frames(request.calib, path_of(request.model_cfg), described, request.calib_frames)
+    source = source_of(request.model_cfg, request.checkpoint)
+    frames = calibration_frames(request.calib, path_of(request.model_cfg), dict(model.config), request.calib_frames)
     LOGGER.info("INT8: calibration on %d frames", len(frames))
     name = Path(str(request.calib or source.config))
     return calibrate_checkpoint(source, CalibrateOptions(name, "val"), out, frames).model
@@ -299,7 +318,7 @@ def torch_grid(model: Any, flow: Any, feeds: Mapping[str, np.ndarray]) -> np.nda
     return found
 
 
-def write_backend(config: VoxelConfig, file: Path, device: str) -> None:
+def write_backend(config: VoxelConfig, file: Path) -> None:
     """Writes the backend's files beside the ONNX file.
 
     Raises:

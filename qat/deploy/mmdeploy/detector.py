@@ -153,8 +153,8 @@ def pytorch_detector(model_cfg: Any, checkpoint: str | Path | None = None, devic
     """
     from qat.model.opening import open_float
 
-    source = source_of(model_cfg, checkpoint)
-    return torch_detector(open_float(source), device)
+    check_torch(device)
+    return torch_detector(open_float(source_of(model_cfg, checkpoint)), device)
 
 
 def torch_detector(model: Any, device: str = "cpu") -> Detector:
@@ -164,6 +164,18 @@ def torch_detector(model: Any, device: str = "cpu") -> Detector:
     flow = model.family.flow(model.config)
     need_pillars(flow, str(model.config["source"]))
     return Detector(flow, mmdet3d_network(model.network, flow, device), "PyTorch")
+
+
+def check_torch(device: str) -> None:
+    """Raises `UserError` for a device that this torch does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device: found {device!r}, expected a device that this torch has ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def need_pillars(flow: Flow, source: str) -> None:
