@@ -414,3 +414,20 @@ def test_clouds_that_are_none(tmp_path, capsys):
         assert words in error and error.count("\n") == 1
     assert main([*command, "--work-dir", str(tmp_path / "out")]) == 2
     assert "found no IMG" in capsys.readouterr().err
+
+
+def test_an_int8_graph_on_another_grid_fails(tmp_path, monkeypatch, capsys):
+    """The part is right, but what stands before it is not: the grid is compared by itself."""
+    from qat.deploy.mmdeploy import deploy as module
+
+    original = module.compose
+
+    def damaged(front, *more):
+        larger(front, next(node.input[1] for node in front.graph.node if node.op_type == "MatMul"))
+        return original(front, *more)
+
+    monkeypatch.setattr(module, "compose", damaged)
+    file = write_cloud(tmp_path / "cloud.bin")
+    flags = ["--work-dir", str(tmp_path / "out"), "--quant", "--calib-dataset-cfg", str(file), "--log-level", "ERROR"]
+    assert main(["deploy", str(named("onnxruntime")), str(POINTPILLARS), "random", str(file), *flags]) == 1
+    assert "FAILED: end2end.onnx, cloud.bin: spatial_features: differs by" in capsys.readouterr().out

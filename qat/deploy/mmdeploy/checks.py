@@ -13,7 +13,6 @@ from qat.core.tensors import compare_tensors
 
 EXACT = 1e-5  # of FP32: the largest difference of a tensor, divided by its largest value
 GPU_EXACT = 1e-3  # on TensorRT, whose sums have another order
-ROUNDED = 40.0  # dB, where a difference in the last digits of FP32 decides single roundings
 CLOSE, CLOSE_SCORE = 0.01, 1e-3  # metres, radians
 FAR = 10.0  # metres: of a box that is further or larger, which random weights make, CLOSE grows in proportion
 
@@ -29,9 +28,9 @@ class TensorCheck:
 
 
 def compare(
-    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], exact: float | None = EXACT
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], exact: float = EXACT
 ) -> list[TensorCheck]:
-    """One check for each tensor of `expected`. exact: the largest relative difference; None for graphs that round, which need `ROUNDED`.
+    """One check for each tensor of `expected`. exact: the largest relative difference.
 
     Raises:
         UserError: a value is not finite, or shapes differ.
@@ -43,8 +42,7 @@ def compare(
         apart = float(np.abs(found[name].astype(np.float64) - reference).max())
         relative = apart / largest if largest else apart
         db = None if not apart else float(difference["sqnr_db"])
-        passed = relative <= exact if exact is not None else db is None or db >= ROUNDED
-        checks.append(TensorCheck(name, relative, db, passed))
+        checks.append(TensorCheck(name, relative, db, relative <= exact))
     return checks
 
 

@@ -11,13 +11,13 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from qat.deploy.mmdeploy.compose import ALONE, GRID
 from qat.deploy.mmdeploy.maps import INPUTS
 from qat.export.graph import simplify, trace
 from qat.families.flow import Flow
 from qat.families.mmdet3d.pillars import grid_of
 from qat.families.mmdet3d.tracing import FORMS
 
-GRID, ALONE = "spatial_features", "alone"
 LARGEST = "1MB"  # of a constant that is computed ahead
 SMALL = 4096  # values; zeros beyond that are the grid
 
