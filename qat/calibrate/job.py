@@ -42,8 +42,10 @@ class CalibrationResult:
 
 
 @one_writer("out", lock=only_writers)
-def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -> CalibrationResult:
+def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path, frames: Any = None) -> CalibrationResult:
     """Calibrates a float network over a split and writes the PTQ checkpoint to `out`.
+
+    frames: a data set instead of the one in `options.data`, with `tokens`, `load(token)` and `share`, as `Family.dataset` returns them.
 
     With a budget, `<out>.budget.json` and `.budget.png` are written next to `out`.
     Under torchrun (inside `process_group`) the processes share the frames, and rank 0 writes.
@@ -61,7 +63,9 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -
     if method == "auto":
         method, by_layer = usual.method, (*by_layer, *usual.by_layer)
     model.to(device())
-    dataset = family.dataset(options.data, options.split, settings, options.version, options.frames)
+    dataset = frames
+    if dataset is None:
+        dataset = family.dataset(options.data, options.split, settings, options.version, options.frames)
     scored = None
     if budget is not None:  # opened before the work begins, so that errors are reported at once
         scored = family.dataset(budget.data, budget.split, settings, budget.version, budget.frames)
@@ -82,8 +86,8 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path) -
         whole = QuantizedModel(model, (*rules, *usual.keep_float))
         layers = [path for inventory in whole.inventory.values() for path in inventory.quantized]
         check_rules(rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
-        frames = (load(token) for token in own)
-        quantized, report = calibrate(whole, frames, method, options.percentile, done, by_layer, equalize)
+        samples = (load(token) for token in own)
+        quantized, report = calibrate(whole, samples, method, options.percentile, done, by_layer, equalize)
         if passes == 2:
             again = (load(token) for token in own)
             more = lambda count: done(len(own) + count)  # noqa: E731

@@ -37,7 +37,7 @@ def _only_core() -> ov.Core:
     return ov.Core()
 
 
-def _core() -> ov.Core:
+def only_core() -> ov.Core:
     """The process's one `ov.Core`, which lives as long as the process.
 
     On a processor with AMX, each Core's CPU plugin sets its own signal stack for the calling thread. A Core unmaps its stack
@@ -120,7 +120,7 @@ class OpenVinoEngine(Engine):
     ) -> None:
         """source: the graph, or the built file itself. built: a file that `save` wrote; None to build, or to take one of
         the cache."""
-        self._core = _core()
+        self._core = only_core()
         self._device = device
         _check(self._core, source, precision, options, device)
         self._settings = settings(precision, options, device)
@@ -238,7 +238,7 @@ def identify(device: str) -> Device:
     """
     if device == "CPU":
         return this_cpu()
-    core = _core()
+    core = only_core()
     _check_device(core, device)
     name = str(core.get_property(device, "FULL_DEVICE_NAME"))
     return Device(name, text_digest(f"{name} {core.get_property(device, 'DEVICE_ARCHITECTURE')}"))

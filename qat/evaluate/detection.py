@@ -131,12 +131,15 @@ def to_global(
     return boxes
 
 
-def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEval:
-    """The devkit's evaluation of exactly the samples in `detections`, with both sides' boxes loaded and filtered.
+def global_boxes(dataset: Any, detections: Mapping[str, Detections]) -> EvalBoxes:
+    """The devkit's boxes of each sample (`to_global`), as they are submitted: before its own filtering.
 
     Args:
-        dataset: a `qat.data.NuScenesDataset`.
+        dataset: a `qat.data.NuScenesDataset`, of which nusc and classes are used.
         detections: for each sample token, boxes in the keyframe's lidar frame.
+
+    Raises:
+        UserError: classes that nuScenes' metric does not define.
     """
     from qat.data.dataset import transform
 
@@ -152,6 +155,15 @@ def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEva
         lidar2ego = transform(nusc.get("calibrated_sensor", record["calibrated_sensor_token"]))
         ego2global = transform(nusc.get("ego_pose", record["ego_pose_token"]))
         predictions.add_boxes(token, to_global(token, found, lidar2ego, ego2global, dataset.classes, ranges=ranges))
+    return predictions
+
+
+def sample_eval(dataset: Any, detections: Mapping[str, Detections]) -> SampleEval:
+    """The devkit's evaluation of exactly the samples in `detections`, with both sides' boxes loaded and filtered.
+
+    Args and errors: as `global_boxes`; a `UserError` too where nothing is annotated.
+    """
+    predictions, nusc = global_boxes(dataset, detections), dataset.nusc
     # nuScenes' score is of its ten classes whatever the model has; of T4 data it is of the model's.
     own = dataset.classes if getattr(nusc, "t4", None) is not None else None
     return SampleEval(nusc, predictions, list(detections), own)

@@ -101,7 +101,7 @@ def test_int8_is_calibrated_and_written_for_every_backend(tmp_path, capsys):
         ('mode="both"', 'mode="all"', "export: mode: found 'all', expected one of onnx, trt, both, none"),
         ('mode="both"', 'mode="trt"', "export: onnx_path: found None"),
         ('onnx_file="pts_voxel_encoder.onnx"', 'onnx_file="encoder.onnx"', "components: pts_voxel_encoder: found 'encoder.onnx"),
-        ("components = dict(", "codebase_config = dict(", "codebase_config: found \"one of MMDeploy's\""),
+        ("components = dict(", "codebase_config = dict(", "codebase_config: type: found None, expected 'mmdet3d'"),
         ("components = dict(", "parts = dict(", "parts: found 'a section that is not known'"),
         ('precision_policy="auto"', 'precision_policy="int4"', "precision_policy: found 'int4', expected one of auto"),
         ("pytorch=dict(", "torch=dict(", "evaluation: backends: found 'torch', expected some of pytorch, onnx, tensorrt"),

@@ -92,7 +92,7 @@ def checkout(tmp_path_factory, small_network, make_detector) -> Path:
         (folder / "model" / name).mkdir()
         (folder / "model" / name / "config.yaml").write_text(text)
     os.symlink(ROOT / "model" / "lidar-tiny", folder / "model" / "lidar-tiny")  # which is small
-    for name in ("benchmarks", "examples", "qat", "tests", "docs"):
+    for name in ("benchmarks", "configs", "examples", "qat", "tests", "docs", "tools"):
         os.symlink(ROOT / name, folder / name)
     robot = copy.deepcopy(small_network)
     robot["cameras"] = yaml.safe_load((ROOT / "examples/own_data/config.yaml").read_text())["cameras"]

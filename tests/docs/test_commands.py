@@ -173,6 +173,8 @@ def run_python(command: Command, words: list[str], capsys: pytest.CaptureFixture
             assert Path(path).exists(), f"{command.where}: no {path}"
     elif (verb := re.fullmatch(r"qat/([\w-]+)\.py", words[0])) and (ROOT / words[0]).is_file():
         run_verb(command, [verb[1], *words[1:]], capsys)
+    elif launcher := re.fullmatch(r"tools/(deploy|test)\.py", words[0]):
+        run_verb(command, [launcher[1], *words[1:]], capsys)
     elif words[0].startswith("examples/") and Path(words[0]).is_file():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [words[0], *smaller(Path(words[0]).name, words[1:])])

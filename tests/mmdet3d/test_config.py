@@ -88,3 +88,20 @@ def test_a_module_that_is_unknown_is_named(tmp_path):
     path.write_text(POINTPILLARS.read_text().replace('type="SECOND"', 'type="SECONDEST"'))
     with pytest.raises(UserError, match=r"SECONDEST.*expected a model that mmdet3d 1.4 can build"):
         build(read(path))
+
+
+def test_classes_of_shipped_pillar_models_are_those_of_their_tasks_and_data():
+    """mmdet3d's CenterPoint configs have another order than the base that they inherit."""
+    from qat.model.opening import read_config
+
+    for name in (
+        "centerpoint_pillar02_second_secfpn_head-circlenms_8xb4-cyclic-20e_nus-3d.py",
+        "pointpillars_hv_secfpn_8xb6-160e_kitti-3d-3class.py",
+        "pointpillars_hv_secfpn_8xb6-160e_kitti-3d-car.py",
+    ):
+        path = find(name)
+        family, described = read_config(path)
+        classes = family.settings(described)["classes"]
+        assert classes == list(read(path).test_dataloader.dataset.metainfo.classes)
+        tasks = [own for task in family.settings(described)["head"].get("tasks", ()) for own in task]
+        assert tasks in ([], classes)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from shapely import affinity
-from shapely.geometry import box as rectangle
+from mmdet3d_peer import by_shapely, mmdet3d_file, mmdet3ds_kitti_eval, mmdet3ds_kitti_metric, their_boxes
 
 from qat.boxes.detections import Detections
 from qat.core.errors import UserError
@@ -39,50 +36,10 @@ from qat.families.mmdet3d.metrics.kitti_annos import (
 DATA = Path("/work/shared/mmdet3d-data")
 
 
-def mmdet3d_file(name: str) -> Path:
-    """A file of the installed mmdet3d, found without importing it."""
-    spec = importlib.util.find_spec("mmdet3d")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("mmdet3d is not installed")
-    return Path(spec.submodule_search_locations[0]) / name
-
-
-def by_shapely(boxes: np.ndarray, other: np.ndarray, criterion: int = -1) -> np.ndarray:
-    """What mmdet3d's rotate_iou_gpu_eval gives of boxes that turn clockwise, float32: intersection over union, or (2) alone."""
-
-    def polygons(rows: np.ndarray) -> list:
-        return [
-            affinity.rotate(rectangle(x - w / 2, y - h / 2, x + w / 2, y + h / 2), -turn, (x, y), use_radians=True)
-            for x, y, w, h, turn in rows.astype(np.float32).astype(np.float64)
-        ]
-
-    assert criterion in (-1, 2)
-    result = np.zeros((len(boxes), len(other)), np.float32)
-    seconds = polygons(other)
-    for i, first in enumerate(polygons(boxes)):
-        for j, second in enumerate(seconds):
-            common = first.intersection(second).area
-            result[i, j] = common if criterion == 2 else common / (first.area + second.area - common)
-    return result
-
-
 @pytest.fixture(scope="module")
 def theirs():
-    """mmdet3d's kitti_utils/eval.py: compiling it takes longer than running it as Python."""
-    path = mmdet3d_file("evaluation/functional/kitti_utils/eval.py")
-    plain = ModuleType("numba")
-    plain.prange = range
-    plain.jit = lambda *args, **_: args[0] if args else (lambda function: function)
-    package, rotate = ModuleType("theirs"), ModuleType("theirs.rotate_iou")
-    package.__path__, rotate.rotate_iou_gpu_eval = [], by_shapely
-    spec = importlib.util.spec_from_file_location("theirs.eval", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("theirs", package), ("theirs.rotate_iou", rotate), ("theirs.eval", module)):
-            patch.setitem(sys.modules, name, value)
-        with pytest.MonkeyPatch.context() as numba:
-            numba.setitem(sys.modules, "numba", plain)
-            spec.loader.exec_module(module)
+    """mmdet3d's kitti_utils/eval.py."""
+    with mmdet3ds_kitti_eval() as module:
         yield module
 
 
@@ -433,34 +390,9 @@ NAMES = ("Pedestrian", "Cyclist", "Car")  # in the order of mmdet3d's models
 
 @pytest.fixture(scope="module")
 def their_metric(theirs):
-    """mmdet3d's KittiMetric, whose package wants lyft_dataset_sdk; the intersection on the GPU is shapely's."""
-    path = mmdet3d_file("evaluation/metrics/kitti_metric.py")
-    import qat.lean._torchvision  # noqa: F401
-    from qat.families.mmdet3d import ops
-
-    ops.install()
-    evaluation = ModuleType("mmdet3d.evaluation")
-    evaluation.kitti_eval = theirs.kitti_eval
-    spec = importlib.util.spec_from_file_location("their_kitti_metric", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "mmdet3d.evaluation", evaluation)
-        spec.loader.exec_module(module)
-    from mmdet3d.registry import METRICS
-
-    yield module.KittiMetric
-    METRICS._module_dict.pop("KittiMetric")
-
-
-def their_boxes(found: Detections) -> SimpleNamespace:
-    import torch
-    from mmdet3d.structures import LiDARInstance3DBoxes
-
-    return {
-        "bboxes_3d": LiDARInstance3DBoxes(torch.from_numpy(found.converted("mmdet3d").boxes[:, :7].copy())),
-        "scores_3d": torch.from_numpy(found.scores),
-        "labels_3d": torch.from_numpy(found.labels),
-    }
+    """mmdet3d's KittiMetric."""
+    with mmdet3ds_kitti_metric(theirs) as metric:
+        yield metric
 
 
 def test_detections_become_mmdet3ds_annos(their_metric):

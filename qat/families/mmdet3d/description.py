@@ -36,7 +36,6 @@ def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dic
     from qat.families.mmdet3d.inputs import flattened, pipeline_of
 
     config = read(path)
-    dataset = config.test_dataloader.dataset
     steps = {str(step.get("type", "")).split(".")[-1]: plain(step) for step in flattened(pipeline_of(config))}
     loads = steps.get("LoadPointsFromFile", {})
     use = steps.get("LoadPointsFromMultiSweeps", loads).get("use_dim", loads.get("use_dim", loads.get("load_dim", 4)))
@@ -45,16 +44,26 @@ def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dic
         raise UserError(
             f"{config.source}: use_dim: found {used}, expected columns of a point that begin with 0, 1, 2 (x, y, z)"
         )
-    named = (config.get("metainfo") or {}).get("classes") or config.get("class_names")
     described = {
         "family": family,
         "source": str(Path(config.source).name),
         "model": {key: value for key, value in plain(config.model.to_dict()).items() if key != "train_cfg"},
-        "classes": list(named or dataset.get("metainfo", {}).get("classes", ())),
+        "classes": classes_of(config),
         "load_dim": int(loads.get("load_dim", 4)),
         "columns": used,
     }
     return described, steps
+
+
+def classes_of(config: Any) -> list[str]:
+    """The names of a config's labels: of its test set, or else of the config itself, which may still have those of its base, in another
+    order (mmdet3d's CenterPoint). config: mmengine's."""
+    dataset = config.test_dataloader.dataset
+    while "metainfo" not in dataset and "dataset" in dataset:
+        dataset = dataset.dataset
+    found = [(place.get("metainfo") or {}).get("classes") for place in (dataset, config)]
+    named = next((names for names in (*found, config.get("class_names")) if names), ())
+    return [named] if isinstance(named, str) else list(named)
 
 
 def check_keys(config: object, keys: set[str], family: str, source: str) -> Mapping[str, Any]:

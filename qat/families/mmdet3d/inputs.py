@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,23 +103,43 @@ def read_points(path: str | Path, columns: int) -> np.ndarray:
     return points
 
 
-def read_infos(path: str | Path) -> list[dict[str, Any]]:
-    """The samples of an mmdet3d 1.x infos file, read by this project's own unpickler: nothing in it runs.
+def read_pickle(path: str | Path, expected: str) -> Any:
+    """The plain values of a pickle, read by this project's own unpickler: nothing in it runs.
 
     Raises:
-        UserError: it is damaged, or of another kind.
+        UserError: it is damaged. expected: what it should have been.
     """
     try:
         with open(path, "rb") as stream:
-            infos = InertUnpickler(stream, lambda _: None).load()
-    except (OSError, Damaged, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: found no readable pickle ({error}), expected mmdet3d 1.x infos") from error
+            unpickler = InertUnpickler(stream, lambda _: None)
+            # nuScenes' infos have tens of millions of numbers; a file cannot ask for more than it is long.
+            unpickler.counted.left = max(unpickler.counted.left, Path(path).stat().st_size)
+            return unpickler.load()
+    except (
+        OSError, Damaged, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError, UnpicklingError,
+    ) as error:  # fmt: skip
+        raise UserError(f"{path}: found no readable pickle ({error}), expected {expected}") from error
+
+
+def read_info_file(path: str | Path) -> dict[str, Any]:
+    """An mmdet3d 1.x infos file: a dict with data_list, of one sample or more, and metainfo. Raises as `read_infos`."""
+    infos = read_pickle(path, "mmdet3d 1.x infos")
     listed = infos.get("data_list") if isinstance(infos, dict) else None
     if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
         what = "a list, as 0.x wrote them" if isinstance(infos, list) else "no samples"
         raise UserError(
             f"{path}: found {what}, expected mmdet3d 1.x infos: a dict with a data_list; convert them (update_infos_to_v2.py)"
         )
+    return dict(infos)
+
+
+def read_infos(path: str | Path) -> list[dict[str, Any]]:
+    """The samples of an mmdet3d 1.x infos file; nothing in it runs.
+
+    Raises:
+        UserError: it is damaged, or of another kind.
+    """
+    listed: list[dict[str, Any]] = read_info_file(path)["data_list"]
     return listed
 
 
@@ -149,13 +170,13 @@ class Reader:
         self.columns = int(loads["load_dim"]) if loads is not None and "load_dim" in loads else 6
         self._transform: Any = None
 
-    def run(self, info: dict[str, Any], source: str) -> Sample:
-        """The pipeline and the preprocessor on one sample's info.
+    def packed(self, info: dict[str, Any], source: str) -> dict[str, Any]:
+        """What the pipeline makes of one sample's info: "inputs" and "data_samples".
 
         Raises:
             UserError: a step refuses it.
         """
-        from mmengine.dataset import Compose, pseudo_collate
+        from mmengine.dataset import Compose
 
         np.random.seed(self.seed)  # PointSample draws points
         torch.manual_seed(self.seed)
@@ -181,6 +202,21 @@ class Reader:
             ) from error
         if packed is None:
             raise UserError(f"{source}: the config's test pipeline left nothing of it, expected a sample")
+        if isinstance(packed, list):
+            raise UserError(
+                f"{self.config.source}: test_dataloader: pipeline: found test-time augmentation, expected one sample of a frame; set flip=False"
+            )
+        return dict(packed)
+
+    def run(self, info: dict[str, Any], source: str) -> Sample:
+        """The pipeline and the preprocessor on one sample's info.
+
+        Raises:
+            UserError: a step refuses it.
+        """
+        from mmengine.dataset import pseudo_collate
+
+        packed = self.packed(info, source)
         with torch.no_grad():
             batch = self.model.data_preprocessor(pseudo_collate([packed]), False)  # type: ignore[operator]
         inputs = batch["inputs"]

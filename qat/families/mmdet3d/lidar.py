@@ -220,15 +220,19 @@ class PillarFlow(PointsFlow):
         return {"voxelize": self.voxelize, "scatter": placed}
 
     def voxelize(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """points float32[M,1+C] → input_features, coors. Says once where a cloud has more cells than the model takes."""
+        """points float32[M,1+C] → input_features, coors."""
         features, cells, left_out = batch_of_pillars(given["points"], self.settings)
-        if left_out and not self._told:
+        self.note_left_out(left_out)
+        return {"input_features": features, "coors": cells}
+
+    def note_left_out(self, count: int) -> None:
+        """Says once where a cloud has more cells than the model takes. count: how many more."""
+        if count and not self._told:
             self._told = True
             most = self.settings["voxel"]["max_voxels"]
             note(
-                f"voxels: found {most + left_out:,}, expected at most max_voxels {most:,}: the last {left_out:,} are left out, as mmdet3d does"
+                f"voxels: found {most + count:,}, expected at most max_voxels {most:,}: the last {count:,} are left out, as mmdet3d does"
             )
-        return {"input_features": features, "coors": cells}
 
     def feeds(self, frames: Sequence[Any]) -> dict[str, np.ndarray]:
         """As `PointsFlow.feeds`; an empty cloud is a point that is out of every range."""

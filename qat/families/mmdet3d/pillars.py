@@ -56,30 +56,45 @@ def decorate(voxels: np.ndarray, counts: np.ndarray, cells: np.ndarray, settings
     return features
 
 
+def voxels_of(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Voxels of one cloud, as mmdet3d's hard voxelization makes them.
+
+    Args:
+        points: float32[M,C]. settings: "voxel" {size, range, max_points, max_voxels} and "decoration".
+
+    Returns:
+        voxels float32[N,max_points,C], 0 beyond the points; cells int32[N,3] of z, y, x; points in each int32[N]; how many cells with
+        points were left out, beyond max_voxels.
+    """
+    voxel = settings["voxel"]
+    most = voxel["max_voxels"]
+    if not len(points):
+        empty = np.zeros((0, voxel["max_points"], settings["decoration"]["columns"]), np.float32)
+        return empty, np.zeros((0, 3), np.int32), np.zeros(0, np.int32), 0
+    voxels, cells, counts = voxelize(points, voxel["size"], voxel["range"], voxel["max_points"], most)
+    left_out = 0
+    if len(voxels) == most:
+        there = point_cells(points, voxel["size"], voxel["range"])
+        left_out = len(np.unique(there[there[:, 0] >= 0], axis=0)) - most
+    return voxels, cells, counts, left_out
+
+
 def pillars_of(points: np.ndarray, settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
     """Pillars of one cloud.
 
     Args:
-        points: float32[M,C]. settings: "voxel" {size, range, max_points, max_voxels} and "decoration", as for `decorate`.
+        points: float32[M,C]. settings: as for `voxels_of` and `decorate`.
 
     Returns:
         features float32[N,P,·]; cells int32[N,3] of z, y, x; how many cells with points were left out, beyond max_voxels. A cloud
         without a point in the range gives one row of zeros whose cell is NOWHERE. P is one more than the fullest pillar's points, at
         most max_points: the encoder's maximum takes in an empty place of every pillar that is not full, and one is enough.
     """
-    voxel = settings["voxel"]
-    most = voxel["max_voxels"]
-    voxels, cells, counts = voxelize(points, voxel["size"], voxel["range"], voxel["max_points"], most) if len(points) else (
-        np.zeros((0, voxel["max_points"], settings["decoration"]["columns"]), np.float32), np.zeros((0, 3), np.int32), np.zeros(0, np.int32)
-    )  # fmt: skip
+    voxels, cells, counts, left_out = voxels_of(points, settings)
     if not len(voxels):
         shape = (1, 1, columns_of(settings["decoration"]))
         return np.zeros(shape, np.float32), np.full((1, 3), NOWHERE, np.int32), 0
-    left_out = 0
-    if len(voxels) == most:
-        there = point_cells(points, voxel["size"], voxel["range"])
-        left_out = len(np.unique(there[there[:, 0] >= 0], axis=0)) - most
-    width = min(voxel["max_points"], int(counts.max()) + 1)
+    width = min(settings["voxel"]["max_points"], int(counts.max()) + 1)
     return decorate(voxels[:, :width], counts, cells, settings), cells, left_out
 
 

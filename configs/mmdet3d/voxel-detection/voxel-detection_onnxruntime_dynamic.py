@@ -1,0 +1,1 @@
+_base_ = ["./voxel-detection_dynamic.py", "../../_base_/backends/onnxruntime.py"]
