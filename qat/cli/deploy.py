@@ -138,11 +138,11 @@ def _mmdeploy(args: argparse.Namespace, values: Mapping[str, Any], source: str) 
     from qat.deploy.mmdeploy.config import parsed
     from qat.deploy.mmdeploy.deploy import LOGGER, Request, deploy, draw_pictures, dump_info
 
+    config = parsed(values, source)
     if args.checkpoint is None or args.image is None:
         raise UserError(
             f"{source}: found no {'CKPT' if args.checkpoint is None else 'IMG'}, expected CKPT and IMG after MODEL_CFG"
         )
-    config = parsed(values, source)
     config = config.quantized() if args.quant else config
     config = replace(config, release=args.names) if args.names else config
     if config.precision != "int8" and (args.calib_dataset_cfg or args.calib_frames is not None):

@@ -13,6 +13,7 @@ example:
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from qat.cli.json_output import add_json_flag, emit_json
@@ -47,7 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the backend's files; or a checkpoint (.pth), tested in PyTorch; or results of --out (.pkl), scored again",
     )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda:N (default cpu)")
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="clouds at a time (default 1)")
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="clouds read at a time; the file is for one, so they run one by one (default 1)",
+    )
     parser.add_argument(
         "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="change MODEL_CFG, as mmengine's DictAction"
     )
@@ -81,7 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pictures.add_argument("--show-dir", type=Path, metavar="DIR", help="write a picture of each frame there")
     pictures.add_argument(
-        "--show-score-thr", type=float, metavar="S", help="draw boxes that score S or more (default 0.3)"
+        "--show-score-thr",
+        dest="score_thr",
+        type=float,
+        metavar="S",
+        help="draw boxes that score S or more (default 0.3)",
     )
     pictures.add_argument("--interval", type=positive, metavar="N", help="draw every Nth frame (default 1)")
     speed = parser.add_argument_group("speed")
@@ -106,30 +117,7 @@ def run(args: argparse.Namespace) -> int:
     for name, why in REFUSED.items():
         if getattr(args, name) is not None:
             raise UserError(f"{_flag(name)} {why}; leave it out")
-    done = test(
-        Asked(
-            args.deploy_cfg,
-            args.model_cfg,
-            args.model,
-            args.device,
-            args.batch_size,
-            args.cfg_options,
-            args.out,
-            args.work_dir,
-            args.format_only,
-            args.metrics,
-            args.metric_options,
-            args.show,
-            args.show_dir,
-            args.show_score_thr,
-            args.interval,
-            args.log2file,
-            args.json_file,
-            args.speed_test,
-            args.warmup,
-            args.log_interval,
-        )
-    )
+    done = test(Asked(**{field.name: getattr(args, field.name) for field in fields(Asked)}))
     emit_json(
         args,
         {

@@ -35,7 +35,8 @@ EXAMPLE = ROOT / "example-data"
 SCENES = {"synth-0007-00004": "scene-0103", "synth-0007-00005": "scene-0916"}  # of eval, and of nuScenes' mini_val
 FRAMES = 8
 NAMES = ["Pedestrian", "Cyclist", "Car"]
-DEPLOY = "voxel-detection_onnxruntime_dynamic.py"
+CONFIGS = "configs/mmdet3d/voxel-detection/"
+DEPLOY = CONFIGS + "voxel-detection_onnxruntime_dynamic.py"
 
 
 def tables(root: Path, version: str, names: dict[str, str], splits: dict[str, list[str]] | None) -> Path:
@@ -287,9 +288,6 @@ def test_forms_of_the_data_sets(kitti, nuscenes, tmp_path):
     assert not (tmp_path / "w" / "metrics.json").exists()
 
 
-CONFIGS = "configs/mmdet3d/voxel-detection/"
-
-
 def metrics_of(path: Path, words: list[str]) -> dict:
     assert main(["test", *words, "--json-file", str(path)]) == 0
     return json.loads(path.read_text())
@@ -318,12 +316,22 @@ def test_a_deployed_file_scores_as_pytorch(kitti, tmp_path, deploy, file):
         np.testing.assert_allclose(ours["bboxes_3d"], own["bboxes_3d"], atol=1e-3, rtol=1e-3)
 
 
+def test_a_deploy_config_that_is_none_is_refused(kitti, capsys):
+    """Also with a checkpoint, which needs none of it."""
+    for config, words in (
+        ("nowhere.py", "nowhere.py: found no such file"),
+        (str(POINTPILLARS), "codebase_config: type"),
+    ):
+        assert main(["test", config, str(POINTPILLARS), "--model", "random", *of_kitti(kitti)]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_files_of_another_backend_are_refused(kitti, tmp_path, capsys):
     (tmp_path / "end2end.onnx").write_bytes(b"no graph")
     model = ["--model", str(tmp_path / "end2end.onnx"), *of_kitti(kitti)]
     assert main(["test", CONFIGS + "voxel-detection_openvino_dynamic-kitti-32x4.py", str(POINTPILLARS), *model]) == 2
     assert "expected one .xml for openvino" in capsys.readouterr().err
-    assert main(["test", CONFIGS + DEPLOY, str(POINTPILLARS), *model]) == 2
+    assert main(["test", DEPLOY, str(POINTPILLARS), *model]) == 2
     error = capsys.readouterr().err
     assert "end2end.onnx" in error and error.count("\n") == 1
 
@@ -335,7 +343,7 @@ def test_the_tutorials_line(nuscenes, tmp_path, monkeypatch):
     (tmp_path / "data" / "nuscenes").symlink_to(nuscenes)
     monkeypatch.chdir(tmp_path)
     model = "configs/centerpoint/centerpoint_02pillar_second_secfpn_circlenms_4x8_cyclic_20e_nus.py"
-    config = [CONFIGS + "voxel-detection_onnxruntime_dynamic.py", model]
+    config = [DEPLOY, model]
     cloud = str(next((nuscenes / "samples" / "LIDAR_TOP").iterdir()))
     assert main(["deploy", *config, "random", cloud, "--work-dir", "work-dir"]) == 0
     words = [*config, "--model", "work-dir/end2end.onnx", "--metrics", "bbox", "--device", "cpu"]
@@ -396,6 +404,7 @@ def test_results_that_would_run_something_do_not(tmp_path):
         (["--show-score-thr", "0.2"], "--show-score-thr only applies with --show or --show-dir"),
         (["--interval", "2"], "--interval only applies with --show or --show-dir"),
         (["--warmup", "2"], "--warmup only applies with --speed-test"),
+        (["--speed-test", "--warmup", "-1"], "--warmup: found -1, expected 0 or more"),
         (["--log-interval", "2"], "--log-interval only applies with --speed-test"),
         (["--out", "found.json"], "--out: found found.json, expected a file that ends in .pkl"),
         (["--format-only", "--metrics", "bbox"], "--metrics: found with --format-only"),

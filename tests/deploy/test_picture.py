@@ -49,6 +49,23 @@ def test_a_box_is_where_it_is_and_its_front_is_marked(tmp_path, yaw):
     assert ahead > 1.3 * (len(at) - ahead)
 
 
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_where_the_camera_looks_is_up(tmp_path, quarters):
+    """A scene and its camera turned by quarters look like the scene itself."""
+    turn = np.eye(4)
+    angle = quarters * np.pi / 2
+    turn[:2, :2] = np.round([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    image = np.full((100, 200, 3), 90, np.uint8)
+    straight = picture(draw(POINTS, box(10, 4, 0.3), tmp_path / "a.png", image, LIDAR2IMG, limits=LIMITS))
+    points = (POINTS @ turn[:3, :3].T).astype(np.float32)
+    x, y = turn[:2, :2] @ [10, 4]
+    corners = np.array([LIMITS[:3], LIMITS[3:]]) @ turn[:3, :3].T
+    limits = [*corners.min(0), *corners.max(0)]
+    matrix = LIDAR2IMG @ np.linalg.inv(turn)
+    turned = picture(draw(points, box(x, y, 0.3 + angle), tmp_path / "b.png", image, matrix, limits=limits))
+    assert turned.shape == straight.shape and (np.abs(turned - straight) > 40).any(-1).mean() < 1e-3
+
+
 def test_scores_below_the_threshold_are_not_drawn(tmp_path):
     weak = picture(draw(POINTS, box(10, 4, score=0.2), tmp_path / "a.png", score_thr=0.3, limits=LIMITS))
     assert len(places(weak, PALETTE[0])) == 0

@@ -13,6 +13,7 @@ import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -53,8 +54,9 @@ def draw(
 ) -> Path:
     """Writes a PNG, whole or not at all, and returns its path.
 
-    Seen from above x points up and y to the left, with the sensor as a cross, a ring every 10 or 20 m, points light where they are
-    high, and a line from each box's middle to its front. Over the image the front's lower edge is thicker.
+    Seen from above x points up and y to the left; with an image that axis points up along which the camera looks. The sensor is a cross,
+    with rings around it every 10 or 20 m; points are light where they are high; a line goes from each box's middle to its front. Over
+    the image the front's lower edge is thicker.
 
     Args:
         points: float[M,≥3] in metres, in the lidar's frame.
@@ -67,10 +69,13 @@ def draw(
     """
     sets = {"": boxes} if isinstance(boxes, Detections) else dict(boxes)
     ours = {name: found.converted() for name, found in sets.items()}
-    shown = {name: _some(found, found.scores >= score_thr) for name, found in ours.items()}
-    low, high = _limits(points, list(shown.values()), limits)
+    seen = {name: _some(found, found.scores >= score_thr) for name, found in ours.items()}
+    quarters = 0 if image is None or lidar2img is None else _quarters(lidar2img)
+    cloud, limits = _turned(points, quarters), _turned_limits(limits, quarters)
+    shown = {name: _turned_boxes(found, quarters) for name, found in seen.items()}
+    low, high = _limits(cloud, list(shown.values()), limits)
     scale = _scale(low, high)
-    ground = _ground(points, low, high, scale)
+    ground = _ground(cloud, low, high, scale)
     columns = []
     for name, found in shown.items():
         above = ground.copy()
@@ -83,7 +88,7 @@ def draw(
         parts = [_bar(above.shape[1], f"{words} (white: {others})" if others else words), above]
         if image is not None and lidar2img is not None:
             parts.append(np.full((MARGIN, above.shape[1], 3), BACKGROUND, np.uint8))
-            parts.append(_over_image(image, lidar2img, points, found, above.shape[1]))
+            parts.append(_over_image(image, lidar2img, points, seen[name], above.shape[1]))
         columns.append(np.concatenate(parts))
     gap = np.full((len(columns[0]), MARGIN, 3), RING, np.uint8)
     sheet = np.concatenate([part for column in columns for part in (gap, column)][1:], 1)
@@ -103,6 +108,34 @@ def show(path: str | Path) -> bool:
     with Image.open(path) as picture:
         picture.show(title=str(path))
     return True
+
+
+def _quarters(lidar2img: np.ndarray) -> int:
+    """How many quarter turns a camera's view is turned from x: a pixel's depth grows along where it looks."""
+    forward = np.asarray(lidar2img)[2]
+    return round(float(np.arctan2(forward[1], forward[0])) / (np.pi / 2)) % 4
+
+
+def _turned(rows: np.ndarray, quarters: int) -> np.ndarray:
+    """x and y [M,≥2] in a frame that is turned by so many quarters; other columns are kept."""
+    found = rows.copy()
+    for _ in range(quarters):
+        found[:, 0], found[:, 1] = found[:, 1].copy(), -found[:, 0]
+    return found
+
+
+def _turned_boxes(found: Detections, quarters: int) -> Detections:
+    """The same of boxes in the convention `OURS`, whose yaw is clockwise."""
+    boxes = _turned(found.boxes, quarters)
+    boxes[:, 6] += quarters * np.pi / 2
+    return replace(found, boxes=boxes)
+
+
+def _turned_limits(limits: Sequence[float] | None, quarters: int) -> Sequence[float] | None:
+    if limits is None:
+        return None
+    corners = _turned(np.array([limits[:3], limits[3:]], np.float64), quarters)
+    return [*corners.min(0), *corners.max(0)]
 
 
 def _some(found: Detections, kept: np.ndarray) -> Detections:

@@ -189,6 +189,7 @@ def scorer_of(
     for key, ours in (("ann_file", frames.file), ("data_root", frames.root)):
         if own.get(key) and Path(str(own[key])).resolve() != ours.resolve():
             note(f"test_evaluator: {key}: {own[key]} is not read: frames are scored by {ours}, of test_dataloader")
+            break
     return scorer(frames, chosen, {**own, **options}), bool(own.get("format_only"))
 
 

@@ -78,6 +78,8 @@ class Asked:
         ):
             if value is not None and not there:
                 raise UserError(f"{flag} only applies with {needs}; add it, or leave {flag} out")
+        if self.warmup is not None and self.warmup < 0:
+            raise UserError(f"--warmup: found {self.warmup}, expected 0 or more frames")
         if self.format_only and self.metrics:
             raise UserError("--metrics: found with --format-only, which does not score; leave one of them out")
         if self.format_only and self.json_file:
@@ -201,7 +203,10 @@ def test(asked: Asked) -> Tested:
         UserError: flags that contradict each other; configs, files or a data set that do not load; no such metric. All but what is
             wrong with a frame's own files is found before the detector runs.
     """
+    from qat.deploy.mmdeploy.config import read as read_deploy_config
+
     asked.check()
+    read_deploy_config(asked.deploy_cfg)  # also where a checkpoint or results need none of it
     with ExitStack() as stack:
         options = key_values("--cfg-options", asked.cfg_options)
         config, path = stack.enter_context(model_config(asked.model_cfg, options))
