@@ -43,6 +43,7 @@ ELSEWHERE = ("tensorrt", "onnxruntime-tensorrt", "onnxruntime-cuda", "openvino-g
 ONLY_PARSED = {
     "backbones.py": "an hour for sixty networks",
     "flavour_accuracy.py": "minutes on 500 keyframes",
+    "mmdeploy_peer.py": "needs MMDeploy, and minutes of an idle machine",
     "mmdet3d_latency.py": "minutes of an idle machine",
     "peers_networks.py": "needs the peers, and minutes of an idle machine",
     "calibration.py": "minutes on the full-size camera part",

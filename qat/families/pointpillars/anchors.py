@@ -59,9 +59,32 @@ def decode_offsets(anchors: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return boxes
 
 
-def _rows(values: np.ndarray, width: int) -> np.ndarray:
-    """A map [1,anchors·width,rows,columns] as [places·anchors,width]."""
-    return np.ascontiguousarray(values[0].transpose(1, 2, 0)).reshape(-1, width)
+def _chosen_rows(values: np.ndarray, width: int, chosen: np.ndarray) -> np.ndarray:
+    """Of a map [1,anchors·width,rows,columns] the rows of some anchors, float32[K,width]. chosen: places · anchors, the anchor last."""
+    anchors = values.shape[1] // width
+    found: np.ndarray = values[0].reshape(anchors, width, -1)[chosen % anchors, :, chosen // anchors]
+    return found.astype(np.float32)
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    found: np.ndarray = 1 / (1 + np.exp(-logits))
+    return found
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Without the last column, the background's."""
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    found: np.ndarray = (powers / powers.sum(1, keepdims=True))[:, :-1]
+    return found
+
+
+def _best(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the largest values, the largest first, equal ones in their order."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, -count)[-count]
+    candidates = np.flatnonzero(values >= least)
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
 class AnchorDecoder:
@@ -74,27 +97,29 @@ class AnchorDecoder:
     def __call__(self, cls_score: np.ndarray, bbox_pred: np.ndarray, dir_cls_pred: np.ndarray | None) -> Detections:
         """Boxes of one sample's maps: cls_score [1,anchors·classes,rows,columns], bbox_pred, dir_cls_pred (may be None)."""
         head, classes, code = self.head, self.head["classes"], 7 + len(self.head["anchors"]["custom_values"])
-        logits = _rows(cls_score, classes).astype(np.float32)
+        anchors = cls_score.shape[1] // classes
+        places = np.arange(anchors * cls_score[0, 0].size)
         if head["sigmoid"]:
-            scores = 1 / (1 + np.exp(-logits))
-        else:  # the last column is the background
-            powers = np.exp(logits - logits.max(1, keepdims=True))
-            scores = (powers / powers.sum(1, keepdims=True))[:, :-1]
-        offsets = _rows(bbox_pred, code)
-        direction = None if dir_cls_pred is None else _rows(dir_cls_pred, 2).argmax(1)
-        chosen = np.arange(len(scores))
-        if 0 < head["nms_pre"] < len(scores):
-            chosen = np.argsort(-scores.max(1), kind="stable")[: head["nms_pre"]]
-        boxes = decode_offsets(self.anchors(*cls_score.shape[-2:])[chosen], offsets[chosen].astype(np.float32))
-        kept, labels = self._suppressed(boxes, scores[chosen])
-        result, score = boxes[kept], scores[chosen][kept, labels]
+            # Of each anchor's classes the best decides whether it is chosen: the others' scores are not needed before.
+            ranks = _sigmoid(cls_score[0].reshape(anchors, classes, -1).max(1).T.ravel().astype(np.float32))
+            chosen = _best(ranks, head["nms_pre"]) if 0 < head["nms_pre"] < len(places) else places
+            scores = _sigmoid(_chosen_rows(cls_score, classes, chosen))
+        else:
+            scores = _softmax(_chosen_rows(cls_score, classes, places))
+            chosen = _best(scores.max(1), head["nms_pre"]) if 0 < head["nms_pre"] < len(places) else places
+            scores = scores[chosen]
+        offsets = _chosen_rows(bbox_pred, code, chosen)
+        direction = None if dir_cls_pred is None else _chosen_rows(dir_cls_pred, 2, chosen).argmax(1)
+        boxes = decode_offsets(self.anchors(*cls_score.shape[-2:])[chosen], offsets)
+        kept, labels = self._suppressed(boxes, scores)
+        result, score = boxes[kept], scores[kept, labels]
         if len(kept) > head["max_num"]:
             best = np.argsort(-score, kind="stable")[: head["max_num"]]
             kept, labels, result, score = kept[best], labels[best], result[best], score[best]
         if direction is not None and len(kept):
             turned = result[:, 6] - np.float32(head["dir_offset"])
             half = turned - np.floor(turned / np.pi + head["dir_limit_offset"]) * np.pi
-            result[:, 6] = half + head["dir_offset"] + np.pi * direction[chosen][kept]
+            result[:, 6] = half + head["dir_offset"] + np.pi * direction[kept]
         return Detections(result.astype(np.float32), score.astype(np.float32), labels, CONVENTION)
 
     def _suppressed(self, boxes: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
