@@ -15,6 +15,7 @@ mmdet3d 1.4's tools/dataset_converters.
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from qat.core.progress import progress_bar
 from qat.data.checks import check_intrinsics
 from qat.data.dataset import boxes_of, open_nuscenes, sensor_of, split_tokens
 from qat.data.points import read_points
+from qat.data.synth import SynthOptions, generate
 from qat.data.tables import LIDAR
 from qat.families.mmdet3d.infos import CLASSES, LOAD_DIM, image_box, silhouette, splits_of, write_pickle
 from qat.families.mmdet3d.metrics.kitti import ABOVE_HEIGHT, DONT_CARE, MOST_OCCLUDED, MOST_TRUNCATED, NO_ALPHA
@@ -226,6 +228,11 @@ def _object(
     }
 
 
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: found something there, expected no such folder; remove it or choose another --out")
+
+
 def write_kitti(
     root: str | Path,
     out: str | Path,
@@ -250,8 +257,7 @@ def write_kitti(
         UserError: no such data, split or camera; damaged tables or files; something in `out`.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: found something there, expected no such folder; remove it or choose another --out")
+    _check_new(out)
     nusc = open_nuscenes(root, version)
     tokens = {split: split_tokens(nusc, split) for split in splits_of(nusc, splits)}
     numbers: dict[str, int] = {}
@@ -273,3 +279,20 @@ def write_kitti(
                 folder / f"kitti_infos_{split}.pkl", {"metainfo": meta, "data_list": [records[t] for t in members]}
             )
     return [out / f"kitti_infos_{split}.pkl" for split in tokens]
+
+
+def generate_kitti(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bool = False) -> list[Path]:
+    """Generates scenes with KITTI's rig (`options.rig` "kitti") and writes them as `write_kitti` does; returns the info files.
+
+    The same options write the same bytes. Meanwhile the scenes lie beside `out`, in .NAME.scenes, from where the same call goes on after
+    an interruption.
+
+    Raises:
+        UserError: invalid options, or something in `out`.
+    """
+    out = Path(out)
+    _check_new(out)
+    scenes = generate(out.with_name(f".{out.name}.scenes"), options, workers, quiet)
+    infos = write_kitti(scenes, out, quiet=quiet)
+    shutil.rmtree(scenes)
+    return infos
