@@ -131,7 +131,7 @@ def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *(array.ravel() for array in arrays)]).astype(dtype)
 
 
-class _Frames:
+class Frames:
     """Both sides' annos of all frames, one behind another, as the kernels take them."""
 
     def __init__(self, truth: Sequence[Anno], found: Sequence[Anno]) -> None:
@@ -203,7 +203,7 @@ def average_precision(
             of another length, or with NaN or infinity in a detection.
     """
     _check(truth, found, classes, types)
-    frames = _Frames(truth, found)
+    frames = Frames(truth, found)
     result = {}
     for kind in types:
         precision, similarity = frames.curves(kind, classes)
