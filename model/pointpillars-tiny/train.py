@@ -68,6 +68,19 @@ def instances(boxes: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]
     )
 
 
+def prepare(network: PillarNet) -> None:
+    """The head's targets, and its layers as mmdet3d begins with them: scores of 0.01."""
+    from mmengine.config import ConfigDict
+
+    head = network.bbox_head
+    head.train_cfg = ConfigDict(read(HERE / "config.py").model.train_cfg)
+    head._init_assigner_sampler()
+    random = torch.Generator().manual_seed(0)
+    for layer in (head.conv_cls, head.conv_reg, head.conv_dir_cls):
+        torch.nn.init.normal_(layer.weight, std=0.01, generator=random)
+    torch.nn.init.constant_(head.conv_cls.bias, -4.6)
+
+
 def step_loss(network: PillarNet, canvas: torch.Tensor, truth: list[Any], half: bool) -> dict[str, torch.Tensor]:
     """mmdet3d's losses of a batch; convolutions in bfloat16 if `half`."""
     from mmdet3d.structures import LiDARInstance3DBoxes
@@ -89,8 +102,6 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="no bfloat16, for CPUs without it")
     args = parser.parse_args()
     load()
-    from mmengine.config import ConfigDict
-
     torch.set_num_threads(1)
     family, described = read_config(HERE / "config.py")
     settings = family.settings(described)
@@ -99,12 +110,7 @@ def main() -> None:
     network = family.random(described, 0).train()
     assert isinstance(network, PillarNet)
     network.to(memory_format=torch.channels_last)
-    head = network.bbox_head
-    head.train_cfg = ConfigDict(read(HERE / "config.py").model.train_cfg)
-    head._init_assigner_sampler()
-    torch.nn.init.constant_(head.conv_cls.bias, -4.6)  # mmdet3d's start: a score of 0.01
-    for layer in (head.conv_cls, head.conv_reg, head.conv_dir_cls):
-        torch.nn.init.normal_(layer.weight, std=0.01)
+    prepare(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.25)
     resume, begin = args.out.with_suffix(".resume"), 0

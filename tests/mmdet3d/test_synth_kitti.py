@@ -87,11 +87,14 @@ def test_the_same_options_write_the_same_bytes_with_any_workers(written, tmp_pat
     paths = generate_kitti(tmp_path / "again", options, 2, quiet=True)
     assert [path.name for path in paths] == ["kitti_infos_train.pkl", "kitti_infos_val.pkl"]
     assert hashes(tmp_path / "again") == hashes(written)
+    before = (written / "recipe.json").stat().st_mtime_ns
+    assert main(["synth", "--out", str(written), *GIVEN.split()]) == 0  # there already
+    assert (written / "recipe.json").stat().st_mtime_ns == before
 
 
 def test_bad_options_are_refused_in_one_line(written, tmp_path, capsys):
     for more, says in (
-        (["--out", str(written)], "found something there, expected no such folder"),
+        (["--out", str(written), "--seed", "6"], "found something there, expected no such folder"),
         (["--out", str(tmp_path / "n"), "--sweeps", "2"], "--sweeps only applies to --format nuscenes"),
         (["--out", str(tmp_path / "n"), "--jpeg-quality", "90"], "--jpeg-quality only applies to --format nuscenes"),
         (["--out", str(tmp_path / "n"), "--native", "wide"], "--native: found 'wide', expected WIDTHxHEIGHT"),
