@@ -29,7 +29,13 @@ from qat.families.mmdet3d.metrics.kitti_bootstrap import Counted, interval, resa
 from qat.model.runners import flow_for, run_frame, to_numpy
 from qat.runtime import Pipeline
 
-KEYS = ("Car_3D_AP40_moderate", "Car_3D_AP11_moderate", "Car_BEV_AP40_moderate", "Pedestrian_3D_AP40_moderate", "Cyclist_3D_AP40_moderate")
+KEYS = (
+    "Car_3D_AP40_moderate",
+    "Car_3D_AP11_moderate",
+    "Car_BEV_AP40_moderate",
+    "Pedestrian_3D_AP40_moderate",
+    "Cyclist_3D_AP40_moderate",
+)
 
 
 def detector(name: str, ptq: Path) -> tuple[str, Callable[[np.ndarray], Detections]]:
@@ -37,7 +43,7 @@ def detector(name: str, ptq: Path) -> tuple[str, Callable[[np.ndarray], Detectio
     backend, _, folder = name.partition(":")
     if folder:
         pipeline = Pipeline.load(folder, backend)
-        return f"{sha256(Path(folder) / "manifest.json")} {backend}", pipeline
+        return f"{sha256(Path(folder) / 'manifest.json')} {backend}", pipeline
     if name == "float":
         _, model = load_float_reference(ptq)
     else:
@@ -79,7 +85,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/kitti-accuracy"))
     parser.add_argument("--resamples", type=int, default=1000)
     args = parser.parse_args()
-    infos = pickle.loads((args.data / f"kitti_infos_{args.split}.pkl").read_bytes())
+    infos = pickle.loads((args.data / f"kitti_infos_{args.split}.pkl").read_bytes())  # noqa: S301 (a file of bevqat's)
     infos["data_list"] = infos["data_list"][: args.frames]
     reduced = args.data / "training/velodyne_reduced"
     files = [reduced / record["lidar_points"]["lidar_path"] for record in infos["data_list"]]

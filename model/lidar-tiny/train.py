@@ -175,7 +175,9 @@ def main() -> None:
             }
             torch.save(saved, resume.with_suffix(".tmp"))
             resume.with_suffix(".tmp").rename(resume)
-    torch.save({"state_dict": half_weights(network), "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out)
+    torch.save(
+        {"state_dict": half_weights(network), "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out
+    )
 
 
 if __name__ == "__main__":

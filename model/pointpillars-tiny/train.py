@@ -32,7 +32,7 @@ SAVED = 50  # steps between two resume files
 
 def frames_of(root: Path, split: str, classes: list[str]) -> list[tuple[Path, np.ndarray, np.ndarray]]:
     """Each frame's points file (of what the camera sees), boxes float32[K,7] in mmdet3d's lidar convention and labels int64[K]."""
-    infos = pickle.loads((root / f"kitti_infos_{split}.pkl").read_bytes())
+    infos = pickle.loads((root / f"kitti_infos_{split}.pkl").read_bytes())  # noqa: S301 (a file of bevqat's)
     frames = []
     for record, anno in zip(infos["data_list"], truth_annos(infos), strict=True):
         kept = np.isin(anno["name"], classes)
@@ -153,7 +153,9 @@ def main() -> None:
             }
             torch.save(saved, resume.with_suffix(".tmp"))
             resume.with_suffix(".tmp").rename(resume)
-    torch.save({"state_dict": half_weights(network), "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out)
+    torch.save(
+        {"state_dict": half_weights(network), "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out
+    )
 
 
 if __name__ == "__main__":

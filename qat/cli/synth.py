@@ -35,15 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "form with mmdetection3d's infos (default nuscenes)",
     )
     parser.add_argument(
-        "--native", metavar="WxH", help="image size in pixels (default 400x225; of kitti 1242x375, on which its difficulties depend)"
+        "--native",
+        metavar="WxH",
+        help="image size in pixels (default 400x225; of kitti 1242x375, on which its difficulties depend)",
     )
     parser.add_argument(
-        "--azimuths", type=int, metavar="N", help="lidar columns a revolution (default 360; of kitti 1024, of which KITTI has twice as many)"
+        "--azimuths",
+        type=int,
+        metavar="N",
+        help="lidar columns a revolution (default 360; of kitti 1024, of which KITTI has twice as many)",
     )
     parser.add_argument(
         "--sweeps", type=int, metavar="N", help="lidar sweeps between keyframes (default 4); kitti has none"
     )
-    parser.add_argument("--jpeg-quality", type=int, metavar="N", help="1 to 95 (default 75); kitti's images are PNG files")
+    parser.add_argument(
+        "--jpeg-quality", type=int, metavar="N", help="1 to 95 (default 75); kitti's images are PNG files"
+    )
     parser.add_argument(
         "--workers", type=int, default=2, metavar="N", help="processes (default 2); the result does not depend on it"
     )
@@ -57,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     kitti = args.format == "kitti"
     for flag, value in (("--sweeps", args.sweeps), ("--jpeg-quality", args.jpeg_quality)):
         if kitti and value is not None:
-            raise UserError(f"{flag} only applies to --format nuscenes: KITTI has no sweeps, and PNG images; leave it out")
+            raise UserError(
+                f"{flag} only applies to --format nuscenes: KITTI has no sweeps, and PNG images; leave it out"
+            )
     usual, columns = SIZES[args.format]
     native = args.native or usual
     try:

@@ -264,9 +264,7 @@ class _Scene:
         """Casts one revolution, writes its points; returns the number of points on each thing."""
         moment = Moment(self.world, time)
         lidar2street = moment.ego2street @ self.rig.lidar2ego
-        directions, rings = lidar_rays(
-            self.options.azimuths, float(self.rng.random()), MOUNTINGS[self.options.rig]
-        )
+        directions, rings = lidar_rays(self.options.azimuths, float(self.rng.random()), MOUNTINGS[self.options.rig])
         cast = (directions @ lidar2street[:3, :3].T.astype(np.float32)).astype(np.float32)
         origins = np.ascontiguousarray(np.broadcast_to(lidar2street[:3, 3].astype(np.float32), cast.shape))
         hit, distance = moment.caster.nearest(origins, cast)

@@ -40,7 +40,9 @@ class Mounting:
 NUSCENES = Mounting(CAMERAS, 491 / 900, (0.94, 0.0, 1.84), -90.0, 32, (-30.67, 10.67))  # Velodyne HDL-32E
 # Camera 2 (P2 of sequences of 2011-09-26) and the Velodyne HDL-64E, http://www.cvlibs.net/datasets/kitti/setup.php. The camera is triggered
 # when the lidar looks forward.
-KITTI = Mounting({"CAM_FRONT": ((1.03, 0.06, 1.65), 0.0, 721.54 / 1242, 0.0)}, 172.85 / 375, (0.76, 0.0, 1.73), 0.0, 64, (-24.9, 2.0))
+KITTI = Mounting(
+    {"CAM_FRONT": ((1.03, 0.06, 1.65), 0.0, 721.54 / 1242, 0.0)}, 172.85 / 375, (0.76, 0.0, 1.73), 0.0, 64, (-24.9, 2.0)
+)
 MOUNTINGS = {"nuscenes": NUSCENES, "kitti": KITTI}
 
 

@@ -80,7 +80,7 @@ def _from_above(anno: Anno) -> np.ndarray:
     return np.concatenate(columns, 1, dtype=np.float64)
 
 
-def _overlaps(kind: str, found: Anno, truth: Anno) -> np.ndarray:
+def overlaps_of(kind: str, found: Anno, truth: Anno) -> np.ndarray:
     if not len(found["name"]) or not len(truth["name"]):
         return np.zeros((len(found["name"]), len(truth["name"])))
     if kind == "bbox":
@@ -131,7 +131,7 @@ def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *(array.ravel() for array in arrays)]).astype(dtype)
 
 
-class Frames:
+class _Frames:
     """Both sides' annos of all frames, one behind another, as the kernels take them."""
 
     def __init__(self, truth: Sequence[Anno], found: Sequence[Anno]) -> None:
@@ -155,7 +155,9 @@ class Frames:
         """Precision and orientation similarity at each recall, float64[classes,difficulties,strict and loose,POINTS]."""
         from qat.families.mmdet3d.metrics._kitti_kernel import count, true_scores
 
-        overlaps = _joined([_overlaps(kind, *annos) for annos in zip(self.found, self.truth, strict=True)], np.float64)
+        overlaps = _joined(
+            [overlaps_of(kind, *annos) for annos in zip(self.found, self.truth, strict=True)], np.float64
+        )
         covered = self.covered if kind == "bbox" else np.zeros_like(self.covered)  # DontCare regions have no 3D boxes
         precision, similarity = np.zeros((2, len(names), len(DIFFICULTIES), len(STRICTNESS), POINTS))
         for c, name in enumerate(names):
@@ -203,7 +205,7 @@ def average_precision(
             of another length, or with NaN or infinity in a detection.
     """
     _check(truth, found, classes, types)
-    frames = Frames(truth, found)
+    frames = _Frames(truth, found)
     result = {}
     for kind in types:
         precision, similarity = frames.curves(kind, classes)

@@ -18,12 +18,11 @@ from qat.families.mmdet3d.metrics.kitti import (
     POINTS,
     Anno,
     AveragePrecision,
-    Frames,
     detection_states,
+    overlaps_of,
     score_thresholds,
     truth_states,
 )
-from qat.families.mmdet3d.metrics.kitti import _overlaps as overlaps_of
 
 MIN_BLOCKS = 2  # with one block every draw is that block, so the bounds would claim certainty
 
@@ -43,7 +42,10 @@ class Counted:
         frames = []
         for own, boxes in zip(truth, found, strict=True):
             overlaps = np.asarray(overlaps_of(kind, boxes, own), np.float64).ravel()
-            states = truth_states(own, name, level).astype(np.int64), detection_states(boxes, name, level).astype(np.int64)
+            states = (
+                truth_states(own, name, level).astype(np.int64),
+                detection_states(boxes, name, level).astype(np.int64),
+            )
             whole = [np.array([0, len(part)], np.int64) for part in (overlaps, *states)]
             score = np.asarray(boxes["score"], np.float64)
             frames.append((overlaps, whole[0], states[0], whole[1], states[1], whole[2], score))
@@ -72,9 +74,7 @@ class Counted:
         return float(AveragePrecision.of(curve).ap40)
 
 
-def resample(
-    rows: Mapping[str, Counted], block: int, resamples: int = 1000, seed: int = 0
-) -> dict[str, np.ndarray]:
+def resample(rows: Mapping[str, Counted], block: int, resamples: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
     """AP40 of each row on all frames, then on each draw, with replacement, of as many blocks of `block` frames as there are; the same
     draws for all: {row: float64[1 + resamples]}.
 
@@ -84,7 +84,9 @@ def resample(
     frames = len(next(iter(rows.values())).objects)
     blocks = -(-frames // block)
     if blocks < MIN_BLOCKS:
-        raise UserError(f"found {blocks} block of {block} frames, expected at least {MIN_BLOCKS} to resample; take more frames")
+        raise UserError(
+            f"found {blocks} block of {block} frames, expected at least {MIN_BLOCKS} to resample; take more frames"
+        )
     draws = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=resamples)
     times = np.repeat(np.concatenate([np.ones((1, blocks), draws.dtype), draws]), block, axis=1)[:, :frames]
     return {name: np.array([row.ap40(own) for own in times]) for name, row in rows.items()}
