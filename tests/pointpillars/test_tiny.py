@@ -11,15 +11,19 @@ import pytest
 import torch
 from lidar import need_mmdet3d
 
+from qat.boxes.overlap import box_iou_rotated
 from qat.data.synth import SynthOptions
 from qat.families.mmdet3d.kitti_form import generate_kitti
+from qat.families.mmdet3d.ops.points import points_in_boxes
 from qat.families.mmdet3d.pillars import batch_of_pillars, grid_of
 from qat.families.mmdet3d.training import encoded
 from qat.families.pointpillars.flow import PointPillars
-from qat.model.opening import random_model, read_config
+from qat.model.opening import open_model, random_model, read_config
+from qat.model.runners import flow_for, run_frame, to_numpy
 
 need_mmdet3d()
 CONFIG = Path(__file__).resolve().parents[2] / "model/pointpillars-tiny/config.py"
+CAR = 2  # its label
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def network(train):
 @pytest.fixture(scope="module")
 def frames(train, settings, tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny") / "kitti"
-    generate_kitti(root, SynthOptions(2, 8100, 2, 414, 125, 600, 0, 95, {"val": 2}, "kitti"), 2, quiet=True)
+    generate_kitti(root, SynthOptions(6, 8100, 1, 208, 63, 600, 0, 95, {"val": 6}, "kitti"), 1, quiet=True)
     return train.frames_of(root, "val", settings["classes"])
 
 
@@ -136,3 +140,22 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(train, frames, tmp_p
     begun = random_model(CONFIG, 0).network.state_dict()
     key = "backbone.blocks.0.0.weight"
     assert (whole[key].float() - begun[key]).abs().max() > 2e-3
+
+
+def test_the_shipped_checkpoint_finds_the_cars_of_generated_scenes(frames):
+    """Of cars with 20 points or more, nine in ten with an overlap of 0.5 from above."""
+    network = open_model(CONFIG.with_name("pointpillars-tiny.pth"), CONFIG).network
+    flow, overlaps = flow_for(network), []
+    for path, boxes, labels in frames:
+        points = np.fromfile(path, np.float32).reshape(-1, 4)
+        cars = boxes[(labels == CAR) & (np.abs(boxes[:, 1]) < 20) & (boxes[:, 0] < 50)]
+        cars = cars[points_in_boxes(points, cars).sum(0) >= 20]
+        with torch.no_grad():
+            found = flow.decode(to_numpy(run_frame(network, flow.prepare(points))))
+        sure = (found.scores > 0.3) & (found.labels == CAR)
+        own = found.boxes[sure]
+        flat = [rows[:, [0, 1, 3, 4, 6]].astype(np.float64) for rows in (cars, own)]
+        best = box_iou_rotated(*flat)
+        overlaps += best.max(1).tolist() if len(own) else [0.0] * len(cars)
+    assert len(overlaps) >= 10
+    assert np.mean(np.array(overlaps) > 0.5) >= 0.9
