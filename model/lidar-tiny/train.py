@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,11 @@ from qat.families.mmdet3d.config import read
 from qat.families.mmdet3d.frames import keyframes
 from qat.families.mmdet3d.library import load
 from qat.families.mmdet3d.network import PillarNet
-from qat.families.mmdet3d.ops.voxels import voxelize
-from qat.families.mmdet3d.pillars import decorate, grid_of
+from qat.families.mmdet3d.training import encoded, half_weights
 from qat.model.opening import read_config
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 10.0  # metres beyond the range, from where a turn may bring points into it
-WIDTHS = (2, 4, 8, 16)  # points of a pillar that are computed together, if it has fewer
 TURN, SCALE = np.pi / 8, 0.05
 SAVED = 50  # steps between two resume files
 
@@ -98,40 +96,6 @@ def instances(boxes: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]
         bboxes_3d=LiDARInstance3DBoxes(torch.from_numpy(boxes[inside].astype(np.float32)), box_dim=9),
         labels_3d=torch.from_numpy(labels[inside]),
     )
-
-
-def encoded(network: PillarNet, clouds: Sequence[np.ndarray], settings: Mapping[str, Any]) -> torch.Tensor:
-    """Clouds float32[M,5] on the grid: float32[B,C,ny,nx], by the network's own PillarFeatureNet.
-
-    Pillars of few points are not padded to the full width, which most of the time would be spent on; each has at least one empty place, as
-    in mmdet3d, unless it is full. So batch norm sees fewer zeros than in mmdet3d's training; its running statistics fit either.
-    """
-    voxel = settings["voxel"]
-    found = [voxelize(c, voxel["size"], voxel["range"], voxel["max_points"], voxel["max_voxels"]) for c in clouds]
-    voxels, cells, counts = (np.concatenate([part[i] for part in found]) for i in range(3))
-    number = np.repeat(np.arange(len(clouds)), [len(part[1]) for part in found])
-    layer = network.pts_voxel_encoder.pfn_layers[0]
-    group = np.digitize(counts, WIDTHS)
-    order, features = [], []
-    for g, width in enumerate((*WIDTHS, voxel["max_points"])):
-        rows = np.flatnonzero(group == g)
-        order.append(rows)
-        features.append(torch.from_numpy(decorate(voxels[rows, :width], counts[rows], cells[rows], settings)))
-    x = torch.cat([part.flatten(0, 1) for part in features])
-    x = torch.relu(layer.norm(layer.linear(x)))
-    widest, begin = [], 0
-    for part in features:
-        n, width, _ = part.shape
-        widest.append(x[begin : begin + n * width].view(n, width, -1).amax(1))
-        begin += n * width
-    at = np.concatenate(order)
-    places = np.concatenate([number[:, None], cells], 1)[at].astype(np.int32)
-    filled = torch.cat(widest)[:, None]
-    ny, nx = grid_of(settings)
-    flat = (places[:, 0].astype(np.int64) * ny + places[:, 2]) * nx + places[:, 3]
-    canvas = filled.new_zeros(len(clouds) * ny * nx, filled.shape[2])
-    canvas = canvas.index_copy(0, torch.from_numpy(flat), filled[:, 0])
-    return canvas.view(len(clouds), ny, nx, -1).permute(0, 3, 1, 2)
 
 
 def step_loss(network: PillarNet, canvas: torch.Tensor, truth: list[Any], half: bool) -> torch.Tensor:
@@ -216,10 +180,9 @@ def main() -> None:
             }
             torch.save(saved, resume.with_suffix(".tmp"))
             resume.with_suffix(".tmp").rename(resume)
-    weights = {  # half precision for what is large: convolutions and the encoder's matrix
-        name: value.contiguous().half() if value.dim() > 1 else value for name, value in network.state_dict().items()
-    }
-    torch.save({"state_dict": weights, "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out)
+    torch.save(
+        {"state_dict": half_weights(network), "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out
+    )
 
 
 if __name__ == "__main__":

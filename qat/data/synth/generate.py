@@ -25,7 +25,7 @@ from qat.core.processes import die_with_parent, leaving_interrupts_to_us
 from qat.core.progress import progress_bar
 from qat.data.synth.cast import Caster
 from qat.data.synth.catalogue import GROUND, LAMP
-from qat.data.synth.rig import CAMERAS, LIDAR_MAX_RANGE, Camera, Rig, lidar_rays
+from qat.data.synth.rig import LIDAR_MAX_RANGE, MOUNTINGS, Camera, Rig, lidar_rays
 from qat.data.synth.shade import Light, shade
 from qat.data.synth.world import World, sample_world
 from qat.data.tables import LIDAR, Record, SceneTables, token, write_tables
@@ -43,8 +43,9 @@ FILL = {"bicycle": 0.35, "motorcycle": 0.5, "pedestrian": 0.5, "traffic_cone": 0
 class SynthOptions:
     """Options of `generate`.
 
-    width, height: native image size in pixels. azimuths: lidar columns a revolution (32 beams each). sweeps:
-    lidar revolutions between two keyframes that are not annotated. splits: split name → number of scenes, in order.
+    width, height: native image size in pixels. azimuths: lidar columns a revolution (of 32 beams, KITTI's
+    64). sweeps: lidar revolutions between two keyframes that are not annotated. splits: split name → number of scenes, in order. rig: of
+    `MOUNTINGS`.
     """
 
     scenes: int
@@ -56,6 +57,12 @@ class SynthOptions:
     sweeps: int = 4
     jpeg_quality: int = 75
     splits: dict[str, int] = field(default_factory=dict)
+    rig: str = "nuscenes"
+
+    def recipe(self) -> dict[str, Any]:
+        """As recipe.json has them: the rig only where it is not nuScenes'."""
+        options = asdict(self)
+        return {name: value for name, value in options.items() if (name, value) != ("rig", "nuscenes")}
 
     def checked(self) -> SynthOptions:
         """Raises `UserError` for invalid values; fills in the default splits."""
@@ -74,11 +81,12 @@ class SynthOptions:
         splits = self.splits
         if not splits:
             held_out = max(1, self.scenes // 5) if self.scenes > 1 else 0
-            splits = {"synth_train": self.scenes - held_out, "synth_val": held_out}
+            prefix = "" if self.rig == "kitti" else "synth_"
+            splits = {f"{prefix}train": self.scenes - held_out, f"{prefix}val": held_out}
         from nuscenes.utils.splits import is_predefined_split
 
         for name in splits:
-            if is_predefined_split(name):
+            if self.rig == "nuscenes" and is_predefined_split(name):
                 raise UserError(
                     f"--splits: {name!r} is one of nuScenes' splits, which the devkit ties to its scenes; choose another name"
                 )
@@ -99,7 +107,7 @@ def generate(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bo
     """
     options = options.checked()
     out = Path(out)
-    recipe = asdict(options)
+    recipe = options.recipe()
     done = out / VERSION / "recipe.json"
     parts = out / ".parts"
     begun = {**recipe, "bevqat": __version__}  # another version may generate other scenes
@@ -149,7 +157,7 @@ def _assemble(out: Path, options: SynthOptions, recipe: dict[str, Any]) -> None:
     for name, count in options.splits.items():
         splits[name] = names[start : start + count]
         start += count
-    write_tables(out / VERSION, CAMERAS, parts, splits, recipe)
+    write_tables(out / VERSION, MOUNTINGS[options.rig].cameras, parts, splits, recipe)
 
 
 class Moment:
@@ -175,7 +183,7 @@ def write_scene(out: Path, options: SynthOptions, index: int) -> None:
     rng = np.random.default_rng(np.random.SeedSequence([options.seed, index]))
     times = np.arange(options.keyframes) * KEYFRAME_PERIOD
     world = sample_world(rng, times)
-    rig = Rig.sample(rng, options.width, options.height)
+    rig = Rig.sample(rng, options.width, options.height, MOUNTINGS[options.rig])
     light = Light.sample(rng)
     scene = _Scene(out, options, index, world, rig, light, rng)
     for frame, time in enumerate(times):
@@ -214,7 +222,7 @@ class _Scene:
         self.name = f"synth-{options.seed:04d}-{index:05d}"
         self.key = (options.seed, index, options.width, options.azimuths)
         self.files: list[Path] = []
-        self.tables = SceneTables(self.key, self.name, CAMERAS)
+        self.tables = SceneTables(self.key, self.name, MOUNTINGS[options.rig].cameras)
         rgb = light.white_balance
         self.description = (
             f"{light.weather}, {world.street.lanes} lanes a side, white balance {rgb[0]:.2f}/{rgb[2]:.2f}"
@@ -256,7 +264,7 @@ class _Scene:
         """Casts one revolution, writes its points; returns the number of points on each thing."""
         moment = Moment(self.world, time)
         lidar2street = moment.ego2street @ self.rig.lidar2ego
-        directions, rings = lidar_rays(self.options.azimuths, float(self.rng.random()))
+        directions, rings = lidar_rays(self.options.azimuths, float(self.rng.random()), MOUNTINGS[self.options.rig])
         cast = (directions @ lidar2street[:3, :3].T.astype(np.float32)).astype(np.float32)
         origins = np.ascontiguousarray(np.broadcast_to(lidar2street[:3, 3].astype(np.float32), cast.shape))
         hit, distance = moment.caster.nearest(origins, cast)

@@ -5,7 +5,7 @@
 
     training/velodyne          float32 x, y, z, reflectance of the whole revolution
     training/velodyne_reduced  the same, of what the camera sees (what mmdet3d's configs read)
-    training/image_2, calib, label_2; ImageSets/{split}.txt; kitti_infos_{split}.pkl
+    training/image_2, calib, label_2; ImageSets/{split}.txt; kitti_infos_{split}.pkl; recipe.json of generated data
 
 KITTI's velodyne has x forward, nuScenes' lidar to the right: points are turned about z until x points where the camera looks, so that
 mmdet3d's yaw = −rotation_y − π/2 holds. One camera stands for all four. Formats: KITTI's object development kit, readme.txt, and
@@ -15,6 +15,7 @@ mmdet3d 1.4's tools/dataset_converters.
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from PIL import Image
 
 from qat.boxes.conventions import convert
 from qat.core.errors import UserError
-from qat.core.files import atomic_directory, data_path
+from qat.core.files import atomic_directory, data_path, read_json, write_json
 from qat.core.preprocess import load_image
 from qat.core.progress import progress_bar
 from qat.data.checks import check_intrinsics
 from qat.data.dataset import boxes_of, open_nuscenes, sensor_of, split_tokens
 from qat.data.points import read_points
+from qat.data.synth import SynthOptions, generate
 from qat.data.tables import LIDAR
 from qat.families.mmdet3d.infos import CLASSES, LOAD_DIM, image_box, silhouette, splits_of, write_pickle
 from qat.families.mmdet3d.metrics.kitti import ABOVE_HEIGHT, DONT_CARE, MOST_OCCLUDED, MOST_TRUNCATED, NO_ALPHA
@@ -56,6 +58,7 @@ OCCLUDED = {
     "4": 0,
 }  # nuScenes' visibility (0–40 %, –60, –80, –100) as KITTI's degree of occlusion
 DIGITS = 4  # of a label's numbers behind the point: KITTI has 2
+RECIPE = "recipe.json"
 INTENSITY = 255.0  # nuScenes' largest; KITTI's reflectance is 0 to 1
 
 
@@ -226,6 +229,11 @@ def _object(
     }
 
 
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: found something there, expected no such folder; remove it or choose another --out")
+
+
 def write_kitti(
     root: str | Path,
     out: str | Path,
@@ -233,6 +241,7 @@ def write_kitti(
     version: str | None = None,
     camera: str = "CAM_FRONT",
     quiet: bool = True,
+    recipe: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Writes the folder `out` in KITTI's form, whole or not at all, and returns its info files, one for each split.
 
@@ -245,13 +254,13 @@ def write_kitti(
         splits: None for those of root's splits.json.
         version: needed only where root holds several.
         camera: the channel that becomes image_2.
+        recipe: how the data was made; recipe.json.
 
     Raises:
         UserError: no such data, split or camera; damaged tables or files; something in `out`.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: found something there, expected no such folder; remove it or choose another --out")
+    _check_new(out)
     nusc = open_nuscenes(root, version)
     tokens = {split: split_tokens(nusc, split) for split in splits_of(nusc, splits)}
     numbers: dict[str, int] = {}
@@ -272,4 +281,25 @@ def write_kitti(
             write_pickle(
                 folder / f"kitti_infos_{split}.pkl", {"metainfo": meta, "data_list": [records[t] for t in members]}
             )
+        if recipe is not None:
+            write_json(folder / RECIPE, recipe)
     return [out / f"kitti_infos_{split}.pkl" for split in tokens]
+
+
+def generate_kitti(out: str | Path, options: SynthOptions, workers: int = 1, quiet: bool = False) -> list[Path]:
+    """Generates scenes with KITTI's rig (`options.rig` "kitti") and writes them as `write_kitti` does; returns the info files.
+
+    The same options write the same bytes; if they have done so already, nothing is written. Meanwhile the scenes lie beside `out`, in
+    .NAME.scenes, from where the same call goes on after an interruption.
+
+    Raises:
+        UserError: invalid options, or something else in `out`.
+    """
+    out, options = Path(out), options.checked()
+    if (out / RECIPE).is_file() and read_json(out / RECIPE) == options.recipe():
+        return [out / f"kitti_infos_{split}.pkl" for split, scenes in options.splits.items() if scenes]
+    _check_new(out)
+    scenes = generate(out.with_name(f".{out.name}.scenes"), options, workers, quiet)
+    infos = write_kitti(scenes, out, quiet=quiet, recipe=options.recipe())
+    shutil.rmtree(scenes)
+    return infos

@@ -58,6 +58,11 @@ class PillarNet(ModelNet):
     def _of(self, name: str) -> Any:
         return getattr(self, f"{self.prefix}{name}")
 
+    def voxel_encoder_layer(self) -> Any:
+        """The only layer of the pillars' encoder, of a detector that has one: linear, norm."""
+        (layer,) = self._of("voxel_encoder").pfn_layers
+        return layer
+
     def encode(self, input_features: torch.Tensor) -> torch.Tensor:
         """Decorated points of pillars → their features. float[N,P,·] → [N,1,C]."""
         x = input_features

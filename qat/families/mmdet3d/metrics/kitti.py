@@ -80,7 +80,7 @@ def _from_above(anno: Anno) -> np.ndarray:
     return np.concatenate(columns, 1, dtype=np.float64)
 
 
-def _overlaps(kind: str, found: Anno, truth: Anno) -> np.ndarray:
+def overlaps_of(kind: str, found: Anno, truth: Anno) -> np.ndarray:
     if not len(found["name"]) or not len(truth["name"]):
         return np.zeros((len(found["name"]), len(truth["name"])))
     if kind == "bbox":
@@ -155,7 +155,9 @@ class _Frames:
         """Precision and orientation similarity at each recall, float64[classes,difficulties,strict and loose,POINTS]."""
         from qat.families.mmdet3d.metrics._kitti_kernel import count, true_scores
 
-        overlaps = _joined([_overlaps(kind, *annos) for annos in zip(self.found, self.truth, strict=True)], np.float64)
+        overlaps = _joined(
+            [overlaps_of(kind, *annos) for annos in zip(self.found, self.truth, strict=True)], np.float64
+        )
         covered = self.covered if kind == "bbox" else np.zeros_like(self.covered)  # DontCare regions have no 3D boxes
         precision, similarity = np.zeros((2, len(names), len(DIFFICULTIES), len(STRICTNESS), POINTS))
         for c, name in enumerate(names):
