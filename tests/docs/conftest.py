@@ -91,7 +91,8 @@ def checkout(tmp_path_factory, small_network, make_detector) -> Path:
     for name in ("resnet50", "swint"):  # the full-size networks would take minutes
         (folder / "model" / name).mkdir()
         (folder / "model" / name / "config.yaml").write_text(text)
-    os.symlink(ROOT / "model" / "lidar-tiny", folder / "model" / "lidar-tiny")  # which is small
+    for name in ("lidar-tiny", "pointpillars-tiny"):  # which are small
+        os.symlink(ROOT / "model" / name, folder / "model" / name)
     for name in ("benchmarks", "configs", "examples", "qat", "tests", "docs", "tools"):
         os.symlink(ROOT / name, folder / name)
     robot = copy.deepcopy(small_network)

@@ -15,7 +15,7 @@ from qat.cli.parser import VERBS, make_parser
 FOREIGN = {
     "trtexec": "--stronglyTyped --fp16 --int8 --best --calib --useDLACore --allowGPUFallback --inputIOFormats "
     "--outputIOFormats --onnx --saveEngine",
-    "pip": "--no-deps",
+    "pip": "--no-deps --target",
     "pytest": "--noconftest",
     "ruff": "--fix",
     "torchrun": "--nproc-per-node",
