@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from qat.families.mmdet3d.config import read
+from qat.families.mmdet3d.inputs import read_info_file
 from qat.families.mmdet3d.library import load
 from qat.families.mmdet3d.metrics.kitti_annos import CAMERA, camera_to_lidar, truth_annos
 from qat.families.mmdet3d.network import PillarNet
@@ -35,7 +35,7 @@ SAVED = 50  # steps between two resume files
 
 def frames_of(root: Path, split: str, classes: list[str]) -> list[tuple[Path, np.ndarray, np.ndarray]]:
     """Each frame's points file (of what the camera sees), boxes float32[K,7] in mmdet3d's lidar convention and labels int64[K]."""
-    infos = pickle.loads((root / f"kitti_infos_{split}.pkl").read_bytes())  # noqa: S301 (a file of bevqat's)
+    infos = read_info_file(root / f"kitti_infos_{split}.pkl")
     frames = []
     for record, anno in zip(infos["data_list"], truth_annos(infos), strict=True):
         kept = np.isin(anno["name"], classes)
@@ -94,9 +94,7 @@ def cropped(described: Mapping[str, Any]) -> dict[str, Any]:
     ):
         for each in ranges:
             each[:2], each[3:5] = NEAR, FAR
-    model["middle_encoder"]["output_shape"] = [
-        round((FAR[n] - NEAR[n]) / encoder["voxel_size"][n]) for n in (1, 0)
-    ]
+    model["middle_encoder"]["output_shape"] = [round((FAR[n] - NEAR[n]) / encoder["voxel_size"][n]) for n in (1, 0)]
     return {**described, "model": model}
 
 
