@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from qat.calibrate import load_ptq
 from qat.calibrate.checkpoint import load_float_reference
 from qat.core.files import sha256
 from qat.core.progress import progress_bar
+from qat.families.mmdet3d.inputs import read_info_file
 from qat.families.mmdet3d.metrics.kitti_annos import detection_anno, kitti_metric, truth_annos
 from qat.families.mmdet3d.metrics.kitti_bootstrap import Counted, interval, resample
 from qat.model.runners import flow_for, run_frame, to_numpy
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/kitti-accuracy"))
     parser.add_argument("--resamples", type=int, default=1000)
     args = parser.parse_args()
-    infos = pickle.loads((args.data / f"kitti_infos_{args.split}.pkl").read_bytes())  # noqa: S301 (a file of bevqat's)
+    infos = read_info_file(args.data / f"kitti_infos_{args.split}.pkl")
     infos["data_list"] = infos["data_list"][: args.frames]
     reduced = args.data / "training/velodyne_reduced"
     files = [reduced / record["lidar_points"]["lidar_path"] for record in infos["data_list"]]

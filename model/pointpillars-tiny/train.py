@@ -9,7 +9,7 @@ OMP_NUM_THREADS=1.
 from __future__ import annotations
 
 import argparse
-import pickle
+import copy
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from qat.families.mmdet3d.config import read
+from qat.families.mmdet3d.inputs import read_info_file
 from qat.families.mmdet3d.library import load
 from qat.families.mmdet3d.metrics.kitti_annos import CAMERA, camera_to_lidar, truth_annos
 from qat.families.mmdet3d.network import PillarNet
@@ -26,13 +27,15 @@ from qat.families.mmdet3d.training import encoded, half_weights
 from qat.model.opening import read_config
 
 HERE = Path(__file__).resolve().parent
+# A pillar's features are relative to it, so what a part of the grid learns holds on all of it; this one takes two thirds of the time.
+NEAR, FAR = (0, -22.4), (51.2, 22.4)
 TURN, SCALE = np.pi / 16, 0.05
 SAVED = 50  # steps between two resume files
 
 
 def frames_of(root: Path, split: str, classes: list[str]) -> list[tuple[Path, np.ndarray, np.ndarray]]:
     """Each frame's points file (of what the camera sees), boxes float32[K,7] in mmdet3d's lidar convention and labels int64[K]."""
-    infos = pickle.loads((root / f"kitti_infos_{split}.pkl").read_bytes())  # noqa: S301 (a file of bevqat's)
+    infos = read_info_file(root / f"kitti_infos_{split}.pkl")
     frames = []
     for record, anno in zip(infos["data_list"], truth_annos(infos), strict=True):
         kept = np.isin(anno["name"], classes)
@@ -81,6 +84,20 @@ def prepare(network: PillarNet) -> None:
     torch.nn.init.constant_(head.conv_cls.bias, -4.6)
 
 
+def cropped(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked config with the part of the grid between NEAR and FAR (x, y in metres)."""
+    model = copy.deepcopy(described["model"])
+    encoder = model["voxel_encoder"]
+    for ranges in (
+        [model["data_preprocessor"]["voxel_layer"]["point_cloud_range"], encoder["point_cloud_range"]],
+        model["bbox_head"]["anchor_generator"]["ranges"],
+    ):
+        for each in ranges:
+            each[:2], each[3:5] = NEAR, FAR
+    model["middle_encoder"]["output_shape"] = [round((FAR[n] - NEAR[n]) / encoder["voxel_size"][n]) for n in (1, 0)]
+    return {**described, "model": model}
+
+
 def step_loss(network: PillarNet, canvas: torch.Tensor, truth: list[Any], half: bool) -> dict[str, torch.Tensor]:
     """mmdet3d's losses of a batch; convolutions in bfloat16 if `half`."""
     from mmdet3d.structures import LiDARInstance3DBoxes
@@ -104,6 +121,7 @@ def main() -> None:
     load()
     torch.set_num_threads(1)
     family, described = read_config(HERE / "config.py")
+    described = cropped(described)
     settings = family.settings(described)
     root, _, split = args.data.rpartition(":")
     frames = frames_of(Path(root), split, settings["classes"])

@@ -58,7 +58,7 @@ def targets(head, truth):
     """Labels int64[A] of all anchors, those with a box, and that box, float32[P,7]."""
     from mmdet3d.structures import LiDARInstance3DBoxes
 
-    anchors = head.prior_generator.grid_anchors([(112, 128)], device="cpu")[0]
+    anchors = head.prior_generator.grid_anchors([(136, 144)], device="cpu")[0]
     flat = anchors.reshape(-1, 7)
     found = head.anchor_target_3d(
         [[anchors]], [truth], [{"box_type_3d": LiDARInstance3DBoxes}], num_classes=3, label_channels=18
@@ -110,6 +110,24 @@ def test_the_encoder_without_padding_is_the_padded_one(network, settings):
         expected = network.scatter(pillars, torch.from_numpy(cells), grid_of(settings))
         found = encoded(network, clouds, settings)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_trained_part_of_the_grid_sees_is_what_the_whole_sees_there(train, network):
+    family, described = read_config(CONFIG)
+    part = family.settings(train.cropped(described))
+    whole = family.settings(described)
+    assert (grid_of(whole), grid_of(part)) == ((272, 288), (224, 256))
+    assert part["head"]["anchors"]["ranges"] == [[0, -22.4, -1.73, 51.2, 22.4, -1.73]] * 3
+    rng = np.random.default_rng(2)
+    cells = np.stack([rng.integers(0, 256, 3000), rng.integers(0, 224, 3000)], 1)
+    points = np.zeros((3000, 4), np.float32)
+    points[:, :2] = (cells + rng.uniform(0.1, 0.9, (3000, 2))) * 0.2 + [0, -22.4]
+    points[:, 2:] = rng.uniform([-2.5, 0], [0.5, 1], (3000, 2))
+    network.eval()
+    with torch.no_grad():
+        of_part, of_whole = (encoded(network, [points], settings) for settings in (part, whole))
+    torch.testing.assert_close(of_whole[:, :, 24:248, :256], of_part, atol=2e-4, rtol=2e-4)
+    assert of_part.abs().max() > 1 and float(of_whole.sum()) == pytest.approx(float(of_part.sum()), rel=1e-4)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(train, frames, tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ def encoded(network: PillarNet, clouds: Sequence[np.ndarray], settings: Mapping[
     widest, begin = [], 0
     for part in features:
         n, width, _ = part.shape
-        widest.append(x[begin : begin + n * width].view(n, width, -1).amax(1))
+        widest.append(x[begin : begin + n * width].view(n, width, x.shape[1]).amax(1))
         begin += n * width
     at = np.concatenate(order)
     ny, nx = grid_of(settings)
