@@ -17,7 +17,6 @@ from qat.families.mmdet3d.description import MMDET3D, OLDER, UNKNOWN, boxes_of, 
 from qat.families.mmdet3d.network import PillarNet
 from qat.families.mmdet3d.pillar_family import PillarFamily
 
-
 LAST = "detector.quant_*task_heads_*"  # quantizers inside the maps' own branches
 
 
