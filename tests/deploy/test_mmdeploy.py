@@ -336,6 +336,10 @@ def test_tensorrt_without_a_gpu_is_one_line(tmp_path, capsys):
         (["--split", "eval"], "found --split, which is for AWML's configs"),
         (["--calib-frames", "2"], "found --calib-frames with fp32, expected INT8"),
         (["--device", "tpu"], "--device: found 'tpu'"),
+        (
+            ["--quant", "--calib-dataset-cfg", str(ROOT / "example-data"), "--calib-frames", "999"],
+            "--calib-frames: found 999",
+        ),
         (["--quant"], "found no val_dataloader, expected the data set that INT8 is calibrated on"),
         (["--names", "1.0", "--quant", "--calib-dataset-cfg", "nothing"], "nothing: found no .bin file"),
     ],

@@ -140,6 +140,9 @@ def calibration_frames(
     """
     if given is None or str(given).endswith(".py"):
         return CalibrationFrames(given or model_cfg, count=count)
-    all_files = PointFiles(Path(given), described["columns"], described["load_dim"], None, bool(described["sweeps"]))
-    wanted = min(CALIB_FRAMES, len(all_files)) if count is None else count
-    return PointFiles(Path(given), described["columns"], described["load_dim"], wanted, bool(described["sweeps"]))
+    columns, load_dim, timed = described["columns"], described["load_dim"], bool(described["sweeps"])
+    total = len(PointFiles(Path(given), columns, load_dim, None, timed))
+    wanted = min(CALIB_FRAMES, total) if count is None else count
+    if not 1 <= wanted <= total:
+        raise UserError(f"--calib-frames: found {wanted}, expected 1 to {total}, the files of {given}")
+    return PointFiles(Path(given), columns, load_dim, wanted, timed)
