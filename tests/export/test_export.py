@@ -141,8 +141,8 @@ def test_verification_fails_on_a_graph_with_other_weights(
 
     simplify = parts.simplify
 
-    def tampered(model, name):
-        model = simplify(model, name)
+    def tampered(model, name, **more):
+        model = simplify(model, name, **more)
         if name == "fuser":
             weight = next(i for i in model.graph.initializer if len(i.dims) == 4)
             values = onnx.numpy_helper.to_array(weight) * np.float32(1.01)

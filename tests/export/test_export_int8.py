@@ -151,8 +151,8 @@ def _with_fuser(monkeypatch, change):
 
     simplify = parts.simplify
 
-    def faulty(model, name):
-        model = simplify(model, name)
+    def faulty(model, name, **more):
+        model = simplify(model, name, **more)
         if name == "fuser":
             change(model.graph)
         return model

@@ -96,8 +96,8 @@ def faulty(monkeypatch):
     def arrange(part, change):
         simplify = parts_module.simplify
 
-        def changed(model, name):
-            model = simplify(model, name)
+        def changed(model, name, **more):
+            model = simplify(model, name, **more)
             if name == part:
                 change(model.graph)
             return model
