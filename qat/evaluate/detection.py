@@ -190,9 +190,10 @@ def evaluate_detections(dataset: Any, detections: Mapping[str, Detections], more
         return float(value) if np.isfinite(value) else None
 
     return {
-        "map": float(metrics.mean_ap),
-        "nds": float(metrics.nd_score),
-        "per_class_ap": {name: float(ap) for name, ap in metrics.mean_dist_aps.items()},
+        "map": min(float(metrics.mean_ap), 1.0),
+        "nds": min(float(metrics.nd_score), 1.0),
+        # The devkit's sums of recalls may exceed 1 by a rounding.
+        "per_class_ap": {name: min(float(ap), 1.0) for name, ap in metrics.mean_dist_aps.items()},
         "tp_errors": {name: finite(value) for name, value in metrics.tp_errors.items()},
         "per_class_tp_errors": {
             name: {error: finite(metrics.get_label_tp(name, error)) for error in metrics.tp_errors}

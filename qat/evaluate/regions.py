@@ -46,7 +46,7 @@ def distance_figures(evaluation: SampleEval) -> dict[str, float | None]:
         if there:
             ring.cfg = copy.copy(evaluation.cfg)
             ring.cfg.class_names = [own for own in evaluation.cfg.class_names if own in there]
-            found[name] = float(ring.evaluate()[0].mean_ap)
+            found[name] = min(float(ring.evaluate()[0].mean_ap), 1.0)
     return found
 
 
