@@ -27,7 +27,6 @@ from qat.cli.flags import EXAMPLE, SPLIT_HELP, VERSION_HELP
 from qat.cli.json_output import add_json_flag, emit_json
 from qat.core.errors import UserError
 
-RANDOM = "random"
 LEVELS = ("CRITICAL", "FATAL", "ERROR", "WARN", "WARNING", "INFO", "DEBUG", "NOTSET")
 # Flags of one kind of config; their defaults are None or False, so that one that was given is refused with the other kind.
 MMDEPLOY = (
@@ -179,8 +178,8 @@ def _awml(args: argparse.Namespace, values: Mapping[str, Any], source: str) -> i
     from qat.compare import print_summary
     from qat.core.console import note
     from qat.deploy.components import parsed
+    from qat.deploy.mmdeploy.detector import source_of
     from qat.deploy.run import Data, deploy, with_flags
-    from qat.model.opening import Source
 
     config = with_flags(parsed(values, source), args.work_dir, args.verify, args.evaluate)
     if args.replace_onnx_models:
@@ -188,12 +187,11 @@ def _awml(args: argparse.Namespace, values: Mapping[str, Any], source: str) -> i
     checkpoint = args.checkpoint or config.checkpoint
     if checkpoint is None:
         raise UserError(f"{args.deploy_cfg}: found no checkpoint_path, expected one, or CKPT after MODEL_CFG")
-    random = str(checkpoint) == RANDOM
-    if random and (config.verify or config.evaluate):
+    network = source_of(args.model_cfg, checkpoint)
+    if network.checkpoint is None and (config.verify or config.evaluate):
         raise UserError(
             "CKPT: found random with verification or evaluation, expected a checkpoint: both compare with its file"
         )
-    network = Source(None if random else Path(checkpoint), args.model_cfg)
     data = Data(args.data or EXAMPLE, args.split or "eval", args.calib_split or "calib", args.version)
     done = deploy(config, network, data, "autoware" if args.rot_y_axis_reference else None)
     for name, why in done.missing.items():

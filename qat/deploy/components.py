@@ -77,36 +77,16 @@ class DeployConfig:
     unneeded: Sequence[str] = field(default=())
 
 
-def read(path: str | Path) -> DeployConfig:
-    """Reads a deploy config, which is Python by mmengine's convention: its code runs.
+def parsed(config: Mapping[str, Any], source: str) -> DeployConfig:
+    """A deploy config's values as what they ask for.
 
     Raises:
-        UserError: it cannot be read, is another tool's, or asks for what there is not, by the name of the key.
+        UserError: it is another tool's, or asks for what there is not, by the name of the key.
     """
-    from mmengine.config import Config
-
-    try:
-        config = Config.fromfile(str(path), import_custom_modules=False).to_dict()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: found no such file, expected a deploy config") from error
-    except Exception as error:  # a config may do anything
-        what = str(error).strip().splitlines()
-        raise UserError(
-            f"{path}: found {type(error).__name__}: {what[0][:200] if what else ''}, expected a deploy config"
-        ) from error
-    return parsed(config, str(path))
-
-
-def parsed(config: Mapping[str, Any], source: str) -> DeployConfig:
-    """The same of a config's values; raises as `read`."""
 
     def fail(key: str, found: object, expected: str) -> UserError:
         return UserError(f"{source}: {key}: found {found!r}, expected {expected}")
 
-    if "codebase_config" in config:
-        raise fail(
-            "codebase_config", "one of MMDeploy's", "a config with `components` (AWML's); MMDeploy's are not read yet"
-        )
     # What a config defines for its own use is a plain value: only sections are asked for.
     sections = [key for key, value in config.items() if isinstance(value, dict)]
     if unknown := [key for key in sections if key not in (*READ, *UNNEEDED)]:

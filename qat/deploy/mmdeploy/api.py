@@ -20,14 +20,13 @@ from qat.deploy.mmdeploy.config import VoxelConfig, read
 from qat.deploy.mmdeploy.detector import (
     Detector,
     check_torch,
+    is_checkpoint,
     open_detector,
     path_of,
     pytorch_detector,
     voxels_in,
 )
 from qat.deploy.mmdeploy.maps import INPUTS
-
-CHECKPOINTS = (".pth", ".pt", ".ckpt")
 
 
 def inference_model(
@@ -119,10 +118,8 @@ def visualize_model(
     if output_file is None:
         raise UserError("output_file: found None, expected the name of a PNG file")
     files = [model] if isinstance(model, str | Path) else list(model)
-    if Path(files[0]).suffix in CHECKPOINTS or str(files[0]).startswith("random"):
-        built = processor.build_pytorch_model(files[0])
-    else:
-        built = processor.build_backend_model(files)
+    in_torch = is_checkpoint(files[0])
+    built = processor.build_pytorch_model(files[0]) if in_torch else processor.build_backend_model(files)
     clouds: list[Any] = list(img) if isinstance(img, list | tuple) else [img]
     target = Path(output_file)
     for n, one in enumerate(clouds):

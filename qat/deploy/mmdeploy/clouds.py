@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qat.core.errors import UserError
+from qat.families.mmdet3d.config import test_dataset
 from qat.families.mmdet3d.frames import PointFiles
 from qat.families.mmdet3d.lidar import LidarFrame
 
@@ -55,10 +56,7 @@ def read_cloud(path: str | Path, described: dict[str, Any], prefix: str = "") ->
 
 def points_prefix(config: Any) -> str:
     """The folder of the points in the data set of an mmdet3d config (`qat.families.mmdet3d.config.read`)."""
-    dataset = config.test_dataloader.dataset
-    while "data_prefix" not in dataset and "dataset" in dataset:
-        dataset = dataset.dataset
-    return str(dict(dataset.get("data_prefix") or {}).get("pts", ""))
+    return str(dict(test_dataset(config, "data_prefix").get("data_prefix") or {}).get("pts", ""))
 
 
 def _beside(infos: Path, name: str, prefix: str = "") -> Path | None:

@@ -87,19 +87,9 @@ def load(path: str | Path) -> Mapping[str, Any]:
     Raises:
         UserError: it cannot be read.
     """
-    from mmengine.config import Config
+    from qat.families.mmdet3d.config import of_python
 
-    try:
-        return dict(plain(Config.fromfile(str(path), import_custom_modules=False).to_dict()))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: found no {error.filename or error}, expected a deploy config and its _base_"
-        ) from error
-    except Exception as error:  # a config may do anything
-        what = str(error).strip().splitlines()
-        raise UserError(
-            f"{path}: found {type(error).__name__}: {what[0][:200] if what else ''}, expected a deploy config"
-        ) from error
+    return dict(plain(of_python(path, "a deploy config").to_dict()))
 
 
 def read(config: str | Path | Mapping[str, Any]) -> VoxelConfig:

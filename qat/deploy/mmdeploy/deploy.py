@@ -32,6 +32,7 @@ from qat.deploy.mmdeploy.detector import (
     voxels_in,
 )
 from qat.deploy.mmdeploy.maps import split
+from qat.export.lookups import opset_of
 
 DENSE = "pts_backbone_neck_head"
 LOGGER = logging.getLogger("bevqat.deploy")
@@ -267,17 +268,11 @@ def exported(
             f"{DENSE}: the part and PyTorch differ by more than the tolerance; `bevqat export` of the same model shows where"
         )
     part = at_opset(onnx.load(folder / f"{DENSE}.onnx"), config.opset)
-    front = front_graph(model.network, flow, voxels_in(cloud.points, flow), _opset(part))
+    front = front_graph(model.network, flow, voxels_in(cloud.points, flow), opset_of(part))
     notes = {"precision": config.precision, "flavour": config.flavour, "release": config.release}
     if "boxes" in model.config:
         notes["boxes"] = model.config["boxes"]
     return compose(front, part, flow, config.release, notes), part
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    from qat.export.lookups import opset_of
-
-    return opset_of(model)
 
 
 def verify(
@@ -300,11 +295,12 @@ def verify(
         graph = with_grid(graph)
     whole = PlainGraph(graph.SerializeToString())
     dense = None if config.precision == "fp32" else PlainGraph(part.SerializeToString())
+    torch_maps = torch_detector(model).maps
     for cloud in clouds:
         feeds = voxels_in(flow.prepare(cloud.points).points, flow)
         outputs = whole.run(feeds)
         if dense is None:
-            expected = torch_detector(model).maps(cloud.points)
+            expected = torch_maps(cloud.points)
             found = split(flow, outputs, config.save_file)
         else:
             grid = outputs.pop(GRID)

@@ -21,6 +21,7 @@ from qat.families.mmdet3d.pillars import voxels_of
 
 Network = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 RANDOM = "random"
+CHECKPOINTS = (".pth", ".pt", ".ckpt")
 
 
 def voxels_in(points: np.ndarray, flow: Flow, fewest: int = 1) -> dict[str, np.ndarray]:
@@ -106,6 +107,11 @@ class Detector:
                 total[stage] = total.get(stage, 0.0) + milliseconds
         self.stages_ms = total
         return found
+
+
+def is_checkpoint(name: str | Path) -> bool:
+    """Whether a model is named that PyTorch runs: a checkpoint's file, "random" or "random:SEED"."""
+    return Path(name).suffix in CHECKPOINTS or str(name).partition(":")[0] == RANDOM
 
 
 def source_of(model_cfg: Any, checkpoint: str | Path | None) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from qat.core.errors import UserError
+from qat.families.mmdet3d.config import test_dataset
 from qat.families.mmdet3d.description import classes_of
 from qat.families.mmdet3d.inputs import CAMERAS, Reader, read_info_file, read_points
 
@@ -45,9 +46,7 @@ class TestFrames:
             UserError: the data set is not on this disk, is of another form, or its pipeline reads no points.
         """
         self._config, self.source = config, str(config.source)
-        dataset = config.test_dataloader.dataset
-        while "ann_file" not in dataset and "dataset" in dataset:
-            dataset = dataset.dataset
+        dataset = test_dataset(config, "ann_file")
         self.kind = str(dataset.get("type", "")).split(".")[-1]
         self.root = Path(str(dataset.get("data_root") or ""))
         self._prefix = {key: str(value) for key, value in dict(dataset.get("data_prefix") or {}).items()}

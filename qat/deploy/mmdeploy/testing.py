@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from qat.deploy.mmdeploy.detector import Detector
 
-CHECKPOINTS = (".pth", ".pt", ".ckpt")
 STAGES = ("voxelize", "network", "post")
 SCORE_THR = 0.3  # of boxes that are drawn, as in mmdet3d
 WARMUP, LOG_INTERVAL = 10, 100
@@ -176,11 +175,10 @@ def model_config(name: str, options: Mapping[str, Any]) -> Iterator[tuple[Config
 
 def open_model(asked: Asked, config: Path) -> Detector:
     """The detector of --model: the backend's, or with a checkpoint PyTorch's. Raises `UserError` as these do."""
-    from qat.deploy.mmdeploy.detector import open_detector, pytorch_detector
+    from qat.deploy.mmdeploy.detector import is_checkpoint, open_detector, pytorch_detector
 
-    first = asked.model[0]
-    if len(asked.model) == 1 and (Path(first).suffix in CHECKPOINTS or first.partition(":")[0] == "random"):
-        return pytorch_detector(str(config), first, asked.device)
+    if len(asked.model) == 1 and is_checkpoint(asked.model[0]):
+        return pytorch_detector(str(config), asked.model[0], asked.device)
     return open_detector(asked.deploy_cfg, str(config), list(asked.model), asked.device)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qat.core.errors import UserError
 from qat.families.mmdet3d import awml
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 # What 0.x and 1.x say differently, or one of them alone.
 _DROPPED = {"3d", "head", "10class", "18class", "py"}
 _RENAMED = {"fp16": "amp"}
+EXPECTED = "an mmdet3d 1.x config"
 _FAMILIES = {"Anchor3DHead": "pointpillars", "CenterHead": "centerpoint"}
 _VOTENET = ("VoteNet", "PointNet2SASSG", "VoteHead")  # detector, backbone, head
 
@@ -70,6 +73,42 @@ def find(name: str | Path) -> Path:
     )
 
 
+def of_python(path: str | Path, expected: str) -> Config:
+    """A config in Python by mmengine's convention: its code runs, but modules that it names are not imported.
+
+    Raises:
+        UserError: it cannot be read. expected: what it should have been.
+    """
+    from mmengine.config import Config
+
+    with one_line(path, expected):
+        return Config.fromfile(str(path), import_custom_modules=False)
+
+
+@contextmanager
+def one_line(path: str | Path, expected: str) -> Iterator[None]:
+    """What a config's code raises inside the block becomes a `UserError`: it may be anything."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: _base_: found no {error.filename or error}, expected a config; fix its _base_"
+        ) from error
+    except Exception as error:
+        what = str(error).strip().splitlines()
+        raise UserError(
+            f"{path}: found {type(error).__name__}: {what[0][:200] if what else ''}, expected {expected}"
+        ) from error
+
+
+def test_dataset(config: Any, key: str) -> Any:
+    """The data set of a config's test_dataloader, inside others that wrap it: the first that has a key, or the innermost."""
+    dataset = config.test_dataloader.dataset
+    while key not in dataset and "dataset" in dataset:
+        dataset = dataset.dataset
+    return dataset
+
+
 def read(name: str | Path) -> Config:
     """Reads a config, which is Python by mmengine's convention: its code runs.
 
@@ -78,24 +117,14 @@ def read(name: str | Path) -> Config:
     """
     path = find(name)
     load()
-    from mmengine.config import Config
     from mmengine.utils import import_modules_from_strings
 
-    try:
-        config = Config.fromfile(str(path), import_custom_modules=False)
+    config = of_python(path, EXPECTED)
+    with one_line(path, EXPECTED):
         imports = dict(config.get("custom_imports") or {"imports": []})
         names = [imports["imports"]] if isinstance(imports["imports"], str) else list(imports["imports"])
         others = [name for name in names if not awml.is_own(name)]
         import_modules_from_strings(others, bool(imports.get("allow_failed_imports")))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: _base_: found no {error.filename or error}, expected a config; fix its _base_"
-        ) from error
-    except Exception as error:  # a config may do anything
-        what = str(error).strip().splitlines()
-        raise UserError(
-            f"{path}: found {type(error).__name__}: {what[0][:200] if what else ''}, expected an mmdet3d 1.x config"
-        ) from error
     if not isinstance(config.get("model"), dict) or "type" not in config.model:
         raise UserError(f"{path}: found no model with a type, expected an mmdet3d config with `model = dict(type=…)`")
     if "test_dataloader" not in config:

@@ -58,9 +58,9 @@ def read_description(path: str | Path, family: str) -> tuple[dict[str, Any], dic
 def classes_of(config: Any) -> list[str]:
     """The names of a config's labels: of its test set, or else of the config itself, which may still have those of its base, in another
     order (mmdet3d's CenterPoint). config: mmengine's."""
-    dataset = config.test_dataloader.dataset
-    while "metainfo" not in dataset and "dataset" in dataset:
-        dataset = dataset.dataset
+    from qat.families.mmdet3d.config import test_dataset
+
+    dataset = test_dataset(config, "metainfo")
     found = [(place.get("metainfo") or {}).get("classes") for place in (dataset, config)]
     named = next((names for names in (*found, config.get("class_names")) if names), ())
     return [named] if isinstance(named, str) else list(named)

@@ -17,6 +17,7 @@ from torch import nn
 from qat.checkpoints.unpickle import Damaged, InertUnpickler
 from qat.core.errors import UserError
 from qat.data.points import likelier_width
+from qat.families.mmdet3d.config import test_dataset
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -41,9 +42,7 @@ class Sample:
 
 def pipeline_of(config: Config) -> list[dict[str, Any]]:
     """The steps of the test pipeline."""
-    dataset = config.test_dataloader.dataset
-    while "pipeline" not in dataset and "dataset" in dataset:
-        dataset = dataset.dataset
+    dataset = test_dataset(config, "pipeline")
     steps: list[dict[str, Any]] = copy.deepcopy([dict(step) for step in dataset.get("pipeline", [])])
     if not steps:
         raise UserError(f"{config.source}: test_dataloader: found no pipeline, expected the steps that read its data")
@@ -297,9 +296,7 @@ class Reader:
         Raises:
             UserError: it is not on this disk.
         """
-        dataset = self.config.test_dataloader.dataset
-        while "data_root" not in dataset and "dataset" in dataset:
-            dataset = dataset.dataset
+        dataset = test_dataset(self.config, "data_root")
         root = Path(str(dataset.get("data_root", "")))
         file = root / str(dataset.get("ann_file", ""))
         if not file.is_file():
