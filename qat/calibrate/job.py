@@ -80,18 +80,18 @@ def calibrate_checkpoint(source: Source, options: CalibrateOptions, out: Path, f
 
     own = dataset.share(rank, size, bool(flow.plan.state))
     equalize = usual.equalize if options.equalize else None
-    passes = 2 if equalize == INSIDE else 1
-    with progress_bar("calibrating", passes * len(own), show=rank == 0) as done:
-        rules = options.rules
-        whole = QuantizedModel(model, (*rules, *usual.keep_float))
-        layers = [path for inventory in whole.inventory.values() for path in inventory.quantized]
-        check_rules(rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
-        samples = (load(token) for token in own)
-        quantized, report = calibrate(whole, samples, method, options.percentile, done, by_layer, equalize)
-        if passes == 2:
-            again = (load(token) for token in own)
-            more = lambda count: done(len(own) + count)  # noqa: E731
-            quantized, report = calibrate(quantized, again, method, options.percentile, more, by_layer, None)
+
+    def passed(model: QuantizedModel, kind: str | None, what: str) -> tuple[QuantizedModel, CalibrationReport]:
+        with progress_bar(what, len(own), show=rank == 0) as done:
+            samples = (load(token) for token in own)
+            return calibrate(model, samples, method, options.percentile, done, by_layer, kind)
+
+    whole = QuantizedModel(model, (*options.rules, *usual.keep_float))
+    layers = [path for inventory in whole.inventory.values() for path in inventory.quantized]
+    check_rules(options.rules, [path for inventory in whole.inventory.values() for path in inventory.kept], layers)
+    quantized, report = passed(whole, equalize, "calibrating")
+    if equalize == INSIDE and quantized.equalized:
+        quantized, report = passed(quantized, None, "calibrating equalized channels")
     origin = None if opened.path is None else sha256(opened.path)
     found = None
     if budget is not None and scored is not None and origin is not None:
