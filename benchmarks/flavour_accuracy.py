@@ -10,50 +10,31 @@ so that a run that was stopped goes on; flavours whose simulations are the same 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from kept_boxes import kept_boxes, simulated
 
 from qat.boxes.detections import Detections
 from qat.calibrate import load_ptq
-from qat.calibrate.checkpoint import load_float_reference
 from qat.core.files import sha256
-from qat.core.progress import progress_bar
 from qat.evaluate import evaluate_detections, paired_bootstrap
 from qat.model.runners import flow_for, run_frame, to_numpy
 
 
 def row_boxes(name: str, ptq: Path, dataset: Any, cache: Path) -> dict[str, Detections]:
-    """Boxes of every keyframe. name: "float", a flavour, or a flavour + parts."""
-    if name == "float":
-        _, model = load_float_reference(ptq)
-    else:
-        flavour, *parts = name.split("+")
-        model, _ = load_ptq(ptq)
-        model.use(flavour, parts)
-    model.to(memory_format=torch.channels_last)
+    """Boxes of every keyframe. name: as `simulated` has it."""
+    model = simulated(name, ptq)
     flow = flow_for(model)
-    folder = cache / hashlib.sha256(f"{sha256(ptq)} {name}".encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    with progress_bar(name, len(dataset)) as done, torch.inference_mode():
-        for n, token in enumerate(dataset.tokens):
-            path = folder / f"{token}.npz"
-            if not path.is_file():
-                boxes = flow.decode(to_numpy(run_frame(model, dataset.load(token))))
-                temporary = path.with_suffix(".part.npz")
-                given = {"boxes": boxes.boxes, "scores": boxes.scores, "labels": boxes.labels}
-                np.savez(temporary, **given, convention=boxes.convention)
-                temporary.rename(path)
-            with np.load(path) as arrays:
-                kept = (arrays[name] for name in ("boxes", "scores", "labels"))
-                found[token] = Detections(*kept, str(arrays["convention"]))
-            done(n + 1)
-    return found
+
+    def boxes(token: str) -> Detections:
+        found: Detections = flow.decode(to_numpy(run_frame(model, dataset.load(token))))
+        return found
+
+    frames = {token: partial(boxes, token) for token in dataset.tokens}
+    return kept_boxes(name, f"{sha256(ptq)} {name}", frames, cache)
 
 
 def main() -> None:

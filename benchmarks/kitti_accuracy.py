@@ -10,19 +10,17 @@ keyframes of a generated scene. Boxes are kept by row in --cache, so that a run 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
+from kept_boxes import kept_boxes, simulated
 
 from qat.boxes.detections import Detections
-from qat.calibrate import load_ptq
 from qat.calibrate.checkpoint import load_float_reference
 from qat.core.files import sha256
-from qat.core.progress import progress_bar
 from qat.families.mmdet3d.inputs import read_info_file
 from qat.families.mmdet3d.metrics.kitti_annos import detection_anno, kitti_metric, truth_annos
 from qat.families.mmdet3d.metrics.kitti_bootstrap import Counted, interval, resample
@@ -44,12 +42,7 @@ def detector(name: str, ptq: Path) -> tuple[str, Callable[[np.ndarray], Detectio
     if folder:
         pipeline = Pipeline.load(folder, backend)
         return f"{sha256(Path(folder) / 'manifest.json')} {backend}", pipeline
-    if name == "float":
-        _, model = load_float_reference(ptq)
-    else:
-        model, _ = load_ptq(ptq)
-        model.use(name)
-    model.to(memory_format=torch.channels_last)
+    model = simulated(name, ptq)
     flow = flow_for(model)
     return f"{sha256(ptq)} {name}", lambda points: flow.decode(to_numpy(run_frame(model, flow.prepare(points))))
 
@@ -57,21 +50,11 @@ def detector(name: str, ptq: Path) -> tuple[str, Callable[[np.ndarray], Detectio
 def row_boxes(name: str, ptq: Path, files: list[Path], cache: Path) -> list[Detections]:
     """Boxes of every file."""
     key, detect = detector(name, ptq)
-    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    with progress_bar(name, len(files)) as done, torch.inference_mode():
-        for n, file in enumerate(files):
-            path = folder / f"{file.stem}.npz"
-            if not path.is_file():
-                boxes = detect(np.fromfile(file, np.float32).reshape(-1, 4)).converted("mmdet3d")
-                temporary = path.with_suffix(".part.npz")
-                np.savez(temporary, boxes=boxes.boxes, scores=boxes.scores, labels=boxes.labels)
-                temporary.rename(path)
-            with np.load(path) as arrays:
-                found.append(Detections(arrays["boxes"], arrays["scores"], arrays["labels"], "mmdet3d"))
-            done(n + 1)
-    return found
+
+    def boxes(file: Path) -> Detections:
+        return detect(np.fromfile(file, np.float32).reshape(-1, 4)).converted("mmdet3d")
+
+    return list(kept_boxes(name, key, {file.stem: partial(boxes, file) for file in files}, cache).values())
 
 
 def main() -> None:

@@ -97,8 +97,8 @@ def whole_rows(export: Export, file: Path, sample: Any, settings: EngineOptions)
     return rows
 
 
-def dense_graphs(folder: Path, out: Path, peers: list[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """name → (the part's file, backends, precision). folder: with fp32/ and int8/. out: for the peers' graphs."""
+def dense_graphs(folder: Path, peers: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """name → (the part's file, backends, precision). folder: with fp32/ and int8/; peers' graphs are written there."""
     graphs: dict[str, Any] = {
         "FP32": (folder / "fp32" / f"{PART}.onnx", BACKENDS, "fp32"),
         "INT8, plain QDQ": (folder / "int8" / "tensorrt" / f"{PART}.onnx", BACKENDS, "int8"),
@@ -107,7 +107,7 @@ def dense_graphs(folder: Path, out: Path, peers: list[str], say: Callable[[str],
     grids = [pipeline.forward(pipeline.flow.made_frame(n))["spatial_features"] for n in range(3)]
     for peer in peers:
         say(peer)
-        made = out / ("static.onnx" if peer == "quantize_static" else "nncf.xml")
+        made = folder / ("static.onnx" if peer == "quantize_static" else "nncf.xml")
         make_part(graphs["FP32"][0], [{"spatial_features": grid} for grid in grids], made, PEERS[peer], [])
         graphs[f"INT8, {peer}"] = (made, BACKENDS if made.suffix == ".onnx" else ("openvino",), "int8")
     for backend in BACKENDS:
@@ -153,7 +153,7 @@ def main() -> int:
         quantized = open_model(folder / "int8" / "ptq.pth", as_float=True).network.to(memory_format=torch.channels_last)
         parts: dict[str, Any] = {part: TorchPart(module) for part, module in part_modules(quantized).items()}
         pipelines["FP32, PyTorch"] = Pipeline(parts, flow.settings, args.threads)
-        for label, (file, backends, precision) in dense_graphs(folder, folder, args.peers, say).items():
+        for label, (file, backends, precision) in dense_graphs(folder, args.peers, say).items():
             for backend in backends:
                 parts = {
                     "pts_voxel_encoder": build(encoder, backend, "fp32", settings),

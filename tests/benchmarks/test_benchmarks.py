@@ -5,11 +5,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
+import pytest
 import torch
 import yaml
 from onnx import TensorProto, helper
 
+from qat.boxes.detections import Detections
 from tests.messages import says
 
 ROOT = Path(__file__).parents[2]
@@ -136,3 +139,19 @@ def test_mmdet3d_latency_prints_every_row(monkeypatch, capsys, tmp_path):
         "INT8, quantize_static, openvino",
     )
     assert all(row in printed for row in (*rows, "INT8, ours, onnxruntime", "INT8, plain QDQ, openvino"))
+
+
+def test_kept_boxes_are_the_ones_that_were_found(monkeypatch, tmp_path):
+    """Their convention with them, without which sizes and headings are read wrongly; what is there is not computed again."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from kept_boxes import kept_boxes
+
+    boxes = Detections(np.ones((2, 9), np.float32), np.float32([0.5, 0.25]), np.int64([0, 1]), "mmdet3d")
+    for frames in ({"a": lambda: boxes}, {"a": lambda: 1 / 0}):
+        (found,) = kept_boxes("row", "key", frames, tmp_path).values()
+        assert found.convention == "mmdet3d"
+        np.testing.assert_array_equal(found.boxes, boxes.boxes)
+        np.testing.assert_array_equal(found.scores, boxes.scores)
+        np.testing.assert_array_equal(found.labels, boxes.labels)
+    with pytest.raises(ZeroDivisionError):
+        kept_boxes("row", "another key", frames, tmp_path)
