@@ -9,8 +9,7 @@ keyframes (OUT.points.npy, OUT.boxes.npz) and OUT.resume. One thread: set OMP_NU
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from qat.families.mmdet3d.config import read
 from qat.families.mmdet3d.frames import keyframes
 from qat.families.mmdet3d.library import load
 from qat.families.mmdet3d.network import PillarNet
-from qat.families.mmdet3d.training import encoded, half_weights
+from qat.families.mmdet3d.training import encoded, fit
 from qat.model.opening import read_config
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 10.0  # metres beyond the range, from where a turn may bring points into it
 TURN, SCALE = np.pi / 8, 0.05
-SAVED = 50  # steps between two resume files
 
 
 def merged(frames: Any, out: Path) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
@@ -98,14 +96,13 @@ def instances(boxes: np.ndarray, labels: np.ndarray, settings: Mapping[str, Any]
     )
 
 
-def step_loss(network: PillarNet, canvas: torch.Tensor, truth: list[Any], half: bool) -> torch.Tensor:
-    """mmdet3d's losses of a batch, added up; convolutions in bfloat16 if `half`."""
+def step_loss(network: PillarNet, canvas: torch.Tensor, truth: list[Any], half: bool) -> dict[str, torch.Tensor]:
+    """mmdet3d's losses of a batch; convolutions in bfloat16 if `half`."""
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         tasks = network.pts_bbox_head(network.pts_neck(network.pts_backbone(canvas)))
     tasks = tuple([{name: value.float() for name, value in maps.items()} for maps in task] for task in tasks)
-    losses = network.pts_bbox_head.loss_by_feat(tasks, truth)
-    total: torch.Tensor = sum(losses.values())  # type: ignore[assignment]
-    return total
+    losses: dict[str, torch.Tensor] = network.pts_bbox_head.loss_by_feat(tasks, truth)
+    return losses
 
 
 def main() -> None:
@@ -133,56 +130,20 @@ def main() -> None:
 
     network = family.random(described, 0).train()
     assert isinstance(network, PillarNet)
-    network.to(memory_format=torch.channels_last)
     head = network.pts_bbox_head
     head.train_cfg = ConfigDict(read(HERE / "config.py").model.train_cfg.pts)
     torch.nn.init.constant_(head.task_heads[0].heatmap[-1].bias, -2.19)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.cycle, pct_start=0.25)
-    resume, begin = args.out.with_suffix(".resume"), 0
-    if resume.exists():
-        saved = torch.load(resume, weights_only=False)
-        network.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        begin = saved["step"]
-        print(f"goes on at step {begin}", flush=True)
-    begun, recent = time.time(), []
-    left = args.steps - args.cool
-    for step in range(begin, args.steps):
-        epoch, place = divmod(step * args.batch, len(frames) // args.batch * args.batch)
-        order = np.random.default_rng([1, epoch]).permutation(len(frames))
-        rng = np.random.default_rng([2, step])
+
+    def losses(chosen: Sequence[int], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         clouds, truth = [], []
-        for k in order[place : place + args.batch]:
+        for k in chosen:
             first, last = rows[k]
             points, moved = augmented(everything[first:last], boxes[k], rng)
             clouds.append(points)
             truth.append(instances(moved, labels[k], settings))
-        total = step_loss(network, encoded(network, clouds, settings), truth, not args.float32)
-        optimizer.zero_grad()
-        total.backward()
-        if step >= args.cool:
-            optimizer.param_groups[0]["lr"] = schedule.get_last_lr()[0] * (args.steps - step) / left
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 35)
-        optimizer.step()
-        schedule.step()
-        recent.append(float(total.detach()))
-        if (step + 1) % 25 == 0:
-            pace = (time.time() - begun) / len(recent)
-            print(f"step {step + 1}: loss {np.mean(recent[-25:]):.3f}, {pace:.2f} s a step", flush=True)
-        if (step + 1) % SAVED == 0 or step + 1 == args.steps:
-            saved = {
-                "model": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "step": step + 1,
-            }
-            torch.save(saved, resume.with_suffix(".tmp"))
-            resume.with_suffix(".tmp").rename(resume)
-    torch.save(
-        {"state_dict": half_weights(network), "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out
-    )
+        return step_loss(network, encoded(network, clouds, settings), truth, not args.float32)
+
+    fit(network, args.out, len(frames), losses, args.steps, args.batch, args.lr, args.cycle, args.cool)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from qat.families.mmdet3d.inputs import read_info_file
 from qat.families.mmdet3d.library import load
 from qat.families.mmdet3d.metrics.kitti_annos import CAMERA, camera_to_lidar, truth_annos
 from qat.families.mmdet3d.network import PillarNet
-from qat.families.mmdet3d.training import encoded, half_weights
+from qat.families.mmdet3d.training import SAVED, encoded, fit
 from qat.model.opening import read_config
 
 HERE = Path(__file__).resolve().parent
 # A pillar's features are relative to it, so what a part of the grid learns holds on all of it; this one takes two thirds of the time.
 NEAR, FAR = (0, -22.4), (51.2, 22.4)
 TURN, SCALE = np.pi / 16, 0.05
-SAVED = 50  # steps between two resume files
 
 
 def frames_of(root: Path, split: str, classes: list[str]) -> list[tuple[Path, np.ndarray, np.ndarray]]:
@@ -127,53 +125,18 @@ def main() -> None:
     frames = frames_of(Path(root), split, settings["classes"])
     network = family.random(described, 0).train()
     assert isinstance(network, PillarNet)
-    network.to(memory_format=torch.channels_last)
     prepare(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.25)
-    resume, begin = args.out.with_suffix(".resume"), 0
-    if resume.exists():
-        saved = torch.load(resume, weights_only=False)
-        network.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        begin = saved["step"]
-        print(f"goes on at step {begin}", flush=True)
-    begun, recent = time.time(), []
-    for step in range(begin, args.steps):
-        epoch, place = divmod(step * args.batch, len(frames) // args.batch * args.batch)
-        order = np.random.default_rng([1, epoch]).permutation(len(frames))
-        rng = np.random.default_rng([2, step])
+
+    def losses(chosen: Sequence[int], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         clouds, truth = [], []
-        for k in order[place : place + args.batch]:
+        for k in chosen:
             path, boxes, labels = frames[k]
             points, moved = augmented(np.fromfile(path, np.float32).reshape(-1, 4), boxes, rng)
             clouds.append(points)
             truth.append(instances(moved, labels, settings))
-        losses = step_loss(network, encoded(network, clouds, settings), truth, not args.float32)
-        optimizer.zero_grad()
-        total: torch.Tensor = sum(losses.values())  # type: ignore[assignment]
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 35)
-        optimizer.step()
-        schedule.step()
-        recent.append([float(value.detach()) for value in losses.values()])
-        if (step + 1) % 25 == 0:
-            pace = (time.time() - begun) / len(recent)
-            parts = zip(losses, np.mean(recent[-25:], 0), strict=True)
-            print(f"step {step + 1}: {', '.join(f'{n} {v:.3f}' for n, v in parts)}, {pace:.2f} s a step", flush=True)
-        if (step + 1) % SAVED == 0 or step + 1 == args.steps:
-            saved = {
-                "model": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "step": step + 1,
-            }
-            torch.save(saved, resume.with_suffix(".tmp"))
-            resume.with_suffix(".tmp").rename(resume)
-    torch.save(
-        {"state_dict": half_weights(network), "meta": {"mmdet3d_version": "1.4.0", "steps": args.steps}}, args.out
-    )
+        return step_loss(network, encoded(network, clouds, settings), truth, not args.float32)
+
+    fit(network, args.out, len(frames), losses, args.steps, args.batch, args.lr, every=SAVED)
 
 
 if __name__ == "__main__":
