@@ -30,25 +30,23 @@ def simulated(name: str, ptq: Path) -> Any:
 def kept_boxes(
     name: str, key: str, frames: Mapping[str, Callable[[], Detections]], cache: Path
 ) -> dict[str, Detections]:
-    """Boxes of every frame.
+    """Boxes of every frame, as `Detections.arrays` has them.
 
     Args:
         name: the row, shown beside the progress. key: what its boxes depend on. frames: what computes the boxes of each, by names that
             files can have.
     """
-    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder = cache / hashlib.sha256(f"arrays {key}".encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     with progress_bar(name, len(frames)) as done, torch.inference_mode():
         for n, (frame, detect) in enumerate(frames.items()):
             path = folder / f"{frame}.npz"
             if not path.is_file():
-                boxes = detect()
                 temporary = path.with_suffix(".part.npz")
-                arrays = {"boxes": boxes.boxes, "scores": boxes.scores, "labels": boxes.labels}
-                np.savez(temporary, **arrays, convention=boxes.convention)
+                np.savez(temporary, **detect().arrays())
                 temporary.rename(path)
-            with np.load(path) as kept:
-                found[frame] = Detections(kept["boxes"], kept["scores"], kept["labels"], str(kept["convention"]))
+            with np.load(path) as arrays:
+                found[frame] = Detections.of(arrays)
             done(n + 1)
     return found

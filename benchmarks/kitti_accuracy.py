@@ -52,7 +52,7 @@ def row_boxes(name: str, ptq: Path, files: list[Path], cache: Path) -> list[Dete
     key, detect = detector(name, ptq)
 
     def boxes(file: Path) -> Detections:
-        return detect(np.fromfile(file, np.float32).reshape(-1, 4)).converted("mmdet3d")
+        return detect(np.fromfile(file, np.float32).reshape(-1, 4))
 
     return list(kept_boxes(name, key, {file.stem: partial(boxes, file) for file in files}, cache).values())
 

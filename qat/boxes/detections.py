@@ -30,6 +30,10 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def chosen(self, rows: np.ndarray) -> Detections:
+        """Some of the boxes. rows: bool[K], or indices."""
+        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], self.convention)
+
     def converted(self, convention: str = OURS) -> Detections:
         """The same boxes in another convention, with velocities of 0 where there were none."""
         boxes = convert(self.boxes, self.convention, convention)

@@ -35,8 +35,7 @@ class Disagreement:
 
 
 def _above(found: Detections, least: float) -> Detections:
-    keep = found.scores >= least
-    return Detections(found.boxes[keep], found.scores[keep], found.labels[keep])
+    return found.chosen(found.scores >= least)
 
 
 def drawn_from(detections: Iterable[Detections], annotated: int) -> float:

@@ -142,15 +142,14 @@ def test_mmdet3d_latency_prints_every_row(monkeypatch, capsys, tmp_path):
 
 
 def test_kept_boxes_are_the_ones_that_were_found(monkeypatch, tmp_path):
-    """Their convention with them, without which sizes and headings are read wrongly; what is there is not computed again."""
+    """Also of another convention, whose sizes and headings would be read wrongly; what is there is not computed again."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from kept_boxes import kept_boxes
 
     boxes = Detections(np.ones((2, 9), np.float32), np.float32([0.5, 0.25]), np.int64([0, 1]), "mmdet3d")
     for frames in ({"a": lambda: boxes}, {"a": lambda: 1 / 0}):
         (found,) = kept_boxes("row", "key", frames, tmp_path).values()
-        assert found.convention == "mmdet3d"
-        np.testing.assert_array_equal(found.boxes, boxes.boxes)
+        np.testing.assert_allclose(found.converted("mmdet3d").boxes, boxes.boxes, atol=1e-6)
         np.testing.assert_array_equal(found.scores, boxes.scores)
         np.testing.assert_array_equal(found.labels, boxes.labels)
     with pytest.raises(ZeroDivisionError):

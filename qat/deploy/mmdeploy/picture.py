@@ -69,7 +69,7 @@ def draw(
     """
     sets = {"": boxes} if isinstance(boxes, Detections) else dict(boxes)
     ours = {name: found.converted() for name, found in sets.items()}
-    seen = {name: _some(found, found.scores >= score_thr) for name, found in ours.items()}
+    seen = {name: found.chosen(found.scores >= score_thr) for name, found in ours.items()}
     quarters = 0 if image is None or lidar2img is None else _quarters(lidar2img)
     cloud, limits = _turned(points, quarters), _turned_limits(limits, quarters)
     shown = {name: _turned_boxes(found, quarters) for name, found in seen.items()}
@@ -136,10 +136,6 @@ def _turned_limits(limits: Sequence[float] | None, quarters: int) -> Sequence[fl
         return None
     corners = _turned(np.array([limits[:3], limits[3:]], np.float64), quarters)
     return [*corners.min(0), *corners.max(0)]
-
-
-def _some(found: Detections, kept: np.ndarray) -> Detections:
-    return Detections(found.boxes[kept], found.scores[kept], found.labels[kept], found.convention)
 
 
 def _limits(
